@@ -1,0 +1,3 @@
+//! The `polc` command.
+
+fn main() {}
