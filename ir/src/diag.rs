@@ -79,7 +79,12 @@ pub struct Diagnostic {
 
 impl Diagnostic {
     /// A finding of the given severity at `span`.
-    pub fn new(severity: Severity, code: Code, message: impl Into<String>, span: impl Into<Option<Span>>) -> Diagnostic {
+    pub fn new(
+        severity: Severity,
+        code: Code,
+        message: impl Into<String>,
+        span: impl Into<Option<Span>>,
+    ) -> Diagnostic {
         Diagnostic {
             severity,
             code,

@@ -61,7 +61,8 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks, in a packet's order.
-    pub const ALL: [Hook; 5] = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+    pub const ALL: [Hook; 5] =
+        [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
 
     /// The name of the base chain on this hook: `INPUT`.
     pub const fn chain_name(self) -> &'static str {
@@ -101,10 +102,9 @@ impl FromStr for Hook {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Hook, String> {
-        Hook::ALL
-            .into_iter()
-            .find(|hook| hook.to_string() == text || hook.chain_name() == text)
-            .ok_or_else(|| format!("`{text}` is not a hook; known: prerouting, input, forward, output, postrouting"))
+        Hook::ALL.into_iter().find(|hook| hook.to_string() == text || hook.chain_name() == text).ok_or_else(
+            || format!("`{text}` is not a hook; known: prerouting, input, forward, output, postrouting"),
+        )
     }
 }
 

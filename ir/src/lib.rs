@@ -14,8 +14,20 @@
 //! reference evaluators. It does no I/O, runs no passes, and knows neither iptables' nor Kubernetes' syntax, nor eBPF.
 //! Start with `ruleset::Ruleset`, whose `eval` defines what everything else has to equal.
 
+pub mod classifier;
+pub mod cube;
+pub mod decision;
+pub mod derived;
 pub mod diag;
 pub mod entities;
+pub mod env;
+pub mod field;
 pub mod hook;
+pub mod interval;
 pub mod limits;
+pub mod outcome;
+pub mod plan;
+pub mod ruleset;
+pub mod set;
 pub mod source;
+pub mod state;

@@ -137,7 +137,8 @@ impl SourceMap {
         let text = text.into();
         assert!(u32::try_from(text.len()).is_ok(), "source offsets are 32 bits");
         let mut line_starts = vec![0];
-        line_starts.extend(text.bytes().enumerate().filter(|&(_, byte)| byte == b'\n').map(|(at, _)| at as u32 + 1));
+        line_starts
+            .extend(text.bytes().enumerate().filter(|&(_, byte)| byte == b'\n').map(|(at, _)| at as u32 + 1));
         self.files.push(SourceFile { name: name.into(), text, line_starts })
     }
 

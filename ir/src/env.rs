@@ -1,0 +1,133 @@
+//! What surrounds a packet: the place where it is decided, the devices and addresses of the host, and the packet
+//! itself as an input.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::field::DeviceName;
+use crate::hook::Hook;
+use crate::interval::Interval;
+
+/// Where a program sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attach {
+    /// XDP, on a device's receive path.
+    Xdp,
+    /// tc or tcx ingress.
+    TcIngress,
+    /// tc or tcx egress.
+    TcEgress,
+}
+
+impl fmt::Display for Attach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Attach::Xdp => "xdp",
+            Attach::TcIngress => "tc-ingress",
+            Attach::TcEgress => "tc-egress",
+        })
+    }
+}
+
+/// How an object is deployed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The kernel's own rules stay; the program drops early only what they would certainly drop.
+    Accelerate,
+    /// The kernel's own rules go; every rule has to be compiled.
+    Replace,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mode::Accelerate => "accelerate",
+            Mode::Replace => "replace",
+        })
+    }
+}
+
+/// How fragments are decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fragments {
+    /// The rules will see the reassembled packet, so what reassembly changes
+    /// ([`crate::field::Field::changes_with_reassembly`]) is unknown for every fragment.
+    Unresolved,
+    /// The rules see each fragment as it is (no defragmentation at this hook).
+    AsSeen,
+}
+
+/// What a program can know and do where it sits: which fields are given, which effects it may have.
+///
+/// A clause or action that needs more is *deferred*: its truth is unknown, and three-valued evaluation takes over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The hooks whose base chains are run, in order.
+    pub path: Vec<Hook>,
+    /// Where the program sits; `None` for the rule set's own meaning, where everything in `Env` is given.
+    pub attach: Option<Attach>,
+    /// How the object is deployed.
+    pub mode: Mode,
+    /// How fragments are decided.
+    pub fragments: Fragments,
+    /// Whether the packet's connection state is given.
+    pub connection_state: bool,
+    /// Whether the host's local addresses are given.
+    pub local_addresses: bool,
+}
+
+/// A network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its number.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: DeviceName,
+}
+
+/// What the host is like.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Env {
+    /// The devices, in ascending order of number.
+    pub devices: Vec<Device>,
+    /// The host's own addresses, in the rule set's family; `None` if they aren't known.
+    pub local: Option<Vec<Interval>>,
+    /// The host's broadcast addresses beyond 255.255.255.255.
+    pub broadcast: Vec<Interval>,
+}
+
+/// Connection state given with a packet, in the encoding of the `Ct*` fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Connection {
+    /// See [`crate::field::Field::CtState`].
+    pub state: u16,
+    /// See [`crate::field::Field::CtStatus`].
+    pub status: u32,
+    /// See [`crate::field::Field::CtDirection`].
+    pub reply: bool,
+    /// See [`crate::field::Field::CtMark`].
+    pub mark: u32,
+}
+
+/// A packet and what the kernel knows about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Input {
+    /// The frame, from the Ethernet header on, without its checksum.
+    pub frame: Vec<u8>,
+    /// Input device.
+    pub in_device: Option<DeviceName>,
+    /// Output device.
+    pub out_device: Option<DeviceName>,
+    /// The packet's mark on arrival.
+    pub mark: u32,
+    /// VLAN tag that the kernel took out of the frame, as the 16 bits of TCI.
+    pub vlan: Option<u16>,
+    /// Packet type; `None`: worked out from the destination MAC address.
+    pub packet_type: Option<u8>,
+    /// Connection state, if given.
+    pub connection: Option<Connection>,
+}

@@ -1,0 +1,134 @@
+//! What became of a packet.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::entities::{Chain, Rule};
+use crate::ruleset::RejectWith;
+
+/// A packet's fate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// It goes on.
+    Accept,
+    /// It is dropped.
+    Drop,
+    /// It is dropped and answered.
+    Reject(RejectWith),
+    /// Not decided here: the kernel's own rules do.
+    Defer,
+}
+
+impl Verdict {
+    /// The verdict in one word: `accept`, `drop`, `reject`, `defer`.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Verdict::Accept => "accept",
+            Verdict::Drop => "drop",
+            Verdict::Reject(_) => "reject",
+            Verdict::Defer => "defer",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Reject(RejectWith::TcpReset) => f.write_str("reject with tcp-reset"),
+            Verdict::Reject(RejectWith::Icmp { kind, code }) => write!(f, "reject with icmp {kind}/{code}"),
+            _ => f.write_str(self.word()),
+        }
+    }
+}
+
+/// Why a frame never reached the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrameKind {
+    /// Shorter than an Ethernet header.
+    Runt,
+    /// Not IPv4 or IPv6 (ARP, LLDP, ...): no table of iptables sees it. Accepted.
+    NotIp,
+    /// IP, but not of the rule set's family. Accepted: the other family's rules decide it.
+    OtherFamily,
+    /// It carries a VLAN tag with an id other than 0, so it belongs to another device. Deferred in accelerate mode,
+    /// dropped in replace mode.
+    Vlan,
+    /// A network header that `ip_rcv` or `ipv6_rcv` drops before the first hook: version, header length, total length
+    /// (net/ipv4/ip_input.c, net/ipv6/ip6_input.c). Dropped.
+    Malformed,
+    /// It came by, or leaves by, a device that the object was not told about, and the rules tell devices apart.
+    /// Deferred in accelerate mode, dropped in replace mode.
+    UnknownDevice,
+    /// Fragments whose fate depends on what reassembly brings, in replace mode. Dropped.
+    Fragment,
+}
+
+impl fmt::Display for FrameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FrameKind::Runt => "runt frame",
+            FrameKind::NotIp => "not IP",
+            FrameKind::OtherFamily => "other address family",
+            FrameKind::Vlan => "VLAN tag",
+            FrameKind::Malformed => "malformed network header",
+            FrameKind::UnknownDevice => "undeclared device",
+            FrameKind::Fragment => "undecidable fragment",
+        })
+    }
+}
+
+/// Who decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decider {
+    /// A rule's action. For [`Verdict::Defer`], the rule whose clause or action can't be evaluated, or that would
+    /// have let the packet on if an earlier rule that can't be evaluated hadn't possibly dropped it.
+    Rule(Rule),
+    /// A clause of the rule that drops packets it can't read.
+    Hotdrop(Rule),
+    /// A base chain's policy.
+    Policy(Chain),
+    /// No rule: the path has no base chain, or the frame never reaches one.
+    Frame(FrameKind),
+    /// No base chain of the path has a rule, and none has a policy other than accept.
+    Nothing,
+}
+
+impl fmt::Display for Decider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Decider::Rule(rule) => write!(f, "{rule}"),
+            Decider::Hotdrop(rule) => write!(f, "hotdrop in {rule}"),
+            Decider::Policy(chain) => write!(f, "policy of {chain}"),
+            Decider::Frame(kind) => write!(f, "{kind}"),
+            Decider::Nothing => f.write_str("no rule"),
+        }
+    }
+}
+
+/// A verdict and who gave it: what every level has to agree on, and what the object counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Ending {
+    /// The packet's fate.
+    pub verdict: Verdict,
+    /// Who decided it.
+    pub by: Decider,
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} by {}", self.verdict, self.by)
+    }
+}
+
+/// What became of a packet and of its mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Verdict and decider.
+    pub ending: Ending,
+    /// The packet's mark afterwards.
+    pub mark: u32,
+}

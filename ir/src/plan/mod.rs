@@ -1,0 +1,207 @@
+//! `Plan`: the steps a program takes and the tables it reads. The backend sees nothing above it.
+//!
+//! A program first parses the frame into a *key*, an array of 32-bit words on its stack; everything after reads and
+//! writes that key alone. Each stage is then decided in one of two ways: as branch-light code (`Linear`), or by walking
+//! a table of nodes (`Walk`), whose code is the same whatever the table's size. Both end in exits.
+//!
+//! ```text
+//! frame ─▶ key words ─▶ derived words ─▶ stage ─▶ exit ─┬▶ ending (slot)
+//!                                          ▲            │
+//!                                          └── writes ──┘
+//! ```
+
+use cranelift_entity::PrimaryMap;
+
+use crate::derived::DerivedData;
+use crate::entities::{Derived, EffectTest, Rule, Set, Stage, Step};
+use crate::env::{Device, Place};
+use crate::field::Field;
+use crate::hook::Family;
+use crate::outcome::Ending;
+use crate::ruleset::EffectTestKind;
+use crate::set::SetData;
+
+/// Everything the backend needs to emit one program.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The address family of the packets it decides.
+    pub family: Family,
+    /// What it was made for; `attach` is set.
+    pub place: Place,
+    /// Where each field is in the key, in ascending order of `word`.
+    pub key: Vec<KeySlot>,
+    /// Device names that the rules tell apart. The key holds a device's class in place of its name.
+    pub devices: DeviceClasses,
+    /// Steps that code takes, one for each stage decided by code; a step refers only to steps with a smaller number.
+    pub steps: PrimaryMap<Step, LinearStep>,
+    /// The table that `Walk` reads.
+    pub walk: WalkTable,
+    /// Where packets enter.
+    pub root: Target,
+    /// What can happen to a packet. An ending's index is its counter slot. Frame endings that parsing may give are
+    /// always among them.
+    pub endings: Vec<Ending>,
+    /// Definitions of derived fields in `key` that the program computes from the frame before the first stage.
+    pub derived: PrimaryMap<Derived, DerivedData>,
+    /// The sets that `derived` refers to, for people; membership itself is decided by stages.
+    pub sets: PrimaryMap<Set, SetData>,
+    /// Stateful and random tests that exits run.
+    pub effect_tests: PrimaryMap<EffectTest, EffectTestKind>,
+}
+
+/// A field's place in the key. Words hold numbers in the CPU's own order. A field wider than 32 bits takes several
+/// words, the most significant first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeySlot {
+    /// The field. `InDevice` and `OutDevice` stand for the device's class here.
+    pub field: Field,
+    /// Index of its first word.
+    pub word: u8,
+    /// How many words it takes: 1, 2 (a MAC address) or 4.
+    pub words: u8,
+}
+
+/// Classes of devices: devices that no rule tells apart share one.
+///
+/// Class 0 is every device that was not declared; what needs to tell devices apart defers its packets. Class 1 is
+/// "no device" and every declared device that no test names. The object's `devices` table maps a device number to its
+/// class.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceClasses {
+    /// Declared devices and their class, ascending by device number.
+    pub devices: Vec<(Device, u16)>,
+    /// For people and loaders: for each class from 0 on, the tested names (`eth+` for prefixes) that devices of the
+    /// class satisfy.
+    pub names: Vec<Vec<String>>,
+    /// The input device is this class whatever the packet says (`--in-interface`).
+    pub fixed_in: Option<u16>,
+    /// The output device is this class whatever the packet says (`--out-interface`).
+    pub fixed_out: Option<u16>,
+}
+
+/// A test of one key word: `lo <= key[word] & mask <= hi`, unsigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WordTest {
+    /// Index of the word.
+    pub word: u8,
+    /// The bits that count.
+    pub mask: u32,
+    /// Smallest value that holds.
+    pub lo: u32,
+    /// Largest value that holds.
+    pub hi: u32,
+}
+
+/// A condition in code: a conjunction of disjunctions of conjunctions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearTest {
+    /// Holds if all word tests of any alternative hold.
+    pub any: Vec<Vec<WordTest>>,
+}
+
+/// A stage as code: entries tried in order. The last one has no tests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearStep {
+    /// The stage it decides.
+    pub stage: Stage,
+    /// The entries.
+    pub entries: Vec<LinearEntry>,
+}
+
+/// An entry as code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearEntry {
+    /// All must hold.
+    pub tests: Vec<LinearTest>,
+    /// What happens then.
+    pub exit: PlanExit,
+    /// The rule whose line the instructions are attributed to.
+    pub rule: Option<Rule>,
+}
+
+/// Where to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    /// In code.
+    Step(Step),
+    /// In the walk table, at this node.
+    Walk(WalkRef),
+}
+
+/// What an exit does.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PlanExit {
+    /// Count in this slot of `endings` and return.
+    End(u32),
+    /// Change words and go on.
+    Then {
+        /// The changes, in order.
+        writes: Vec<WordWrite>,
+        /// Where.
+        next: Target,
+    },
+    /// Run a stateful or random test and go on.
+    Test {
+        /// The test.
+        test: EffectTest,
+        /// Where, if it holds.
+        yes: Target,
+        /// Where, if not.
+        no: Target,
+    },
+}
+
+/// A change of one key word: `word' = (word & !clear) ^ xor`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WordWrite {
+    /// Index of the word.
+    pub word: u8,
+    /// Bits set to 0 first.
+    pub clear: u32,
+    /// Bits inverted then.
+    pub xor: u32,
+}
+
+/// A place in the walk table: a node, or an exit of the stage being decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WalkRef {
+    /// The node of this index.
+    Node(u32),
+    /// The exit of this index.
+    Exit(u32),
+    /// No entry holds here; another part of the stage gives one.
+    None,
+}
+
+/// A node of the walk table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WalkNode {
+    /// Goes on by one test.
+    Test {
+        /// The test.
+        test: WordTest,
+        /// Where, if it holds.
+        yes: WalkRef,
+        /// Where, if not.
+        no: WalkRef,
+    },
+    /// Decides `first`, then `rest`; the smaller exit index wins. Only on the way from a stage's root through `rest`
+    /// links, so that one pending reference is enough.
+    Fork {
+        /// Decided first.
+        first: WalkRef,
+        /// Decided then.
+        rest: WalkRef,
+    },
+}
+
+/// The table that decides stages as data. Exits of one stage are numbered in the order of its entries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WalkTable {
+    /// The nodes. A node refers only to nodes with a smaller index.
+    pub nodes: Vec<WalkNode>,
+    /// The exits. Their targets are all in the table.
+    pub exits: Vec<PlanExit>,
+    /// Most nodes any packet visits from any root to its ending, exits included: the bound of the program's loop.
+    pub visits_max: u32,
+}

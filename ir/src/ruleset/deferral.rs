@@ -1,0 +1,198 @@
+//! Deferrals: what a rule needs that its place does not offer.
+//!
+//! One definition serves the evaluator, the flattener and the report, so that "compiled" means the same everywhere. A
+//! clause that can't be evaluated is *unknown*; an action that can't be taken hands the packet to the kernel.
+
+use std::fmt;
+
+use crate::derived::DerivedData;
+use crate::env::{Attach, Fragments, Mode, Place};
+use crate::field::Field;
+use crate::ruleset::{Action, Clause, ClauseKind, EffectTestKind, RuleData, Ruleset};
+use crate::set::{DimensionKind, SetContents};
+use crate::source::Span;
+
+/// Why a clause or action is not evaluated.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Deferral {
+    /// The place does not give the field.
+    Field {
+        /// The field.
+        field: Field,
+        /// What is missing, as the end of a sentence.
+        reason: &'static str,
+    },
+    /// The contents of a set named here were not given.
+    UnknownSet(String),
+    /// A match or target that nothing here evaluates.
+    Opaque {
+        /// Its name.
+        name: String,
+        /// Why, as the end of a sentence.
+        reason: String,
+    },
+    /// A stateful test whose state the kernel's own rules keep.
+    Stateful(&'static str),
+}
+
+impl fmt::Display for Deferral {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Deferral::Field { reason, .. } => f.write_str(reason),
+            Deferral::UnknownSet(name) => write!(f, "the contents of set `{name}` were not given"),
+            Deferral::Opaque { name, reason } => write!(f, "`{name}` {reason}"),
+            Deferral::Stateful(reason) => f.write_str(reason),
+        }
+    }
+}
+
+/// How a clause is evaluated at a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClauseAbility {
+    /// Its truth can be worked out.
+    Known,
+    /// Its truth is unknown, and looking at it leaves no trace in the kernel.
+    Unknown(Deferral),
+    /// Its truth is unknown, and the kernel must see every packet that gets as far.
+    Observable(Deferral),
+}
+
+/// Whether a place gives a field. `fragment` asks for packets that are fragments.
+pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: bool) -> Option<Deferral> {
+    let missing = |reason| Some(Deferral::Field { field, reason });
+    if fragment && place.fragments == Fragments::Unresolved && field.changes_with_reassembly(ruleset.family) {
+        // The reassembled packet is not a fragment any more, which is all that `-f` asks.
+        if field != Field::FragOffset {
+            return missing("a fragment does not tell; the rules see the reassembled packet");
+        }
+    }
+    match field {
+        Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark if !place.connection_state => {
+            missing("connection state is not given here")
+        }
+        Field::OutDevice if matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress)) => {
+            missing("the output device is not known before routing")
+        }
+        Field::SrcMac | Field::DstMac if place.attach == Some(Attach::TcEgress) => {
+            missing("the frame's addresses are no longer the received ones")
+        }
+        Field::PacketType if place.attach == Some(Attach::TcEgress) => {
+            missing("the packet type is no longer the received one")
+        }
+        Field::Derived(derived) => match &ruleset.derived[derived] {
+            DerivedData::AddressType { device, .. } if !place.local_addresses || device.is_some() => {
+                if device.is_some() {
+                    missing("which device an address belongs to is not known here")
+                } else {
+                    missing("the host's local addresses were not given")
+                }
+            }
+            DerivedData::AddressType { .. } => None,
+            DerivedData::Member { set, ends, .. } => set_deferral(ruleset, place, *set, ends, fragment),
+            // The rest are computed from the transport header or the IPv6 extension headers.
+            _ if fragment && place.fragments == Fragments::Unresolved => {
+                missing("a fragment does not tell; the rules see the reassembled packet")
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn set_deferral(
+    ruleset: &Ruleset,
+    place: &Place,
+    set: crate::entities::Set,
+    ends: &[crate::field::End],
+    fragment: bool,
+) -> Option<Deferral> {
+    use crate::field::End;
+    let data = &ruleset.sets[set];
+    match &data.contents {
+        SetContents::Unknown => return Some(Deferral::UnknownSet(data.name.clone())),
+        // ipset forbids lists in lists (net/netfilter/ipset/ip_set_list_set.c), and so does lowering: one level.
+        SetContents::Sets(members) => {
+            return members
+                .iter()
+                .filter(|member| !matches!(ruleset.sets[**member].contents, SetContents::Sets(_)))
+                .find_map(|member| set_deferral(ruleset, place, *member, ends, fragment));
+        }
+        SetContents::Elements(_) => {}
+    }
+    data.dimensions.iter().zip(ends).find_map(|(dimension, end)| {
+        let field = match (dimension, end) {
+            (DimensionKind::Address, end) => Field::address(*end),
+            (DimensionKind::Port, end) => Field::port(*end),
+            (DimensionKind::Device, End::Src) => Field::InDevice,
+            (DimensionKind::Device, End::Dst) => Field::OutDevice,
+            (DimensionKind::Mac, End::Src) => Field::SrcMac,
+            (DimensionKind::Mac, End::Dst) => Field::DstMac,
+            (DimensionKind::Mark, _) => Field::Mark,
+        };
+        field_deferral(ruleset, place, field, fragment)
+    })
+}
+
+/// How a clause is evaluated at a place, for fragments or for whole packets.
+pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragment: bool) -> ClauseAbility {
+    let fields_of = |tests: &[crate::cube::Test]| {
+        tests.iter().find_map(|test| field_deferral(ruleset, place, test.field, fragment))
+    };
+    match &clause.kind {
+        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => match fields_of(tests) {
+            Some(deferral) => ClauseAbility::Unknown(deferral),
+            None => ClauseAbility::Known,
+        },
+        ClauseKind::Effect(test) => match (ruleset.effect_tests[*test].kind, place.mode) {
+            (EffectTestKind::Limit { .. }, _) => ClauseAbility::Observable(Deferral::Stateful(
+                "a rate limit spends credit that only the kernel's own rule keeps",
+            )),
+            (EffectTestKind::Random { .. }, Mode::Accelerate) => ClauseAbility::Unknown(Deferral::Stateful(
+                "the kernel's own rule draws its own random number",
+            )),
+            (EffectTestKind::Nth { .. }, Mode::Accelerate) => {
+                ClauseAbility::Observable(Deferral::Stateful("the kernel's own rule keeps the counter"))
+            }
+            (_, Mode::Replace) => ClauseAbility::Known,
+        },
+        ClauseKind::Opaque(opaque) => {
+            let deferral = Deferral::Opaque { name: opaque.name.clone(), reason: opaque.reason.clone() };
+            if opaque.observable {
+                ClauseAbility::Observable(deferral)
+            } else {
+                ClauseAbility::Unknown(deferral)
+            }
+        }
+    }
+}
+
+/// Why an action hands the packet to the kernel, if it does.
+pub fn action_deferral(place: &Place, action: &Action) -> Option<Deferral> {
+    match action {
+        Action::Effect { what, .. } | Action::Steal(what) => {
+            Some(Deferral::Opaque { name: what.name.clone(), reason: what.reason.clone() })
+        }
+        Action::Write(write) if place.mode == Mode::Replace && write.field != Field::Mark => {
+            Some(Deferral::Field { field: write.field, reason: "the packet's bytes are not rewritten here" })
+        }
+        Action::Write(_) if place.mode == Mode::Replace && place.attach == Some(Attach::Xdp) => {
+            Some(Deferral::Field { field: Field::Mark, reason: "a frame has no mark at XDP" })
+        }
+        Action::Reject(_) if place.mode == Mode::Replace => Some(Deferral::Opaque {
+            name: "REJECT".into(),
+            reason: "answers packets, which no program here does yet".into(),
+        }),
+        _ => None,
+    }
+}
+
+/// The first thing about a rule that its place does not offer for whole packets, and where the user wrote it.
+pub fn rule_deferral(ruleset: &Ruleset, place: &Place, rule: &RuleData) -> Option<(Span, Deferral)> {
+    let clause = rule.clauses.iter().find_map(|clause| match clause_ability(ruleset, place, clause, false) {
+        ClauseAbility::Known => None,
+        ClauseAbility::Unknown(deferral) | ClauseAbility::Observable(deferral) => {
+            Some((clause.span, deferral))
+        }
+    });
+    clause.or_else(|| action_deferral(place, &rule.action).map(|deferral| (rule.action_span, deferral)))
+}
