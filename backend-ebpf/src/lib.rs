@@ -1,1 +1,13 @@
-//! Placeholder.
+//! From polc's plans to standard BPF object files, and the userspace machine that checks them.
+//!
+//! Words: an *instruction* takes one or two *slots* of 64 bits; a *label* is a place a jump can name; a *relocation*
+//! is an instruction that needs a map's address when the program is loaded; a *map* is a table the kernel keeps for
+//! a program, and a *direct value* is a byte in a map that code addresses without a lookup; an *object* is the ELF
+//! file that holds programs, maps and what is known about both.
+//!
+//! The rooms, from the ground up: [`insn`] is the instruction set, [`asm`] turns instructions and labels into
+//! position-fixed code, `object` turns code and maps into one ELF file and back, `vm` runs an object without a
+//! kernel, `budget` says whether the kernel's verifier will accept it. Start with [`asm::Asm`].
+
+pub mod asm;
+pub mod insn;
