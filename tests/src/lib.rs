@@ -1,1 +1,6 @@
-//! Placeholder.
+//! What the tests, benches and fuzz targets of polc share: corpora, generators, oracles and runners.
+//!
+//! Tests here are data where they can be: a new case is a new file or a line in one. Generators and oracles are
+//! libraries; a property or a fuzz target only joins them.
+
+pub mod corpus;
