@@ -24,6 +24,7 @@
 //! assert_eq!(a.finish().unwrap().slots.len(), 5);
 //! ```
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use cranelift_entity::{EntityRef, PrimaryMap, entity_impl, packed_option::PackedOption};
@@ -58,6 +59,13 @@ pub struct LineRef {
     /// The line's text, without its end.
     pub text: String,
 }
+
+/// Most bytes of a source line's text that an object holds: 32,767 different lines of one program stay well below the
+/// 16 MB that the kernel takes of type information and strings.
+pub const LINE_TEXT_BYTES_MAX: usize = 240;
+
+/// Largest line number an object holds: 22 bits (include/uapi/linux/bpf.h, `BPF_LINE_INFO_LINE_NUM`).
+pub const LINE_NUMBER_MAX: u32 = (1 << 22) - 1;
 
 /// What an `ld_imm64` asks of the map it names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -118,6 +126,33 @@ impl Code {
         let mark = self.line_marks.partition_point(|&(from, _)| from <= slot).checked_sub(1)?;
         let line = self.line_marks[mark].1.expand()?;
         self.lines.get(line.index())
+    }
+
+    /// Drops files and lines that nothing refers to, merges equal ones, and numbers them in the order of first use:
+    /// the one form that survives a round trip through a file.
+    fn tidy_lines(&mut self) {
+        let (old_files, old_lines) = (std::mem::take(&mut self.files), std::mem::take(&mut self.lines));
+        let mut files = BTreeMap::new();
+        let mut lines = BTreeMap::new();
+        let mut marks: Vec<(u32, PackedOption<Line>)> = Vec::new();
+        for (slot, line) in std::mem::take(&mut self.line_marks) {
+            let line = line.expand().map(|line| {
+                let LineRef { file, line, text } = &old_lines[line.index()];
+                let name = &old_files[file.index()];
+                let file = *files.entry(name).or_insert_with(|| {
+                    self.files.push(name.clone());
+                    File::new(self.files.len() - 1)
+                });
+                *lines.entry((file, *line, text)).or_insert_with(|| {
+                    self.lines.push(LineRef { file, line: *line, text: text.clone() });
+                    Line::new(self.lines.len() - 1)
+                })
+            });
+            if marks.last().map_or(PackedOption::default(), |last| last.1) != line.into() {
+                marks.push((slot, line.into()));
+            }
+        }
+        self.line_marks = marks;
     }
 
     /// The program as `(slot, instruction)` pairs.
@@ -306,14 +341,18 @@ impl Asm {
 
     /// Registers a source file by the name that users know.
     pub fn file(&mut self, name: impl Into<String>) -> File {
-        self.code.files.push(name.into());
+        self.code.files.push(name.into().replace('\0', "\u{fffd}"));
         File::new(self.code.files.len() - 1)
     }
 
     /// Registers a source line. Registering is separate from [`Asm::set_line`] so that a rule whose code is in many
     /// places is stored once.
+    /// Text is cut at [`LINE_TEXT_BYTES_MAX`], a number above [`LINE_NUMBER_MAX`] becomes that: the object file holds
+    /// no more.
     pub fn line(&mut self, file: File, line: u32, text: impl Into<String>) -> Line {
-        self.code.lines.push(LineRef { file, line, text: text.into() });
+        let mut text = text.into().replace('\0', "\u{fffd}");
+        text.truncate(text.floor_char_boundary(LINE_TEXT_BYTES_MAX));
+        self.code.lines.push(LineRef { file, line: line.min(LINE_NUMBER_MAX), text });
         Line::new(self.code.lines.len() - 1)
     }
 
@@ -471,6 +510,7 @@ impl Asm {
             // `off` occupies bits 16 to 31 of a slot (see `insn`).
             self.code.slots[at as usize] |= u64::from(off as u16) << 16;
         }
+        self.code.tidy_lines();
         check(&self.code)?;
         Ok(self.code)
     }

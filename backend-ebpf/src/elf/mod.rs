@@ -1,0 +1,65 @@
+//! The ELF file of an object: what is in which section.
+//!
+//! | section | contents |
+//! | --- | --- |
+//! | `license` | NUL-terminated licence |
+//! | `.maps` | zeros; the declarations are in `.BTF` |
+//! | `.rodata.*` `.data.*` `.bss.*` | a data map each |
+//! | `xdp`, `classifier` | programs of that kind, one after the other, a global function symbol each |
+//! | `.relxdp`, `.relclassifier` | `R_BPF_64_64` for each map reference |
+//! | `.BTF` | types of maps and programs, strings |
+//! | `.BTF.ext` | functions and source lines |
+//! | `polc.manifest` | [`Notes`] as JSON |
+//!
+//! A reference to a declared map points at its variable's symbol; a reference into a data map at the section's
+//! symbol, with the offset in the first immediate of the `ld_imm64`. That is what clang writes and what libbpf, aya
+//! and iproute2 expect.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::manifest::Manifest;
+
+pub(crate) mod read;
+pub(crate) mod write;
+
+const LICENSE: &str = "license";
+const MAPS: &str = ".maps";
+const BTF: &str = ".BTF";
+const BTF_EXT: &str = ".BTF.ext";
+const MANIFEST: &str = "polc.manifest";
+
+/// The attributes of a declared map, in the order they are written.
+const MAP_ATTRIBUTES: [&str; 5] = ["type", "key_size", "value_size", "max_entries", "map_flags"];
+
+/// Bytes of a map's variable in `.maps`: a pointer an attribute.
+const MAP_BYTES: u32 = MAP_ATTRIBUTES.len() as u32 * 8;
+
+/// Bytes of a record of function and of line information.
+const FUNC_INFO_BYTES: u32 = 8;
+const LINE_INFO_BYTES: u32 = 16;
+
+/// Line numbers take 22 bits of a record, columns the lower 10 (include/uapi/linux/bpf.h).
+const LINE_SHIFT: u32 = 10;
+
+/// What section `polc.manifest` holds: the manifest, and the side tables of the code that ELF has no place for.
+#[derive(Serialize, Deserialize)]
+struct Notes<'a> {
+    /// For people and loaders.
+    manifest: Cow<'a, Manifest>,
+    /// Maps by symbol, in the order of their numbers.
+    maps: Vec<String>,
+    /// Programs in order.
+    programs: Vec<ProgramNotes>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ProgramNotes {
+    name: String,
+    /// Slots of `ldxw` that load packet pointers.
+    ctx_loads: Vec<u32>,
+    /// Backward jumps: slot, trips.
+    loops: Vec<(u32, u32)>,
+}

@@ -1,0 +1,101 @@
+//! What an object says about itself in JSON: where it belongs, what it counts, what it needs.
+//!
+//! A loader that knows polc reads it from the section `polc.manifest`; any other loader skips it, so nothing that the
+//! programs need to decide packets may be here alone. Fields are added, never renamed; readers ignore fields they
+//! don't know.
+
+use polc_ir::env::{Attach, Device, Mode};
+use polc_ir::hook::{Family, Hook, Semantics};
+use serde::{Deserialize, Serialize};
+
+/// The manifest of an object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Manifest {
+    /// Version of polc that wrote the object.
+    pub polc: String,
+    /// Where the programs sit.
+    pub attach: Option<Attach>,
+    /// The hooks whose chains were compiled, in order.
+    pub path: Vec<Hook>,
+    /// How the object is deployed.
+    pub mode: Option<Mode>,
+    /// The address family.
+    pub family: Option<Family>,
+    /// Whose corner cases were followed.
+    pub semantics: Option<Semantics>,
+    /// What each slot of the counter map counts; the index is the slot.
+    pub counters: Vec<CounterSlot>,
+    /// Devices that the object tells apart, with the numbers it was compiled for.
+    pub devices: Vec<Device>,
+    /// What a loader has to be able to do beyond the common.
+    pub needs: Needs,
+    /// Oldest kernel with everything the object uses.
+    pub kernel_min: KernelVersion,
+}
+
+/// What one counter slot counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CounterSlot {
+    /// What kind of end it is.
+    pub kind: CounterKind,
+    /// The table, where a rule or a policy decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<String>,
+    /// The chain, where a rule or a policy decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<String>,
+    /// The rule's number within its chain, from 1, as `iptables -L --line-numbers` shows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<u32>,
+    /// The source file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// The source line, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
+    /// The source line's text, or a few words where no rule decided.
+    pub text: String,
+    /// `accept`, `drop`, `reject` or `defer`; none for rules that only count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+/// What a counter slot stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CounterKind {
+    /// A rule's action.
+    Rule,
+    /// A base chain's policy.
+    Policy,
+    /// A match that drops what it can't read.
+    Hotdrop,
+    /// Left to the kernel's own rules.
+    Defer,
+    /// A frame that never reaches the rules.
+    Frame,
+    /// No rule and no policy.
+    Nothing,
+}
+
+/// What a loader needs beyond loading one ELF file unchanged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Needs {
+    /// A program array has to be filled with the object's other programs.
+    pub tail_calls: bool,
+    /// Maps of maps have to be made and filled.
+    pub inner_maps: bool,
+}
+
+/// A kernel version, major and minor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct KernelVersion(pub u16, pub u16);
+
+impl std::fmt::Display for KernelVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}

@@ -1,0 +1,147 @@
+//! A small but real object that several tests share: it counts packets for each protocol in a per-CPU array, drops
+//! the ports listed in a data section, and remembers the last source address in another.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+pub(crate) mod kernel;
+
+use cranelift_entity::EntityRef;
+use polc_backend_ebpf::asm::{Asm, Code};
+use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
+use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest};
+use polc_backend_ebpf::object::{DataSection, MapDef, Object, Program, ProgramKind};
+use polc_ir::entities::Map;
+
+/// Dropped ports in network order, then one that is compared and never there.
+pub(crate) const PORTS: [u16; 4] = [22, 23, 445, 0xffff];
+
+/// What programs return.
+pub(crate) struct Actions {
+    pub(crate) pass: i32,
+    pub(crate) drop: i32,
+}
+
+pub(crate) fn actions(kind: ProgramKind) -> Actions {
+    match kind {
+        ProgramKind::Xdp => Actions { pass: 2, drop: 1 },
+        ProgramKind::Classifier => Actions { pass: 0, drop: 2 },
+    }
+}
+
+/// Offsets of `data` and `data_end` in the context.
+pub(crate) fn packet_pointers(kind: ProgramKind) -> (i16, i16) {
+    match kind {
+        ProgramKind::Xdp => (0, 4),
+        ProgramKind::Classifier => (76, 80),
+    }
+}
+
+/// The object with one program of each of `kinds`.
+pub(crate) fn sample(kinds: &[ProgramKind]) -> Object {
+    let manifest = Manifest {
+        polc: "0.1.0".to_string(),
+        counters: vec![CounterSlot {
+            kind: CounterKind::Rule,
+            table: Some("filter".to_string()),
+            chain: Some("INPUT".to_string()),
+            rule: Some(1),
+            file: Some("rules.v4".to_string()),
+            line: Some(4),
+            text: "-A INPUT -p tcp --dport 22 -j DROP".to_string(),
+            verdict: Some("drop".to_string()),
+        }],
+        kernel_min: KernelVersion(5, 2),
+        ..Manifest::default()
+    };
+    let mut object = Object::new(manifest);
+    let ports = PORTS.iter().flat_map(|port| u32::from(*port).to_le_bytes()).collect();
+    let ports = object.maps.push(MapDef::data("ports", DataSection::Rodata, ports));
+    let last = object.maps.push(MapDef::data("last", DataSection::Data, vec![0; 16]));
+    let counts = object.maps.push(MapDef::percpu_array("counts", 8, 256));
+    for &kind in kinds {
+        let name = format!("sample_{}", if kind == ProgramKind::Xdp { "xdp" } else { "tc" });
+        object.programs.push(Program { name, kind, code: code(kind, ports, last, counts) });
+    }
+    object
+}
+
+fn code(kind: ProgramKind, ports: Map, last: Map, counts: Map) -> Code {
+    let Actions { pass, drop } = actions(kind);
+    let (data, data_end) = packet_pointers(kind);
+    let (r0, r1, r2, r3, r6, r7, r8) = (Reg::R0, Reg::R1, Reg::R2, Reg::R3, Reg::R6, Reg::R7, Reg::R8);
+    let mut a = Asm::new();
+    let file = a.file("rules.v4");
+    let parse = a.line(file, 1, "*filter");
+    let rule = a.line(file, 4, "-A INPUT -p tcp --dport 22 -j DROP");
+    let (passing, dropping) = (a.label(), a.label());
+
+    a.comment("packet pointers");
+    a.load_ctx_pointer(r2, r1, data);
+    a.load_ctx_pointer(r3, r1, data_end);
+    a.set_line(Some(parse));
+    a.mov64(r6, r2);
+    a.alu64(AluOp::Add, r2, 14 + 20 + 4);
+    a.jump64(Cond::Gt, r2, r3, passing);
+    a.load(Size::H, r1, r6, 12);
+    a.jump32(Cond::Ne, r1, 0x0008, passing);
+    a.load(Size::B, r7, r6, 14 + 9);
+    a.load(Size::H, r8, r6, 14 + 20 + 2);
+    a.be(16, r8);
+
+    a.comment("remember the source address");
+    a.load(Size::W, r2, r6, 14 + 12);
+    a.load_map_value(r1, last, 8);
+    a.store(Size::W, r1, 0, r2);
+
+    a.comment("count by protocol");
+    a.store(Size::W, Reg::FP, -4, r7);
+    a.load_map(r1, counts);
+    a.mov64(r2, Reg::FP);
+    a.alu64(AluOp::Add, r2, -4);
+    a.call(Helper::MAP_LOOKUP_ELEM);
+    a.jump64(Cond::Eq, r0, 0, passing);
+    a.load(Size::Dw, r1, r0, 0);
+    a.alu64(AluOp::Add, r1, 1);
+    a.store(Size::Dw, r0, 0, r1);
+
+    a.set_line(Some(rule));
+    for index in 0..PORTS.len() {
+        a.load_map_value(r1, ports, index as u32 * 4);
+        a.load(Size::W, r2, r1, 0);
+        a.jump32(Cond::Eq, r8, r2, dropping);
+    }
+    a.set_line(None);
+    a.bind(passing);
+    a.mov32(r0, pass);
+    a.exit();
+    a.set_line(Some(rule));
+    a.bind(dropping);
+    a.mov32(r0, drop);
+    a.exit();
+    a.finish().expect("the sample assembles")
+}
+
+/// A UDP packet to `port` from 192.0.2.`last`, 60 bytes long.
+pub(crate) fn packet(port: u16, last: u8) -> Vec<u8> {
+    let mut packet = vec![0; 60];
+    packet[12] = 8;
+    packet[14] = 0x45;
+    packet[17] = 46;
+    packet[22] = 64;
+    packet[23] = 17;
+    packet[26..30].copy_from_slice(&[192, 0, 2, last]);
+    packet[30..34].copy_from_slice(&[198, 51, 100, 1]);
+    packet[36..38].copy_from_slice(&port.to_be_bytes());
+    packet
+}
+
+/// The object without what files don't hold.
+pub(crate) fn without_comments(mut object: Object) -> Object {
+    object.programs.iter_mut().for_each(|program| program.code.comments.clear());
+    object
+}
+
+/// The map numbered `index`.
+pub(crate) fn map(index: usize) -> Map {
+    Map::new(index)
+}

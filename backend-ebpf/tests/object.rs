@@ -1,0 +1,86 @@
+//! Objects survive the way through their file, the file is always the same, and damaged files are refused by name.
+
+mod common;
+
+use common::{sample, without_comments};
+use polc_backend_ebpf::asm::Asm;
+use polc_backend_ebpf::insn::Reg;
+use polc_backend_ebpf::manifest::Manifest;
+use polc_backend_ebpf::object::{DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
+
+#[test]
+fn read_gives_back_what_was_written() {
+    for kinds in [&ProgramKind::ALL[..], &[ProgramKind::Xdp], &[ProgramKind::Classifier]] {
+        let object = sample(kinds);
+        let bytes = object.write().expect("writes");
+        assert_eq!(bytes, object.write().expect("writes"), "the same bytes each time");
+        let again = Object::read(&bytes).expect("reads");
+        assert_eq!(again, without_comments(object));
+        assert_eq!(again.write().expect("writes"), bytes);
+    }
+}
+
+#[test]
+fn several_programs_share_a_section() {
+    let mut object = Object::new(Manifest::default());
+    let data = object.maps.push(MapDef::data("zero", DataSection::Bss, vec![0; 64]));
+    for (name, value) in [("one", 1), ("two", 2), ("three", 3)] {
+        let mut a = Asm::new();
+        let file = a.file(format!("{name}.rules"));
+        let line = a.line(file, value as u32, name);
+        a.mov32(Reg::R0, value);
+        a.set_line(Some(line));
+        a.load_map_value(Reg::R1, data, value as u32);
+        a.exit();
+        let code = a.finish().expect("assembles");
+        object.programs.push(Program { name: name.to_string(), kind: ProgramKind::Xdp, code });
+    }
+    let bytes = object.write().expect("writes");
+    assert_eq!(Object::read(&bytes).expect("reads"), object);
+}
+
+#[test]
+fn malformed_objects_are_not_written() {
+    let with = |change: fn(&mut Object)| {
+        let mut object = sample(&[ProgramKind::Xdp]);
+        change(&mut object);
+        object.write().expect_err("refused")
+    };
+    assert!(matches!(with(|o| o.programs[0].name = "a-b".to_string()), ObjectError::Malformed(_)));
+    assert!(matches!(
+        with(|o| o.programs[0].name = "sixteen_letters_".to_string()),
+        ObjectError::Malformed(_)
+    ));
+    assert!(matches!(with(|o| o.programs.push(o.programs[0].clone())), ObjectError::Malformed(_)));
+    assert!(matches!(with(|o| o.programs[0].code.slots.clear()), ObjectError::Insn { at: 0, .. }));
+    assert!(matches!(with(|o| o.programs[0].code.slots[0] = u64::MAX), ObjectError::Insn { at: 0, .. }));
+    assert!(matches!(with(|o| _ = o.programs[0].code.relocs.pop()), ObjectError::Insn { .. }));
+    assert!(matches!(with(|o| o.programs[0].code.ctx_loads.push(9)), ObjectError::Insn { at: 9, .. }));
+    assert!(matches!(with(|o| _ = o.maps.push(MapDef::percpu_array("x", 8, 0))), ObjectError::Malformed(_)));
+    let empty = |o: &mut Object| _ = o.maps.push(MapDef::data("x", DataSection::Data, Vec::new()));
+    assert!(matches!(with(empty), ObjectError::Malformed(_)));
+}
+
+#[test]
+fn damaged_files_are_refused_without_a_panic() {
+    let bytes = sample(&ProgramKind::ALL).write().expect("writes");
+    assert!(matches!(Object::read(b""), Err(ObjectError::Elf(_))));
+    assert!(matches!(Object::read(b"#!/bin/sh\n"), Err(ObjectError::Elf(_))));
+    for length in 0..bytes.len() {
+        assert!(Object::read(&bytes[..length]).is_err(), "cut to {length} bytes");
+    }
+    let mut machine = bytes.clone();
+    machine[18] = 62; // EM_X86_64
+    assert_eq!(Object::read(&machine), Err(ObjectError::Machine));
+    // Every byte, with its bits inverted one at a time and all together: an error or another object.
+    for at in 0..bytes.len() {
+        for flip in [0x01, 0x04, 0x10, 0x80, 0xff] {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= flip;
+            if let Ok(object) = Object::read(&damaged) {
+                let again = object.write().expect("what was read can be written");
+                assert_eq!(Object::read(&again).expect("and read"), object);
+            }
+        }
+    }
+}
