@@ -1,0 +1,215 @@
+//! Maps, emulated: where each value lives in the arena and how keys find it.
+//!
+//! Arrays and hash tables behave as kernel/bpf/arraymap.c and hashtab.c do for one CPU. A per-CPU map has one value
+//! an index here, as if there were one CPU. A value's address never changes while it is in the map.
+
+use std::collections::BTreeMap;
+
+use polc_ir::entities::Map;
+
+use super::VmError;
+use super::arena::Arena;
+use crate::object::{MapDef, MapKind, MapType, Object};
+
+/// `BPF_NOEXIST` and `BPF_EXIST` of map updates.
+const NOEXIST: u64 = 1;
+const EXIST: u64 = 2;
+
+const ENOENT: i64 = 2;
+const E2BIG: i64 = 7;
+const EEXIST: i64 = 17;
+const EINVAL: i64 = 22;
+
+/// Most bytes all map values of an object may take in the VM.
+pub const MAP_BYTES_MAX: usize = 1 << 30;
+
+/// How keys find values.
+enum Lookup {
+    /// The key is a `u32` index.
+    Array,
+    /// The key is looked up; free slots are taken from the end of the list.
+    Hash { slots: BTreeMap<Vec<u8>, u32>, free: Vec<u32> },
+    /// No values: programs by index.
+    Programs(Vec<Option<usize>>),
+}
+
+/// One emulated map.
+pub(crate) struct MapState {
+    pub(crate) key_bytes: usize,
+    pub(crate) value_bytes: usize,
+    /// Distance between values.
+    stride: usize,
+    pub(crate) entries: u32,
+    /// Address of the first value.
+    pub(crate) base: u64,
+    lookup: Lookup,
+}
+
+impl MapState {
+    /// Bytes of arena that `def` needs.
+    pub(crate) fn arena_bytes(def: &MapDef) -> Option<usize> {
+        let (_, value, entries) = sizes(def);
+        value.next_multiple_of(8).checked_mul(entries as usize).filter(|bytes| *bytes <= MAP_BYTES_MAX)
+    }
+
+    /// Makes the map, its contents as when just loaded.
+    pub(crate) fn new(def: &MapDef, arena: &mut Arena) -> Result<MapState, VmError> {
+        let unsupported = || VmError::UnsupportedMap { map: def.name.clone() };
+        let (key_bytes, value_bytes, entries) = sizes(def);
+        let lookup = match &def.kind {
+            MapKind::Data { .. } => Lookup::Array,
+            MapKind::Declared { map_type, .. } => match *map_type {
+                MapType::ARRAY | MapType::PERCPU_ARRAY if key_bytes == 4 => Lookup::Array,
+                MapType::HASH | MapType::PERCPU_HASH => {
+                    Lookup::Hash { slots: BTreeMap::new(), free: (0..entries).rev().collect() }
+                }
+                MapType::PROG_ARRAY => Lookup::Programs(vec![None; entries as usize]),
+                _ => return Err(unsupported()),
+            },
+        };
+        let stride = value_bytes.next_multiple_of(8);
+        let base = arena.take(stride * entries as usize);
+        let mut map = MapState { key_bytes, value_bytes, stride, entries, base, lookup };
+        map.reset(def, arena);
+        Ok(map)
+    }
+
+    /// Puts the contents back to what they are when just loaded. Programs stay.
+    pub(crate) fn reset(&mut self, def: &MapDef, arena: &mut Arena) {
+        match def.contents() {
+            Some(contents) => arena.copy_in(self.base, contents),
+            None => arena.clear(self.base, self.stride * self.entries as usize),
+        }
+        if let Lookup::Hash { slots, free } = &mut self.lookup {
+            slots.clear();
+            *free = (0..self.entries).rev().collect();
+        }
+    }
+
+    fn value_at(&self, slot: u32) -> u64 {
+        self.base + slot as u64 * self.stride as u64
+    }
+
+    /// The address of the value for `key`, `key_bytes` long.
+    pub(crate) fn lookup(&self, key: &[u8]) -> Option<u64> {
+        match &self.lookup {
+            Lookup::Array => {
+                index(key).filter(|index| *index < self.entries).map(|index| self.value_at(index))
+            }
+            Lookup::Hash { slots, .. } => slots.get(key).map(|slot| self.value_at(*slot)),
+            Lookup::Programs(_) => None,
+        }
+    }
+
+    /// Finds or makes room for the value of `key`; the address to write it to, or `-errno`.
+    pub(crate) fn update(&mut self, key: &[u8], flags: u64) -> Result<u64, i64> {
+        if flags > EXIST {
+            return Err(-EINVAL);
+        }
+        let (base, stride) = (self.base, self.stride as u64);
+        match &mut self.lookup {
+            Lookup::Array => match index(key) {
+                Some(index) if index >= self.entries => Err(-E2BIG),
+                Some(_) if flags == NOEXIST => Err(-EEXIST),
+                Some(index) => Ok(self.value_at(index)),
+                None => Err(-EINVAL),
+            },
+            Lookup::Hash { slots, free } => {
+                let slot = match slots.get(key) {
+                    Some(_) if flags == NOEXIST => return Err(-EEXIST),
+                    Some(slot) => *slot,
+                    None if flags == EXIST => return Err(-ENOENT),
+                    None => {
+                        let slot = free.pop().ok_or(-E2BIG)?;
+                        slots.insert(key.to_vec(), slot);
+                        slot
+                    }
+                };
+                Ok(base + u64::from(slot) * stride)
+            }
+            Lookup::Programs(_) => Err(-EINVAL),
+        }
+    }
+
+    /// Removes `key`; 0 or `-errno`.
+    pub(crate) fn delete(&mut self, key: &[u8]) -> i64 {
+        match &mut self.lookup {
+            Lookup::Hash { slots, free } => match slots.remove(key) {
+                Some(slot) => {
+                    free.push(slot);
+                    0
+                }
+                None => -ENOENT,
+            },
+            Lookup::Array | Lookup::Programs(_) => -EINVAL,
+        }
+    }
+
+    /// The program that a tail call to `index` reaches.
+    pub(crate) fn program(&self, index: u32) -> Option<usize> {
+        match &self.lookup {
+            Lookup::Programs(programs) => programs.get(index as usize).copied().flatten(),
+            _ => None,
+        }
+    }
+
+    /// Sets the program at `index`; whether the map has such a place.
+    pub(crate) fn set_program(&mut self, index: u32, program: usize) -> bool {
+        match &mut self.lookup {
+            Lookup::Programs(programs) => match programs.get_mut(index as usize) {
+                Some(place) => {
+                    *place = Some(program);
+                    true
+                }
+                None => false,
+            },
+            _ => false,
+        }
+    }
+}
+
+/// Bytes of key and value, and entries.
+fn sizes(def: &MapDef) -> (usize, usize, u32) {
+    match &def.kind {
+        MapKind::Data { contents, .. } => (4, contents.len(), 1),
+        MapKind::Declared { map_type: MapType::PROG_ARRAY, max_entries, .. } => (4, 0, *max_entries),
+        MapKind::Declared { key_bytes, value_bytes, max_entries, .. } => {
+            (*key_bytes as usize, *value_bytes as usize, *max_entries)
+        }
+    }
+}
+
+fn index(key: &[u8]) -> Option<u32> {
+    Some(u32::from_ne_bytes(key.try_into().ok()?))
+}
+
+/// Bytes of arena for all maps of an object.
+pub(crate) fn arena_bytes(object: &Object) -> Result<usize, VmError> {
+    let mut total = 0usize;
+    for def in object.maps.values() {
+        let bytes = MapState::arena_bytes(def).filter(|_| entries_bounded(def));
+        total = bytes
+            .and_then(|bytes| total.checked_add(bytes))
+            .filter(|total| *total <= MAP_BYTES_MAX)
+            .ok_or_else(|| VmError::TooLarge { map: def.name.clone() })?;
+    }
+    Ok(total)
+}
+
+/// Bookkeeping of hash tables and program arrays takes memory for each entry, values or not.
+fn entries_bounded(def: &MapDef) -> bool {
+    sizes(def).2 as usize <= MAP_BYTES_MAX / 64
+}
+
+/// The handle that stands for a map in `ld_imm64`: not an address, so that a program that follows it faults.
+pub(crate) fn handle(map: Map) -> u64 {
+    HANDLE_BASE + u64::from(map.as_u32())
+}
+
+/// The index of the map a handle stands for.
+pub(crate) fn from_handle(handle: u64) -> Option<usize> {
+    usize::try_from(handle.checked_sub(HANDLE_BASE)?).ok()
+}
+
+/// rbpf gives `ld_imm64` of a map its plain number; small ones could be confused with lengths and indices.
+const HANDLE_BASE: u64 = 0x4d41_5000;
