@@ -83,9 +83,9 @@ impl Builder {
         self.add("", KIND_ARRAY, 0, 0, &[element, index, length])
     }
 
-    /// A structure declared elsewhere, known by name only.
-    pub(crate) fn forward(&mut self, name: &str) -> u32 {
-        self.add(name, KIND_FWD, 0, 0, &[])
+    /// A structure without members that anybody asks for. The kernel recognises contexts by their name.
+    pub(crate) fn opaque_struct(&mut self, name: &str, bytes: u32) -> u32 {
+        self.add(name, KIND_STRUCT, 0, bytes, &[])
     }
 
     /// A structure of pointers, one after the other.

@@ -78,6 +78,16 @@ impl ProgramKind {
     }
 }
 
+impl ProgramKind {
+    /// Size of the context structure, in bytes.
+    pub const fn context_bytes(self) -> u32 {
+        match self {
+            ProgramKind::Xdp => 24,
+            ProgramKind::Classifier => 192,
+        }
+    }
+}
+
 impl fmt::Display for ProgramKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.section())

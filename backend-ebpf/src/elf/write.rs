@@ -158,7 +158,7 @@ fn add_programs(
     symbols: &SecondaryMap<Map, Option<SymbolId>>,
 ) -> Result<(), ObjectError> {
     let section = elf.add_section(Vec::new(), kind.section().as_bytes().to_vec(), SectionKind::Text);
-    let context = types.forward(kind.context());
+    let context = types.opaque_struct(kind.context(), kind.context_bytes());
     let pointer = types.ptr(context);
     let proto = types.func_proto(int, pointer);
     let name = types.string(kind.section());

@@ -41,12 +41,8 @@ pub struct Input<'a> {
     pub context: Context,
 }
 
-/// `__sk_buff` and `xdp_md`, in bytes.
-const SKB_BYTES: usize = 192;
-const XDP_BYTES: usize = 24;
-
 /// Space for the larger context with its wide pointers.
-pub(crate) const CONTEXT_BYTES_MAX: usize = SKB_BYTES + 3 * 8;
+pub(crate) const CONTEXT_BYTES_MAX: usize = bytes(ProgramKind::Classifier);
 
 const SKB_LEN: usize = 0;
 const SKB_PKT_TYPE: usize = 4;
@@ -69,10 +65,7 @@ pub(crate) const fn bytes(kind: ProgramKind) -> usize {
 
 /// Where the wide pointers `data`, `data_end` and `data_meta` are.
 pub(crate) const fn wide_pointers(kind: ProgramKind) -> usize {
-    match kind {
-        ProgramKind::Xdp => XDP_BYTES,
-        ProgramKind::Classifier => SKB_BYTES,
-    }
+    kind.context_bytes() as usize
 }
 
 /// Offset of the wide pointer that stands for the narrow one at `off`.
