@@ -30,7 +30,7 @@ use std::fmt;
 use cranelift_entity::{EntityRef, PrimaryMap, entity_impl, packed_option::PackedOption};
 use polc_ir::diag::Code as DiagCode;
 use polc_ir::entities::Map;
-use polc_ir::limits::PROGRAM_INSNS_MAX;
+use polc_ir::limits::{OBJECT_LINE_NUMBER_MAX, OBJECT_LINE_TEXT_BYTES_MAX, PROGRAM_INSNS_MAX};
 
 use crate::insn::{AluOp, ByteOrder, Cond, Helper, Insn, Operand, Reg, Size, Unsupported, Width, decode_all};
 
@@ -59,13 +59,6 @@ pub struct LineRef {
     /// The line's text, without its end.
     pub text: String,
 }
-
-/// Most bytes of a source line's text that an object holds: 32,767 different lines of one program stay well below the
-/// 16 MB that the kernel takes of type information and strings.
-pub const LINE_TEXT_BYTES_MAX: usize = 240;
-
-/// Largest line number an object holds: 22 bits (include/uapi/linux/bpf.h, `BPF_LINE_INFO_LINE_NUM`).
-pub const LINE_NUMBER_MAX: u32 = (1 << 22) - 1;
 
 /// What an `ld_imm64` asks of the map it names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -347,12 +340,12 @@ impl Asm {
 
     /// Registers a source line. Registering is separate from [`Asm::set_line`] so that a rule whose code is in many
     /// places is stored once.
-    /// Text is cut at [`LINE_TEXT_BYTES_MAX`], a number above [`LINE_NUMBER_MAX`] becomes that: the object file holds
+    /// Text is cut at [`OBJECT_LINE_TEXT_BYTES_MAX`], a number above [`OBJECT_LINE_NUMBER_MAX`] becomes that: the object file holds
     /// no more.
     pub fn line(&mut self, file: File, line: u32, text: impl Into<String>) -> Line {
         let mut text = text.into().replace('\0', "\u{fffd}");
-        text.truncate(text.floor_char_boundary(LINE_TEXT_BYTES_MAX));
-        self.code.lines.push(LineRef { file, line: line.min(LINE_NUMBER_MAX), text });
+        text.truncate(text.floor_char_boundary(OBJECT_LINE_TEXT_BYTES_MAX));
+        self.code.lines.push(LineRef { file, line: line.min(OBJECT_LINE_NUMBER_MAX), text });
         Line::new(self.code.lines.len() - 1)
     }
 
@@ -714,6 +707,20 @@ mod tests {
         let error = of_length(PROGRAM_INSNS_MAX + 1).unwrap_err();
         assert_eq!(error, AsmError::TooLong { slots: PROGRAM_INSNS_MAX + 1 });
         assert_eq!(error.code(), Some(PROGRAM_TOO_LONG));
+    }
+
+    #[test]
+    fn lines_are_cut_to_what_objects_hold() {
+        let mut a = Asm::new();
+        let file = a.file("rules");
+        // The limit falls inside the last character that begins before it.
+        let long = "x".repeat(OBJECT_LINE_TEXT_BYTES_MAX - 1) + "é" + "\0";
+        let line = a.line(file, u32::MAX, long);
+        a.set_line(Some(line));
+        a.exit();
+        let code = a.finish().unwrap();
+        assert_eq!(code.lines[0].text.len(), OBJECT_LINE_TEXT_BYTES_MAX - 1);
+        assert_eq!(code.lines[0].line, OBJECT_LINE_NUMBER_MAX);
     }
 
     #[test]

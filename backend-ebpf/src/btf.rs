@@ -27,9 +27,6 @@ pub(crate) const KIND_DECL_TAG: u8 = 17;
 pub(crate) const KIND_TYPE_TAG: u8 = 18;
 pub(crate) const KIND_ENUM64: u8 = 19;
 
-/// Largest `.BTF` section the kernel takes, in bytes (kernel/bpf/btf.c, `BTF_MAX_SIZE`).
-pub(crate) const BYTES_MAX: usize = 16 << 20;
-
 /// A growing `.BTF` section.
 #[derive(Default)]
 pub(crate) struct Builder {

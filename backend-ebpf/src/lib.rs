@@ -6,12 +6,13 @@
 //! file that holds programs, maps and what is known about both.
 //!
 //! The rooms, from the ground up: [`insn`] is the instruction set, [`asm`] turns instructions and labels into
-//! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`vm`] runs an object without a
-//! kernel, [`budget`] says whether the kernel's verifier will accept it. Start with [`asm::Asm`].
+//! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`disasm`] prints it, [`vm`] runs it
+//! without a kernel, [`budget`] says whether the kernel's verifier will accept it. Start with [`asm::Asm`].
 
 pub mod asm;
 mod btf;
 pub mod budget;
+pub mod disasm;
 mod elf;
 pub mod insn;
 pub mod manifest;

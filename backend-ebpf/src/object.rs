@@ -10,6 +10,7 @@ use std::fmt;
 use cranelift_entity::{EntityRef, PrimaryMap};
 use polc_ir::diag::Code as DiagCode;
 use polc_ir::entities::Map;
+use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
 
 use crate::asm::{Code, RelocKind};
 use crate::elf;
@@ -35,7 +36,7 @@ pub struct Object {
 /// One program of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
-    /// Its name: a C identifier of at most [`NAME_BYTES_MAX`] bytes.
+    /// Its name: a C identifier of at most [`BPF_NAME_BYTES_MAX`] bytes.
     pub name: String,
     /// What it is attached to.
     pub kind: ProgramKind,
@@ -94,13 +95,10 @@ impl fmt::Display for ProgramKind {
     }
 }
 
-/// Longest name of a program or map that the kernel keeps, in bytes (`BPF_OBJ_NAME_LEN` less the NUL).
-pub const NAME_BYTES_MAX: usize = 15;
-
 /// A map and, for data, its contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapDef {
-    /// Its name: a C identifier of at most [`NAME_BYTES_MAX`] bytes, unique in the object.
+    /// Its name: a C identifier of at most [`BPF_NAME_BYTES_MAX`] bytes, unique in the object.
     pub name: String,
     /// What it is.
     pub kind: MapKind,
@@ -366,16 +364,18 @@ impl Object {
             }
             match &def.kind {
                 MapKind::Data { section, contents } => {
-                    if contents.is_empty() || contents.len() > DATA_BYTES_MAX {
+                    if contents.is_empty() || contents.len() > OBJECT_DATA_BYTES_MAX {
                         let why = format!("data map `{}` of {} bytes", def.name, contents.len());
                         return Err(ObjectError::Malformed(why));
                     }
                     if *section == DataSection::Bss {
                         bss_bytes += contents.len();
                     }
-                    if bss_bytes > BSS_BYTES_MAX {
-                        let why =
-                            format!("`{}` is past the limit of {BSS_BYTES_MAX} bytes of .bss", def.name);
+                    if bss_bytes > OBJECT_BSS_BYTES_MAX {
+                        let why = format!(
+                            "`{}` is past the limit of {OBJECT_BSS_BYTES_MAX} bytes of .bss",
+                            def.name
+                        );
                         return Err(ObjectError::Malformed(why));
                     }
                     if *section == DataSection::Bss && contents.iter().any(|&byte| byte != 0) {
@@ -473,25 +473,17 @@ impl Object {
     }
 }
 
-/// Largest data map, in bytes: the largest array value the kernel makes (`KMALLOC_MAX_SIZE` does not bind arrays;
-/// direct values reach 2^29, kernel/bpf/verifier.c, `BPF_MAX_VAR_SIZ`).
-pub const DATA_BYTES_MAX: usize = 1 << 29;
-
-/// Most zeros the `.bss.*` sections of a file may stand for, in bytes: a small file must not make a reader allocate
-/// much.
-pub const BSS_BYTES_MAX: usize = 16 << 20;
-
 fn check_name(what: &str, name: &str) -> Result<(), ObjectError> {
     let mut bytes = name.bytes();
     let starts = bytes.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_');
     if starts
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-        && name.len() <= NAME_BYTES_MAX
+        && name.len() <= BPF_NAME_BYTES_MAX
     {
         Ok(())
     } else {
         Err(ObjectError::Malformed(format!(
-            "`{name}` can't name a {what}: a C identifier of at most {NAME_BYTES_MAX} bytes is needed"
+            "`{name}` can't name a {what}: a C identifier of at most {BPF_NAME_BYTES_MAX} bytes is needed"
         )))
     }
 }

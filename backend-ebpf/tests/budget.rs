@@ -218,7 +218,10 @@ fn object(code: Code) -> Object {
 /// What the verifier processed, or its complaint.
 fn verified(code: Code) -> Result<u64, String> {
     let bytes = object(code).write().expect("writes");
-    let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya makes the maps");
+    let mut ebpf = aya::EbpfLoader::new()
+        .verifier_log_level(aya::VerifierLogLevel::STATS)
+        .load(&bytes)
+        .expect("aya makes the maps");
     let program: &mut Xdp = ebpf.program_mut("main").expect("named").try_into().expect("XDP");
     program.load().map_err(|error| format!("{error:?}"))?;
     let info = program.info().expect("info");

@@ -7,6 +7,7 @@ use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
+use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX};
 
 #[test]
 fn read_gives_back_what_was_written() {
@@ -59,6 +60,28 @@ fn malformed_objects_are_not_written() {
     assert!(matches!(with(|o| _ = o.maps.push(MapDef::percpu_array("x", 8, 0))), ObjectError::Malformed(_)));
     let empty = |o: &mut Object| _ = o.maps.push(MapDef::data("x", DataSection::Data, Vec::new()));
     assert!(matches!(with(empty), ObjectError::Malformed(_)));
+}
+
+#[test]
+fn limits_hold_at_their_edges() {
+    let with_bss = |bytes: usize| {
+        let mut object = sample(&[ProgramKind::Xdp]);
+        object.maps.push(MapDef::data("zeros", DataSection::Bss, vec![0; bytes]));
+        object.write()
+    };
+    let largest = with_bss(OBJECT_BSS_BYTES_MAX).expect("writes");
+    assert!(largest.len() < 100_000, "zeros take no space");
+    assert!(Object::read(&largest).is_ok());
+    assert!(matches!(with_bss(OBJECT_BSS_BYTES_MAX + 1), Err(ObjectError::Malformed(_))));
+
+    let named = |bytes: usize| {
+        let mut object = sample(&[ProgramKind::Xdp]);
+        object.programs[0].name = "n".repeat(bytes);
+        object.write().map(drop)
+    };
+    assert_eq!(named(BPF_NAME_BYTES_MAX), Ok(()));
+    assert!(named(BPF_NAME_BYTES_MAX + 1).is_err());
+    assert!(named(0).is_err());
 }
 
 #[test]

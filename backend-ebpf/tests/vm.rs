@@ -13,6 +13,7 @@ use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, Object, Program, ProgramKind};
 use polc_backend_ebpf::vm::{Context, Input, RunResult, Vm, VmError};
 use polc_ir::entities::Map;
+use polc_ir::limits::VM_PACKET_BYTES_MAX;
 
 const OUT_BYTES: usize = 256;
 
@@ -555,10 +556,34 @@ fn what_the_vm_lacks_is_refused() {
         a.exit();
     });
     assert_eq!(huge, VmError::TooLarge { map: "huge".to_string() });
-    let long = vec![0; 70_000];
+    let long = vec![0; VM_PACKET_BYTES_MAX + 1];
     let mut vm = Vm::new(&sample(&[ProgramKind::Xdp])).expect("links");
-    assert_eq!(vm.run(0, &input(&long)), Err(VmError::PacketTooLong(70_000)));
+    assert_eq!(vm.run(0, &input(&long)), Err(VmError::PacketTooLong(long.len())));
+    assert!(vm.run(0, &input(&long[1..])).is_ok());
     assert_eq!(vm.run(1, &input(&[])), Err(VmError::NoProgram(1)));
+}
+
+/// Damaged instructions are refused, fault, or run to an end; the VM itself never panics, hangs or leaves its memory.
+#[test]
+fn damaged_programs_do_no_harm() {
+    let (object, packet) = (sample(&ProgramKind::ALL), packet(22, 1));
+    let mut c = Choices(0x5eed);
+    let (mut refused, mut faulted, mut ran) = (0, 0, 0);
+    for _ in 0..20_000 {
+        let mut object = object.clone();
+        let program = c.below(2) as usize;
+        for _ in 0..=c.below(3) {
+            let slots = &mut object.programs[program].code.slots;
+            let at = c.below(slots.len() as u64) as usize;
+            slots[at] ^= if c.below(2) == 0 { 1 << c.below(64) } else { c.next() << c.below(48) };
+        }
+        match Vm::new(&object).map(|mut vm| vm.run(program, &input(&packet))) {
+            Err(_) => refused += 1,
+            Ok(Err(_)) => faulted += 1,
+            Ok(Ok(_)) => ran += 1,
+        }
+    }
+    assert!(refused > 0 && faulted > 0 && ran > 0, "{refused} refused, {faulted} faulted, {ran} ran");
 }
 
 /// A reproducible stream of choices.

@@ -52,3 +52,33 @@ pub const VERIFIER_PENDING_JUMPS_MAX: usize = 8_192;
 
 /// Bytes of stack a BPF program has (include/linux/filter.h, `MAX_BPF_STACK`).
 pub const STACK_BYTES_MAX: usize = 512;
+
+/// Longest name of a program or map that the kernel keeps, in bytes (include/uapi/linux/bpf.h, `BPF_OBJ_NAME_LEN` less
+/// the NUL).
+pub const BPF_NAME_BYTES_MAX: usize = 15;
+
+/// Largest data map of an object, in bytes: as far as direct values reach (include/linux/bpf_verifier.h,
+/// `BPF_MAX_VAR_SIZ`).
+pub const OBJECT_DATA_BYTES_MAX: usize = 1 << 29;
+
+/// Most zeros the `.bss.*` sections of an object may stand for, in bytes: a small file must not make a reader allocate
+/// much.
+pub const OBJECT_BSS_BYTES_MAX: usize = 16 << 20;
+
+/// Most bytes of type information, its strings included, that the kernel takes (include/uapi/linux/btf.h,
+/// `BTF_MAX_SIZE`).
+pub const BTF_BYTES_MAX: usize = 16 << 20;
+
+/// Most bytes of a source line's text in an object; what is longer is cut. 32,767 different lines of one program stay
+/// well below [`BTF_BYTES_MAX`].
+pub const OBJECT_LINE_TEXT_BYTES_MAX: usize = 240;
+
+/// Largest source line number in an object, larger ones become it: 22 bits (include/uapi/linux/bpf.h,
+/// `BPF_LINE_INFO_LINE_NUM`).
+pub const OBJECT_LINE_NUMBER_MAX: u32 = (1 << 22) - 1;
+
+/// Most bytes that the maps of an object may take in the check VM.
+pub const VM_MAP_BYTES_MAX: usize = 1 << 30;
+
+/// Longest packet that the check VM takes, in bytes: the longest IP packet with room for link headers.
+pub const VM_PACKET_BYTES_MAX: usize = 65_535 + 256;

@@ -10,6 +10,7 @@ use object::{
     RelocationFlags, RelocationTarget, SectionIndex, SymbolKind,
 };
 use polc_ir::entities::Map;
+use polc_ir::limits::OBJECT_BSS_BYTES_MAX;
 
 use super::{
     BTF, BTF_EXT, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAPS, Notes, ProgramNotes,
@@ -17,9 +18,7 @@ use super::{
 use crate::asm::{BoundedLoop, Code, File, Line, LineRef, Reloc, RelocKind};
 use crate::btf::{self, Btf};
 use crate::insn::{Insn, Reg};
-use crate::object::{
-    BSS_BYTES_MAX, DataSection, MapDef, MapKind, MapType, Object, ObjectError, Program, ProgramKind,
-};
+use crate::object::{DataSection, MapDef, MapKind, MapType, Object, ObjectError, Program, ProgramKind};
 
 type ElfFile<'a> = ElfFile64<'a, LittleEndian>;
 
@@ -88,7 +87,7 @@ impl FoundMaps {
                 let contents = match kind {
                     DataSection::Bss => {
                         bss_bytes = bss_bytes.saturating_add(section.size());
-                        if bss_bytes > BSS_BYTES_MAX as u64 {
+                        if bss_bytes > OBJECT_BSS_BYTES_MAX as u64 {
                             return Err(bad_section(name, "more zeros than polc ever asks for"));
                         }
                         vec![0; section.size() as usize]

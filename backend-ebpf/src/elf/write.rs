@@ -11,6 +11,7 @@ use object::{
     SymbolScope,
 };
 use polc_ir::entities::Map;
+use polc_ir::limits::BTF_BYTES_MAX;
 
 use super::{
     BTF, BTF_EXT, FUNC_INFO_BYTES, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAP_BYTES,
@@ -41,8 +42,8 @@ pub(crate) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
     }
 
     let types = types.finish();
-    if types.len() > btf::BYTES_MAX {
-        let why = format!("{} bytes; the kernel takes {}", types.len(), btf::BYTES_MAX);
+    if types.len() > BTF_BYTES_MAX {
+        let why = format!("{} bytes; the kernel takes {}", types.len(), BTF_BYTES_MAX);
         return Err(ObjectError::Section { section: BTF.to_string(), why });
     }
     add_section(&mut elf, BTF, SectionKind::Other, &types, 8);

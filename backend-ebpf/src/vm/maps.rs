@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use polc_ir::entities::Map;
+use polc_ir::limits::VM_MAP_BYTES_MAX;
 
 use super::VmError;
 use super::arena::Arena;
@@ -20,8 +21,8 @@ const E2BIG: i64 = 7;
 const EEXIST: i64 = 17;
 const EINVAL: i64 = 22;
 
-/// Most bytes all map values of an object may take in the VM.
-pub const MAP_BYTES_MAX: usize = 1 << 30;
+/// Bytes of bookkeeping for an entry of a hash table or program array, at most.
+const ENTRY_BYTES: usize = 64;
 
 /// How keys find values.
 enum Lookup {
@@ -46,13 +47,7 @@ pub(crate) struct MapState {
 }
 
 impl MapState {
-    /// Bytes of arena that `def` needs.
-    pub(crate) fn arena_bytes(def: &MapDef) -> Option<usize> {
-        let (_, value, entries) = sizes(def);
-        value.next_multiple_of(8).checked_mul(entries as usize).filter(|bytes| *bytes <= MAP_BYTES_MAX)
-    }
-
-    /// Makes the map, its contents as when just loaded.
+    /// Makes the map, its contents as when just loaded. `arena` is fresh, so what is zero is not touched.
     pub(crate) fn new(def: &MapDef, arena: &mut Arena) -> Result<MapState, VmError> {
         let unsupported = || VmError::UnsupportedMap { map: def.name.clone() };
         let (key_bytes, value_bytes, entries) = sizes(def);
@@ -69,9 +64,10 @@ impl MapState {
         };
         let stride = value_bytes.next_multiple_of(8);
         let base = arena.take(stride * entries as usize);
-        let mut map = MapState { key_bytes, value_bytes, stride, entries, base, lookup };
-        map.reset(def, arena);
-        Ok(map)
+        if let Some(contents) = def.contents() {
+            arena.copy_in(base, contents);
+        }
+        Ok(MapState { key_bytes, value_bytes, stride, entries, base, lookup })
     }
 
     /// Puts the contents back to what they are when just loaded. Programs stay.
@@ -185,20 +181,24 @@ fn index(key: &[u8]) -> Option<u32> {
 
 /// Bytes of arena for all maps of an object.
 pub(crate) fn arena_bytes(object: &Object) -> Result<usize, VmError> {
-    let mut total = 0usize;
+    let (mut arena, mut all) = (0usize, 0usize);
     for def in object.maps.values() {
-        let bytes = MapState::arena_bytes(def).filter(|_| entries_bounded(def));
-        total = bytes
-            .and_then(|bytes| total.checked_add(bytes))
-            .filter(|total| *total <= MAP_BYTES_MAX)
-            .ok_or_else(|| VmError::TooLarge { map: def.name.clone() })?;
+        let (_, value, entries) = sizes(def);
+        let values = value.next_multiple_of(8).saturating_mul(entries as usize);
+        let is_data = matches!(def.kind, MapKind::Data { .. });
+        let bookkeeping =
+            if is_data || is_array(def) { 0 } else { ENTRY_BYTES.saturating_mul(entries as usize) };
+        all = all.saturating_add(values).saturating_add(bookkeeping);
+        if all > VM_MAP_BYTES_MAX {
+            return Err(VmError::TooLarge { map: def.name.clone() });
+        }
+        arena += values;
     }
-    Ok(total)
+    Ok(arena)
 }
 
-/// Bookkeeping of hash tables and program arrays takes memory for each entry, values or not.
-fn entries_bounded(def: &MapDef) -> bool {
-    sizes(def).2 as usize <= MAP_BYTES_MAX / 64
+fn is_array(def: &MapDef) -> bool {
+    matches!(def.kind, MapKind::Declared { map_type: MapType::ARRAY | MapType::PERCPU_ARRAY, .. })
 }
 
 /// The handle that stands for a map in `ld_imm64`: not an address, so that a program that follows it faults.

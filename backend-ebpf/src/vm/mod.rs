@@ -21,7 +21,9 @@ use std::cell::UnsafeCell;
 use std::fmt;
 
 use cranelift_entity::EntityRef;
+use polc_ir::diag::Code as DiagCode;
 use polc_ir::entities::Map;
+use polc_ir::limits::{VM_MAP_BYTES_MAX, VM_PACKET_BYTES_MAX};
 use rbpf::EbpfVmMbuff;
 
 use arena::Arena;
@@ -33,10 +35,12 @@ use maps::MapState;
 use crate::object::{Object, ObjectError, ProgramKind};
 
 pub use context::{Context, Input};
-pub use maps::MAP_BYTES_MAX;
 
-/// Longest packet the VM takes, in bytes: the longest IP packet with room for link headers.
-pub const PACKET_BYTES_MAX: usize = 65_535 + 256;
+/// Diagnostic code: an object's maps are too large for the check VM.
+pub const MAPS_TOO_LARGE: DiagCode = DiagCode(554);
+
+/// Diagnostic code: a packet is too long for the check VM.
+pub const PACKET_TOO_LONG: DiagCode = DiagCode(555);
 
 /// Bytes before the packet, as XDP has them (`XDP_PACKET_HEADROOM`).
 const HEADROOM_BYTES: usize = 256;
@@ -60,7 +64,7 @@ pub enum VmError {
         /// The map.
         map: String,
     },
-    /// The maps, up to this one, take more than [`MAP_BYTES_MAX`].
+    /// The maps, up to this one, take more than [`VM_MAP_BYTES_MAX`].
     TooLarge {
         /// The map.
         map: String,
@@ -76,7 +80,7 @@ pub enum VmError {
     },
     /// The object has no such program.
     NoProgram(usize),
-    /// A packet is longer than [`PACKET_BYTES_MAX`].
+    /// A packet is longer than [`VM_PACKET_BYTES_MAX`].
     PacketTooLong(usize),
     /// A program did what the kernel's verifier would have refused: an access outside its memory, a loop without end.
     Fault {
@@ -93,14 +97,17 @@ impl fmt::Display for VmError {
             VmError::Object(error) => write!(f, "{error}"),
             VmError::UnsupportedMap { map } => write!(f, "the check VM has no map like `{map}`"),
             VmError::TooLarge { map } => {
-                write!(f, "map `{map}` makes the maps larger than the check VM allows")
+                write!(
+                    f,
+                    "map `{map}` makes the maps larger than the {VM_MAP_BYTES_MAX} bytes the check VM has"
+                )
             }
             VmError::Refused { program, at, why } => {
                 write!(f, "program `{program}`, instruction {at}: {why}")
             }
             VmError::NoProgram(index) => write!(f, "the object has no program {index}"),
             VmError::PacketTooLong(bytes) => {
-                write!(f, "a packet of {bytes} bytes; the check VM takes {PACKET_BYTES_MAX}")
+                write!(f, "a packet of {bytes} bytes; the check VM takes {VM_PACKET_BYTES_MAX}")
             }
             VmError::Fault { program, what } => write!(f, "program `{program}`: {what}"),
         }
@@ -108,6 +115,18 @@ impl fmt::Display for VmError {
 }
 
 impl std::error::Error for VmError {}
+
+impl VmError {
+    /// The diagnostic's code when the user's input, not a bug, is the cause.
+    pub fn code(&self) -> Option<DiagCode> {
+        match self {
+            VmError::Object(error) => Some(error.code()),
+            VmError::TooLarge { .. } => Some(MAPS_TOO_LARGE),
+            VmError::PacketTooLong(_) => Some(PACKET_TOO_LONG),
+            _ => None,
+        }
+    }
+}
 
 /// A program and the interpreter that holds it.
 struct Loaded {
@@ -129,9 +148,9 @@ impl Vm {
     pub fn new(object: &Object) -> Result<Vm, VmError> {
         object.verify().map_err(VmError::Object)?;
         let map_bytes = maps::arena_bytes(object)?;
-        let mut arena = Arena::new(CONTEXT_BYTES_MAX + HEADROOM_BYTES + PACKET_BYTES_MAX + map_bytes + 64);
+        let mut arena = Arena::new(CONTEXT_BYTES_MAX + HEADROOM_BYTES + VM_PACKET_BYTES_MAX + map_bytes + 64);
         let context = arena.take(CONTEXT_BYTES_MAX);
-        let packet = arena.take(HEADROOM_BYTES + PACKET_BYTES_MAX) + HEADROOM_BYTES as u64;
+        let packet = arena.take(HEADROOM_BYTES + VM_PACKET_BYTES_MAX) + HEADROOM_BYTES as u64;
         let first_value = arena.take(0);
         let mut states = Vec::with_capacity(object.maps.len());
         for def in object.maps.values() {
@@ -177,7 +196,7 @@ impl Vm {
         let mut index = program;
         let kind = self.programs.get(index).ok_or(VmError::NoProgram(index))?.linked.kind;
         let length = input.packet.len();
-        if length > PACKET_BYTES_MAX {
+        if length > VM_PACKET_BYTES_MAX {
             return Err(VmError::PacketTooLong(length));
         }
         let linear = input.linear.map_or(length, |linear| linear.min(length));
