@@ -7,13 +7,17 @@
 //!
 //! The rooms, from the ground up: [`insn`] is the instruction set, [`asm`] turns instructions and labels into
 //! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`disasm`] prints it, [`vm`] runs it
-//! without a kernel, [`budget`] says whether the kernel's verifier will accept it. Start with [`asm::Asm`].
+//! without a kernel, [`budget`] says whether the kernel's verifier will accept it. [`emit`] makes
+//! a plan an object, under the contract that [`abi`] writes down. Start with [`emit::emit`], or from below with
+//! [`asm::Asm`].
 
+pub mod abi;
 pub mod asm;
 mod btf;
 pub mod budget;
 pub mod disasm;
 mod elf;
+pub mod emit;
 pub mod insn;
 pub mod manifest;
 pub mod object;

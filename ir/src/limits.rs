@@ -82,3 +82,16 @@ pub const VM_MAP_BYTES_MAX: usize = 1 << 30;
 
 /// Longest packet that the check VM takes, in bytes: the longest IP packet with room for link headers.
 pub const VM_PACKET_BYTES_MAX: usize = 65_535 + 256;
+
+/// Most words of a program's key: more do not fit the stack beside what a program keeps there.
+pub const KEY_WORDS_MAX: usize = 96;
+
+/// Most table records a packet may visit in a walk. The verifier follows the loop trip by trip and keeps one pending
+/// jump for each, of [`VERIFIER_PENDING_JUMPS_MAX`].
+pub const WALK_VISITS_MAX: u32 = 7_000;
+
+/// Largest device number that objects tell apart.
+pub const DEVICE_NUMBER_MAX: u32 = 65_535;
+
+/// Most IPv6 extension headers a program follows: more take over a thousand bytes.
+pub const IPV6_EXT_HEADERS_MAX: u32 = 128;

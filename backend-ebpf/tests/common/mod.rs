@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub(crate) mod kernel;
+pub(crate) mod plans;
 
 use cranelift_entity::EntityRef;
 use polc_backend_ebpf::asm::{Asm, Code};

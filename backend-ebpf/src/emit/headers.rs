@@ -1,0 +1,387 @@
+//! Headers: from the context and the frame to the key's words.
+//!
+//! The order and the meaning are `polc_ir`'s for frames: runts, VLAN tags, EtherType, the checks of `ip_rcv` and
+//! `ipv6_rcv`, trimming to the packet's own length, then the fields. All key words are 0 at first, and a field is
+//! stored only if all its bytes are in the packet.
+//!
+//! Every read needs two checks that look alike: one against the packet's length, which decides what the bytes mean,
+//! and one against the end of what can be read directly, which the kernel's verifier asks for. The second can't fail
+//! at XDP. At tc a packet may have parts that can't be read directly; the headers are pulled in first
+//! (`bpf_skb_pull_data`), and should even that not bring the bytes, the program fails safe.
+
+use polc_ir::env::{Attach, Fragments};
+use polc_ir::field::Field;
+use polc_ir::hook::Family;
+use polc_ir::outcome::FrameKind;
+
+use super::Emitter;
+use crate::abi::{self, CTX, sk_buff, xdp_md};
+use crate::asm::Label;
+use crate::insn::{AluOp, Cond, Helper, Reg, Size, Width};
+
+/// Most bytes before the transport header that a tc packet is pulled in for: Ethernet, two priority tags, the largest
+/// IPv4 header; and as many again for the transport header and IPv6 extension headers.
+const PULL_BYTES: i32 = 2 * (14 + 8 + 60);
+
+/// EtherTypes of VLAN tags (IEEE 802.1Q, 802.1ad).
+const VLAN_TYPES: [i32; 2] = [0x8100, 0x88a8];
+
+impl Emitter<'_> {
+    /// From the start of the program to a complete key, derived words aside.
+    pub(super) fn headers(&mut self) {
+        self.prologue();
+        self.ethernet();
+        match self.plan.family {
+            Family::V4 => self.ipv4(),
+            Family::V6 => self.ipv6(),
+        }
+        self.devices();
+        self.given();
+    }
+
+    fn prologue(&mut self) {
+        let xdp = self.target.attach == Attach::Xdp;
+        let a = &mut self.asm;
+        a.comment("context");
+        a.mov64(CTX, Reg::R1);
+        if xdp {
+            a.load_ctx_pointer(Reg::R7, CTX, xdp_md::DATA);
+            a.load_ctx_pointer(Reg::R8, CTX, xdp_md::DATA_END);
+            a.mov64(Reg::R3, Reg::R8);
+            a.alu64(AluOp::Sub, Reg::R3, Reg::R7);
+        } else {
+            let linear = a.label();
+            let small = a.label();
+            a.load_ctx_pointer(Reg::R7, CTX, sk_buff::DATA);
+            a.load_ctx_pointer(Reg::R8, CTX, sk_buff::DATA_END);
+            a.load(Size::W, Reg::R2, CTX, sk_buff::LEN);
+            a.jump32(Cond::Le, Reg::R2, PULL_BYTES, small);
+            a.mov32(Reg::R2, PULL_BYTES);
+            a.bind(small);
+            a.mov64(Reg::R3, Reg::R8);
+            a.alu64(AluOp::Sub, Reg::R3, Reg::R7);
+            a.jump64(Cond::Ge, Reg::R3, Reg::R2, linear);
+            a.comment("headers outside the linear part");
+            a.mov64(Reg::R1, CTX);
+            a.call(Helper::SKB_PULL_DATA);
+            a.load_ctx_pointer(Reg::R7, CTX, sk_buff::DATA);
+            a.load_ctx_pointer(Reg::R8, CTX, sk_buff::DATA_END);
+            a.bind(linear);
+            a.load(Size::W, Reg::R3, CTX, sk_buff::LEN);
+        }
+        let a = &mut self.asm;
+        a.store(Size::W, Reg::FP, abi::LENGTH, 0);
+        a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
+        a.mov64(Reg::R0, Reg::R3);
+        a.alu32(AluOp::Rsh, Reg::R0, 31);
+        for word in (0..self.layout.words()).step_by(2) {
+            let at = self.layout.base() + 4 * word as i16;
+            a.store(Size::Dw, Reg::FP, at, Reg::R0);
+            a.store(Size::B, Reg::FP, at, Reg::R0);
+        }
+    }
+
+    /// `r3`: bytes left. Ends at the label unless there are `bytes`; the safe return if they can't be read.
+    fn need(&mut self, base: Reg, bytes: i32, absent: Label) {
+        let bail = self.bail_label();
+        let a = &mut self.asm;
+        a.jump64(Cond::Lt, Reg::R3, bytes, absent);
+        a.mov64(Reg::R4, base);
+        a.alu64(AluOp::Add, Reg::R4, bytes);
+        a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+    }
+
+    /// The Ethernet header and VLAN tags. Leaves the network header in `r9` and the bytes from there on in `r3`.
+    fn ethernet(&mut self) {
+        let runt = self.frame_end(FrameKind::Runt);
+        let vlan = self.frame_end(FrameKind::Vlan);
+        let not_ip = self.frame_end(FrameKind::NotIp);
+        let other = self.frame_end(FrameKind::OtherFamily);
+        self.asm.comment("Ethernet");
+        self.need(Reg::R7, 14, runt);
+        self.asm.alu64(AluOp::Sub, Reg::R3, 14);
+        self.asm.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
+        for (field, offset) in [(Field::DstMac, 0), (Field::SrcMac, 6)] {
+            if let Some(slot) = self.slot(field) {
+                self.copy_be(Reg::R7, offset, 2, slot.word);
+                self.copy_be(Reg::R7, offset + 2, 4, slot.word + 1);
+            }
+        }
+        if self.target.attach == Attach::Xdp && self.slot(Field::PacketType).is_some() {
+            self.packet_type();
+        }
+        let network = self.asm.label();
+        self.load_be(Reg::R0, Reg::R7, 12, 2);
+        self.asm.mov64(Reg::R9, Reg::R7);
+        self.asm.alu64(AluOp::Add, Reg::R9, 14);
+        for _ in 0..2 {
+            let tag = self.asm.label();
+            self.asm.jump32(Cond::Eq, Reg::R0, VLAN_TYPES[0], tag);
+            self.asm.jump32(Cond::Ne, Reg::R0, VLAN_TYPES[1], network);
+            self.asm.bind(tag);
+            self.need(Reg::R9, 4, vlan);
+            self.load_be(Reg::R1, Reg::R9, 0, 2);
+            self.asm.alu32(AluOp::And, Reg::R1, 0xfff);
+            self.asm.jump32(Cond::Ne, Reg::R1, 0, vlan);
+            self.load_be(Reg::R0, Reg::R9, 2, 2);
+            self.asm.alu64(AluOp::Add, Reg::R9, 4);
+            self.asm.alu64(AluOp::Sub, Reg::R3, 4);
+        }
+        for kind in VLAN_TYPES {
+            self.asm.jump32(Cond::Eq, Reg::R0, kind, vlan);
+        }
+        let a = &mut self.asm;
+        a.bind(network);
+        if self.target.attach != Attach::Xdp {
+            a.comment("a tag that the kernel took out");
+            let none = a.label();
+            a.load(Size::W, Reg::R1, CTX, sk_buff::VLAN_PRESENT);
+            a.jump32(Cond::Eq, Reg::R1, 0, none);
+            a.load(Size::W, Reg::R1, CTX, sk_buff::VLAN_TCI);
+            a.alu32(AluOp::And, Reg::R1, 0xfff);
+            a.jump32(Cond::Ne, Reg::R1, 0, vlan);
+            a.bind(none);
+        }
+        a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
+        let (own, others) = match self.plan.family {
+            Family::V4 => (Family::V4, Family::V6),
+            Family::V6 => (Family::V6, Family::V4),
+        };
+        let ours = a.label();
+        a.jump32(Cond::Eq, Reg::R0, i32::from(own.ether_type()), ours);
+        a.jump32(Cond::Eq, Reg::R0, i32::from(others.ether_type()), other);
+        a.goto(not_ip);
+        a.bind(ours);
+    }
+
+    /// Works the packet type out from the destination address, as `eth_type_trans` does for a device's own address
+    /// (net/ethernet/eth.c): broadcast, multicast, else for this host.
+    fn packet_type(&mut self) {
+        let (host, broadcast) = (self.asm.label(), self.asm.label());
+        self.load_be(Reg::R1, Reg::R7, 0, 2);
+        self.load_be(Reg::R2, Reg::R7, 2, 4);
+        let a = &mut self.asm;
+        let multicast = a.label();
+        a.mov32(Reg::R0, 0);
+        a.jump32(Cond::Set, Reg::R1, 0x100, multicast);
+        a.goto(host);
+        a.bind(multicast);
+        a.mov32(Reg::R0, 2);
+        a.jump32(Cond::Ne, Reg::R1, 0xffff, host);
+        a.jump32(Cond::Ne, Reg::R2, -1, host);
+        a.bind(broadcast);
+        a.mov32(Reg::R0, 1);
+        a.bind(host);
+        self.store_field(Field::PacketType, Reg::R0);
+    }
+
+    /// The IPv4 header (net/ipv4/ip_input.c, `ip_rcv_core`) and what follows.
+    fn ipv4(&mut self) {
+        let malformed = self.frame_end(FrameKind::Malformed);
+        self.asm.comment("IPv4");
+        self.need(Reg::R9, 20, malformed);
+        let a = &mut self.asm;
+        a.load(Size::B, Reg::R0, Reg::R9, 0);
+        a.mov64(Reg::R1, Reg::R0);
+        a.alu64(AluOp::Rsh, Reg::R1, 4);
+        a.jump32(Cond::Ne, Reg::R1, 4, malformed);
+        a.alu64(AluOp::And, Reg::R0, 15);
+        a.alu64(AluOp::Lsh, Reg::R0, 2);
+        a.jump64(Cond::Lt, Reg::R0, 20, malformed);
+        a.jump64(Cond::Gt, Reg::R0, Reg::R3, malformed);
+        self.load_be(Reg::R1, Reg::R9, 2, 2);
+        let a = &mut self.asm;
+        a.jump64(Cond::Gt, Reg::R1, Reg::R3, malformed);
+        a.jump64(Cond::Lt, Reg::R1, Reg::R0, malformed);
+        a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R1);
+        a.mov64(Reg::R2, Reg::R1);
+        a.alu64(AluOp::Sub, Reg::R2, Reg::R0);
+        self.store_field(Field::Length, Reg::R1);
+        for (field, offset, bytes) in [
+            (Field::Tos, 1, 1),
+            (Field::Ttl, 8, 1),
+            (Field::Proto, 9, 1),
+            (Field::SrcAddr, 12, 4),
+            (Field::DstAddr, 16, 4),
+        ] {
+            if let Some(slot) = self.slot(field) {
+                self.copy_be(Reg::R9, offset, bytes, slot.word);
+            }
+        }
+        let as_seen = self.plan.place.fragments == Fragments::AsSeen;
+        let offset = self.slot(Field::FragOffset).filter(|_| as_seen);
+        if self.slot(Field::Fragment).is_some() || offset.is_some() {
+            self.load_be(Reg::R4, Reg::R9, 6, 2);
+            if offset.is_some() {
+                self.asm.mov64(Reg::R5, Reg::R4);
+                self.asm.alu32(AluOp::And, Reg::R5, 0x1fff);
+                self.store_field(Field::FragOffset, Reg::R5);
+            }
+            if self.slot(Field::Fragment).is_some() {
+                // MF or an offset: the negative of anything but 0 has the top bit set.
+                self.asm.alu32(AluOp::And, Reg::R4, 0x3fff);
+                self.asm.neg32(Reg::R4);
+                self.asm.alu32(AluOp::Rsh, Reg::R4, 31);
+                self.store_field(Field::Fragment, Reg::R4);
+            }
+        }
+        if self.needs_offsets() {
+            let a = &mut self.asm;
+            a.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R0);
+            a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
+            a.mov64(Reg::R4, Reg::R9);
+            a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
+            a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+        }
+        self.asm.alu64(AluOp::Add, Reg::R9, Reg::R0);
+        self.transport();
+    }
+
+    /// Whether later parts copy bytes out of the packet and so need its offsets.
+    pub(super) fn needs_offsets(&self) -> bool {
+        self.plan.key.iter().any(|slot| matches!(slot.field, Field::Derived(_)))
+    }
+
+    /// Fields of the transport header at `r9`, of which the packet has `r2` bytes.
+    pub(super) fn transport(&mut self) {
+        self.store_field(Field::L4Len, Reg::R2);
+        // (bytes needed, offset, bytes, right shift, word)
+        let mut loads: Vec<(i32, i16, u8, u8, u8)> = Vec::new();
+        for slot in &self.plan.key {
+            let (offset, bytes, shift) = match slot.field {
+                Field::SrcPort => (0, 2, 0),
+                Field::DstPort => (2, 2, 0),
+                Field::IcmpType => (0, 1, 0),
+                Field::IcmpCode => (1, 1, 0),
+                Field::TcpDataOffset => (12, 1, 4),
+                Field::TcpFlags => (13, 1, 0),
+                Field::L4Bytes { offset, len } => (i16::from(offset), len, 0),
+                _ => continue,
+            };
+            loads.push((i32::from(offset) + i32::from(bytes), offset, bytes, shift, slot.word));
+        }
+        loads.sort_unstable();
+        let done = self.asm.label();
+        let bail = self.bail_label();
+        self.asm.comment("transport header");
+        let mut checked = 0;
+        for (end, offset, bytes, shift, word) in loads {
+            if end > checked {
+                checked = end;
+                let a = &mut self.asm;
+                a.jump64(Cond::Lt, Reg::R2, end, done);
+                a.mov64(Reg::R4, Reg::R9);
+                a.alu64(AluOp::Add, Reg::R4, end);
+                a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+            }
+            self.load_be(Reg::R1, Reg::R9, offset, bytes);
+            if shift != 0 {
+                self.asm.alu32(AluOp::Rsh, Reg::R1, i32::from(shift));
+            }
+            self.asm.store_opaque(self.layout.word(word), Reg::R1);
+        }
+        self.asm.bind(done);
+    }
+
+    /// Device classes. An undeclared device ends the packet.
+    fn devices(&mut self) {
+        let attach = self.target.attach;
+        let (input, output) = match attach {
+            Attach::Xdp => (Some(xdp_md::INGRESS_IFINDEX), None),
+            Attach::TcIngress => (Some(sk_buff::IFINDEX), None),
+            Attach::TcEgress => (Some(sk_buff::INGRESS_IFINDEX), Some(sk_buff::IFINDEX)),
+        };
+        let classes = &self.plan.devices;
+        for (field, fixed, context) in
+            [(Field::InDevice, classes.fixed_in, input), (Field::OutDevice, classes.fixed_out, output)]
+        {
+            let Some(slot) = self.slot(field) else { continue };
+            let word = self.layout.word(slot.word);
+            let unknown = self.frame_end(FrameKind::UnknownDevice);
+            self.asm.comment(format!("{field}"));
+            match (fixed, context, self.devices) {
+                (Some(0), ..) => {
+                    // A device nobody declared, fixed: no packet goes on, but the rest must stay reachable.
+                    self.asm.load(Size::W, Reg::R0, Reg::FP, word);
+                    self.asm.jump32(Cond::Eq, Reg::R0, 0, unknown);
+                }
+                (Some(class), ..) => self.asm.store(Size::W, Reg::FP, word, i32::from(class)),
+                (None, Some(offset), Some(map)) => {
+                    let numbers = self.maps[map].contents().map_or(0, |bytes| bytes.len() / 2);
+                    let a = &mut self.asm;
+                    a.load(Size::W, Reg::R1, CTX, offset);
+                    a.jump32(Cond::Ge, Reg::R1, numbers as i32, unknown);
+                    a.alu64(AluOp::Lsh, Reg::R1, 1);
+                    a.load_map_value(Reg::R2, map, 0);
+                    a.alu64(AluOp::Add, Reg::R2, Reg::R1);
+                    a.load(Size::H, Reg::R0, Reg::R2, 0);
+                    a.jump32(Cond::Eq, Reg::R0, 0, unknown);
+                    a.store_opaque(word, Reg::R0);
+                }
+                // `check_fields` refuses what has no device here.
+                (None, ..) => {}
+            }
+        }
+    }
+
+    /// What the context alone knows.
+    fn given(&mut self) {
+        if self.target.attach == Attach::Xdp {
+            return;
+        }
+        for (field, offset) in [(Field::Mark, sk_buff::MARK), (Field::PacketType, sk_buff::PKT_TYPE)] {
+            if let Some(slot) = self.slot(field) {
+                self.asm.load(Size::W, Reg::R0, CTX, offset);
+                self.asm.store_opaque(self.layout.word(slot.word), Reg::R0);
+            }
+        }
+    }
+
+    /// `dst` = the number of 1 to 4 bytes at `base + offset`, the first the most significant. `r5` is scratch.
+    pub(super) fn load_be(&mut self, dst: Reg, base: Reg, offset: i16, bytes: u8) {
+        let a = &mut self.asm;
+        match bytes {
+            1 => a.load(Size::B, dst, base, offset),
+            2 => {
+                a.load(Size::H, dst, base, offset);
+                a.be(16, dst);
+            }
+            3 => {
+                a.load(Size::H, Reg::R5, base, offset);
+                a.be(16, Reg::R5);
+                a.alu64(AluOp::Lsh, Reg::R5, 8);
+                a.load(Size::B, dst, base, offset + 2);
+                a.alu64(AluOp::Or, dst, Reg::R5);
+            }
+            _ => {
+                a.load(Size::W, dst, base, offset);
+                a.be(32, dst);
+            }
+        }
+    }
+
+    /// Copies a number from the packet to a key word, through `r4`.
+    pub(super) fn copy_be(&mut self, base: Reg, offset: i16, bytes: u8, word: u8) {
+        self.load_be(Reg::R4, base, offset, bytes);
+        self.asm.store_opaque(self.layout.word(word), Reg::R4);
+    }
+
+    /// Copies `bytes` packet bytes to the buffer, `at` bytes into it. `r2` holds their offset from the network header,
+    /// and they are in the packet; `r0`-`r5` are lost.
+    pub(super) fn copy_bytes(&mut self, bytes: i32, at: i16) {
+        let bail = self.bail_label();
+        let helper = match self.target.attach {
+            Attach::Xdp => Helper::XDP_LOAD_BYTES,
+            Attach::TcIngress | Attach::TcEgress => Helper::SKB_LOAD_BYTES,
+        };
+        let a = &mut self.asm;
+        a.load(Size::W, Reg::R1, Reg::FP, abi::L3_OFFSET);
+        a.alu64(AluOp::Add, Reg::R2, Reg::R1);
+        a.mov64(Reg::R1, CTX);
+        a.mov64(Reg::R3, Reg::FP);
+        a.alu64(AluOp::Add, Reg::R3, i32::from(abi::BUFFER + at));
+        a.mov32(Reg::R4, bytes);
+        a.call(helper);
+        a.jump(Width::W64, Cond::Ne, Reg::R0, 0, bail);
+    }
+}

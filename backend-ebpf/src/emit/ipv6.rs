@@ -1,0 +1,288 @@
+//! IPv6: the header and the walk over extension headers.
+//!
+//! The walk is `ipv6_find_hdr(skb, .., -1, ..)` (net/ipv6/exthdrs_core.c), which is what ip6tables goes by. The kernel
+//! follows headers to the packet's end; a program needs a bound, [`IPV6_EXT_HEADERS_MAX`], which takes a packet of more than
+//! a thousand bytes of extension headers to exceed. Such a packet fails safe.
+
+use polc_ir::env::Fragments;
+use polc_ir::field::Field;
+use polc_ir::limits::IPV6_EXT_HEADERS_MAX;
+use polc_ir::outcome::FrameKind;
+
+use super::Emitter;
+use crate::abi;
+use crate::asm::Label;
+use crate::insn::{AluOp, Cond, Reg, Size, Width};
+
+/// Largest offset of a transport header that is read directly; the verifier bounds packet offsets by 65,535.
+const L4_OFFSET_MAX: i32 = 0x7fff;
+
+/// Protocol numbers of extension headers that carry a next header: hop-by-hop, routing, fragment, authentication,
+/// destination options (net/ipv6/exthdrs_core.c, `ipv6_ext_hdr`, without "none").
+const EXT_HEADERS: [u8; 5] = [0, 43, FRAGMENT, AUTH, 60];
+const FRAGMENT: u8 = 44;
+const AUTH: u8 = 51;
+
+impl Emitter<'_> {
+    /// The IPv6 header (net/ipv6/ip6_input.c, `ip6_rcv_core`) and what follows.
+    pub(super) fn ipv6(&mut self) {
+        let malformed = self.frame_end(FrameKind::Malformed);
+        let bail = self.bail_label();
+        self.asm.comment("IPv6");
+        let a = &mut self.asm;
+        a.jump64(Cond::Lt, Reg::R3, 40, malformed);
+        a.mov64(Reg::R4, Reg::R9);
+        a.alu64(AluOp::Add, Reg::R4, 40);
+        a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+        a.load(Size::B, Reg::R0, Reg::R9, 0);
+        a.alu64(AluOp::Rsh, Reg::R0, 4);
+        a.jump32(Cond::Ne, Reg::R0, 6, malformed);
+        self.load_be(Reg::R1, Reg::R9, 4, 2);
+        let a = &mut self.asm;
+        let (sized, trimmed) = (a.label(), a.label());
+        a.load(Size::B, Reg::R2, Reg::R9, 6);
+        a.mov64(Reg::R4, Reg::R1);
+        a.alu64(AluOp::Add, Reg::R4, 40);
+        a.comment("no length and a hop-by-hop header may be a jumbogram: it is as long as the frame");
+        a.jump32(Cond::Ne, Reg::R1, 0, sized);
+        a.jump32(Cond::Eq, Reg::R2, 0, trimmed);
+        a.bind(sized);
+        a.jump64(Cond::Gt, Reg::R4, Reg::R3, malformed);
+        a.mov64(Reg::R3, Reg::R4);
+        a.bind(trimmed);
+        a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
+        self.store_field(Field::Length, Reg::R4);
+        for (field, offset) in [(Field::SrcAddr, 8), (Field::DstAddr, 24)] {
+            if let Some(slot) = self.slot(field) {
+                for word in 0..4 {
+                    self.copy_be(Reg::R9, offset + 4 * i16::from(word), 4, slot.word + word);
+                }
+            }
+        }
+        if let Some(slot) = self.slot(Field::Ttl) {
+            self.copy_be(Reg::R9, 7, 1, slot.word);
+        }
+        if self.slot(Field::Tos).is_some() {
+            self.load_be(Reg::R4, Reg::R9, 0, 2);
+            self.asm.alu32(AluOp::Rsh, Reg::R4, 4);
+            self.asm.alu32(AluOp::And, Reg::R4, 0xff);
+            self.store_field(Field::Tos, Reg::R4);
+        }
+        let beyond = self.plan.key.iter().any(|slot| {
+            !matches!(
+                slot.field,
+                Field::SrcAddr
+                    | Field::DstAddr
+                    | Field::Ttl
+                    | Field::Tos
+                    | Field::Length
+                    | Field::Mark
+                    | Field::InDevice
+                    | Field::OutDevice
+                    | Field::SrcMac
+                    | Field::DstMac
+                    | Field::PacketType
+            )
+        });
+        if beyond {
+            self.extension_headers();
+        }
+    }
+
+    /// From the network header in `r9` and the next header in `r2` to the transport header and its fields.
+    fn extension_headers(&mut self) {
+        let bail = self.bail_label();
+        let a = &mut self.asm;
+        a.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
+        a.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
+        a.mov64(Reg::R4, Reg::R9);
+        a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
+        a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+        if self.slot(Field::ExtHeaderMask).is_some() {
+            self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
+            self.header_mask();
+            self.asm.load(Size::W, Reg::R2, Reg::FP, abi::L4_LENGTH);
+        }
+        let a = &mut self.asm;
+        let (top, found, bad, done) = (a.label(), a.label(), a.label(), a.label());
+        let (not_fragment, whole, advance) = (a.label(), a.label(), a.label());
+        a.comment("extension headers: r7 offset, r8 next header, r9 headers seen");
+        a.mov64(Reg::R7, 40);
+        a.mov64(Reg::R8, Reg::R2);
+        a.mov64(Reg::R9, 0);
+        a.bind(top);
+        self.jump_unless_extension(Reg::R8, found);
+        self.copy_header_bytes(0, 2, 0, bad);
+        self.asm.jump32(Cond::Ne, Reg::R8, i32::from(FRAGMENT), not_fragment);
+        self.copy_header_bytes(2, 2, 2, bad);
+        self.load_be(Reg::R1, Reg::FP, abi::BUFFER + 2, 2);
+        if let Some(slot) = self.slot(Field::Fragment) {
+            let none = self.asm.label();
+            // The offset or "more fragments", bit 0.
+            self.asm.mov64(Reg::R2, Reg::R1);
+            self.asm.alu32(AluOp::And, Reg::R2, 0xfff9);
+            self.asm.jump32(Cond::Eq, Reg::R2, 0, none);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
+            self.asm.bind(none);
+        }
+        let a = &mut self.asm;
+        a.alu64(AluOp::Rsh, Reg::R1, 3);
+        a.jump32(Cond::Eq, Reg::R1, 0, whole);
+        a.comment("a later fragment: what follows its header is the end, or nothing is");
+        a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
+        a.alu64(AluOp::Add, Reg::R7, 8);
+        let later = a.label();
+        // Kept for after the check, whose scratch is r1.
+        a.mov64(Reg::R3, Reg::R1);
+        self.jump_unless_extension(Reg::R8, later);
+        self.asm.goto(bad);
+        self.asm.bind(later);
+        if self.plan.place.fragments == Fragments::AsSeen {
+            self.store_field(Field::FragOffset, Reg::R3);
+        }
+        let a = &mut self.asm;
+        a.goto(found);
+        a.bind(whole);
+        a.mov64(Reg::R1, 8);
+        a.goto(advance);
+        a.bind(not_fragment);
+        self.header_length(advance);
+        let a = &mut self.asm;
+        a.bind(advance);
+        a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
+        a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+        a.alu64(AluOp::Add, Reg::R9, 1);
+        a.loop_jump(Width::W64, Cond::Lt, Reg::R9, IPV6_EXT_HEADERS_MAX as i32, top, IPV6_EXT_HEADERS_MAX);
+        a.goto(bail);
+
+        a.bind(bad);
+        a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
+        a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
+        if let Some(slot) = self.slot(Field::ExtHeaders) {
+            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
+        }
+        let a = &mut self.asm;
+        a.goto(done);
+
+        a.bind(found);
+        self.store_field(Field::Proto, Reg::R8);
+        let a = &mut self.asm;
+        let there = a.label();
+        a.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R7);
+        a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
+        a.load(Size::W, Reg::R1, Reg::FP, abi::L4_OFFSET);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::LENGTH);
+        a.jump64(Cond::Gt, Reg::R2, Reg::R1, there);
+        a.goto(done);
+        a.bind(there);
+        a.alu64(AluOp::Sub, Reg::R2, Reg::R1);
+        a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::L4_LENGTH);
+        a.jump64(Cond::Gt, Reg::R1, L4_OFFSET_MAX, bail);
+        a.load(Size::Dw, Reg::R8, Reg::FP, abi::SAVED_END);
+        a.load(Size::Dw, Reg::R9, Reg::FP, abi::SAVED_L3);
+        a.alu64(AluOp::Add, Reg::R9, Reg::R1);
+        self.transport();
+        self.asm.bind(done);
+    }
+
+    /// Jumps unless `reg` is the number of an extension header with a next header. `r1` is lost.
+    fn jump_unless_extension(&mut self, reg: Reg, label: Label) {
+        let bits = EXT_HEADERS.iter().fold(0u64, |bits, header| bits | 1 << header);
+        self.jump_unless_in(reg, bits, label);
+    }
+
+    /// Jumps unless bit `reg` of `bits` is set. `r1` is lost.
+    fn jump_unless_in(&mut self, reg: Reg, bits: u64, label: Label) {
+        let a = &mut self.asm;
+        a.jump64(Cond::Gt, reg, 63, label);
+        a.load_imm64(Reg::R1, bits);
+        a.alu64(AluOp::Rsh, Reg::R1, reg);
+        a.alu64(AluOp::And, Reg::R1, 1);
+        a.jump64(Cond::Eq, Reg::R1, 0, label);
+    }
+
+    /// Copies bytes at `offset` of the header at `r7` to the buffer, or jumps if the packet does not have them.
+    fn copy_header_bytes(&mut self, offset: i32, bytes: i32, at: i16, absent: Label) {
+        let a = &mut self.asm;
+        a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
+        a.mov64(Reg::R2, Reg::R7);
+        a.alu64(AluOp::Add, Reg::R2, offset + bytes);
+        a.jump64(Cond::Gt, Reg::R2, Reg::R1, absent);
+        a.alu64(AluOp::Sub, Reg::R2, bytes);
+        self.copy_bytes(bytes, at);
+    }
+
+    /// `r1` = length in bytes of the header of kind `r8` whose first two bytes are in the buffer; goes to `advance` or
+    /// falls through to it.
+    fn header_length(&mut self, advance: Label) {
+        let a = &mut self.asm;
+        let options = a.label();
+        a.load(Size::B, Reg::R1, Reg::FP, abi::BUFFER + 1);
+        a.jump32(Cond::Ne, Reg::R8, i32::from(AUTH), options);
+        a.alu64(AluOp::Add, Reg::R1, 2);
+        a.alu64(AluOp::Lsh, Reg::R1, 2);
+        a.goto(advance);
+        a.bind(options);
+        a.alu64(AluOp::Add, Reg::R1, 1);
+        a.alu64(AluOp::Lsh, Reg::R1, 3);
+    }
+
+    /// Which extension headers there are, as xt_ipv6header sees them
+    /// (net/ipv6/netfilter/ip6t_ipv6header.c, `ipv6header_mt6`). The next header is in `r2`.
+    fn header_mask(&mut self) {
+        let bail = self.bail_label();
+        let Some(slot) = self.slot(Field::ExtHeaderMask) else { return };
+        let word = self.layout.word(slot.word);
+        let a = &mut self.asm;
+        let (top, last, cut, done, advance) = (a.label(), a.label(), a.label(), a.label(), a.label());
+        a.comment("xt_ipv6header: r7 offset, r8 next header, r9 headers seen");
+        a.store(Size::W, Reg::FP, abi::HANDOVER, 0);
+        a.mov64(Reg::R7, 40);
+        a.mov64(Reg::R8, Reg::R2);
+        a.mov64(Reg::R9, 0);
+        a.bind(top);
+        self.jump_unless_extension(Reg::R8, last);
+        self.copy_header_bytes(0, 2, 0, cut);
+        self.asm.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
+        // `MASK_*` of include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h.
+        for (header, bit) in [(0, 128), (60, 64), (43, 32), (FRAGMENT, 16), (AUTH, 8)] {
+            let next = self.asm.label();
+            self.asm.jump32(Cond::Ne, Reg::R8, i32::from(header), next);
+            self.asm.alu64(AluOp::Or, Reg::R2, bit);
+            self.asm.bind(next);
+        }
+        let a = &mut self.asm;
+        let lengths = a.label();
+        a.store(Size::W, Reg::FP, abi::HANDOVER, Reg::R2);
+        a.jump32(Cond::Ne, Reg::R8, i32::from(FRAGMENT), lengths);
+        a.mov64(Reg::R1, 8);
+        a.goto(advance);
+        a.bind(lengths);
+        self.header_length(advance);
+        let a = &mut self.asm;
+        a.bind(advance);
+        a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
+        a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+        a.alu64(AluOp::Add, Reg::R9, 1);
+        a.loop_jump(Width::W64, Cond::Lt, Reg::R9, IPV6_EXT_HEADERS_MAX as i32, top, IPV6_EXT_HEADERS_MAX);
+        a.goto(bail);
+        a.bind(last);
+        let (esp, none) = (a.label(), a.label());
+        a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
+        a.jump32(Cond::Eq, Reg::R8, 50, esp);
+        a.jump32(Cond::Eq, Reg::R8, 59, none);
+        a.alu64(AluOp::Or, Reg::R2, 1);
+        a.goto(done);
+        a.bind(esp);
+        a.alu64(AluOp::Or, Reg::R2, 4);
+        a.goto(done);
+        a.bind(none);
+        a.alu64(AluOp::Or, Reg::R2, 2);
+        a.goto(done);
+        a.bind(cut);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
+        a.bind(done);
+        a.store_opaque(word, Reg::R2);
+    }
+}

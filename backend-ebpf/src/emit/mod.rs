@@ -1,0 +1,481 @@
+//! `emit`: a plan becomes an object.
+//!
+//! One program is emitted, in the order a packet meets its parts: the context and the frame's headers ([`headers`]),
+//! fields that take more than a load ([`derived`]), stages decided by code ([`steps`]), the loop that reads tables
+//! ([`walk`]), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
+//! and stack slot holds is written in [`crate::abi`].
+//!
+//! The program fails safe: where it finds what can't be (a reference out of a table, a read that fails although the
+//! length says it can't), it returns without counting, and lets the packet on in accelerate mode and drops it in
+//! replace mode.
+
+use std::collections::BTreeMap;
+
+use cranelift_entity::PrimaryMap;
+use polc_ir::diag::{Code as DiagCode, Diagnostic};
+use polc_ir::entities::{Map, Rule};
+use polc_ir::env::{Attach, Mode};
+use polc_ir::field::Field;
+use polc_ir::hook::Semantics;
+use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX};
+use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
+use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget};
+
+use crate::abi::{self, CTX, KeyLayout};
+use crate::asm::{Asm, Label, Line, PROGRAM_TOO_LONG};
+use crate::insn::{AluOp, Cond, Helper, Reg, Size};
+use crate::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
+use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
+
+mod derived;
+mod headers;
+mod ipv6;
+mod steps;
+mod walk;
+
+/// The counter map: packets and bytes as two 64-bit numbers, a slot for each of `Plan::endings`.
+pub const COUNTERS_MAP: &str = "polc_counters";
+/// The data map from device number to device class, 16 bits each.
+pub const DEVICES_MAP: &str = "devices";
+/// The data map of `statistic nth` counters, 32 bits each, by effect test.
+pub const NTH_MAP: &str = "nth";
+/// The data map of walk nodes.
+pub const WALK_MAP: &str = "walk";
+/// The data map of walk exits.
+pub const EXITS_MAP: &str = "exits";
+
+/// Diagnostic code: the rules test more fields than a program's stack holds.
+pub const KEY_TOO_LARGE: DiagCode = DiagCode(560);
+/// Diagnostic code: a packet may visit more table nodes than the kernel's verifier follows.
+pub const WALK_TOO_DEEP: DiagCode = DiagCode(561);
+/// Diagnostic code: a field that no program has at its place.
+pub const FIELD_UNAVAILABLE: DiagCode = DiagCode(562);
+/// Diagnostic code: a device number is too large for the table of devices.
+pub const DEVICE_NUMBER: DiagCode = DiagCode(563);
+/// Diagnostic code: a test too long to be compiled into a program.
+pub const DERIVED_TOO_LARGE: DiagCode = DiagCode(564);
+
+/// Device numbers the table has room for at least, so that a loader can add devices that appear later.
+const DEVICE_NUMBERS_MIN: usize = 1_024;
+
+/// Where a rule is in the user's text, for line information and the manifest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleLine {
+    /// The file's name as the user knows it.
+    pub file: String,
+    /// The line, from 1.
+    pub line: u32,
+    /// The line's text.
+    pub text: String,
+    /// The table's name.
+    pub table: String,
+    /// The chain's name.
+    pub chain: String,
+    /// The rule's number in its chain, from 1.
+    pub number: u32,
+}
+
+/// What a program is emitted for.
+pub struct Target<'a> {
+    /// Where it will sit.
+    pub attach: Attach,
+    /// Its name: a C identifier of at most [`polc_ir::limits::BPF_NAME_BYTES_MAX`] bytes.
+    pub name: String,
+    /// Where a rule is in the user's text; `None` if it is in no file.
+    pub rule: &'a dyn Fn(Rule) -> Option<RuleLine>,
+    /// Name of the table and the chain of a base chain whose policy is an ending.
+    pub chain: &'a dyn Fn(polc_ir::entities::Chain) -> Option<(String, String)>,
+    /// Whose corner cases the rules were lowered for; for the manifest.
+    pub semantics: Semantics,
+}
+
+impl std::fmt::Debug for Target<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target")
+            .field("attach", &self.attach)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes the object that decides packets as `plan` does.
+///
+/// # Errors
+/// What keeps the plan from becoming a program the kernel accepts: limits and fields that the place does not have.
+pub fn emit(plan: &Plan, target: &Target<'_>) -> Result<Object, Vec<Diagnostic>> {
+    let mut emitter = Emitter::new(plan, target)?;
+    emitter.program();
+    emitter.finish()
+}
+
+/// The program's return code for a verdict.
+pub fn return_code(attach: Attach, mode: Mode, verdict: Verdict) -> i32 {
+    let drops = match verdict {
+        Verdict::Drop => true,
+        Verdict::Accept => false,
+        // Nothing behind the program would decide the packet in replace mode.
+        Verdict::Reject(_) | Verdict::Defer => mode == Mode::Replace,
+    };
+    match (attach, drops) {
+        (Attach::Xdp, true) => abi::xdp::DROP,
+        (Attach::Xdp, false) => abi::xdp::PASS,
+        (Attach::TcIngress | Attach::TcEgress, true) => abi::tc::SHOT,
+        (Attach::TcIngress | Attach::TcEgress, false) => abi::tc::UNSPEC,
+    }
+}
+
+/// What became of one packet, from by how much each counter's packets grew and what the program returned.
+///
+/// # Errors
+/// Not exactly one counter grew by one, or the return code is not that ending's: the program failed safe, or is wrong.
+pub fn ending_of(plan: &Plan, attach: Attach, grown: &[u64], returned: i32) -> Result<Ending, String> {
+    let bumped: Vec<usize> = (0..grown.len()).filter(|&slot| grown[slot] != 0).collect();
+    let &[slot] = bumped.as_slice() else {
+        return Err(format!("counters {bumped:?} grew, and the program returned {returned}"));
+    };
+    let ending =
+        *plan.endings.get(slot).ok_or_else(|| format!("counter {slot} grew, which stands for nothing"))?;
+    let expected = return_code(attach, plan.place.mode, ending.verdict);
+    match (grown[slot], returned == expected) {
+        (1, true) => Ok(ending),
+        (1, false) => Err(format!("`{ending}` returned {returned} instead of {expected}")),
+        (by, _) => Err(format!("counter {slot} grew by {by}")),
+    }
+}
+
+/// The code generator's state.
+struct Emitter<'a> {
+    asm: Asm,
+    plan: &'a Plan,
+    target: &'a Target<'a>,
+    layout: KeyLayout,
+    maps: PrimaryMap<Map, MapDef>,
+    counters: Map,
+    devices: Option<Map>,
+    nth: Option<Map>,
+    /// Where the header parts jump to end a frame, with the kind that ends there.
+    frame_ends: BTreeMap<FrameKind, Label>,
+    /// Counts `r8` and returns `r9`.
+    count: Label,
+    /// Returns the safe code without counting.
+    bail: Label,
+    bail_used: bool,
+    lines: BTreeMap<Rule, Option<Line>>,
+    files: BTreeMap<String, crate::asm::File>,
+    diagnostics: Vec<Diagnostic>,
+}
+
+impl<'a> Emitter<'a> {
+    fn new(plan: &'a Plan, target: &'a Target<'a>) -> Result<Emitter<'a>, Vec<Diagnostic>> {
+        let words =
+            plan.key.iter().map(|slot| usize::from(slot.word) + usize::from(slot.words)).max().unwrap_or(0);
+        let Some(layout) = KeyLayout::new(words) else {
+            let message = format!(
+                "the rules test fields of {words} words in all; a program's stack holds {}",
+                KEY_WORDS_MAX
+            );
+            let hint = "split the rule set, or test fewer different sets";
+            return Err(vec![Diagnostic::error(KEY_TOO_LARGE, message, None).with_hint(hint)]);
+        };
+        let mut maps = PrimaryMap::new();
+        let counters = maps.push(MapDef::percpu_array(COUNTERS_MAP, 16, plan.endings.len().max(1) as u32));
+        let mut asm = Asm::new();
+        let (count, bail) = (asm.label(), asm.label());
+        let mut emitter = Emitter {
+            asm,
+            plan,
+            target,
+            layout,
+            maps,
+            counters,
+            devices: None,
+            nth: None,
+            frame_ends: BTreeMap::new(),
+            count,
+            bail,
+            bail_used: false,
+            lines: BTreeMap::new(),
+            files: BTreeMap::new(),
+            diagnostics: Vec::new(),
+        };
+        emitter.check_fields();
+        emitter.add_devices();
+        if !plan.effect_tests.is_empty() {
+            let contents = plan
+                .effect_tests
+                .values()
+                .map(|test| match test {
+                    polc_ir::ruleset::EffectTestKind::Nth { initial, .. } => *initial,
+                    _ => 0,
+                })
+                .map(u32::to_le_bytes);
+            let mut contents: Vec<u8> = contents.flatten().collect();
+            contents.resize((plan.effect_tests.len() * 4).next_power_of_two(), 0);
+            emitter.nth = Some(emitter.maps.push(MapDef::data(NTH_MAP, DataSection::Data, contents)));
+        }
+        if emitter.diagnostics.is_empty() { Ok(emitter) } else { Err(emitter.diagnostics) }
+    }
+
+    /// Refuses fields that packets do not have where the program sits.
+    fn check_fields(&mut self) {
+        for slot in &self.plan.key {
+            let available = match slot.field {
+                Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark => false,
+                Field::OutDevice => {
+                    self.target.attach == Attach::TcEgress || self.plan.devices.fixed_out.is_some()
+                }
+                _ => true,
+            };
+            if !available {
+                let message = format!("`{}` is not known to a program at {}", slot.field, self.target.attach);
+                self.diagnostics.push(Diagnostic::error(FIELD_UNAVAILABLE, message, None));
+            }
+        }
+    }
+
+    /// Makes the table of devices if the program looks devices up.
+    fn add_devices(&mut self) {
+        let looked_up = self.slot(Field::InDevice).is_some() && self.plan.devices.fixed_in.is_none()
+            || self.slot(Field::OutDevice).is_some() && self.plan.devices.fixed_out.is_none();
+        if !looked_up {
+            return;
+        }
+        let largest = self.plan.devices.devices.iter().map(|(device, _)| device.ifindex).max().unwrap_or(0);
+        if largest > DEVICE_NUMBER_MAX {
+            let message = format!(
+                "device number {largest} is above {DEVICE_NUMBER_MAX}, which the table of devices ends at"
+            );
+            self.diagnostics.push(Diagnostic::error(DEVICE_NUMBER, message, None));
+            return;
+        }
+        let numbers = (largest as usize + 1).next_power_of_two().max(DEVICE_NUMBERS_MIN);
+        let mut contents = vec![0; 2 * numbers];
+        // "No device" has number 0 and class 1.
+        contents[..2].copy_from_slice(&1u16.to_le_bytes());
+        for (device, class) in &self.plan.devices.devices {
+            let at = 2 * device.ifindex as usize;
+            contents[at..at + 2].copy_from_slice(&class.to_le_bytes());
+        }
+        self.devices = Some(self.maps.push(MapDef::data(DEVICES_MAP, DataSection::Data, contents)));
+    }
+
+    fn program(&mut self) {
+        self.headers();
+        self.derived();
+        self.steps();
+        self.endings();
+    }
+
+    /// The ends of frames that no rule sees, the one place that counts, and the safe return.
+    fn endings(&mut self) {
+        self.asm.set_line(None);
+        for (kind, label) in self.frame_ends.clone() {
+            self.asm.bind(label);
+            self.asm.comment(format!("{kind}"));
+            match self.plan.endings.iter().position(|ending| ending.by == Decider::Frame(kind)) {
+                Some(slot) => self.end(slot as u32),
+                // The plan says that this can't happen.
+                None => self.goto_bail(),
+            }
+        }
+        let a = &mut self.asm;
+        let done = a.label();
+        a.bind(self.count);
+        a.comment("count in slot r8, return r9");
+        a.store(Size::W, Reg::FP, abi::COUNTER_KEY, Reg::R8);
+        a.load_map(Reg::R1, self.counters);
+        a.mov64(Reg::R2, Reg::FP);
+        a.alu64(AluOp::Add, Reg::R2, i32::from(abi::COUNTER_KEY));
+        a.call(Helper::MAP_LOOKUP_ELEM);
+        a.jump64(Cond::Eq, Reg::R0, 0, done);
+        a.load(Size::Dw, Reg::R1, Reg::R0, 0);
+        a.alu64(AluOp::Add, Reg::R1, 1);
+        a.store(Size::Dw, Reg::R0, 0, Reg::R1);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::LENGTH);
+        a.load(Size::Dw, Reg::R1, Reg::R0, 8);
+        a.alu64(AluOp::Add, Reg::R1, Reg::R2);
+        a.store(Size::Dw, Reg::R0, 8, Reg::R1);
+        a.bind(done);
+        self.write_mark_back();
+        self.asm.mov64(Reg::R0, Reg::R9);
+        self.asm.exit();
+        if self.bail_used {
+            self.asm.bind(self.bail);
+            self.asm.comment("what can't be: the safe return");
+            let code = return_code(self.target.attach, self.plan.place.mode, Verdict::Defer);
+            self.asm.mov32(Reg::R0, code);
+            self.asm.exit();
+        }
+    }
+
+    /// In replace mode at tc the mark that the rules leave is the packet's; elsewhere the kernel's rules write it.
+    fn write_mark_back(&mut self) {
+        let Some(slot) = self.slot(Field::Mark) else { return };
+        let written = self.exits().any(|exit| match exit {
+            PlanExit::Then { writes, .. } => writes.iter().any(|write| write.word == slot.word),
+            _ => false,
+        });
+        if self.plan.place.mode == Mode::Replace && self.target.attach != Attach::Xdp && written {
+            self.asm.load(Size::W, Reg::R1, Reg::FP, self.layout.word(slot.word));
+            self.asm.store(Size::W, CTX, abi::sk_buff::MARK, Reg::R1);
+        }
+    }
+
+    fn exits(&self) -> impl Iterator<Item = &'a PlanExit> {
+        let plan = self.plan;
+        plan.steps
+            .values()
+            .flat_map(|step| step.entries.iter().map(|entry| &entry.exit))
+            .chain(&plan.walk.exits)
+    }
+
+    /// Ends with an ending's slot.
+    fn end(&mut self, slot: u32) {
+        let verdict = self.plan.endings.get(slot as usize).map_or(Verdict::Defer, |ending| ending.verdict);
+        let code = return_code(self.target.attach, self.plan.place.mode, verdict);
+        self.asm.mov32(Reg::R8, slot as i32);
+        self.asm.mov32(Reg::R9, code);
+        self.asm.goto(self.count);
+    }
+
+    fn goto_bail(&mut self) {
+        let bail = self.bail_label();
+        self.asm.goto(bail);
+    }
+
+    fn bail_label(&mut self) -> Label {
+        self.bail_used = true;
+        self.bail
+    }
+
+    /// The label where frames of a kind end.
+    fn frame_end(&mut self, kind: FrameKind) -> Label {
+        let asm = &mut self.asm;
+        *self.frame_ends.entry(kind).or_insert_with(|| asm.label())
+    }
+
+    fn slot(&self, field: Field) -> Option<KeySlot> {
+        self.plan.key.iter().find(|slot| slot.field == field).copied()
+    }
+
+    /// Stores `reg` as the only word of a field, if the key has the field.
+    fn store_field(&mut self, field: Field, reg: Reg) {
+        if let Some(slot) = self.slot(field) {
+            self.asm.store_opaque(self.layout.word(slot.word), reg);
+        }
+    }
+
+    /// Attributes what follows to a rule.
+    fn set_rule(&mut self, rule: Option<Rule>) {
+        let line = rule.and_then(|rule| {
+            if let Some(line) = self.lines.get(&rule) {
+                return *line;
+            }
+            let line = (self.target.rule)(rule).map(|found| {
+                let file = match self.files.get(&found.file) {
+                    Some(file) => *file,
+                    None => {
+                        let file = self.asm.file(found.file.clone());
+                        self.files.insert(found.file.clone(), file);
+                        file
+                    }
+                };
+                self.asm.line(file, found.line, found.text)
+            });
+            self.lines.insert(rule, line);
+            line
+        });
+        self.asm.set_line(line);
+    }
+
+    fn finish(self) -> Result<Object, Vec<Diagnostic>> {
+        if !self.diagnostics.is_empty() {
+            return Err(self.diagnostics);
+        }
+        let manifest = manifest(self.plan, self.target);
+        let code = match self.asm.finish() {
+            Ok(code) => code,
+            Err(error) => {
+                // Anything but a size is a fault of the generator, which the user is told of like this too.
+                let diagnostic =
+                    Diagnostic::error(error.code().unwrap_or(PROGRAM_TOO_LONG), error.to_string(), None)
+                        .with_hint("fewer stages decided by code make a shorter program");
+                return Err(vec![diagnostic]);
+            }
+        };
+        let kind = match self.target.attach {
+            Attach::Xdp => ProgramKind::Xdp,
+            Attach::TcIngress | Attach::TcEgress => ProgramKind::Classifier,
+        };
+        let mut object = Object::new(manifest);
+        object.maps = self.maps;
+        object.programs.push(Program { name: self.target.name.clone(), kind, code });
+        Ok(object)
+    }
+}
+
+/// Whether a target of the plan is in code.
+fn step_of(target: PlanTarget) -> Option<polc_ir::entities::Step> {
+    match target {
+        PlanTarget::Step(step) => Some(step),
+        PlanTarget::Walk(_) => None,
+    }
+}
+
+fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
+    Manifest {
+        polc: env!("CARGO_PKG_VERSION").to_string(),
+        attach: Some(target.attach),
+        path: plan.place.path.clone(),
+        mode: Some(plan.place.mode),
+        family: Some(plan.family),
+        semantics: Some(target.semantics),
+        counters: plan.endings.iter().map(|ending| counter_slot(ending, target)).collect(),
+        devices: plan.devices.devices.iter().map(|(device, _)| *device).collect(),
+        needs: Needs::default(),
+        // Direct access to the stack at a variable offset.
+        kernel_min: KernelVersion(5, 18),
+    }
+}
+
+fn counter_slot(ending: &Ending, target: &Target<'_>) -> CounterSlot {
+    let kind = match (ending.by, ending.verdict) {
+        (Decider::Frame(_), _) => CounterKind::Frame,
+        (_, Verdict::Defer) => CounterKind::Defer,
+        (Decider::Rule(_), _) => CounterKind::Rule,
+        (Decider::Hotdrop(_), _) => CounterKind::Hotdrop,
+        (Decider::Policy(_), _) => CounterKind::Policy,
+        (Decider::Nothing, _) => CounterKind::Nothing,
+    };
+    let mut slot = CounterSlot {
+        kind,
+        table: None,
+        chain: None,
+        rule: None,
+        file: None,
+        line: None,
+        text: ending.by.to_string(),
+        verdict: Some(ending.verdict.word().to_string()),
+    };
+    match ending.by {
+        Decider::Rule(rule) | Decider::Hotdrop(rule) => {
+            if let Some(found) = (target.rule)(rule) {
+                slot.table = Some(found.table);
+                slot.chain = Some(found.chain);
+                slot.rule = Some(found.number);
+                slot.file = Some(found.file);
+                slot.line = Some(found.line);
+                slot.text = found.text;
+            }
+        }
+        Decider::Policy(chain) => {
+            if let Some((table, chain)) = (target.chain)(chain) {
+                slot.text = format!("policy of {chain}");
+                slot.table = Some(table);
+                slot.chain = Some(chain);
+            }
+        }
+        Decider::Frame(_) | Decider::Nothing => {}
+    }
+    slot
+}

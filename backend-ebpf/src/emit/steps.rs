@@ -1,0 +1,252 @@
+//! Steps: stages decided by code, one entry after the other.
+//!
+//! An entry with one test jumps on if the test fails. With more tests, every word test adds to "how wrong the packet
+//! is" without a jump, and one jump decides: the verifier then has one pending path an entry, not one a test, and the
+//! CPU one branch to predict. Words are read from the stack anew for each test, because the verifier follows values in
+//! registers from entry to entry and would take time quadratic in their number.
+
+use std::collections::BTreeMap;
+
+use polc_ir::entities::{EffectTest, Step};
+use polc_ir::plan::{LinearEntry, LinearTest, PlanExit, Target as PlanTarget, WordTest, WordWrite};
+use polc_ir::ruleset::EffectTestKind;
+
+use super::{Emitter, step_of};
+use crate::abi;
+use crate::asm::Label;
+use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
+
+/// Labels of the steps in use, and of the entry to the walk.
+pub(super) struct StepLabels {
+    steps: BTreeMap<Step, Label>,
+    walk: Label,
+    walk_used: bool,
+}
+
+impl Emitter<'_> {
+    /// All steps that packets can reach, from the root down, then the walk.
+    pub(super) fn steps(&mut self) {
+        let mut labels = StepLabels { steps: self.reachable(), walk: self.asm.label(), walk_used: false };
+        self.go(self.plan.root, &mut labels);
+        let steps: Vec<Step> = labels.steps.keys().rev().copied().collect();
+        for step in steps {
+            self.asm.set_line(None);
+            self.asm.bind(labels.steps[&step]);
+            self.asm.comment(format!("{step}: {}", self.plan.steps[step].stage));
+            let plan = self.plan;
+            for entry in &plan.steps[step].entries {
+                self.entry(entry, &mut labels);
+                if simplify(&entry.tests).is_some_and(|(all, any)| all.is_empty() && any.is_empty()) {
+                    break;
+                }
+            }
+        }
+        self.asm.set_line(None);
+        if labels.walk_used {
+            self.asm.bind(labels.walk);
+            self.walk();
+        }
+    }
+
+    /// A label for each step that a chain of exits leads to.
+    fn reachable(&mut self) -> BTreeMap<Step, Label> {
+        let mut found = BTreeMap::new();
+        let mut todo: Vec<Step> = step_of(self.plan.root).into_iter().collect();
+        while let Some(step) = todo.pop() {
+            if found.contains_key(&step) {
+                continue;
+            }
+            found.insert(step, self.asm.label());
+            for entry in &self.plan.steps[step].entries {
+                match &entry.exit {
+                    PlanExit::End(_) => {}
+                    PlanExit::Then { next, .. } => todo.extend(step_of(*next)),
+                    PlanExit::Test { yes, no, .. } => {
+                        todo.extend(step_of(*yes));
+                        todo.extend(step_of(*no));
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    /// Goes on at a target.
+    fn go(&mut self, target: PlanTarget, labels: &mut StepLabels) {
+        match target {
+            PlanTarget::Step(step) => self.asm.goto(labels.steps[&step]),
+            PlanTarget::Walk(reference) => {
+                labels.walk_used = true;
+                // Through memory that the verifier does not follow, so that the walk is the same from everywhere.
+                let reference = self.reference(reference);
+                self.asm.store(Size::W, Reg::FP, abi::HANDOVER, Operand::bits(reference));
+                self.asm.goto(labels.walk);
+            }
+        }
+    }
+
+    fn entry(&mut self, entry: &LinearEntry, labels: &mut StepLabels) {
+        self.set_rule(entry.rule);
+        let Some((conjunction, disjunctions)) = simplify(&entry.tests) else { return };
+        let next = self.asm.label();
+        self.fail_unless(&conjunction, next);
+        for alternatives in &disjunctions {
+            let holds = self.asm.label();
+            for (index, alternative) in alternatives.iter().enumerate() {
+                if index + 1 == alternatives.len() {
+                    self.fail_unless(alternative, next);
+                } else {
+                    let wrong = self.asm.label();
+                    self.fail_unless(alternative, wrong);
+                    self.asm.goto(holds);
+                    self.asm.bind(wrong);
+                }
+            }
+            self.asm.bind(holds);
+        }
+        self.exit(&entry.exit, labels);
+        self.asm.bind(next);
+    }
+
+    /// Jumps to `wrong` unless all tests hold.
+    fn fail_unless(&mut self, tests: &[WordTest], wrong: Label) {
+        if let [test] = tests {
+            self.load_word(Reg::R1, test);
+            if test.lo == test.hi {
+                self.asm.jump32(Cond::Ne, Reg::R1, Operand::bits(test.lo), wrong);
+            } else if test.lo == 0 {
+                self.asm.jump32(Cond::Gt, Reg::R1, Operand::bits(test.hi), wrong);
+            } else if test.hi >= test.mask {
+                self.asm.jump32(Cond::Lt, Reg::R1, Operand::bits(test.lo), wrong);
+            } else {
+                self.asm.alu32(AluOp::Sub, Reg::R1, Operand::bits(test.lo));
+                self.asm.jump32(Cond::Gt, Reg::R1, Operand::bits(test.hi.wrapping_sub(test.lo)), wrong);
+            }
+            return;
+        }
+        for (index, test) in tests.iter().enumerate() {
+            // The first result goes to r0, the others are added to it.
+            let into = if index == 0 { Reg::R0 } else { Reg::R1 };
+            self.load_word(into, test);
+            if test.lo == test.hi {
+                if test.lo != 0 {
+                    self.asm.alu32(AluOp::Xor, into, Operand::bits(test.lo));
+                }
+            } else {
+                // span - (word - lo) borrows out of 32 bits where the word is out of range: all upper bits are set.
+                if test.lo != 0 {
+                    self.asm.alu32(AluOp::Sub, into, Operand::bits(test.lo));
+                }
+                self.asm.mov32(Reg::R2, Operand::bits(test.hi.wrapping_sub(test.lo)));
+                self.asm.alu64(AluOp::Sub, Reg::R2, into);
+                self.asm.alu64(AluOp::Rsh, Reg::R2, 63);
+                self.asm.mov64(into, Reg::R2);
+            }
+            if index > 0 {
+                self.asm.alu32(AluOp::Or, Reg::R0, Reg::R1);
+            }
+        }
+        if !tests.is_empty() {
+            self.asm.jump32(Cond::Ne, Reg::R0, 0, wrong);
+        }
+    }
+
+    fn load_word(&mut self, into: Reg, test: &WordTest) {
+        self.asm.load(Size::W, into, Reg::FP, self.layout.word(test.word));
+        if test.mask != u32::MAX {
+            self.asm.alu32(AluOp::And, into, Operand::bits(test.mask));
+        }
+    }
+
+    fn exit(&mut self, exit: &PlanExit, labels: &mut StepLabels) {
+        match exit {
+            PlanExit::End(slot) => self.end(*slot),
+            PlanExit::Then { writes, next } => {
+                for write in writes {
+                    self.write(write);
+                }
+                self.go(*next, labels);
+            }
+            PlanExit::Test { test, yes, no } => {
+                let fails = self.asm.label();
+                if self.effect_test(*test, fails) {
+                    self.go(*yes, labels);
+                }
+                self.asm.bind(fails);
+                self.go(*no, labels);
+            }
+        }
+    }
+
+    fn write(&mut self, write: &WordWrite) {
+        let word = self.layout.word(write.word);
+        self.asm.load(Size::W, Reg::R1, Reg::FP, word);
+        if write.clear != 0 {
+            self.asm.alu32(AluOp::And, Reg::R1, Operand::bits(!write.clear));
+        }
+        if write.xor != 0 {
+            self.asm.alu32(AluOp::Xor, Reg::R1, Operand::bits(write.xor));
+        }
+        self.asm.store_opaque(word, Reg::R1);
+    }
+
+    /// Jumps to `fails` if a test does not hold (net/netfilter/xt_statistic.c, `statistic_mt`). `false`: it never
+    /// holds, and no code was needed.
+    fn effect_test(&mut self, test: EffectTest, fails: Label) -> bool {
+        match (self.plan.effect_tests[test], self.nth) {
+            (EffectTestKind::Random { probability }, _) => {
+                self.asm.call(Helper::GET_PRANDOM_U32);
+                self.asm.alu32(AluOp::And, Reg::R0, i32::MAX);
+                self.asm.jump32(Cond::Ge, Reg::R0, Operand::bits(probability), fails);
+                true
+            }
+            (EffectTestKind::Nth { every, .. }, Some(map)) => {
+                self.asm.load_map_value(Reg::R2, map, 4 * test.as_u32());
+                self.asm.load(Size::W, Reg::R1, Reg::R2, 0);
+                self.asm.mov32(Reg::R3, Operand::bits(every));
+                self.nth(fails);
+                true
+            }
+            // A rate limit's credit is the kernel's own; rules that have one are handed over before.
+            (EffectTestKind::Limit { .. } | EffectTestKind::Nth { .. }, _) => false,
+        }
+    }
+
+    /// The nth packet: `r2` the counter's address, `r1` its value, `r3` the value at which it holds. The kernel
+    /// compares and swaps; this reads and writes, so two CPUs at once may count one packet for two, as two packets a
+    /// moment apart may also arrive in either order.
+    pub(super) fn nth(&mut self, fails: Label) {
+        let a = &mut self.asm;
+        let holds = a.label();
+        a.jump32(Cond::Eq, Reg::R1, Reg::R3, holds);
+        a.alu32(AluOp::Add, Reg::R1, 1);
+        a.store(Size::W, Reg::R2, 0, Reg::R1);
+        a.goto(fails);
+        a.bind(holds);
+        a.store(Size::W, Reg::R2, 0, 0);
+    }
+}
+
+/// Tests without what always or never holds: a conjunction, and disjunctions of two or more. `None`: never holds.
+#[allow(clippy::type_complexity)]
+fn simplify(tests: &[LinearTest]) -> Option<(Vec<WordTest>, Vec<Vec<Vec<WordTest>>>)> {
+    let mut conjunction = Vec::new();
+    let mut disjunctions = Vec::new();
+    for test in tests {
+        let mut alternatives: Vec<Vec<WordTest>> = test
+            .any
+            .iter()
+            .filter(|all| all.iter().all(|test| test.lo <= test.hi))
+            .map(|all| all.iter().filter(|test| test.lo != 0 || test.hi < test.mask).copied().collect())
+            .collect();
+        if alternatives.iter().any(Vec::is_empty) {
+            continue;
+        }
+        match alternatives.len() {
+            0 => return None,
+            1 => conjunction.append(&mut alternatives[0]),
+            _ => disjunctions.push(alternatives),
+        }
+    }
+    Some((conjunction, disjunctions))
+}

@@ -1,0 +1,373 @@
+//! The walk: stages decided by a table of nodes, and the loop that reads it.
+//!
+//! The code is the same whatever the table holds. Nodes and exits are records of 32 bytes in read-only data, padded to
+//! a power of two, so that a mask bounds every reference. The loop has one conditional jump that the verifier has to
+//! come back to (is this a test node, or something rarer?); which way a test goes is computed, not jumped on.
+//!
+//! The verifier follows the loop once for each trip, about [`VERIFIER_PROCESSED_PER_VISIT`] instructions and one
+//! pending jump each, of which it remembers 8,192. That bounds how many records a packet may visit:
+//! [`WALK_VISITS_MAX`]; a table that needs more is refused here, with both numbers, before the kernel would.
+
+use cranelift_entity::PrimaryMap;
+use polc_ir::diag::Diagnostic;
+use polc_ir::entities::Map;
+use polc_ir::limits::WALK_VISITS_MAX;
+use polc_ir::outcome::Verdict;
+use polc_ir::plan::{PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
+use polc_ir::ruleset::EffectTestKind;
+
+use super::{EXITS_MAP, Emitter, WALK_MAP, WALK_TOO_DEEP, return_code};
+use crate::abi::{self, KeyLayout, exit, node};
+use crate::asm::Asm;
+use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
+use crate::object::{DataSection, MapDef};
+
+/// Instructions the verifier processes for each trip of the loop, measured.
+const VERIFIER_PROCESSED_PER_VISIT: u32 = 100;
+
+/// Trips beyond the computed bound, so that the bound is never what ends a loop.
+const MARGIN: u32 = 8;
+
+impl Emitter<'_> {
+    /// How tables write a reference.
+    pub(super) fn reference(&self, reference: WalkRef) -> u32 {
+        match reference {
+            WalkRef::Node(index) => match self.plan.walk.nodes.get(index as usize) {
+                Some(WalkNode::Fork { .. }) => abi::EXIT_BIT | abi::NODE_BIT | index,
+                _ => abi::NODE_BIT | index,
+            },
+            WalkRef::Exit(index) => abi::EXIT_BIT | index,
+            WalkRef::None => abi::NONE,
+        }
+    }
+
+    fn target_reference(&self, target: PlanTarget) -> u32 {
+        match target {
+            PlanTarget::Walk(reference) => self.reference(reference),
+            // Exits of the table lead into the table alone.
+            PlanTarget::Step(_) => abi::NONE,
+        }
+    }
+
+    /// The loop. Where to start is in [`abi::HANDOVER`].
+    pub(super) fn walk(&mut self) {
+        let visits = self.visits();
+        if visits > WALK_VISITS_MAX {
+            let message =
+                format!("a packet may visit {visits} table records; the verifier follows {WALK_VISITS_MAX}");
+            let diagnostic = Diagnostic::error(WALK_TOO_DEEP, message, None)
+                .with_note(format!(
+                    "about {VERIFIER_PROCESSED_PER_VISIT} of 1,000,000 processed instructions and one of 8,192 \
+                     pending jumps for each record"
+                ))
+                .with_hint("split the rule set, or compile fewer chains of long rule lists");
+            self.diagnostics.push(diagnostic);
+            self.goto_bail();
+            return;
+        }
+        let (nodes, exits) = (self.node_records(), self.exit_records());
+        let nodes = Records::new(&mut self.maps, WALK_MAP, nodes);
+        let exits = Records::new(&mut self.maps, EXITS_MAP, exits);
+        let bail = self.bail_label();
+        let (count, layout) = (self.count, self.layout);
+        let trips = visits + MARGIN;
+        let a = &mut self.asm;
+        let (top, special, leaf, fork, next) = (a.label(), a.label(), a.label(), a.label(), a.label());
+        a.comment("walk: r7 reference, r9 records visited");
+        a.store(Size::W, Reg::FP, abi::PENDING, -1);
+        a.store(Size::W, Reg::FP, abi::BEST, -1);
+        a.load(Size::W, Reg::R7, Reg::FP, abi::HANDOVER);
+        a.mov64(Reg::R9, 0);
+        a.bind(top);
+        a.jump32(Cond::Slt, Reg::R7, 0, special);
+
+        a.comment("a test");
+        nodes.address(a, Reg::R2);
+        a.load(Size::W, Reg::R3, Reg::R2, node::WORD);
+        key_address(a, layout);
+        a.load(Size::W, Reg::R3, Reg::R4, layout.base());
+        a.load(Size::W, Reg::R4, Reg::R2, node::MASK);
+        a.alu64(AluOp::And, Reg::R3, Reg::R4);
+        a.load(Size::W, Reg::R4, Reg::R2, node::LO);
+        a.alu32(AluOp::Sub, Reg::R3, Reg::R4);
+        a.load(Size::W, Reg::R4, Reg::R2, node::SPAN);
+        a.comment("r4 = all ones if the test fails, and r7 = the reference it chooses");
+        a.alu64(AluOp::Sub, Reg::R4, Reg::R3);
+        a.alu64(AluOp::Arsh, Reg::R4, 63);
+        a.load(Size::W, Reg::R7, Reg::R2, node::YES);
+        a.load(Size::W, Reg::R3, Reg::R2, node::NO);
+        a.alu64(AluOp::Xor, Reg::R3, Reg::R7);
+        a.alu64(AluOp::And, Reg::R3, Reg::R4);
+        a.alu64(AluOp::Xor, Reg::R7, Reg::R3);
+        a.goto(next);
+
+        a.bind(special);
+        a.jump32(Cond::Eq, Reg::R7, -1, leaf);
+        a.jump32(Cond::Set, Reg::R7, Operand::bits(abi::NODE_BIT), fork);
+        a.bind(leaf);
+        a.comment("an exit or nothing: keep the smaller, then what a fork left to decide");
+        let (keep, resolve) = (a.label(), a.label());
+        a.load(Size::W, Reg::R1, Reg::FP, abi::BEST);
+        a.jump32(Cond::Ge, Reg::R7, Reg::R1, keep);
+        a.store(Size::W, Reg::FP, abi::BEST, Reg::R7);
+        a.bind(keep);
+        a.load(Size::W, Reg::R7, Reg::FP, abi::PENDING);
+        a.jump32(Cond::Eq, Reg::R7, -1, resolve);
+        a.store(Size::W, Reg::FP, abi::PENDING, -1);
+        a.goto(next);
+
+        a.bind(fork);
+        a.comment("a fork");
+        nodes.address(a, Reg::R2);
+        a.load(Size::W, Reg::R1, Reg::R2, node::NO);
+        a.store(Size::W, Reg::FP, abi::PENDING, Reg::R1);
+        a.load(Size::W, Reg::R7, Reg::R2, node::YES);
+        a.goto(next);
+
+        a.bind(resolve);
+        a.comment("the stage is decided");
+        let (then, random, nth) = (a.label(), a.label(), a.label());
+        a.load(Size::W, Reg::R7, Reg::FP, abi::BEST);
+        a.jump32(Cond::Eq, Reg::R7, -1, bail);
+        a.store(Size::W, Reg::FP, abi::BEST, -1);
+        exits.address(a, Reg::R8);
+        a.load(Size::W, Reg::R1, Reg::R8, exit::KIND);
+        a.jump32(Cond::Eq, Reg::R1, exit::THEN as i32, then);
+        a.jump32(Cond::Eq, Reg::R1, exit::RANDOM as i32, random);
+        if self.nth.is_some() {
+            a.jump32(Cond::Eq, Reg::R1, exit::NTH as i32, nth);
+        }
+        a.load(Size::W, Reg::R9, Reg::R8, exit::OTHER);
+        a.load(Size::W, Reg::R8, Reg::R8, exit::NEXT);
+        a.goto(count);
+
+        a.bind(random);
+        let (no, yes) = (a.label(), a.label());
+        a.call(Helper::GET_PRANDOM_U32);
+        a.alu32(AluOp::And, Reg::R0, i32::MAX);
+        a.load(Size::W, Reg::R1, Reg::R8, exit::PARAMETER);
+        a.jump32(Cond::Ge, Reg::R0, Reg::R1, no);
+        a.goto(yes);
+        if let Some(map) = self.nth {
+            a.bind(nth);
+            a.comment("every nth packet");
+            let bytes = self.maps[map].contents().map_or(4, <[u8]>::len) as i32;
+            a.load(Size::W, Reg::R1, Reg::R8, exit::STATE);
+            a.alu64(AluOp::And, Reg::R1, bytes - 4);
+            a.load_map_value(Reg::R2, map, 0);
+            a.alu64(AluOp::Add, Reg::R2, Reg::R1);
+            a.load(Size::W, Reg::R1, Reg::R2, 0);
+            a.load(Size::W, Reg::R3, Reg::R8, exit::PARAMETER);
+            self.nth(no);
+        }
+        let a = &mut self.asm;
+        a.bind(yes);
+        a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+        a.goto(next);
+        a.bind(no);
+        a.load(Size::W, Reg::R7, Reg::R8, exit::OTHER);
+        a.goto(next);
+
+        a.bind(then);
+        a.comment("changes of words");
+        for write in 0..exit::WRITES as i16 {
+            let at = exit::WRITE + write * exit::WRITE_BYTES;
+            a.load(Size::W, Reg::R3, Reg::R8, at);
+            key_address(a, layout);
+            a.load(Size::W, Reg::R3, Reg::R4, layout.base());
+            a.load(Size::W, Reg::R1, Reg::R8, at + 4);
+            // (word & !clear) ^ xor, the complement stored.
+            a.alu64(AluOp::And, Reg::R3, Reg::R1);
+            a.load(Size::W, Reg::R1, Reg::R8, at + 8);
+            a.alu64(AluOp::Xor, Reg::R3, Reg::R1);
+            a.store(Size::W, Reg::R4, layout.base(), Reg::R3);
+        }
+        a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+
+        a.bind(next);
+        a.alu64(AluOp::Add, Reg::R9, 1);
+        a.loop_jump(Width::W64, Cond::Lt, Reg::R9, trips as i32, top, trips);
+        a.goto(bail);
+    }
+
+    /// The nodes' records.
+    fn node_records(&self) -> Vec<[u32; 8]> {
+        let records = self.plan.walk.nodes.iter().map(|node| match *node {
+            WalkNode::Test { test, yes, no } => [
+                self.reference(yes),
+                self.reference(no),
+                test.mask,
+                test.lo,
+                test.hi.wrapping_sub(test.lo),
+                self.layout.table_offset(test.word),
+                0,
+                0,
+            ],
+            WalkNode::Fork { first, rest } => {
+                [self.reference(first), self.reference(rest), 0, 0, u32::MAX, 0, 0, 0]
+            }
+        });
+        records.collect()
+    }
+
+    /// The exits' records, then those that hold the rest of long lists of changes.
+    fn exit_records(&self) -> Vec<[u32; 8]> {
+        let exits = &self.plan.walk.exits;
+        let mut records = vec![[0; 8]; exits.len()];
+        for (index, from) in exits.iter().enumerate() {
+            records[index] = match from {
+                PlanExit::End(slot) => {
+                    let verdict =
+                        self.plan.endings.get(*slot as usize).map_or(Verdict::Defer, |ending| ending.verdict);
+                    let code = return_code(self.target.attach, self.plan.place.mode, verdict);
+                    [exit::END, *slot, code as u32, 0, 0, 0, 0, 0]
+                }
+                PlanExit::Then { writes, next } => {
+                    let mut chunks: Vec<&[WordWrite]> = writes.chunks(exit::WRITES).collect();
+                    let first = if chunks.is_empty() { &[] } else { chunks.remove(0) };
+                    let mut next = self.target_reference(*next);
+                    // The last record leads out of the list, each before it to the one after.
+                    for chunk in chunks.into_iter().rev() {
+                        records.push(self.then_record(chunk, next));
+                        next = abi::EXIT_BIT | (records.len() as u32 - 1);
+                    }
+                    self.then_record(first, next)
+                }
+                PlanExit::Test { test, yes, no } => {
+                    let (kind, parameter) = match self.plan.effect_tests[*test] {
+                        EffectTestKind::Random { probability } => (exit::RANDOM, probability),
+                        EffectTestKind::Nth { every, .. } => (exit::NTH, every),
+                        // Never holds: no number of 31 bits is below 0. Rules with a limit are handed over before.
+                        EffectTestKind::Limit { .. } => (exit::RANDOM, 0),
+                    };
+                    let (yes, no) = (self.target_reference(*yes), self.target_reference(*no));
+                    [kind, yes, no, parameter, 4 * test.as_u32(), 0, 0, 0]
+                }
+            };
+        }
+        records
+    }
+
+    fn then_record(&self, writes: &[WordWrite], next: u32) -> [u32; 8] {
+        let mut record = [exit::THEN, next, 0, u32::MAX, 0, 0, u32::MAX, 0];
+        for (write, into) in writes.iter().zip(record[2..].chunks_exact_mut(3)) {
+            into.copy_from_slice(&[self.layout.table_offset(write.word), !write.clear, write.xor]);
+        }
+        record
+    }
+
+    /// Most records any packet visits, from any node or exit of the table. A table with a cycle has no bound, which
+    /// is `u32::MAX`.
+    fn visits(&self) -> u32 {
+        let walk = &self.plan.walk;
+        let nodes = walk.nodes.len();
+        let index = |reference| match reference {
+            WalkRef::Node(node) => Some(node as usize),
+            WalkRef::Exit(exit) => Some(nodes + exit as usize),
+            WalkRef::None => None,
+        };
+        let follow = |target| match target {
+            PlanTarget::Walk(reference) => index(reference),
+            PlanTarget::Step(_) => None,
+        };
+        let successors = |at: usize| -> [Option<usize>; 2] {
+            match walk.nodes.get(at) {
+                Some(WalkNode::Test { yes, no, .. }) => [index(*yes), index(*no)],
+                Some(WalkNode::Fork { first, rest }) => [index(*first), index(*rest)],
+                None => match &walk.exits[at - nodes] {
+                    PlanExit::End(_) => [None, None],
+                    PlanExit::Then { next, .. } => [follow(*next), None],
+                    PlanExit::Test { yes, no, .. } => [follow(*yes), follow(*no)],
+                },
+            }
+        };
+        // For each record: most visits until its stage is decided, and most visits after that.
+        let mut costs: Vec<Option<(u32, u32)>> = vec![None; nodes + walk.exits.len()];
+        let mut open = vec![false; costs.len()];
+        let mut most = 0u32;
+        for start in 0..costs.len() {
+            let mut todo = vec![start];
+            while let Some(&at) = todo.last() {
+                if costs[at].is_some() {
+                    todo.pop();
+                    continue;
+                }
+                let waiting: Vec<usize> =
+                    successors(at).into_iter().flatten().filter(|&next| costs[next].is_none()).collect();
+                if !waiting.is_empty() {
+                    if std::mem::replace(&mut open[at], true) {
+                        return u32::MAX;
+                    }
+                    todo.extend(waiting);
+                    continue;
+                }
+                todo.pop();
+                let [one, two] = successors(at).map(|next| next.and_then(|next| costs[next]));
+                let none = (1, 0);
+                let cost = match (walk.nodes.get(at), walk.exits.get(at.wrapping_sub(nodes))) {
+                    (Some(WalkNode::Test { .. }), _) => {
+                        let (one, two) = (one.unwrap_or(none), two.unwrap_or(none));
+                        (one.0.max(two.0).saturating_add(1), one.1.max(two.1))
+                    }
+                    (Some(WalkNode::Fork { .. }), _) => {
+                        let (one, two) = (one.unwrap_or(none), two.unwrap_or(none));
+                        (one.0.saturating_add(two.0).saturating_add(1), one.1.max(two.1))
+                    }
+                    (None, exit) => {
+                        let after = |cost: Option<(u32, u32)>| cost.map_or(0, |(a, b)| a.saturating_add(b));
+                        let more = match exit {
+                            Some(PlanExit::Then { writes, .. }) => {
+                                writes.len().div_ceil(exit::WRITES).saturating_sub(1) as u32
+                            }
+                            _ => 0,
+                        };
+                        (1, after(one).max(after(two)).saturating_add(more))
+                    }
+                };
+                most = most.max(cost.0.saturating_add(cost.1));
+                costs[at] = Some(cost);
+            }
+        }
+        most
+    }
+}
+
+/// A table of records in the program.
+struct Records {
+    map: Map,
+    mask: i32,
+}
+
+impl Records {
+    /// Makes a map of the records, padded with zeros to a power of two.
+    fn new(maps: &mut PrimaryMap<Map, MapDef>, name: &str, mut records: Vec<[u32; 8]>) -> Records {
+        records.resize(records.len().next_power_of_two(), [0; 8]);
+        let bytes = records.iter().flatten().flat_map(|word| word.to_le_bytes()).collect();
+        let map = maps.push(MapDef::data(name, DataSection::Rodata, bytes));
+        Records { map, mask: (records.len() - 1) as i32 }
+    }
+
+    /// `into` = address of the record that `r7` refers to. `r1` is lost.
+    fn address(&self, a: &mut Asm, into: Reg) {
+        a.mov64(Reg::R1, Reg::R7);
+        a.alu64(AluOp::And, Reg::R1, self.mask);
+        a.alu64(AluOp::Lsh, Reg::R1, abi::RECORD_SHIFT);
+        a.load_map_value(into, self.map, 0);
+        a.alu64(AluOp::Add, into, Reg::R1);
+    }
+}
+
+/// `r4` = address of the word whose table offset is in `r3`, less the key's stack offset. `r3` and `r5` are lost.
+fn key_address(a: &mut Asm, layout: KeyLayout) {
+    a.mov64(Reg::R4, Reg::FP);
+    if layout.split() {
+        a.mov64(Reg::R5, Reg::R3);
+        a.alu64(AluOp::Rsh, Reg::R5, 1);
+        a.alu64(AluOp::And, Reg::R5, 128);
+        a.alu64(AluOp::Add, Reg::R4, Reg::R5);
+        a.alu64(AluOp::And, Reg::R3, 252);
+    } else {
+        a.alu64(AluOp::And, Reg::R3, 4 * (i32::from(layout.words()) - 1));
+    }
+    a.alu64(AluOp::Add, Reg::R4, Reg::R3);
+}

@@ -1,0 +1,268 @@
+//! Plans built by hand, and programs emitted from them, run in the check VM and in the kernel at once.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use aya::maps::PerCpuArray;
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
+use cranelift_entity::PrimaryMap;
+use polc_backend_ebpf::emit::{self, COUNTERS_MAP, RuleLine, Target, emit};
+use polc_backend_ebpf::object::{Object, ProgramKind};
+use polc_backend_ebpf::vm::{Context, Input, Vm};
+use polc_ir::entities::{Rule, Stage};
+use polc_ir::env::{Attach, Fragments, Mode, Place};
+use polc_ir::field::Field;
+use polc_ir::hook::{Family, Hook, Semantics};
+use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
+use polc_ir::plan::{
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget,
+    WalkTable, WordTest,
+};
+
+/// Frame endings come first in the plans built here; rules' endings start at this slot.
+pub(crate) const FIRST: u32 = 6;
+
+pub(crate) fn rule(number: u32) -> Rule {
+    Rule::from_u32(number)
+}
+
+/// A plan with these fields in its key and `rules` endings of rules, which drop and accept in turn.
+pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32) -> Plan {
+    let frame = |verdict, kind| Ending { verdict, by: Decider::Frame(kind) };
+    let mut endings = vec![
+        frame(Verdict::Accept, FrameKind::Runt),
+        frame(Verdict::Accept, FrameKind::NotIp),
+        frame(Verdict::Accept, FrameKind::OtherFamily),
+        frame(Verdict::Defer, FrameKind::Vlan),
+        frame(Verdict::Drop, FrameKind::Malformed),
+        frame(Verdict::Defer, FrameKind::UnknownDevice),
+    ];
+    assert_eq!(endings.len(), FIRST as usize);
+    endings.extend((0..rules).map(|number| Ending {
+        verdict: if number % 2 == 0 { Verdict::Drop } else { Verdict::Accept },
+        by: Decider::Rule(rule(number)),
+    }));
+    let mut word = 0;
+    let key = fields
+        .iter()
+        .map(|&field| {
+            let words = match field {
+                Field::InDevice | Field::OutDevice => 1,
+                field => field.bits(family).div_ceil(32),
+            };
+            let slot = KeySlot { field, word, words };
+            word += words;
+            slot
+        })
+        .collect();
+    Plan {
+        family,
+        place: Place {
+            path: vec![Hook::Prerouting],
+            attach: Some(attach),
+            mode: Mode::Accelerate,
+            fragments: Fragments::AsSeen,
+            connection_state: false,
+            local_addresses: false,
+        },
+        key,
+        devices: DeviceClasses::default(),
+        steps: PrimaryMap::new(),
+        walk: WalkTable::default(),
+        root: PlanTarget::Step(polc_ir::entities::Step::from_u32(0)),
+        endings,
+        derived: PrimaryMap::new(),
+        sets: PrimaryMap::new(),
+        effect_tests: PrimaryMap::new(),
+    }
+}
+
+pub(crate) fn range(word: u8, lo: u32, hi: u32) -> WordTest {
+    WordTest { word, mask: u32::MAX, lo, hi }
+}
+
+pub(crate) fn eq(word: u8, value: u32) -> WordTest {
+    range(word, value, value)
+}
+
+pub(crate) fn all(tests: &[WordTest]) -> LinearTest {
+    LinearTest { any: vec![tests.to_vec()] }
+}
+
+/// Adds a step of entries: rule `i` ends in slot `FIRST + i`.
+pub(crate) fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
+    let entries = entries
+        .into_iter()
+        .enumerate()
+        .map(|(number, tests)| LinearEntry {
+            tests,
+            exit: PlanExit::End(FIRST + number as u32),
+            rule: Some(rule(number as u32)),
+        })
+        .collect();
+    let step = plan.steps.push(LinearStep { stage: Stage::from_u32(0), entries });
+    plan.root = PlanTarget::Step(step);
+}
+
+pub(crate) fn object(plan: &Plan) -> Object {
+    let rules = |rule: Rule| {
+        Some(RuleLine {
+            file: "rules.v4".into(),
+            line: rule.as_u32() + 3,
+            text: format!("-A INPUT rule {rule}"),
+            table: "filter".into(),
+            chain: "INPUT".into(),
+            number: rule.as_u32() + 1,
+        })
+    };
+    let target = Target {
+        attach: plan.place.attach.unwrap(),
+        name: "main".into(),
+        rule: &rules,
+        chain: &|_| None,
+        semantics: Semantics::Legacy,
+    };
+    emit(plan, &target).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
+}
+
+/// One program in the check VM and, as root, in the kernel.
+pub(crate) struct Pair {
+    pub(crate) plan: Plan,
+    vm: Vm,
+    kernel: Option<aya::Ebpf>,
+    kind: ProgramKind,
+    slots: usize,
+}
+
+/// Packets and bytes of one slot.
+type Counts = Vec<[u64; 2]>;
+
+impl Pair {
+    pub(crate) fn new(name: &str, plan: Plan) -> Pair {
+        let object = object(&plan);
+        let vm = Vm::new(&object).expect("the VM links it");
+        let kind = object.programs[0].kind;
+        let slots = plan.endings.len();
+        let kernel = super::kernel::may_run(&format!("{name} in the kernel")).then(|| load(&object));
+        Pair { plan, vm, kernel, kind, slots }
+    }
+
+    /// The ending of a frame, on which VM and kernel agree, and the bytes that were counted.
+    pub(crate) fn run_counted(&mut self, frame: &[u8], context: &Context) -> (Result<Ending, String>, u64) {
+        let attach = self.plan.place.attach.unwrap();
+        let mut context = context.clone();
+        let before = self.vm_counts();
+        if self.kind == ProgramKind::Classifier {
+            // What the kernel's test run says of a frame on the loopback device.
+            let multicast = frame.first().is_some_and(|byte| byte & 1 != 0);
+            context.packet_type = match frame.get(..6) {
+                Some([0xff, 0xff, 0xff, 0xff, 0xff, 0xff]) => 1,
+                Some(_) if multicast => 2,
+                Some([0, 0, 0, 0, 0, 0]) => 0,
+                _ => 3,
+            };
+        }
+        let input = Input { packet: frame, linear: None, context };
+        let in_vm = self.vm.run(0, &input).expect("runs");
+        let vm_grown = grown(&before, &self.vm_counts());
+        // The kernel refuses to test frames of less than an Ethernet header, tc frames of nothing more.
+        let minimum = if self.kind == ProgramKind::Xdp { 14 } else { 15 };
+        if self.kernel.is_some() && frame.len() >= minimum {
+            let before = self.kernel_counts();
+            let returned = self.kernel_run(&input);
+            let kernel_grown = grown(&before, &self.kernel_counts());
+            let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!((returned, &kernel_grown), (in_vm.return_value, &vm_grown), "kernel and VM on {hex}");
+        }
+        let packets: Vec<u64> = vm_grown.iter().map(|slot| slot[0]).collect();
+        let bytes = vm_grown.iter().map(|slot| slot[1]).sum();
+        (emit::ending_of(&self.plan, attach, &packets, in_vm.return_value as i32), bytes)
+    }
+
+    pub(crate) fn run(&mut self, frame: &[u8], context: &Context) -> Ending {
+        self.run_counted(frame, context).0.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The rule that decided a frame, or the kind of frame it is.
+    pub(crate) fn decides(&mut self, frame: &[u8]) -> Decider {
+        self.run(frame, &Context { ingress_ifindex: 1, ifindex: 1, ..Context::default() }).by
+    }
+
+    fn vm_counts(&self) -> Counts {
+        let map = self.vm.map(COUNTERS_MAP).expect("counters");
+        self.vm.values(map).chunks_exact(16).map(pair).take(self.slots).collect()
+    }
+
+    fn kernel_counts(&self) -> Counts {
+        let map = self.kernel.as_ref().unwrap().map(COUNTERS_MAP).expect("counters");
+        let map = PerCpuArray::<_, [u8; 16]>::try_from(map).expect("a per-CPU array");
+        (0..self.slots as u32)
+            .map(|slot| {
+                let values = map.get(&slot, 0).expect("a slot");
+                values.iter().map(|value| pair(&value[..])).fold([0, 0], |a, b| [a[0] + b[0], a[1] + b[1]])
+            })
+            .collect()
+    }
+
+    fn kernel_run(&mut self, input: &Input<'_>) -> u32 {
+        let context = &input.context;
+        let mut given = match self.kind {
+            ProgramKind::Xdp => vec![0; 24],
+            ProgramKind::Classifier => vec![0; 192],
+        };
+        let mut put = |at: usize, value: u32| given[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        match self.kind {
+            ProgramKind::Xdp => {
+                put(4, input.packet.len() as u32);
+                put(12, context.ingress_ifindex);
+            }
+            ProgramKind::Classifier => {
+                put(8, context.mark);
+                put(36, context.ingress_ifindex);
+                put(40, context.ifindex);
+            }
+        }
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(input.packet);
+        options.ctx_in = Some(&given);
+        let program = self.kernel.as_mut().unwrap().program_mut("main").expect("named");
+        let result = match self.kind {
+            ProgramKind::Xdp => <&mut Xdp>::try_from(program).expect("XDP").test_run(options),
+            ProgramKind::Classifier => {
+                <&mut SchedClassifier>::try_from(program).expect("tc").test_run(options)
+            }
+        };
+        result.expect("test run").return_value
+    }
+
+    /// What the verifier processed, if the program is in the kernel.
+    pub(crate) fn verified(&mut self) -> Option<u32> {
+        let program = self.kernel.as_mut()?.program_mut("main").expect("named");
+        program.info().expect("info").verified_instruction_count()
+    }
+}
+
+fn pair(bytes: &[u8]) -> [u64; 2] {
+    [0, 8].map(|at| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes")))
+}
+
+fn grown(before: &Counts, after: &Counts) -> Counts {
+    before.iter().zip(after).map(|(b, a)| [a[0] - b[0], a[1] - b[1]]).collect()
+}
+
+fn load(object: &Object) -> aya::Ebpf {
+    let bytes = object.write().expect("writes");
+    let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya loads it");
+    for program in &object.programs {
+        let loaded = ebpf.program_mut(&program.name).expect("named");
+        let result = match program.kind {
+            ProgramKind::Xdp => <&mut Xdp>::try_from(loaded).expect("XDP").load(),
+            ProgramKind::Classifier => <&mut SchedClassifier>::try_from(loaded).expect("tc").load(),
+        };
+        result.unwrap_or_else(|error| {
+            let text = format!("{error:?}").replace("\\n", "\n");
+            let tail = text.len().saturating_sub(6000);
+            panic!("the verifier: {}", &text[text.ceil_char_boundary(tail)..])
+        });
+    }
+    ebpf
+}
