@@ -11,6 +11,14 @@ pub const FILE_BYTES_MAX: usize = 256 << 20;
 /// (iptables/iptables-restore.c).
 pub const LINE_BYTES_MAX: usize = 10_239;
 
+/// Longest word of a rule line, unquoted, in bytes: iptables-restore collects words in a buffer of 1,024 bytes
+/// (iptables/xshared.c, `add_param`).
+pub const WORD_BYTES_MAX: usize = 1_023;
+
+/// Most words of a rule line: iptables-restore's argument list holds 255 entries, of which the program's name, the
+/// table and the terminator take four (iptables/xshared.h, `MAX_ARGC`).
+pub const WORDS_MAX: usize = 251;
+
 /// Most chains in one dump.
 pub const CHAINS_MAX: usize = 1 << 20;
 

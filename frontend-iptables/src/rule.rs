@@ -1,0 +1,1146 @@
+//! Reads the words of one rule line as iptables' command line parser does.
+//!
+//! The grammar is `getopt_long`'s: long options may be abbreviated as far as they stay unique among the options loaded
+//! so far, take `=value`, and an option's argument is whatever word follows. Which options exist changes on the way:
+//! `-m` and `-j` load theirs, and an unknown option makes `-p tcp` load the tcp match. Base options win over
+//! extensions', later extensions over earlier ones (iptables/xshared.c, `do_parse` and `command_default`).
+
+use std::cell::RefCell;
+
+use polc_ir::diag::Diagnostic;
+use polc_ir::hook::{Family, TableKind};
+use polc_ir::limits;
+use polc_ir::source::Span;
+
+use crate::ast::{Counters, Given, MatchAst, Text};
+use crate::codes;
+use crate::ext::{Argument, Fault, GivenOption, OptionSpec, Options, Shelf, address_fault, set_of};
+use crate::lexer::Word;
+use crate::matches::{MATCHES, MatchEntry};
+use crate::names;
+use crate::parse::{Existing, Mode};
+use crate::targets::{TARGETS, TargetEntry, TargetKind};
+use crate::value::{AddressMask, Interface, strtoul};
+
+/// What a rule line needs to know of its surroundings.
+pub(crate) struct LineContext<'a> {
+    pub(crate) family: Family,
+    pub(crate) table: TableKind,
+    pub(crate) mode: Mode,
+    pub(crate) existing: &'a Existing,
+    pub(crate) shelf: &'a RefCell<Shelf>,
+    /// Whether the table has a chain of this name now.
+    pub(crate) is_chain: &'a dyn Fn(&str) -> bool,
+    /// The whole line.
+    pub(crate) line: Span,
+}
+
+/// What a rule line asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    Append,
+    /// Before rule number, from 1.
+    Insert(u32),
+    Replace(u32),
+    DeleteNumber(u32),
+    DeleteRule,
+    Check,
+    NewChain,
+    DeleteChain,
+    RenameChain,
+    Policy,
+    Flush,
+    Zero,
+    List,
+}
+
+impl Command {
+    fn letter(self) -> char {
+        match self {
+            Command::Append => 'A',
+            Command::Insert(_) => 'I',
+            Command::Replace(_) => 'R',
+            Command::DeleteNumber(_) | Command::DeleteRule => 'D',
+            Command::Check => 'C',
+            Command::NewChain => 'N',
+            Command::DeleteChain => 'X',
+            Command::RenameChain => 'E',
+            Command::Policy => 'P',
+            Command::Flush => 'F',
+            Command::Zero => 'Z',
+            Command::List => 'L',
+        }
+    }
+
+    /// Whether the line describes a rule.
+    pub(crate) fn has_rule(self) -> bool {
+        matches!(
+            self,
+            Command::Append | Command::Insert(_) | Command::Replace(_) | Command::DeleteRule | Command::Check
+        )
+    }
+}
+
+/// The target of a line, chains still by name.
+#[derive(Debug)]
+pub(crate) enum LineTarget<'a> {
+    None,
+    Accept,
+    Drop,
+    Queue,
+    Return,
+    Jump(Argument<'a>),
+    Goto(Argument<'a>),
+    Extension(TargetKind),
+}
+
+/// A rule line, read.
+pub(crate) struct RuleLine<'a> {
+    pub(crate) command: Command,
+    pub(crate) chain: Option<Argument<'a>>,
+    /// The new name of `-E`, the policy of `-P`.
+    pub(crate) operand: Option<Argument<'a>>,
+    pub(crate) counters: Option<Counters>,
+    pub(crate) sources: Vec<Given<AddressMask>>,
+    pub(crate) destinations: Vec<Given<AddressMask>>,
+    pub(crate) in_interface: Option<Given<Interface>>,
+    pub(crate) out_interface: Option<Given<Interface>>,
+    pub(crate) protocol: Option<Given<u16>>,
+    pub(crate) fragment: Option<Given<()>>,
+    pub(crate) matches: Vec<MatchAst>,
+    pub(crate) target: LineTarget<'a>,
+    pub(crate) target_span: Span,
+}
+
+/// Whether a line was read or is for the other family.
+pub(crate) enum Outcome<'a> {
+    Line(Box<RuleLine<'a>>),
+    /// `-4` or `-6` for the other family: the line is skipped.
+    OtherFamily(Span),
+}
+
+/// How many arguments a base option takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Arity {
+    None,
+    One,
+    /// Only when attached: `-Fchain`, `--flush=chain`.
+    Optional,
+}
+
+/// The options every rule line has: long name, letter, arguments (iptables/iptables.c, `original_opts`).
+const BASE: &[(&str, char, Arity)] = &[
+    ("append", 'A', Arity::One),
+    ("delete", 'D', Arity::One),
+    ("check", 'C', Arity::One),
+    ("insert", 'I', Arity::One),
+    ("replace", 'R', Arity::One),
+    ("list", 'L', Arity::Optional),
+    ("list-rules", 'S', Arity::Optional),
+    ("flush", 'F', Arity::Optional),
+    ("zero", 'Z', Arity::Optional),
+    ("new-chain", 'N', Arity::One),
+    ("delete-chain", 'X', Arity::Optional),
+    ("rename-chain", 'E', Arity::One),
+    ("policy", 'P', Arity::One),
+    ("source", 's', Arity::One),
+    ("destination", 'd', Arity::One),
+    ("src", 's', Arity::One),
+    ("dst", 'd', Arity::One),
+    ("protocol", 'p', Arity::One),
+    ("in-interface", 'i', Arity::One),
+    ("jump", 'j', Arity::One),
+    ("table", 't', Arity::One),
+    ("match", 'm', Arity::One),
+    ("numeric", 'n', Arity::None),
+    ("out-interface", 'o', Arity::One),
+    ("verbose", 'v', Arity::None),
+    ("wait", 'w', Arity::Optional),
+    ("wait-interval", 'W', Arity::Optional),
+    ("exact", 'x', Arity::None),
+    ("fragments", 'f', Arity::None),
+    ("version", 'V', Arity::None),
+    ("help", 'h', Arity::Optional),
+    ("line-numbers", '0', Arity::None),
+    ("modprobe", 'M', Arity::One),
+    ("set-counters", 'c', Arity::One),
+    ("goto", 'g', Arity::One),
+    ("ipv4", '4', Arity::None),
+    ("ipv6", '6', Arity::None),
+];
+
+fn base_letter(letter: char) -> Option<Arity> {
+    // `--line-numbers` has no letter of its own.
+    if letter == '0' {
+        return None;
+    }
+    BASE.iter().find(|row| row.1 == letter).map(|row| row.2)
+}
+
+fn base_name(letter: char) -> String {
+    match letter {
+        '0' => "--line-numbers".into(),
+        letter => format!("-{letter}"),
+    }
+}
+
+/// Who an option belongs to.
+#[derive(Clone, Copy)]
+enum Found {
+    Base(char, Arity),
+    Extension { table: usize, spec: &'static OptionSpec },
+}
+
+impl Found {
+    /// Whether two candidates for an abbreviation are the same option to getopt.
+    fn same(self, other: Found) -> bool {
+        match (self, other) {
+            (Found::Base(a, x), Found::Base(b, y)) => a == b && x == y,
+            (Found::Extension { table: a, spec: x }, Found::Extension { table: b, spec: y }) => {
+                a == b && x.id == y.id && (x.arguments == 0) == (y.arguments == 0)
+            }
+            _ => false,
+        }
+    }
+}
+
+enum Lookup {
+    Found(Found),
+    Unknown,
+    Ambiguous(Vec<String>),
+}
+
+/// The base options seen on a line.
+#[derive(Default)]
+struct Letters(u128);
+
+impl Letters {
+    /// Adds a letter; false if it was there.
+    fn insert(&mut self, letter: char) -> bool {
+        let fresh = !self.contains(letter);
+        self.0 |= 1 << letter as u32;
+        fresh
+    }
+
+    fn contains(&self, letter: char) -> bool {
+        self.0 & 1 << letter as u32 != 0
+    }
+}
+
+/// Options that a `-m` or `-j` loaded.
+struct Loaded {
+    /// The match that owns them; `None` for the target.
+    entry: Option<&'static MatchEntry>,
+    options: &'static [OptionSpec],
+    /// The clause that now receives them.
+    instance: u32,
+}
+
+/// A clause being read. The target is one too.
+struct Instance {
+    entry: Option<&'static MatchEntry>,
+    span: Span,
+}
+
+struct LineParser<'a, 'c> {
+    cx: &'c LineContext<'c>,
+    words: &'a [Word<'a>],
+    at: usize,
+    loaded: Vec<Loaded>,
+    instances: Vec<Instance>,
+    target: Option<(&'static TargetEntry, u32)>,
+    options: Vec<GivenOption<'a>>,
+    protocol: Option<(Argument<'a>, Given<u16>)>,
+    protocol_used: bool,
+    seen: Letters,
+    command: Option<Command>,
+    chain: Option<Argument<'a>>,
+    operand: Option<Argument<'a>>,
+    source: Option<Given<Argument<'a>>>,
+    destination: Option<Given<Argument<'a>>>,
+    jump: Option<(Given<Argument<'a>>, bool)>,
+    line: RuleLine<'a>,
+    /// A `!` that waits for its option.
+    pending: Option<Span>,
+}
+
+/// Reads a line.
+pub(crate) fn parse_line<'a>(cx: &LineContext<'_>, words: &'a [Word<'a>]) -> Result<Outcome<'a>, Fault> {
+    let mut parser = LineParser {
+        cx,
+        words,
+        at: 0,
+        loaded: Vec::new(),
+        instances: Vec::new(),
+        target: None,
+        options: Vec::new(),
+        protocol: None,
+        protocol_used: false,
+        seen: Letters::default(),
+        command: None,
+        chain: None,
+        operand: None,
+        source: None,
+        destination: None,
+        jump: None,
+        line: RuleLine {
+            command: Command::Append,
+            chain: None,
+            operand: None,
+            counters: None,
+            sources: Vec::new(),
+            destinations: Vec::new(),
+            in_interface: None,
+            out_interface: None,
+            protocol: None,
+            fragment: None,
+            matches: Vec::new(),
+            target: LineTarget::None,
+            target_span: cx.line.at_end(),
+        },
+        pending: None,
+    };
+    if let Some(other) = parser.read()? {
+        return Ok(Outcome::OtherFamily(other));
+    }
+    parser.finish().map(|line| Outcome::Line(Box::new(line)))
+}
+
+fn argument<'a>(word: &'a Word<'a>) -> Argument<'a> {
+    Argument { text: &word.text, span: word.span, verbatim: word.text.len() == word.span.len() as usize }
+}
+
+/// The part of a word from byte `from` on.
+fn tail<'a>(word: &'a Word<'a>, from: usize) -> Argument<'a> {
+    let whole = argument(word);
+    let text = &whole.text[from..];
+    Argument { text, span: whole.span_of(text), verbatim: whole.verbatim }
+}
+
+impl<'a> LineParser<'a, '_> {
+    /// Reads all words; `Some` if the line is for the other family.
+    fn read(&mut self) -> Result<Option<Span>, Fault> {
+        while let Some(word) = self.words.get(self.at) {
+            let text = &*word.text;
+            self.at += 1;
+            if text == "--" {
+                if let Some(next) = self.words.get(self.at) {
+                    return Err(
+                        Fault::new(codes::STRAY_WORD, format!("`{}` follows `--`", next.text)).at(next.span)
+                    );
+                }
+            } else if let Some(long) = text.strip_prefix("--") {
+                if let Some(other) = self.long(word, long)? {
+                    return Ok(Some(other));
+                }
+            } else if text.len() > 1 && text.starts_with('-') {
+                if let Some(other) = self.short(word)? {
+                    return Ok(Some(other));
+                }
+            } else if text == "!" {
+                if self.pending.is_some() {
+                    return Err(Fault::new(codes::NEGATION, "`!` twice in a row").at(word.span));
+                }
+                self.pending = Some(word.span);
+            } else {
+                return Err(self.stray(word));
+            }
+        }
+        Ok(None)
+    }
+
+    fn stray(&self, word: &Word<'_>) -> Fault {
+        let fault =
+            Fault::new(codes::STRAY_WORD, format!("`{}` belongs to no option", word.text)).at(word.span);
+        match &*word.text {
+            text if text.starts_with('\'') => fault.hint("only double quotes quote in a restore file"),
+            text if text.starts_with('#') => fault.hint("a comment starts at the beginning of its line"),
+            "COMMIT" => fault.hint("COMMIT stands alone on its line"),
+            _ => fault.hint("an option starts with `-`"),
+        }
+    }
+
+    fn lookup(&self, name: &str) -> Lookup {
+        let base = || {
+            BASE.iter()
+                .filter(|row| row.1 != 'f' || self.cx.family == Family::V4)
+                .map(|&(name, letter, arity)| (name, Found::Base(letter, arity)))
+        };
+        let loaded = || {
+            self.loaded.iter().enumerate().rev().flat_map(|(table, loaded)| {
+                loaded.options.iter().map(move |spec| (spec.name, Found::Extension { table, spec }))
+            })
+        };
+        if let Some((_, found)) = base().chain(loaded()).find(|(known, _)| *known == name) {
+            return Lookup::Found(found);
+        }
+        let mut first: Option<Found> = None;
+        let mut candidates = Vec::new();
+        for (known, found) in base().chain(loaded()).filter(|(known, _)| known.starts_with(name)) {
+            if first.is_none_or(|first| !first.same(found)) {
+                candidates.push(format!("--{known}"));
+            }
+            first = first.or(Some(found));
+        }
+        match first {
+            None => Lookup::Unknown,
+            Some(found) if candidates.len() == 1 => Lookup::Found(found),
+            Some(_) => Lookup::Ambiguous(candidates),
+        }
+    }
+
+    fn long(&mut self, word: &'a Word<'a>, long: &'a str) -> Result<Option<Span>, Fault> {
+        let (name, attached) = match long.find('=') {
+            Some(equals) => (&long[..equals], Some(tail(word, equals + 3))),
+            None => (long, None),
+        };
+        let found = match self.lookup(name) {
+            Lookup::Found(found) => found,
+            missing => match self.load_protocol()? {
+                true => match self.lookup(name) {
+                    Lookup::Found(found) => found,
+                    missing => return Err(self.unknown_option(word, name, missing)),
+                },
+                false => return Err(self.unknown_option(word, name, missing)),
+            },
+        };
+        match found {
+            Found::Base(letter, arity) => {
+                if let (Arity::None, Some(extra)) = (arity, attached) {
+                    return Err(Fault::new(codes::UNKNOWN_OPTION, format!("`--{name}` takes no argument"))
+                        .at(extra.span));
+                }
+                let value = if arity == Arity::One { Some(self.value(word, attached)?) } else { attached };
+                self.base(word, letter, value)
+            }
+            Found::Extension { table, spec } => {
+                if let (0, Some(extra)) = (spec.arguments, attached) {
+                    return Err(Fault::new(codes::UNKNOWN_OPTION, format!("`--{name}` takes no argument"))
+                        .at(extra.span));
+                }
+                self.extension_option(word, table, spec, attached)?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn short(&mut self, word: &'a Word<'a>) -> Result<Option<Span>, Fault> {
+        let letters = word.text.char_indices().skip(1);
+        for (position, letter) in letters {
+            let rest = position + letter.len_utf8();
+            let Some(arity) = base_letter(letter) else {
+                // As with a long option, an unknown letter makes the protocol's match load, in vain.
+                return Err(self.unknown_option(word, &word.text[position..rest], Lookup::Unknown));
+            };
+            let attached = (arity != Arity::None && rest < word.text.len()).then(|| tail(word, rest));
+            let value = if arity == Arity::One { Some(self.value(word, attached)?) } else { attached };
+            if let Some(other) = self.base(word, letter, value)? {
+                return Ok(Some(other));
+            }
+            if attached.is_some() || arity != Arity::None {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// The argument of an option: what is attached to it, or the next word, whatever it is.
+    fn value(&mut self, word: &Word<'_>, attached: Option<Argument<'a>>) -> Result<Argument<'a>, Fault> {
+        if let Some(attached) = attached {
+            return Ok(attached);
+        }
+        let Some(next) = self.words.get(self.at) else {
+            return Err(Fault::new(codes::MISSING_ARGUMENT, format!("`{}` needs an argument", word.text))
+                .at(word.span));
+        };
+        self.at += 1;
+        Ok(argument(next))
+    }
+
+    /// The next word as an operand of a command, unless it looks like an option or a negation.
+    fn operand(&mut self) -> Option<Argument<'a>> {
+        let next = self.words.get(self.at).filter(|word| !word.text.starts_with(['-', '!']))?;
+        self.at += 1;
+        Some(argument(next))
+    }
+
+    /// In tolerant mode, `--option ! value` is read as `! --option value`: true if `value` is that `!`.
+    fn old_negation(&mut self, option: Span, value: &mut Argument<'a>) -> Result<bool, Fault> {
+        let next = self.words.get(self.at);
+        if self.cx.mode != Mode::Tolerant || value.text != "!" {
+            return Ok(false);
+        }
+        let Some(next) = next.filter(|next| !next.text.starts_with('-')) else { return Ok(false) };
+        if self.pending.is_some() {
+            return Err(Fault::new(codes::NEGATION, "negated twice").at(value.span));
+        }
+        self.at += 1;
+        self.cx.shelf.borrow_mut().warnings.push(
+            Diagnostic::warning(codes::OLD_NEGATION, "`!` after the option it negates", value.span)
+                .with_label(option, "this option")
+                .with_note("iptables reads this form no more since 1.8.9; it was deprecated in 1.4.3")
+                .with_hint("put the `!` before the option"),
+        );
+        *value = argument(next);
+        Ok(true)
+    }
+
+    /// Takes the pending `!`: whether there is one, and the span with it.
+    fn negation(&mut self, span: Span) -> (bool, Span) {
+        match self.pending.take() {
+            Some(bang) => (true, bang.to(span)),
+            None => (false, span),
+        }
+    }
+
+    /// A base option that may be given once.
+    fn once(&mut self, word: &Word<'_>, letter: char) -> Result<(), Fault> {
+        if self.seen.insert(letter) {
+            return Ok(());
+        }
+        Err(Fault::new(codes::REPEATED_OPTION, format!("`{}` is given twice", base_name(letter)))
+            .at(word.span))
+    }
+
+    fn not_negated(&self, word: &Word<'_>) -> Result<(), Fault> {
+        match self.pending {
+            Some(bang) => {
+                let message = format!("`{}` can't be negated", word.text);
+                Err(Fault::new(codes::NEGATION, message).at(bang.to(word.span)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A negatable base option with a value.
+    fn negatable(
+        &mut self,
+        word: &Word<'_>,
+        letter: char,
+        value: Option<Argument<'a>>,
+    ) -> Result<Given<Argument<'a>>, Fault> {
+        self.once(word, letter)?;
+        let mut value = value.expect("the option takes an argument");
+        let old = self.old_negation(word.span, &mut value)?;
+        let (negated, span) = self.negation(word.span.to(value.span));
+        Ok(Given { value, negated: negated || old, span })
+    }
+
+    fn base(
+        &mut self,
+        word: &'a Word<'a>,
+        letter: char,
+        value: Option<Argument<'a>>,
+    ) -> Result<Option<Span>, Fault> {
+        match letter {
+            'A' | 'C' | 'D' | 'E' | 'I' | 'N' | 'P' | 'R' | 'F' | 'L' | 'S' | 'X' | 'Z' => {
+                self.not_negated(word)?;
+                self.command(word, letter, value)?;
+            }
+            's' => self.source = Some(self.negatable(word, letter, value)?),
+            'd' => self.destination = Some(self.negatable(word, letter, value)?),
+            'p' => {
+                let given = self.negatable(word, letter, value)?;
+                let lower = given.value.text.to_ascii_lowercase();
+                let number = Argument { text: &lower, ..given.value }.protocol()?;
+                if number == 0 && given.negated {
+                    return Err(Fault::new(codes::NEGATION, "no packet has a protocol other than `all`")
+                        .at(given.span));
+                }
+                if self.cx.family == Family::V6 && !given.negated && matches!(number, 43 | 44 | 51 | 60) {
+                    self.warn(
+                        Diagnostic::warning(
+                            codes::SUSPICIOUS,
+                            format!("`-p {}` matches no packet: it is an extension header", given.value.text),
+                            given.span,
+                        )
+                        .with_hint("use the extension's match instead, such as `-m frag` or `-m ah`"),
+                    );
+                }
+                self.protocol = Some((given.value, given.map(|_| number)));
+            }
+            'i' | 'o' => {
+                let given = self.negatable(word, letter, value)?;
+                if given.value.text.is_empty() {
+                    return Err(given.value.bad("the device name is empty"));
+                }
+                let text = self.text(given.value.text);
+                let interface = given.value.interface(text)?;
+                if interface.pattern.contains(['/', ' ']) {
+                    self.warn(Diagnostic::warning(
+                        codes::SUSPICIOUS,
+                        "`/` and blanks don't occur in device names",
+                        given.value.span,
+                    ));
+                }
+                let given = Some(given.map(|_| interface));
+                if letter == 'i' {
+                    self.line.in_interface = given;
+                } else {
+                    self.line.out_interface = given;
+                }
+            }
+            'f' => {
+                if self.cx.family == Family::V6 {
+                    return Err(Fault::new(codes::WRONG_FAMILY, "IPv6 has no `-f`")
+                        .at(word.span)
+                        .hint("use `-m frag`"));
+                }
+                self.once(word, letter)?;
+                let (negated, span) = self.negation(word.span);
+                self.line.fragment = Some(Given { value: (), negated, span });
+            }
+            'j' | 'g' => {
+                if !self.seen.insert('j') {
+                    return Err(Fault::new(codes::REPEATED_OPTION, "the rule has two targets").at(word.span));
+                }
+                self.not_negated(word)?;
+                self.jump(word, value.expect("the option takes an argument"), letter == 'g')?;
+            }
+            'm' => {
+                self.not_negated(word)?;
+                self.load_match(word, value.expect("the option takes an argument"))?;
+            }
+            'c' => {
+                self.not_negated(word)?;
+                self.once(word, letter)?;
+                self.set_counters(word, value.expect("the option takes an argument"))?;
+            }
+            '4' | '6' => {
+                self.pending = None;
+                let family = if letter == '4' { Family::V4 } else { Family::V6 };
+                if family != self.cx.family {
+                    return Ok(Some(word.span));
+                }
+            }
+            'n' | 'x' | '0' => {
+                let message = format!("`{}` is for listing, not for a restore file", base_name(letter));
+                return Err(Fault::new(codes::COMMAND, message).at(word.span));
+            }
+            'v' => {
+                // The first `-v` goes through the check that forbids negation, later ones don't.
+                if self.seen.insert('v') {
+                    self.not_negated(word)?;
+                }
+                self.pending = None;
+            }
+            'M' => self.pending = None,
+            't' => {
+                return Err(Fault::new(codes::COMMAND, "`-t` can't be used in a restore file")
+                    .at(word.span)
+                    .hint("the table is the one of the section's `*` line"));
+            }
+            'w' | 'W' => {
+                let message = format!("`-{letter}` can't be used in a restore file");
+                return Err(Fault::new(codes::COMMAND, message).at(word.span));
+            }
+            _ => {
+                let message = format!("`{}` would only print a text and end the restore", word.text);
+                return Err(Fault::new(codes::COMMAND, message).at(word.span));
+            }
+        }
+        Ok(None)
+    }
+
+    fn command(
+        &mut self,
+        word: &'a Word<'a>,
+        letter: char,
+        value: Option<Argument<'a>>,
+    ) -> Result<(), Fault> {
+        let chain = if matches!(letter, 'F' | 'L' | 'S' | 'X' | 'Z') {
+            value.or_else(|| self.operand())
+        } else {
+            value
+        };
+        let number = |operand: Argument<'_>| {
+            operand.number(1, i32::MAX as u64).map(|number| number as u32).map_err(|fault| Fault {
+                code: codes::RULE_NUMBER,
+                message: format!("`{}` is no rule number", operand.text),
+                ..fault
+            })
+        };
+        let command = match letter {
+            'A' => Command::Append,
+            'C' => Command::Check,
+            'D' => match self.operand() {
+                Some(operand) => Command::DeleteNumber(number(operand)?),
+                None => Command::DeleteRule,
+            },
+            'I' => Command::Insert(self.operand().map_or(Ok(1), number)?),
+            'R' => match self.operand() {
+                Some(operand) => Command::Replace(number(operand)?),
+                None => {
+                    return Err(Fault::new(codes::MISSING_ARGUMENT, "`-R` needs a chain and a rule number")
+                        .at(word.span));
+                }
+            },
+            'N' => Command::NewChain,
+            'X' => Command::DeleteChain,
+            'F' => Command::Flush,
+            'E' | 'P' => {
+                self.operand = self.operand();
+                if self.operand.is_none() {
+                    let what =
+                        if letter == 'E' { "an old and a new chain name" } else { "a chain and a policy" };
+                    let message = format!("`-{letter}` needs {what}");
+                    return Err(Fault::new(codes::MISSING_ARGUMENT, message).at(word.span));
+                }
+                if letter == 'E' { Command::RenameChain } else { Command::Policy }
+            }
+            'Z' => {
+                if chain.is_some()
+                    && let Some(operand) = self.operand()
+                {
+                    number(operand)?;
+                }
+                Command::Zero
+            }
+            _ => {
+                if chain.is_some()
+                    && let Some(operand) = self.operand()
+                {
+                    number(operand)?;
+                }
+                Command::List
+            }
+        };
+        match self.command {
+            // Listing and zeroing can be done at once.
+            Some(Command::List | Command::Zero) if matches!(command, Command::List | Command::Zero) => {}
+            Some(other) => {
+                let message = format!("`-{}` and `-{letter}` on one line", other.letter());
+                return Err(Fault::new(codes::COMMAND, message).at(word.span));
+            }
+            None => {}
+        }
+        self.command = Some(command);
+        self.chain = chain;
+        Ok(())
+    }
+
+    fn set_counters(&mut self, word: &Word<'_>, packets: Argument<'a>) -> Result<(), Fault> {
+        let fault = |span| {
+            Fault::new(codes::COUNTERS, "`-c` needs a packet and a byte counter")
+                .at(span)
+                .hint("write `-c PACKETS BYTES`")
+        };
+        let (packets_text, bytes) = match packets.text.split_once(',') {
+            Some((first, second)) if !first.is_empty() => {
+                (first, Argument { text: second, span: packets.span_of(second), ..packets })
+            }
+            _ => (packets.text, self.operand().ok_or_else(|| fault(word.span))?),
+        };
+        // sscanf("%llu") takes leading digits and ignores what follows.
+        let digits = |text: &str| strtoul(text, 10).map(|(value, _)| value);
+        let packets = digits(packets_text).ok_or_else(|| fault(packets.span))?;
+        let bytes = digits(bytes.text).ok_or_else(|| fault(bytes.span))?;
+        self.line.counters = Some(Counters { packets, bytes });
+        Ok(())
+    }
+
+    fn text(&self, text: &str) -> Text {
+        self.cx.shelf.borrow_mut().text(text)
+    }
+
+    fn warn(&self, diagnostic: Diagnostic) {
+        self.cx.shelf.borrow_mut().warnings.push(diagnostic);
+    }
+
+    fn load_match(&mut self, word: &Word<'_>, name: Argument<'a>) -> Result<(), Fault> {
+        let Some(entry) = MatchEntry::find(name.text, self.cx.family) else {
+            return Err(self.unknown_match(name));
+        };
+        self.add_match(entry, word.span.to(name.span));
+        Ok(())
+    }
+
+    fn add_match(&mut self, entry: &'static MatchEntry, span: Span) {
+        let instance = self.instances.len() as u32;
+        self.instances.push(Instance { entry: Some(entry), span });
+        // A second `-m tcp` takes over the first one's options, at their old place in the order of lookup.
+        let known = |loaded: &&mut Loaded| loaded.entry.is_some_and(|known| std::ptr::eq(known, entry));
+        match self.loaded.iter_mut().find(known) {
+            Some(loaded) => loaded.instance = instance,
+            None => self.loaded.push(Loaded { entry: Some(entry), options: entry.spec.options, instance }),
+        }
+    }
+
+    fn unknown_match(&self, name: Argument<'_>) -> Fault {
+        let other = match self.cx.family {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        };
+        if MatchEntry::find(name.text, other).is_some() {
+            return Fault::new(codes::WRONG_FAMILY, format!("match `{}` exists for {other} only", name.text))
+                .at(name.span);
+        }
+        let fault =
+            Fault::new(codes::UNKNOWN_MATCH, format!("there is no match `{}`", name.text)).at(name.span);
+        match nearest(name.text, MATCHES.iter().map(|entry| entry.spec.name)) {
+            Some(near) => fault.hint(format!("did you mean `{near}`?")),
+            None => fault.hint("see `polc check --help` for the matches there are"),
+        }
+    }
+
+    /// Loads the match of the rule's protocol, if that was not done yet.
+    fn load_protocol(&mut self) -> Result<bool, Fault> {
+        let Some((name, given)) = &self.protocol else { return Ok(false) };
+        if self.protocol_used {
+            return Ok(false);
+        }
+        let lower = name.text.to_ascii_lowercase();
+        // A number is turned into its name first: `-p 6` loads tcp.
+        let name = match crate::value::number(&lower, 0, 255) {
+            Some(_) => names::protocol_name(given.value),
+            None => Some(&*lower),
+        };
+        let Some(entry) = name.and_then(|name| MatchEntry::find(name, self.cx.family)) else {
+            return Ok(false);
+        };
+        self.protocol_used = true;
+        // The clause has no `-m`; its span grows from its first option.
+        let here = self.words[self.at - 1].span;
+        self.add_match(entry, self.pending.map_or(here, |bang| bang.to(here)));
+        Ok(true)
+    }
+
+    fn unknown_option(&self, word: &Word<'_>, name: &str, lookup: Lookup) -> Fault {
+        let fault = match lookup {
+            Lookup::Ambiguous(candidates) => {
+                let message = format!("`--{name}` is ambiguous");
+                return Fault::new(codes::UNKNOWN_OPTION, message)
+                    .at(word.span)
+                    .hint(format!("write one of {}", candidates.join(", ")));
+            }
+            _ => Fault::new(codes::UNKNOWN_OPTION, format!("unknown option `{}`", word.text)).at(word.span),
+        };
+        let owners: Vec<String> = MATCHES
+            .iter()
+            .map(|entry| ("-m", entry.spec))
+            .chain(TARGETS.iter().map(|entry| ("-j", entry.spec)))
+            .filter(|(_, spec)| spec.families.contains(self.cx.family))
+            .filter(|(_, spec)| spec.options.iter().any(|option| option.name == name))
+            .map(|(flag, spec)| format!("`{flag} {}`", spec.name))
+            .collect();
+        if !owners.is_empty() {
+            return fault
+                .hint(format!("it is an option of {}, which must come before it", owners.join(" or ")));
+        }
+        let known = self.loaded.iter().flat_map(|loaded| loaded.options).map(|option| option.name);
+        match nearest(name, known.chain(BASE.iter().map(|row| row.0))) {
+            Some(near) => fault.hint(format!("did you mean `--{near}`?")),
+            None => fault,
+        }
+    }
+
+    fn jump(&mut self, word: &'a Word<'a>, name: Argument<'a>, goto: bool) -> Result<(), Fault> {
+        if name.text.is_empty() {
+            return Err(
+                Fault::new(codes::UNKNOWN_TARGET, "the target's name is empty").at(word.span.to(name.span))
+            );
+        }
+        if name.text.len() > limits::CHAIN_NAME_BYTES_MAX {
+            let message =
+                format!("target name `{}` is longer than {} bytes", name.text, limits::CHAIN_NAME_BYTES_MAX);
+            return Err(Fault::new(codes::UNKNOWN_TARGET, message).at(name.span));
+        }
+        let span = word.span.to(name.span);
+        self.jump = Some((Given { value: name, negated: false, span }, goto));
+        self.line.target_span = span;
+        let standard = matches!(name.text, "ACCEPT" | "DROP" | "QUEUE" | "RETURN");
+        if goto || standard || (self.cx.is_chain)(name.text) {
+            return Ok(());
+        }
+        if let Some(entry) = TargetEntry::find(name.text, self.cx.family) {
+            let instance = self.instances.len() as u32;
+            self.instances.push(Instance { entry: None, span });
+            self.loaded.push(Loaded { entry: None, options: entry.spec.options, instance });
+            self.target = Some((entry, instance));
+        }
+        Ok(())
+    }
+
+    fn extension_option(
+        &mut self,
+        word: &'a Word<'a>,
+        table: usize,
+        spec: &'static OptionSpec,
+        attached: Option<Argument<'a>>,
+    ) -> Result<(), Fault> {
+        let mut span = word.span;
+        let nothing = Argument { text: "", span: word.span.at_end(), verbatim: true };
+        let (mut first, mut second, mut old) = (nothing, nothing, false);
+        if spec.arguments > 0 {
+            first = self.value(word, attached)?;
+            if spec.invertible {
+                old = self.old_negation(word.span, &mut first)?;
+            }
+            span = span.to(first.span);
+        }
+        if spec.arguments > 1 {
+            second = self.operand().ok_or_else(|| {
+                Fault::new(codes::MISSING_ARGUMENT, format!("`--{}` needs two arguments", spec.name)).at(span)
+            })?;
+            span = span.to(second.span);
+        }
+        let (negated, span) = self.negation(span);
+        let negated = negated || old;
+        if negated && !spec.invertible {
+            return Err(Fault::new(codes::NEGATION, format!("`--{}` can't be negated", spec.name)).at(span));
+        }
+        let instance = self.loaded[table].instance;
+        let twice = |option: &&GivenOption<'_>| option.instance == instance && option.spec.id == spec.id;
+        if !spec.repeatable && self.options.iter().any(|option| twice(&option)) {
+            return Err(
+                Fault::new(codes::REPEATED_OPTION, format!("`--{}` is given twice", spec.name)).at(span)
+            );
+        }
+        let clause = &mut self.instances[instance as usize];
+        clause.span = clause.span.to(span);
+        let protocol = self.protocol.as_ref().map_or((0, false), |(_, given)| (given.value, given.negated));
+        self.options.push(GivenOption { spec, negated, span, argument: first, second, protocol, instance });
+        Ok(())
+    }
+
+    /// Checks what can be checked only at the end of the line.
+    fn finish(mut self) -> Result<RuleLine<'a>, Fault> {
+        if let Some((target, goto)) = &self.jump
+            && !goto
+            && target.value.text == "DROP"
+            && self.cx.table == TableKind::Nat
+        {
+            return Err(Fault::new(
+                codes::WRONG_PLACE,
+                "the nat table is not for filtering: DROP is not allowed in it",
+            )
+            .at(target.span)
+            .hint("drop in the filter table, or in raw PREROUTING"));
+        }
+        for instance in 0..self.instances.len() as u32 {
+            let clause = &self.instances[instance as usize];
+            let spec = match (clause.entry, self.target) {
+                (Some(entry), _) => entry.spec,
+                (None, Some((entry, _))) => entry.spec,
+                (None, None) => continue,
+            };
+            let options = Options {
+                family: self.cx.family,
+                span: clause.span,
+                existing: self.cx.existing,
+                all: &self.options,
+                instance,
+                shelf: self.cx.shelf,
+            };
+            let in_clause = |fault: Fault| Fault { span: fault.span.or(Some(clause.span)), ..fault };
+            check_options(spec, &options).map_err(in_clause)?;
+            match (clause.entry, self.target) {
+                (Some(entry), _) => {
+                    let kind = (entry.parse)(&options).map_err(in_clause)?;
+                    self.line.matches.push(MatchAst { span: clause.span, kind });
+                }
+                (None, Some((entry, _))) => {
+                    let kind = (entry.parse)(&options).map_err(in_clause)?;
+                    self.line.target = LineTarget::Extension(kind);
+                    self.line.target_span = clause.span;
+                }
+                (None, None) => {}
+            }
+        }
+        let Some(command) = self.command else {
+            let fault = Fault::new(codes::COMMAND, "the line has no command")
+                .hint("a rule line starts with `-A CHAIN`");
+            return Err(match self.words.first() {
+                Some(word) => fault.at(word.span),
+                None => fault,
+            });
+        };
+        if let Some(bang) = self.pending {
+            return Err(Fault::new(codes::NEGATION, "nothing follows this `!`").at(bang));
+        }
+        if command.has_rule() {
+            self.addresses()?;
+        }
+        self.check_command(command)?;
+        self.line.command = command;
+        self.line.chain = self.chain;
+        self.line.operand = self.operand;
+        self.line.protocol = self.protocol.map(|(_, given)| given);
+        if command.has_rule() && self.target.is_none() {
+            self.resolve_target()?;
+        }
+        Ok(self.line)
+    }
+
+    fn resolve_target(&mut self) -> Result<(), Fault> {
+        let Some((target, goto)) = self.jump else { return Ok(()) };
+        let name = target.value;
+        self.line.target = match name.text {
+            _ if (self.cx.is_chain)(name.text) && goto => LineTarget::Goto(name),
+            _ if (self.cx.is_chain)(name.text) => LineTarget::Jump(name),
+            _ if goto => {
+                let message = format!("`-g {}`: the table has no such chain", name.text);
+                return Err(Fault::new(codes::UNKNOWN_TARGET, message)
+                    .at(name.span)
+                    .hint(format!("declare it before this line: `:{} - [0:0]`", name.text)));
+            }
+            "ACCEPT" => LineTarget::Accept,
+            "DROP" => LineTarget::Drop,
+            "QUEUE" => LineTarget::Queue,
+            "RETURN" => LineTarget::Return,
+            _ => return Err(self.unknown_target(name)),
+        };
+        Ok(())
+    }
+
+    fn unknown_target(&self, name: Argument<'_>) -> Fault {
+        let other = match self.cx.family {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        };
+        if TargetEntry::find(name.text, other).is_some() {
+            let message = format!("target `{}` exists for {other} only", name.text);
+            return Fault::new(codes::WRONG_FAMILY, message).at(name.span);
+        }
+        let message = format!("`{}` is neither a chain of this table nor a known target", name.text);
+        let fault = Fault::new(codes::UNKNOWN_TARGET, message).at(name.span);
+        let standard = ["ACCEPT", "DROP", "RETURN", "QUEUE"];
+        match nearest(name.text, TARGETS.iter().map(|entry| entry.spec.name).chain(standard)) {
+            Some(near) => fault.hint(format!("did you mean `{near}`?")),
+            None => fault.hint(format!("declare the chain before this line: `:{} - [0:0]`", name.text)),
+        }
+    }
+
+    fn addresses(&mut self) -> Result<(), Fault> {
+        self.line.sources = self.address_list(self.source)?;
+        self.line.destinations = self.address_list(self.destination)?;
+        let several = self.line.sources.len() > 1 || self.line.destinations.len() > 1;
+        let negated = self.source.iter().chain(&self.destination).find(|given| given.negated);
+        match negated {
+            Some(given) if several => {
+                Err(Fault::new(codes::NEGATION, "`!` can't be used with lists of addresses")
+                    .at(given.span)
+                    .hint("write one rule for each address"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn address_list(&self, given: Option<Given<Argument<'a>>>) -> Result<Vec<Given<AddressMask>>, Fault> {
+        let Some(given) = given else { return Ok(Vec::new()) };
+        let argument = given.value;
+        let several = argument.text.contains(',');
+        argument
+            .text
+            .split(',')
+            .map(|item| {
+                let item = item.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
+                let value = AddressMask::parse(item, self.cx.family).map_err(|bad| {
+                    use crate::value::BadAddress;
+                    let (BadAddress::Address(part) | BadAddress::Mask(part)) = bad;
+                    address_fault(bad, self.cx.family).at(argument.span_of(part))
+                })?;
+                let span = if several { argument.span_of(item) } else { given.span };
+                Ok(Given { value, negated: given.negated, span })
+            })
+            .collect()
+    }
+
+    /// Which base options go with which command, and with which base chain (iptables/xshared.c, `generic_opt_check`).
+    fn check_command(&self, command: Command) -> Result<(), Fault> {
+        let illegal: &[char] = match command {
+            Command::Append | Command::Insert(_) | Command::Replace(_) => &[],
+            Command::DeleteRule | Command::Check => &['c'],
+            Command::Policy => &['s', 'd', 'p', 'j', 'i', 'o', 'f'],
+            _ => &['s', 'd', 'p', 'j', 'i', 'o', 'c', 'f'],
+        };
+        if let Some(letter) = illegal.iter().find(|letter| self.seen.contains(**letter)) {
+            let message = format!("`{}` can't be used with `-{}`", base_name(*letter), command.letter());
+            return Err(Fault::new(codes::COMMAND, message));
+        }
+        let Some(chain) = self.chain else { return Ok(()) };
+        if chain.text.len() > limits::CHAIN_NAME_BYTES_MAX {
+            let message =
+                format!("chain name `{}` is longer than {} bytes", chain.text, limits::CHAIN_NAME_BYTES_MAX);
+            return Err(Fault::new(codes::CHAIN_NAME, message).at(chain.span));
+        }
+        if !command.has_rule() && !matches!(command, Command::DeleteNumber(_)) {
+            return Ok(());
+        }
+        let (device, why) = match chain.text {
+            "PREROUTING" | "INPUT" => (self.line.out_interface.as_ref(), "no output device yet"),
+            "OUTPUT" | "POSTROUTING" => (self.line.in_interface.as_ref(), "no input device"),
+            _ => (None, ""),
+        };
+        match device {
+            Some(given) => {
+                Err(Fault::new(codes::WRONG_PLACE, format!("packets in {} have {why}", chain.text))
+                    .at(given.span)
+                    .hint("remove the option, or move the rule to FORWARD"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Checks options against their declarations (libxtables/xtoptions.c, `xtables_options_fcheck`).
+fn check_options(spec: &crate::ext::Spec, options: &Options<'_>) -> Result<(), Fault> {
+    let given = options.given();
+    let named = |id| spec.options.iter().find(|it| it.id == id).map_or("", |it| it.name);
+    for option in spec.options {
+        let bit = set_of(option.id);
+        if given & bit == 0 {
+            if option.mandatory {
+                let message = format!("`{}` needs `--{}`", spec.name, option.name);
+                return Err(Fault::new(codes::MISSING_OPTION, message));
+            }
+            continue;
+        }
+        let others = given & !bit;
+        let at = |fault: Fault| match options.get(option.id) {
+            Some(given) => fault.at(given.span),
+            None => fault,
+        };
+        let clash = others & option.excludes;
+        if clash != 0 {
+            let other = named(clash.trailing_zeros() as u8);
+            let message = format!("`--{}` and `--{other}` exclude each other", option.name);
+            return Err(at(Fault::new(codes::CONFLICTING_OPTIONS, message)));
+        }
+        let missing = option.requires & !given;
+        if missing != 0 {
+            let other = named(missing.trailing_zeros() as u8);
+            let message = format!("`--{}` needs `--{other}` too", option.name);
+            return Err(at(Fault::new(codes::CONFLICTING_OPTIONS, message)));
+        }
+    }
+    Ok(())
+}
+
+/// The known name nearest to `name`, if it is near enough to be a slip of the fingers.
+fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str>) -> Option<&'n str> {
+    let limit = if name.len() <= 4 { 1 } else { 2 };
+    if name.len() > 32 {
+        return None;
+    }
+    known
+        .map(|known| (distance(&name.to_ascii_lowercase(), &known.to_ascii_lowercase()), known))
+        .filter(|&(distance, known)| distance <= limit && distance < known.len())
+        .min()
+        .map(|(_, known)| known)
+}
+
+/// Levenshtein's distance in bytes.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let above = row[j + 1];
+            row[j + 1] = (diagonal + usize::from(x != y)).min(above + 1).min(row[j] + 1);
+            diagonal = above;
+        }
+    }
+    row[b.len()]
+}
