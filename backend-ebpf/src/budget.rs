@@ -11,6 +11,7 @@
 //!
 //! No branch is taken to be decided, so code whose conditions the verifier can evaluate costs less than computed.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use polc_ir::diag::Code as DiagCode;
@@ -132,8 +133,8 @@ struct Remembered {
     parent: Option<usize>,
     /// Paths from here that are still being followed or pending.
     branches: usize,
-    /// Turns of the loops when it was remembered.
-    turns: Box<[u32]>,
+    /// Where it was remembered.
+    slot: u32,
 }
 
 /// A path being followed, or pending.
@@ -153,8 +154,11 @@ struct Walk<'a> {
     loops: Vec<Loop>,
     /// Where states are compared, by slot.
     prune_point: Vec<bool>,
-    /// States remembered at each slot, as indices into `states`.
-    at_slot: Vec<Vec<u32>>,
+    /// The state last remembered at a slot in these turns. One remembered earlier is found by no path: either it was
+    /// met, or the later one was made on a path through it and is done before it.
+    remembered: HashMap<(u32, Box<[u32]>), usize>,
+    /// How many states remembered at each slot are still being followed.
+    open: Vec<u32>,
     states: Vec<Remembered>,
     pending: Vec<Path>,
     processed: usize,
@@ -196,7 +200,8 @@ impl<'a> Walk<'a> {
             insns,
             index,
             prune_point,
-            at_slot: vec![Vec::new(); slots],
+            remembered: HashMap::new(),
+            open: vec![0; slots],
             states: Vec::new(),
             pending: Vec::new(),
             processed: 0,
@@ -279,20 +284,22 @@ impl<'a> Walk<'a> {
     fn seen(&mut self, path: &mut Path) -> bool {
         let (insns, jumps) = (self.processed - self.last.0, self.jumps - self.last.1);
         let mut remember = jumps >= JUMPS_MIN && insns >= INSNS_MIN;
-        for &state in &self.at_slot[path.slot as usize] {
-            let state = &self.states[state as usize];
-            if state.branches > 0 {
-                // Still being walked through, so not yet known to be safe: a loop.
-                remember &= jumps >= LOOP_JUMPS_MIN || insns >= LOOP_INSNS_MIN;
-            } else if state.turns == path.turns {
-                return true;
-            }
+        let key = (path.slot, std::mem::take(&mut path.turns));
+        let done = self.remembered.get(&key).is_some_and(|&state| self.states[state].branches == 0);
+        // A state still being followed is not yet known to be safe: this is a loop.
+        if self.open[path.slot as usize] > 0 {
+            remember &= jumps >= LOOP_JUMPS_MIN || insns >= LOOP_INSNS_MIN;
+        }
+        path.turns = key.1.clone();
+        if done {
+            return true;
         }
         if remember {
             self.last = (self.processed, self.jumps);
             let number = self.states.len();
-            self.states.push(Remembered { parent: path.parent, branches: 1, turns: path.turns.clone() });
-            self.at_slot[path.slot as usize].push(number as u32);
+            self.states.push(Remembered { parent: path.parent, branches: 1, slot: path.slot });
+            self.remembered.insert(key, number);
+            self.open[path.slot as usize] += 1;
             path.parent = Some(number);
         }
         false
@@ -306,6 +313,7 @@ impl<'a> Walk<'a> {
             if remembered.branches > 0 {
                 break;
             }
+            self.open[remembered.slot as usize] -= 1;
             state = remembered.parent;
         }
     }

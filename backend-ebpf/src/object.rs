@@ -136,25 +136,32 @@ pub enum DataSection {
     Rodata,
     /// `.data.NAME`: writable by programs and from userspace.
     Data,
-    /// `.bss.NAME`: like data, all zero and not stored in the file.
+    /// `.bss`: like data, all zero and not stored in the file. There is at most one, named `bss`: libbpf before 1.2
+    /// does not know `.bss.NAME`.
     Bss,
 }
+
+/// The name of the map that section `.bss` makes.
+pub const BSS: &str = "bss";
 
 impl DataSection {
     const ALL: [DataSection; 3] = [DataSection::Rodata, DataSection::Data, DataSection::Bss];
 
-    /// What section names of this kind start with.
-    pub const fn prefix(self) -> &'static str {
+    /// What section names of this kind start with, before the map's name.
+    const fn prefix(self) -> &'static str {
         match self {
             DataSection::Rodata => ".rodata.",
             DataSection::Data => ".data.",
-            DataSection::Bss => ".bss.",
+            DataSection::Bss => ".",
         }
     }
 
     /// Splits a section name into kind and map name.
-    pub fn split(name: &str) -> Option<(DataSection, &str)> {
-        DataSection::ALL.into_iter().find_map(|kind| Some((kind, name.strip_prefix(kind.prefix())?)))
+    pub(crate) fn split(name: &str) -> Option<(DataSection, &str)> {
+        DataSection::ALL.into_iter().find_map(|kind| {
+            let map = name.strip_prefix(kind.prefix())?;
+            (kind != DataSection::Bss || map == BSS).then_some((kind, map))
+        })
     }
 }
 
@@ -355,7 +362,6 @@ impl Object {
     /// tables are ascending and point at instructions of the kind they are about; every reference to a map has a
     /// relocation, and it points into an existing map.
     pub fn verify(&self) -> Result<(), ObjectError> {
-        let mut bss_bytes = 0;
         let mut names = BTreeSet::new();
         for def in self.maps.values() {
             check_name("map", &def.name)?;
@@ -368,10 +374,11 @@ impl Object {
                         let why = format!("data map `{}` of {} bytes", def.name, contents.len());
                         return Err(ObjectError::Malformed(why));
                     }
-                    if *section == DataSection::Bss {
-                        bss_bytes += contents.len();
+                    if *section == DataSection::Bss && def.name != BSS {
+                        let why = format!("map `{}` is .bss; only one may be, named `{BSS}`", def.name);
+                        return Err(ObjectError::Malformed(why));
                     }
-                    if bss_bytes > OBJECT_BSS_BYTES_MAX {
+                    if *section == DataSection::Bss && contents.len() > OBJECT_BSS_BYTES_MAX {
                         let why = format!(
                             "`{}` is past the limit of {OBJECT_BSS_BYTES_MAX} bytes of .bss",
                             def.name

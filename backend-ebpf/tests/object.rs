@@ -6,7 +6,7 @@ use common::{sample, without_comments};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::Manifest;
-use polc_backend_ebpf::object::{DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
+use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
 use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX};
 
 #[test]
@@ -24,7 +24,7 @@ fn read_gives_back_what_was_written() {
 #[test]
 fn several_programs_share_a_section() {
     let mut object = Object::new(Manifest::default());
-    let data = object.maps.push(MapDef::data("zero", DataSection::Bss, vec![0; 64]));
+    let data = object.maps.push(MapDef::data(BSS, DataSection::Bss, vec![0; 64]));
     for (name, value) in [("one", 1), ("two", 2), ("three", 3)] {
         let mut a = Asm::new();
         let file = a.file(format!("{name}.rules"));
@@ -58,6 +58,8 @@ fn malformed_objects_are_not_written() {
     assert!(matches!(with(|o| _ = o.programs[0].code.relocs.pop()), ObjectError::Insn { .. }));
     assert!(matches!(with(|o| o.programs[0].code.ctx_loads.push(9)), ObjectError::Insn { at: 9, .. }));
     assert!(matches!(with(|o| _ = o.maps.push(MapDef::percpu_array("x", 8, 0))), ObjectError::Malformed(_)));
+    let bss = |o: &mut Object| _ = o.maps.push(MapDef::data("x", DataSection::Bss, vec![0]));
+    assert!(matches!(with(bss), ObjectError::Malformed(_)));
     let empty = |o: &mut Object| _ = o.maps.push(MapDef::data("x", DataSection::Data, Vec::new()));
     assert!(matches!(with(empty), ObjectError::Malformed(_)));
 }
@@ -66,7 +68,8 @@ fn malformed_objects_are_not_written() {
 fn limits_hold_at_their_edges() {
     let with_bss = |bytes: usize| {
         let mut object = sample(&[ProgramKind::Xdp]);
-        object.maps.push(MapDef::data("zeros", DataSection::Bss, vec![0; bytes]));
+        let bss = object.map(BSS).expect("named");
+        object.maps[bss] = MapDef::data(BSS, DataSection::Bss, vec![0; bytes]);
         object.write()
     };
     let largest = with_bss(OBJECT_BSS_BYTES_MAX).expect("writes");

@@ -69,7 +69,7 @@ pub const BPF_NAME_BYTES_MAX: usize = 15;
 /// `BPF_MAX_VAR_SIZ`).
 pub const OBJECT_DATA_BYTES_MAX: usize = 1 << 29;
 
-/// Most zeros the `.bss.*` sections of an object may stand for, in bytes: a small file must not make a reader allocate
+/// Most zeros the `.bss` section of an object may stand for, in bytes: a small file must not make a reader allocate
 /// much.
 pub const OBJECT_BSS_BYTES_MAX: usize = 16 << 20;
 

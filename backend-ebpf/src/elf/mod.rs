@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `license` | NUL-terminated licence |
 //! | `.maps` | zeros; the declarations are in `.BTF` |
-//! | `.rodata.*` `.data.*` `.bss.*` | a data map each |
+//! | `.rodata.*` `.data.*` `.bss` | a data map each |
 //! | `xdp`, `classifier` | programs of that kind, one after the other, a global function symbol each |
 //! | `.relxdp`, `.relclassifier` | `R_BPF_64_64` for each map reference |
 //! | `.BTF` | types of maps and programs, strings |

@@ -78,7 +78,6 @@ struct FoundMaps {
 impl FoundMaps {
     fn read(elf: &ElfFile<'_>, types: &Btf<'_>) -> Result<FoundMaps, ObjectError> {
         let mut found = FoundMaps::default();
-        let mut bss_bytes = 0u64;
         for section in elf.sections() {
             let name = section.name().map_err(elf_error)?;
             if name == MAPS {
@@ -86,8 +85,7 @@ impl FoundMaps {
             } else if let Some((kind, map)) = DataSection::split(name) {
                 let contents = match kind {
                     DataSection::Bss => {
-                        bss_bytes = bss_bytes.saturating_add(section.size());
-                        if bss_bytes > OBJECT_BSS_BYTES_MAX as u64 {
+                        if section.size() > OBJECT_BSS_BYTES_MAX as u64 {
                             return Err(bad_section(name, "more zeros than polc ever asks for"));
                         }
                         vec![0; section.size() as usize]

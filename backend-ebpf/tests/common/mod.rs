@@ -1,5 +1,5 @@
 //! A small but real object that several tests share: it counts packets for each protocol in a per-CPU array, drops
-//! the ports listed in a data section, and remembers the last source address in another.
+//! the ports listed in a data section, and remembers the last source address in two others.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -10,7 +10,7 @@ use cranelift_entity::EntityRef;
 use polc_backend_ebpf::asm::{Asm, Code};
 use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
 use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest};
-use polc_backend_ebpf::object::{DataSection, MapDef, Object, Program, ProgramKind};
+use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, Program, ProgramKind};
 use polc_ir::entities::Map;
 
 /// Dropped ports in network order, then one that is compared and never there.
@@ -59,14 +59,23 @@ pub(crate) fn sample(kinds: &[ProgramKind]) -> Object {
     let ports = object.maps.push(MapDef::data("ports", DataSection::Rodata, ports));
     let last = object.maps.push(MapDef::data("last", DataSection::Data, vec![0; 16]));
     let counts = object.maps.push(MapDef::percpu_array("counts", 8, 256));
+    let bss = object.maps.push(MapDef::data(BSS, DataSection::Bss, vec![0; 1 << 16]));
     for &kind in kinds {
         let name = format!("sample_{}", if kind == ProgramKind::Xdp { "xdp" } else { "tc" });
-        object.programs.push(Program { name, kind, code: code(kind, ports, last, counts) });
+        object.programs.push(Program { name, kind, code: code(kind, ports, [last, bss], counts) });
     }
     object
 }
 
-fn code(kind: ProgramKind, ports: Map, last: Map, counts: Map) -> Code {
+/// The sample with a table of 4 MB, as large policies have it.
+pub(crate) fn sample_with_tables(kinds: &[ProgramKind]) -> Object {
+    let mut object = sample(kinds);
+    let bytes = (0..4u32 << 20).map(|at| (at ^ at >> 8) as u8).collect();
+    object.maps.push(MapDef::data("table", DataSection::Data, bytes));
+    object
+}
+
+fn code(kind: ProgramKind, ports: Map, last: [Map; 2], counts: Map) -> Code {
     let Actions { pass, drop } = actions(kind);
     let (data, data_end) = packet_pointers(kind);
     let (r0, r1, r2, r3, r6, r7, r8) = (Reg::R0, Reg::R1, Reg::R2, Reg::R3, Reg::R6, Reg::R7, Reg::R8);
@@ -91,8 +100,10 @@ fn code(kind: ProgramKind, ports: Map, last: Map, counts: Map) -> Code {
 
     a.comment("remember the source address");
     a.load(Size::W, r2, r6, 14 + 12);
-    a.load_map_value(r1, last, 8);
-    a.store(Size::W, r1, 0, r2);
+    for map in last {
+        a.load_map_value(r1, map, 8);
+        a.store(Size::W, r1, 0, r2);
+    }
 
     a.comment("count by protocol");
     a.store(Size::W, Reg::FP, -4, r7);
