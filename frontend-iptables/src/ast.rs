@@ -4,10 +4,9 @@
 //! option values are typed, and every clause keeps the span it was read from, so that diagnostics, `explain` and
 //! lowering can point at the user's own words. It does not hold netfilter's meaning; lowering adds that.
 //!
-//! Texts that repeat (comments, set names, log prefixes) are interned, and extension options are boxed, so that a rule
-//! costs a few hundred bytes even in dumps of tens of thousands of rules.
+//! What the rules of one line share is shared, so that a rule costs a few hundred bytes even in dumps of tens of
+//! thousands of rules.
 
-use std::borrow::Borrow;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -15,8 +14,7 @@ use std::sync::Arc;
 use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::source::{File, Span};
 
-pub use crate::matches::MatchKind;
-pub use crate::targets::TargetKind;
+use crate::extension::Options;
 use crate::value::{AddressMask, Interface};
 
 /// A shared, immutable text. Cloning it does not copy the characters.
@@ -27,6 +25,10 @@ impl Text {
     /// The characters.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    pub(crate) fn shared(&self) -> Arc<str> {
+        self.0.clone()
     }
 }
 
@@ -39,13 +41,6 @@ impl From<Arc<str>> for Text {
 impl From<&str> for Text {
     fn from(text: &str) -> Text {
         Text(text.into())
-    }
-}
-
-/// Texts in maps can be looked up by `&str`; the derived `Hash` and `Eq` are those of `str`.
-impl Borrow<str> for Text {
-    fn borrow(&self) -> &str {
-        &self.0
     }
 }
 
@@ -113,9 +108,6 @@ pub struct Dump {
     /// Sections that a later section for the same table replaces, in file order: iptables-restore loads them, then
     /// flushes them.
     pub replaced: Vec<TableAst>,
-    /// The rule lines (`-A`, `-I`) that make no rule, in file order: those with an error, and those that `-4` or `-6`
-    /// marks as the other family's. Together with the rules they account for every rule line of the file.
-    pub rejected: Vec<Span>,
 }
 
 /// Packet and byte counters.
@@ -139,6 +131,8 @@ pub struct TableAst {
     /// The rules in source order. A line with address lists makes several. [`ChainAst::rules`] has the order in which
     /// they are tried.
     pub rules: Vec<RuleAst>,
+    /// The rule lines (`-A`, `-I`) that were not accepted, each with a diagnostic; none of them is in `rules`.
+    pub rejected: Vec<Span>,
 }
 
 impl TableAst {
@@ -231,7 +225,7 @@ pub struct MatchAst {
     /// From `-m` to the end of the extension's last option. For a match that `-p` loaded, its options alone.
     pub span: Span,
     /// Which match, with its options.
-    pub kind: MatchKind,
+    pub options: Options,
 }
 
 /// A rule's target.
@@ -261,5 +255,5 @@ pub enum TargetVerdict {
     /// `-g CHAIN`: like a jump, but a RETURN there returns past this chain.
     Goto(ChainIndex),
     /// A target extension; shared by the rules of one line.
-    Extension(TargetKind),
+    Extension(Arc<Options>),
 }

@@ -1,8 +1,6 @@
-//! Reads a dump line by line, as iptables-legacy-restore does, but goes on after an error to find the rest.
+//! Reads a dump: tables, chains, rule lines, COMMIT (iptables/iptables-restore.c, `ip46tables_restore_main`).
 //!
-//! A dump is a script: each line changes the table that its section builds, in order, so a chain has to be declared
-//! before a rule names it, `-I` puts a rule in front, and a second section for a table starts from nothing
-//! (iptables/iptables-restore.c). What the kernel checks when a section is committed is in [`crate::check`].
+//! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -17,825 +15,735 @@ use crate::ast::{
     ChainAst, ChainIndex, Counters, Dump, Generator, Policy, RuleAst, TableAst, TargetAst, TargetVerdict,
     Text,
 };
-use crate::check;
 use crate::codes;
 use crate::ext::{Fault, Shelf};
 use crate::lexer::{self, Ending, LexError, Line, Word};
-use crate::print;
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
-use crate::value::strtoul;
 
-/// How strictly to read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+/// How strictly a dump is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Accept and reject what iptables-legacy-restore 1.8.9 does.
+    /// As iptables-legacy-restore reads it.
     Strict,
-    /// Also accept, with a warning each: CR LF line ends, blank lines and blanks where restore allows none, a missing
-    /// final newline, and `--option ! value`.
+    /// Also with CRLF, stray blanks, no final newline and `--option ! value`, each with a warning.
     #[default]
     Tolerant,
 }
 
-/// The kernel objects that rules name, as far as they are known.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Existing {
-    /// The ipsets; if `None`, every name is taken to exist.
-    pub sets: Option<HashSet<String>>,
-    /// The nfacct objects; if `None`, every name is taken to exist.
-    pub accounts: Option<HashSet<String>>,
-}
-
-/// How to read a dump.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ParseOptions {
+/// How a dump is read.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ParseOptions<'a> {
     /// How strictly.
     pub mode: Mode,
-    /// The address family. `None` takes it from the save tool's header, else the file's name, else the addresses.
+    /// The address family; `None` to work it out from the header, the file's name and the addresses.
     pub family: Option<Family>,
-    /// The kernel objects that rules name.
-    pub existing: Existing,
+    /// The names of the sets that exist; `None` if that isn't known.
+    pub sets: Option<&'a HashSet<String>>,
 }
 
-/// Reads a dump.
-///
-/// The tree holds everything that could be read; whether all could is told by the absence of errors among the
-/// diagnostics, which are in source order.
-pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions) -> (Dump, Vec<Diagnostic>) {
+/// Reads a dump. Whatever was not accepted has an error among the diagnostics, and its rules are counted in
+/// [`TableAst::rejected`].
+pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Dump, Vec<Diagnostic>) {
     let source = sources.file(file);
-    let text = source.text();
-    let (family, generator) = detect(source.name(), text, options.family);
+    let family = options.family.unwrap_or_else(|| guess_family(source.name(), source.text()));
     let mut parser = Parser {
         file,
         family,
         mode: options.mode,
-        existing: &options.existing,
-        shelf: RefCell::new(Shelf::default()),
+        sets: options.sets,
+        shelf: RefCell::default(),
         diagnostics: Vec::new(),
-        suppressed: 0,
+        dropped: 0,
+        table: None,
         dump: Dump {
             file,
             family,
-            generator,
+            generator: generator(source.text()),
             tables: Vec::new(),
             replaced: Vec::new(),
-            rejected: Vec::new(),
         },
-        section: Section::Outside,
         rules: 0,
-        chains: 0,
     };
-    if text.len() > limits::FILE_BYTES_MAX {
-        let message = format!("the file is larger than {} MiB", limits::FILE_BYTES_MAX >> 20);
-        parser.report(Diagnostic::error(codes::LIMIT, message, Span::new(file, 0, 0)));
-        return (parser.dump, parser.diagnostics);
-    }
     let mut words = Vec::new();
-    let mut last = 0;
-    for line in lexer::lines(text) {
-        last = line.start + line.text.len() as u32;
+    for line in lexer::lines(source.text()) {
         parser.line(line, &mut words);
     }
-    parser.end(Span::new(file, last, last));
-    let mut diagnostics = parser.diagnostics;
-    diagnostics.sort_by_key(|diagnostic| diagnostic.span.map(|span| (span.start, span.end)));
-    if parser.suppressed > 0 {
-        let message = format!("{} more findings are not shown", parser.suppressed);
-        diagnostics.push(Diagnostic::note(codes::TOO_MANY_DIAGNOSTICS, message, None));
+    parser.finish()
+}
+
+fn guess_family(name: &str, text: &str) -> Family {
+    let header = text.lines().take(16).find(|line| line.starts_with("# Generated by "));
+    match header {
+        Some(header) if header.contains("ip6tables") => return Family::V6,
+        Some(_) => return Family::V4,
+        None => {}
     }
-    (parser.dump, diagnostics)
-}
-
-/// Finds the family and the generator.
-fn detect(name: &str, text: &str, forced: Option<Family>) -> (Family, Generator) {
-    let header = text.lines().take_while(|line| line.starts_with('#') || line.trim().is_empty());
-    let header = header.into_iter().find(|line| line.starts_with("# Generated by "));
-    let generator = match header {
-        Some(line)
-            if line.contains("nf_tables") || line.contains("nft-save") || line.contains("xtables-save") =>
-        {
-            Generator::Nft
-        }
-        Some(line) if line.contains("tables-save") || line.contains("tables-legacy-save") => {
-            Generator::Legacy
-        }
-        _ => Generator::Unknown,
-    };
-    let by_header = header.and_then(|line| {
-        if line.contains("ip6tables") {
-            Some(Family::V6)
-        } else {
-            line.contains("iptables").then_some(Family::V4)
-        }
-    });
     let base = name.rsplit('/').next().unwrap_or(name);
-    let by_name = || {
-        let parts = || base.split(['.', '-', '_']);
-        if parts().any(|part| part == "v6" || part == "rules6") || base.contains("ip6") {
-            Some(Family::V6)
-        } else {
-            parts().any(|part| part == "v4").then_some(Family::V4)
+    for part in base.split('.') {
+        match part {
+            "v4" => return Family::V4,
+            "v6" => return Family::V6,
+            _ => {}
         }
+    }
+    if base.contains("v6") || base.contains("ip6") || base.contains("IPv6") {
+        return Family::V6;
+    }
+    if base.contains("v4") {
+        return Family::V4;
+    }
+    // An address decides: only IPv6 has two colons in one.
+    let six = text.lines().filter(|line| line.starts_with("-A")).any(|line| {
+        line.split_whitespace()
+            .filter_map(|word| word.split('/').next())
+            .any(|word| word.contains(':') && word.parse::<std::net::Ipv6Addr>().is_ok())
+            || line.contains("icmp6")
+            || line.contains("ipv6-icmp")
+    });
+    if six { Family::V6 } else { Family::V4 }
+}
+
+fn generator(text: &str) -> Generator {
+    let Some(header) = text.lines().take(16).find(|line| line.starts_with("# Generated by ")) else {
+        return Generator::Unknown;
     };
-    let family = forced.or(by_header).or_else(by_name).or_else(|| by_addresses(text)).unwrap_or(Family::V4);
-    (family, generator)
+    if header.contains("nf_tables") {
+        Generator::Nft
+    } else if header.contains("tables-save") || header.contains("iptables") {
+        Generator::Legacy
+    } else {
+        Generator::Unknown
+    }
 }
 
-/// The family of the first address, or of the first word that only IPv6 has.
-fn by_addresses(text: &str) -> Option<Family> {
-    text.split(|c: char| c.is_ascii_whitespace() || matches!(c, ',' | '/' | '[' | ']' | '"')).find_map(
-        |word| {
-            if matches!(word, "ipv6-icmp" | "icmpv6" | "icmp6" | "--icmpv6-type")
-                || word.parse::<std::net::Ipv6Addr>().is_ok()
-            {
-                Some(Family::V6)
-            } else {
-                word.parse::<std::net::Ipv4Addr>().is_ok().then_some(Family::V4)
-            }
-        },
-    )
-}
-
-/// A table under construction.
-struct Building {
-    table: TableAst,
-    /// The chains that exist now, by name.
-    names: HashMap<Text, ChainIndex>,
-    /// The names of deleted chains may be taken again; live ones count as uses.
-    uses: Vec<u32>,
-}
-
-/// Where in the file we are.
-enum Section {
-    Outside,
-    /// In a section that can't be read as a whole; its lines are passed over.
-    Skipped,
-    Table(Box<Building>),
+struct OpenTable {
+    ast: TableAst,
+    names: HashMap<Arc<str>, ChainIndex>,
 }
 
 struct Parser<'a> {
     file: File,
     family: Family,
     mode: Mode,
-    existing: &'a Existing,
+    sets: Option<&'a HashSet<String>>,
     shelf: RefCell<Shelf>,
     diagnostics: Vec<Diagnostic>,
-    suppressed: usize,
+    dropped: usize,
+    table: Option<OpenTable>,
     dump: Dump,
-    section: Section,
     rules: usize,
-    chains: usize,
 }
 
-impl<'a> Parser<'a> {
+impl Parser<'_> {
     fn report(&mut self, diagnostic: Diagnostic) {
         if self.diagnostics.len() < limits::DIAGNOSTICS_MAX {
             self.diagnostics.push(diagnostic);
         } else {
-            self.suppressed += 1;
+            self.dropped += 1;
         }
     }
 
-    fn fault(&mut self, fault: Fault, otherwise: Span) {
-        self.report(fault.into_diagnostic(otherwise));
-    }
-
-    fn line<'s>(&mut self, line: Line<'s>, words: &mut Vec<Word<'s>>) {
+    fn line<'a>(&mut self, line: Line<'a>, words: &mut Vec<Word<'a>>) {
         let span = line.span(self.file);
         if line.text.len() > limits::LINE_BYTES_MAX {
             let message = format!("the line is longer than {} bytes", limits::LINE_BYTES_MAX);
-            self.fault(Fault::new(codes::TOO_LONG, message), span);
-            self.reject(line.text, span);
+            return self.report(Diagnostic::error(codes::TOO_LONG, message, span));
+        }
+        self.line_ending(&line, span);
+        let text = line.text;
+        let trimmed = text.trim_matches([' ', '\t']);
+        let start = line.start + (text.len() - text.trim_start_matches([' ', '\t']).len()) as u32;
+        let inner = Span::new(self.file, start, start + trimmed.len() as u32);
+        if trimmed.is_empty() || text.starts_with('#') {
             return;
         }
-        if line.text.starts_with('#') {
-            return;
-        }
-        if line.text.is_empty() && line.ending == Ending::Newline {
-            return;
-        }
-        if let Some(nul) = line.text.find('\0') {
-            let at = Span::new(self.file, line.start + nul as u32, line.start + nul as u32 + 1);
-            self.fault(Fault::new(codes::MALFORMED_LINE, "a NUL byte").at(at), span);
-            self.reject(line.text, span);
-            return;
-        }
-        let Some((text, start)) = self.tolerate(line) else { return };
-        let span = Span::new(self.file, start, start + text.len() as u32);
-        let in_table = !matches!(self.section, Section::Outside);
-        if text == "COMMIT" && in_table {
-            self.commit();
-        } else if text.starts_with('*') && !in_table {
-            self.table(text, span);
-        } else if !in_table {
-            self.outside(text, span);
-        } else if text.starts_with(':') {
-            if let Err(fault) = self.chain(text, start) {
-                self.fault(fault, span);
-            }
-        } else {
-            words.clear();
-            if let Err(fault) = self.rule(text, span, words) {
-                self.reject(text, span);
-                self.fault(fault, span);
-            }
-        }
-    }
-
-    /// Applies the mode to a line's ending and blanks: the text to go on with and where it starts; `None` if there is
-    /// nothing left to read.
-    fn tolerate<'s>(&mut self, line: Line<'s>) -> Option<(&'s str, u32)> {
-        let span = line.span(self.file);
-        let after = span.at_end();
-        let strict = self.mode == Mode::Strict;
-        if line.ending == Ending::CarriageReturn {
-            let diagnostic = if strict {
-                self.reject(line.text, span);
-                Diagnostic::error(
-                    codes::CARRIAGE_RETURN,
-                    "the line ends in CR LF, which iptables-restore can't read",
-                    after,
-                )
-            } else {
-                Diagnostic::warning(codes::CARRIAGE_RETURN, "the line ends in CR LF", after)
-            };
-            // One such line seldom comes alone: the file has a habit. Say it once in tolerant mode.
-            if strict || !self.diagnostics.iter().any(|known| known.code == codes::CARRIAGE_RETURN) {
-                self.report(diagnostic.with_hint("convert the file to LF line ends"));
-            }
-            if strict {
-                return None;
-            }
-        }
-        let blank = [' ', '\t'];
-        let trimmed = line.text.trim_matches(blank);
-        let start = line.start + (line.text.len() - line.text.trim_start_matches(blank).len()) as u32;
-        if line.ending == Ending::EndOfFile && (trimmed == "COMMIT" || !strict) && !trimmed.is_empty() {
-            let message = "the last line has no newline";
-            if strict {
-                self.report(
-                    Diagnostic::error(
-                        codes::NO_FINAL_NEWLINE,
-                        format!("{message}: iptables-restore does not see COMMIT"),
-                        span,
-                    )
-                    .with_hint("end the file with a newline"),
-                );
-                // The section is as good as committed; there is no second error to find.
-                self.commit();
-                return None;
-            }
+        if trimmed.len() != text.len() && self.mode == Mode::Tolerant && !trimmed.starts_with("-") {
             self.report(
-                Diagnostic::warning(codes::NO_FINAL_NEWLINE, message, after)
-                    .with_hint("end the file with a newline"),
+                Diagnostic::warning(codes::STRAY_BLANKS, "blanks around the line", span)
+                    .with_hint("remove them"),
             );
         }
-        let is_rule = !trimmed.starts_with(['*', ':', '#']) && trimmed != "COMMIT";
-        // Restore's own word splitter skips blanks around rules and after the names in `*` and `:` lines.
-        let harmless = trimmed.len() == line.text.len()
-            || (is_rule && !trimmed.is_empty())
-            || (!line.text.starts_with(blank) && trimmed.starts_with(['*', ':']));
-        if harmless || (trimmed.is_empty() && line.text.is_empty()) {
-            return (!trimmed.is_empty()).then_some((trimmed, start));
-        }
-        let (message, at) = if trimmed.is_empty() {
-            ("a line of blanks", span)
-        } else if line.text.starts_with(blank) {
-            ("blanks before the line's text", Span::new(self.file, line.start, start))
+        let text = if self.mode == Mode::Tolerant { trimmed } else { text };
+        let result = if let Some(name) = text.strip_prefix('*') {
+            self.open(name.trim_matches([' ', '\t']), inner)
+        } else if text == "COMMIT" {
+            self.close(inner)
+        } else if text.starts_with(':') {
+            self.chain(trimmed, inner)
         } else {
-            ("blanks after the line's text", Span::new(self.file, start + trimmed.len() as u32, span.end))
+            self.rule_line(trimmed, inner, words)
         };
-        if strict {
-            self.report(Diagnostic::error(
-                codes::STRAY_BLANKS,
-                format!("{message}, which iptables-restore can't read"),
-                at,
-            ));
-            if trimmed == "COMMIT" {
-                self.commit();
-            }
-            return None;
-        }
-        self.report(Diagnostic::warning(codes::STRAY_BLANKS, message, at).with_hint("remove them"));
-        (!trimmed.is_empty() && !trimmed.starts_with('#')).then_some((trimmed, start))
-    }
-
-    /// Notes a rule line that is not accepted.
-    fn reject(&mut self, text: &str, span: Span) {
-        if is_rule_line(text) {
-            self.dump.rejected.push(span);
+        if let Err(fault) = result {
+            self.report(fault.into_diagnostic(inner));
         }
     }
 
-    fn outside(&mut self, text: &str, span: Span) {
-        self.reject(text, span);
-        let fault = match text {
-            "COMMIT" => Fault::new(codes::OUTSIDE_TABLE, "COMMIT without a table"),
-            _ if text.starts_with([':', '-', '[']) => {
-                Fault::new(codes::OUTSIDE_TABLE, "this line belongs in a table")
-                    .hint("a table starts with a line such as `*filter`")
+    fn line_ending(&mut self, line: &Line<'_>, span: Span) {
+        let (code, message, hint) = match line.ending {
+            Ending::Newline => return,
+            Ending::CarriageReturn => {
+                (codes::CARRIAGE_RETURN, "the line ends in CR LF", "convert the file to LF line ends")
             }
-            _ => Fault::new(codes::MALFORMED_LINE, "neither a table, a chain, a rule nor a comment")
-                .hint("a comment starts with `#` at the beginning of its line"),
+            Ending::EndOfFile => {
+                (codes::NO_FINAL_NEWLINE, "the last line has no newline", "end the file with a newline")
+            }
         };
-        self.fault(fault, span);
-    }
-
-    fn table(&mut self, text: &str, span: Span) {
-        let name = text[1..].split([' ', '\t']).find(|word| !word.is_empty());
-        let Some(Ok(kind)) = name.map(|name| name.parse::<TableKind>()) else {
-            let fault = match name {
-                Some(name) => Fault::new(codes::UNKNOWN_TABLE, format!("there is no table `{name}`"))
-                    .hint("the tables are raw, mangle, nat, filter and security"),
-                None => Fault::new(codes::UNKNOWN_TABLE, "the table's name is missing"),
-            };
-            self.fault(fault, span);
-            self.section = Section::Skipped;
+        // One finding of the kind is enough.
+        if self.diagnostics.iter().any(|diagnostic| diagnostic.code == code) {
             return;
-        };
-        let mut building = Building {
-            table: TableAst { kind, span, chains: Vec::new(), rules: Vec::new() },
-            names: HashMap::new(),
-            uses: Vec::new(),
-        };
-        for &hook in kind.hooks() {
-            let name = self.shelf.borrow_mut().text(hook.chain_name());
-            building.add_chain(name, span, Some(hook));
         }
-        self.section = Section::Table(Box::new(building));
+        let harmless = line.text.is_empty() || line.text.starts_with('#');
+        let diagnostic = match self.mode {
+            Mode::Strict if line.ending == Ending::CarriageReturn && !harmless => {
+                Diagnostic::error(code, message, span)
+            }
+            Mode::Strict if line.ending == Ending::EndOfFile && line.text == "COMMIT" => {
+                Diagnostic::error(code, "the last COMMIT has no newline, and is not read", span)
+            }
+            Mode::Strict => return,
+            Mode::Tolerant => Diagnostic::warning(code, message, span.at_end()),
+        };
+        self.report(diagnostic.with_hint(hint));
     }
 
-    fn commit(&mut self) {
-        let Section::Table(building) = std::mem::replace(&mut self.section, Section::Outside) else { return };
-        let table = building.table;
-        for diagnostic in check::table(&table, self.family) {
-            self.report(diagnostic);
+    fn open(&mut self, name: &str, span: Span) -> Result<(), Fault> {
+        if let Some(open) = self.table.take() {
+            let message =
+                format!("table `{}` is still open: COMMIT is missing before this line", open.ast.kind);
+            self.report(
+                Diagnostic::error(codes::MISSING_COMMIT, message, span)
+                    .with_label(open.ast.span, "opened here"),
+            );
+            self.install(open.ast);
         }
-        if let Some(known) = self.dump.tables.iter().position(|known| known.kind == table.kind) {
-            let replaced = self.dump.tables.remove(known);
+        let kind: TableKind =
+            name.parse().map_err(|message: String| Fault::new(codes::UNKNOWN_TABLE, message).at(span))?;
+        let mut ast = TableAst { kind, span, chains: Vec::new(), rules: Vec::new(), rejected: Vec::new() };
+        let mut names = HashMap::new();
+        for hook in kind.hooks() {
+            let name = Text::from(hook.chain_name());
+            names.insert(name.shared(), ChainIndex(ast.chains.len() as u32));
+            ast.chains.push(ChainAst {
+                name,
+                span,
+                hook: Some(*hook),
+                policy: Policy::Accept,
+                counters: None,
+                rules: Vec::new(),
+                deleted: false,
+            });
+        }
+        self.table = Some(OpenTable { ast, names });
+        Ok(())
+    }
+
+    fn close(&mut self, span: Span) -> Result<(), Fault> {
+        let Some(open) = self.table.take() else {
+            return Err(Fault::new(codes::OUTSIDE_TABLE, "COMMIT without an open table").at(span));
+        };
+        self.install(open.ast);
+        Ok(())
+    }
+
+    fn install(&mut self, ast: TableAst) {
+        self.check_loops(&ast);
+        self.check_places(&ast);
+        if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {
+            let old = self.dump.tables.remove(at);
             self.report(
                 Diagnostic::warning(
                     codes::REPLACED_TABLE,
-                    format!("this section has no effect: a later one replaces table {}", table.kind),
-                    replaced.span,
+                    format!("table `{}` is replaced by a later section", ast.kind),
+                    old.span,
                 )
-                .with_label(table.span, "the later section")
-                .with_note("iptables-restore flushes a table when its section starts"),
+                .with_label(ast.span, "by this one")
+                .with_note("iptables-restore loads the first, then flushes it"),
             );
-            self.dump.replaced.push(replaced);
+            self.dump.replaced.push(old);
         }
-        self.dump.tables.push(table);
+        self.dump.tables.push(ast);
     }
 
-    fn end(&mut self, at: Span) {
-        if let Section::Outside = self.section {
-            return;
-        }
-        let start = match &self.section {
-            Section::Table(building) => Some(building.table.span),
-            _ => None,
-        };
-        let mut diagnostic =
-            Diagnostic::error(codes::MISSING_COMMIT, "the file ends before the table's COMMIT", at)
-                .with_hint("end the table with a line `COMMIT`");
-        if let Some(start) = start {
-            diagnostic = diagnostic.with_label(start, "this table");
-        }
-        self.report(diagnostic);
-        self.commit();
-    }
-
-    /// A line `:NAME POLICY [PACKETS:BYTES]`.
-    fn chain(&mut self, text: &str, start: u32) -> Result<(), Fault> {
-        let Section::Table(building) = &mut self.section else { return Ok(()) };
+    fn chain(&mut self, text: &str, span: Span) -> Result<(), Fault> {
         let file = self.file;
-        let mut words = text[1..].split([' ', '\t']).filter(|word| !word.is_empty()).map(|word| {
-            let at = start + (word.as_ptr() as usize - text.as_ptr() as usize) as u32;
-            (word, Span::new(file, at, at + word.len() as u32))
-        });
-        let (name, span) =
-            words.next().ok_or_else(|| Fault::new(codes::CHAIN_NAME, "the chain's name is missing"))?;
+        let Some(open) = &mut self.table else {
+            return Err(Fault::new(codes::OUTSIDE_TABLE, "a chain outside of a table")
+                .at(span)
+                .hint("start the table with a line like `*filter`"));
+        };
+        let body = &text[1..];
+        let part = |part: &str| {
+            let offset = part.as_ptr() as usize - text.as_ptr() as usize;
+            Span::new(file, span.start + offset as u32, span.start + (offset + part.len()) as u32)
+        };
+        let mut parts = body.split([' ', '\t']).filter(|part| !part.is_empty());
+        let Some(name) = parts.next() else {
+            return Err(Fault::new(codes::CHAIN_NAME, "the chain's name is missing").at(span));
+        };
         if name.len() > limits::CHAIN_NAME_BYTES_MAX {
             let message =
                 format!("chain name `{name}` is longer than {} bytes", limits::CHAIN_NAME_BYTES_MAX);
-            return Err(Fault::new(codes::CHAIN_NAME, message).at(span));
+            return Err(Fault::new(codes::CHAIN_NAME, message).at(part(name)));
         }
-        let known = building.names.get(name).copied();
-        let base = known.filter(|&chain| building.chain(chain).hook.is_some());
-        let chain = match base {
-            Some(chain) => chain,
-            None => {
-                check_new_chain(building, name, span)?;
-                if self.chains == limits::CHAINS_MAX {
-                    let message = format!("more than {} chains", limits::CHAINS_MAX);
-                    return Err(Fault::new(codes::LIMIT, message).at(span));
-                }
-                self.chains += 1;
-                let name = self.shelf.borrow_mut().text(name);
-                building.add_chain(name, span, None)
-            }
+        let Some(policy) = parts.next() else {
+            return Err(Fault::new(codes::POLICY, "the chain's policy is missing")
+                .at(part(name).at_end())
+                .hint("write ACCEPT or DROP, or `-` for a user chain"));
         };
-        let missing = || Fault::new(codes::POLICY, "the chain has no policy").at(span.at_end());
-        let (policy, policy_span) = words.next().ok_or_else(|| missing().hint("write `-` for none"))?;
-        let chain = &mut building.table.chains[chain.0 as usize];
-        chain.span = span;
-        if policy != "-" {
-            chain.policy = parse_policy(policy, policy_span, chain.hook.is_some())?;
-        }
-        let Some((counters, span)) = words.next() else { return Ok(()) };
-        chain.counters =
-            lexer::counters(counters).ok().and_then(|(_, (packets, bytes))| parse_counters(packets, bytes));
-        if chain.counters.is_none() {
-            self.report(
-                Diagnostic::warning(codes::COUNTERS, format!("`{counters}` are no counters"), span)
-                    .with_hint("write `[PACKETS:BYTES]`"),
-            );
+        let counters = match parts.next() {
+            None => None,
+            Some(text) => match lexer::counters(text) {
+                Ok((_, (packets, bytes))) => {
+                    let number = |text: &str| text.parse().unwrap_or(0);
+                    Some(Counters { packets: number(packets), bytes: number(bytes) })
+                }
+                Err(_) => {
+                    return Err(Fault::new(codes::COUNTERS, format!("`{text}` are no counters"))
+                        .at(part(text))
+                        .hint("write `[packets:bytes]`"));
+                }
+            },
+        };
+        let known = open.names.get(name).copied();
+        match known {
+            Some(index) if open.ast.chains[index.0 as usize].hook.is_some() => {
+                let chain = &mut open.ast.chains[index.0 as usize];
+                chain.policy = match policy {
+                    "ACCEPT" => Policy::Accept,
+                    "DROP" => Policy::Drop,
+                    "-" => chain.policy,
+                    _ => {
+                        return Err(Fault::new(
+                            codes::POLICY,
+                            format!("`{policy}` is no policy of a base chain"),
+                        )
+                        .at(part(policy))
+                        .hint("write ACCEPT or DROP"));
+                    }
+                };
+                chain.counters = counters;
+                chain.span = part(name);
+            }
+            Some(index) => {
+                let first = open.ast.chains[index.0 as usize].span;
+                let diagnostic = Diagnostic::error(
+                    codes::DUPLICATE_CHAIN,
+                    format!("chain `{name}` is declared twice"),
+                    part(name),
+                )
+                .with_label(first, "first declared here");
+                self.report(diagnostic);
+            }
+            None => {
+                if policy != "-" {
+                    return Err(Fault::new(
+                        codes::POLICY,
+                        format!("user chain `{name}` can't have a policy"),
+                    )
+                    .at(part(policy))
+                    .hint("write `-`"));
+                }
+                new_chain(open, name, part(name), counters)?;
+            }
         }
         Ok(())
     }
 
-    fn rule<'s>(&mut self, text: &'s str, span: Span, words: &mut Vec<Word<'s>>) -> Result<(), Fault> {
+    fn rule_line<'a>(&mut self, text: &'a str, span: Span, words: &mut Vec<Word<'a>>) -> Result<(), Fault> {
+        let Some(mut open) = self.table.take() else {
+            return Err(Fault::new(codes::OUTSIDE_TABLE, "a line outside of a table")
+                .at(span)
+                .hint("start the table with a line like `*filter`"));
+        };
+        let result = self.rule_in(&mut open, text, span, words);
+        if result.is_err() && is_rule(text) {
+            open.ast.rejected.push(span);
+        }
+        self.table = Some(open);
+        result
+    }
+
+    fn rule_in<'a>(
+        &mut self,
+        open: &mut OpenTable,
+        text: &'a str,
+        span: Span,
+        words: &mut Vec<Word<'a>>,
+    ) -> Result<(), Fault> {
         let mut rest = text;
         let mut counters = None;
         if text.starts_with('[') {
-            let (after, (packets, bytes)) = lexer::counters(text).map_err(|_| {
-                Fault::new(codes::COUNTERS, "the rule's counters are malformed")
-                    .hint("write `[PACKETS:BYTES] -A CHAIN ...`")
-            })?;
+            let Ok((after, (packets, bytes))) = lexer::counters(text) else {
+                return Err(Fault::new(codes::COUNTERS, "malformed counters before the rule")
+                    .at(span)
+                    .hint("write `[packets:bytes]`"));
+            };
+            let number = |text: &str| text.parse().unwrap_or(0);
+            counters = Some(Counters { packets: number(packets), bytes: number(bytes) });
             rest = after;
-            counters = parse_counters(packets, bytes);
-            if counters.is_none() {
-                let at = Span::new(span.file, span.start, span.end - after.len() as u32);
-                self.report(
-                    Diagnostic::warning(codes::COUNTERS, "these are no counters", at)
-                        .with_hint("write `[PACKETS:BYTES]`"),
-                );
-            }
         }
-        let start = span.end - rest.len() as u32;
-        lexer::words(rest, span.file, start, words).map_err(|error| match error {
-            LexError::UnclosedQuote(at) => {
-                Fault::new(codes::UNCLOSED_QUOTE, "the quote is not closed").at(at)
+        let start = span.start + (text.len() - rest.len()) as u32;
+        words.clear();
+        lexer::words(rest, self.file, start, words).map_err(|error| match error {
+            LexError::UnclosedQuote(span) => {
+                Fault::new(codes::UNCLOSED_QUOTE, "this quote is not closed").at(span)
             }
-            LexError::WordTooLong(at) => Fault::new(
+            LexError::WordTooLong(span) => Fault::new(
                 codes::TOO_LONG,
                 format!("the word is longer than {} bytes", limits::WORD_BYTES_MAX),
             )
-            .at(at),
-            LexError::TooManyWords(at) => {
-                Fault::new(codes::TOO_LONG, format!("the line has more than {} words", limits::WORDS_MAX))
-                    .at(at)
+            .at(span),
+            LexError::TooManyWords(span) => {
+                Fault::new(codes::TOO_LONG, format!("more than {} words on the line", limits::WORDS_MAX))
+                    .at(span)
             }
         })?;
-        let Section::Table(building) = &self.section else {
-            self.reject(text, span);
-            return Ok(());
-        };
-        let cx = LineContext {
+        let names = &open.names;
+        let is_chain = |name: &str| names.contains_key(name);
+        let context = LineContext {
             family: self.family,
-            table: building.table.kind,
+            table: open.ast.kind,
             mode: self.mode,
-            existing: self.existing,
+            sets: self.sets,
             shelf: &self.shelf,
-            is_chain: &|name| building.names.contains_key(name),
+            is_chain: &is_chain,
             line: span,
         };
-        let outcome = rule::parse_line(&cx, words);
+        let outcome = rule::parse_line(&context, words);
         let warnings = std::mem::take(&mut self.shelf.borrow_mut().warnings);
         for warning in warnings {
             self.report(warning);
         }
-        match outcome? {
+        let line = match outcome? {
+            Outcome::Line(line) => line,
             Outcome::OtherFamily(at) => {
-                self.reject(text, span);
-                let message =
-                    format!("the line is for the other address family; this dump is read as {}", self.family);
-                self.report(Diagnostic::note(codes::OTHER_FAMILY_LINE, message, at));
-                Ok(())
-            }
-            Outcome::Line(line) => self.execute(*line, counters, span),
-        }
-    }
-
-    /// Does what a rule line asks for.
-    fn execute(
-        &mut self,
-        mut line: RuleLine<'_>,
-        counters: Option<Counters>,
-        span: Span,
-    ) -> Result<(), Fault> {
-        let Section::Table(building) = &mut self.section else { return Ok(()) };
-        let target = std::mem::replace(&mut line.target, LineTarget::None);
-        let chain = match (line.chain, line.command) {
-            (Some(name), Command::NewChain) => {
-                check_chain_name(name.text, name.span)?;
-                if crate::targets::TargetEntry::find(name.text, self.family).is_some() {
-                    return Err(Fault::new(
-                        codes::CHAIN_NAME,
-                        format!("`{}` is the name of a target", name.text),
-                    )
-                    .at(name.span));
-                }
-                check_new_chain(building, name.text, name.span)?;
-                let text = self.shelf.borrow_mut().text(name.text);
-                building.add_chain(text, name.span, None);
+                self.report(Diagnostic::note(
+                    codes::OTHER_FAMILY_LINE,
+                    "the line is for the other address family",
+                    at,
+                ));
                 return Ok(());
             }
-            (Some(name), _) => Some(*building.names.get(name.text).ok_or_else(|| {
-                Fault::new(
-                    codes::UNKNOWN_CHAIN,
-                    format!("table {} has no chain `{}`", building.table.kind, name.text),
-                )
-                .at(name.span)
-                .hint(format!("declare it before this line: `:{} - [0:0]`", name.text))
-            })?),
-            (None, _) => None,
         };
-        match (line.command, chain) {
-            (Command::Append | Command::Insert(_) | Command::Replace(_), Some(chain)) => {
-                self.place_rules(line, target, counters, chain, span)
-            }
-            (Command::DeleteRule | Command::Check, Some(chain)) => {
-                let delete = line.command == Command::DeleteRule;
-                for wanted in expand(&line, &target, building, None, chain, span) {
-                    building.find_rule(&wanted, self.family, delete)?;
-                }
-                Ok(())
-            }
-            (Command::DeleteNumber(number), Some(chain)) => building.delete_rule(chain, number, span),
-            (Command::Policy, Some(chain)) => {
-                let policy = line.operand.expect("the parser requires it");
-                let chain = &mut building.table.chains[chain.0 as usize];
-                if building.table.kind == TableKind::Nat && policy.text == "DROP" {
-                    return Err(Fault::new(
-                        codes::POLICY,
-                        "the nat table is not for filtering: DROP is not allowed in it",
-                    )
-                    .at(policy.span));
-                }
-                chain.policy = parse_policy(policy.text, policy.span, chain.hook.is_some())?;
-                Ok(())
-            }
-            (Command::RenameChain, Some(chain)) => {
-                let name = line.operand.expect("the parser requires it");
-                check_new_chain(building, name.text, name.span)?;
-                if building.chain(chain).hook.is_some() {
-                    return Err(Fault::new(codes::CHAIN_NAME, "a base chain can't be renamed"));
-                }
-                let text = self.shelf.borrow_mut().text(name.text);
-                let old = std::mem::replace(&mut building.table.chains[chain.0 as usize].name, text.clone());
-                building.names.remove(&old);
-                building.names.insert(text, chain);
-                Ok(())
-            }
-            (Command::Flush | Command::Zero | Command::DeleteChain, chain) => {
-                let chains = match chain {
-                    Some(chain) => vec![chain],
-                    None => (0..building.table.chains.len() as u32).map(ChainIndex).collect(),
-                };
-                let all = chain.is_none();
-                for chain in chains {
-                    building.whole_chain(line.command, chain, all)?;
-                }
-                Ok(())
-            }
-            (Command::List, _) => {
-                self.report(Diagnostic::warning(codes::SUSPICIOUS, "the line only lists rules", span));
-                Ok(())
-            }
-            (_, None) | (Command::NewChain, _) => Err(Fault::new(codes::COMMAND, "the chain is missing")),
-        }
+        self.execute(open, *line, counters, span)
     }
 
-    fn place_rules(
+    fn execute(
         &mut self,
+        open: &mut OpenTable,
         line: RuleLine<'_>,
-        target: LineTarget<'_>,
         counters: Option<Counters>,
-        chain: ChainIndex,
         span: Span,
     ) -> Result<(), Fault> {
-        let Section::Table(building) = &mut self.section else { return Ok(()) };
-        let rules = expand(&line, &target, building, counters, chain, span);
-        let length = building.chain(chain).rules.len();
-        let past = |number: u32| {
-            let message = format!("there is no place {number} in a chain of {length} rules");
-            Fault::new(codes::RULE_NUMBER, message)
+        let command = line.command;
+        let Some(chain) = line.chain else {
+            return match command {
+                Command::Flush | Command::Zero | Command::List | Command::DeleteChain => Ok(()),
+                _ => Err(Fault::new(codes::UNKNOWN_CHAIN, "the chain's name is missing").at(span)),
+            };
         };
-        match line.command {
-            Command::Insert(number) if number as usize - 1 > length => return Err(past(number)),
-            Command::Replace(number) if number as usize > length => return Err(past(number)),
-            Command::Replace(_) if rules.len() != 1 => {
+        if command == Command::NewChain {
+            if open.names.contains_key(chain.text) {
                 return Err(Fault::new(
-                    codes::COMMAND,
-                    "a rule can be replaced only by one with single addresses",
-                ));
+                    codes::DUPLICATE_CHAIN,
+                    format!("chain `{}` exists already", chain.text),
+                )
+                .at(chain.span));
             }
-            _ => {}
+            return new_chain(open, chain.text, chain.span, None);
         }
-        self.rules += rules.len();
-        if self.rules > limits::RULES_MAX {
-            self.rules -= rules.len();
-            return Err(Fault::new(codes::LIMIT, format!("more than {} rules", limits::RULES_MAX)));
-        }
-        for rule in rules {
-            if let TargetVerdict::Jump(to) | TargetVerdict::Goto(to) = rule.target.verdict {
-                building.uses[to.0 as usize] += 1;
-            }
-            let index = building.table.rules.len() as u32;
-            building.table.rules.push(rule);
-            let order = &mut building.table.chains[chain.0 as usize].rules;
-            match line.command {
-                // Each goes before the one number names, so that a list ends up reversed.
-                Command::Insert(number) => order.insert(number as usize - 1, index),
-                Command::Replace(number) => {
-                    let old = std::mem::replace(&mut order[number as usize - 1], index);
-                    building.unuse(old);
-                }
-                _ => order.push(index),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Building {
-    fn chain(&self, chain: ChainIndex) -> &ChainAst {
-        &self.table.chains[chain.0 as usize]
-    }
-
-    fn add_chain(&mut self, name: Text, span: Span, hook: Option<polc_ir::hook::Hook>) -> ChainIndex {
-        let index = ChainIndex(self.table.chains.len() as u32);
-        self.names.insert(name.clone(), index);
-        self.uses.push(0);
-        let rules = Vec::new();
-        let policy = Policy::default();
-        self.table.chains.push(ChainAst { name, span, hook, policy, counters: None, rules, deleted: false });
-        index
-    }
-
-    fn unuse(&mut self, rule: u32) {
-        if let TargetVerdict::Jump(to) | TargetVerdict::Goto(to) =
-            self.table.rules[rule as usize].target.verdict
-        {
-            self.uses[to.0 as usize] -= 1;
-        }
-    }
-
-    /// Finds, and removes if wanted, the first rule that prints like `wanted`.
-    fn find_rule(&mut self, wanted: &RuleAst, family: Family, delete: bool) -> Result<(), Fault> {
-        let text = print::rule(&self.table, wanted, family);
-        let order = &self.chain(wanted.chain).rules;
-        let found = order
-            .iter()
-            .position(|&rule| print::rule(&self.table, &self.table.rules[rule as usize], family) == text);
-        match found {
-            Some(at) if delete => self.delete_rule(wanted.chain, at as u32 + 1, wanted.span),
-            Some(_) => Ok(()),
-            None => Err(Fault::new(codes::RULE_NUMBER, "the chain has no such rule")),
-        }
-    }
-
-    fn delete_rule(&mut self, chain: ChainIndex, number: u32, span: Span) -> Result<(), Fault> {
-        let order = &mut self.table.chains[chain.0 as usize].rules;
-        if number as usize > order.len() {
-            let message = format!("there is no rule {number} in a chain of {} rules", order.len());
-            return Err(Fault::new(codes::RULE_NUMBER, message).at(span));
-        }
-        let rule = order.remove(number as usize - 1);
-        self.unuse(rule);
-        Ok(())
-    }
-
-    fn whole_chain(&mut self, command: Command, chain: ChainIndex, all: bool) -> Result<(), Fault> {
-        let index = chain.0 as usize;
-        let ast = &mut self.table.chains[index];
-        if ast.deleted {
-            return Ok(());
-        }
+        let Some(&index) = open.names.get(chain.text) else {
+            let message = format!("table `{}` has no chain `{}`", open.ast.kind, chain.text);
+            return Err(Fault::new(codes::UNKNOWN_CHAIN, message)
+                .at(chain.span)
+                .hint(format!("declare it before this line: `:{} - [0:0]`", chain.text)));
+        };
+        let at = index.0 as usize;
         match command {
+            Command::Append | Command::Insert(_) | Command::Replace(_) => {
+                let count = open.ast.chains[at].rules.len();
+                let mut position = match command {
+                    Command::Insert(number) if number as usize <= count + 1 => number as usize - 1,
+                    Command::Replace(number) if number as usize <= count => number as usize - 1,
+                    Command::Append => count,
+                    _ => {
+                        return Err(Fault::new(
+                            codes::RULE_NUMBER,
+                            format!("chain `{}` has only {count} rules", chain.text),
+                        )
+                        .at(span));
+                    }
+                };
+                let rules = self.expand(open, index, line, counters, span)?;
+                if matches!(command, Command::Replace(_)) {
+                    open.ast.chains[at].rules.remove(position);
+                }
+                // Each copy of an inserted line goes to the same number, so the last stands first.
+                let in_place = matches!(command, Command::Insert(_));
+                for rule in rules {
+                    let id = open.ast.rules.len() as u32;
+                    open.ast.rules.push(rule);
+                    open.ast.chains[at].rules.insert(position, id);
+                    if !in_place {
+                        position += 1;
+                    }
+                }
+                Ok(())
+            }
+            Command::DeleteNumber(number) => {
+                let rules = &mut open.ast.chains[at].rules;
+                if number as usize > rules.len() {
+                    return Err(Fault::new(
+                        codes::RULE_NUMBER,
+                        format!("chain `{}` has only {} rules", chain.text, rules.len()),
+                    )
+                    .at(span));
+                }
+                rules.remove(number as usize - 1);
+                Ok(())
+            }
             Command::Flush => {
-                for rule in std::mem::take(&mut ast.rules) {
-                    self.unuse(rule);
+                open.ast.chains[at].rules.clear();
+                Ok(())
+            }
+            Command::DeleteChain => {
+                let used = open.ast.rules.iter().any(|rule| {
+                    matches!(rule.target.verdict, TargetVerdict::Jump(to) | TargetVerdict::Goto(to) if to == index)
+                });
+                if open.ast.chains[at].hook.is_some() || !open.ast.chains[at].rules.is_empty() || used {
+                    return Err(Fault::new(
+                        codes::COMMAND,
+                        format!("chain `{}` is in use and can't be deleted", chain.text),
+                    )
+                    .at(chain.span));
                 }
+                open.ast.chains[at].deleted = true;
+                open.names.remove(chain.text);
+                Ok(())
             }
-            Command::Zero => {
-                ast.counters = None;
-                for &rule in &ast.rules {
-                    self.table.rules[rule as usize].counters = None;
+            Command::Policy => {
+                let policy = match line.operand.map(|operand| operand.text) {
+                    Some("ACCEPT") => Policy::Accept,
+                    Some("DROP") => Policy::Drop,
+                    _ => return Err(Fault::new(codes::POLICY, "a policy is ACCEPT or DROP").at(span)),
+                };
+                if open.ast.chains[at].hook.is_none() {
+                    return Err(Fault::new(
+                        codes::POLICY,
+                        format!("user chain `{}` can't have a policy", chain.text),
+                    )
+                    .at(chain.span));
                 }
+                open.ast.chains[at].policy = policy;
+                Ok(())
             }
-            _ if ast.hook.is_some() && all => {}
-            _ if ast.hook.is_some() => {
-                return Err(Fault::new(codes::COMMAND, "a base chain can't be deleted"));
-            }
-            _ if !ast.rules.is_empty() || self.uses[index] > 0 => {
-                let why = if ast.rules.is_empty() { "is still jumped to" } else { "still has rules" };
-                return Err(Fault::new(codes::COMMAND, format!("chain `{}` {why}", ast.name)));
-            }
-            _ => {
-                ast.deleted = true;
-                self.names.remove(&ast.name);
+            Command::Zero | Command::List => Ok(()),
+            Command::NewChain | Command::DeleteRule | Command::Check | Command::RenameChain => {
+                Err(Fault::new(codes::COMMAND, "this command has no place in a dump")
+                    .at(span)
+                    .hint("a dump holds `-A`, `-I` and `-N` lines"))
             }
         }
-        Ok(())
+    }
+
+    /// The rules of a line: one for each pair of its addresses.
+    fn expand(
+        &mut self,
+        open: &OpenTable,
+        chain: ChainIndex,
+        line: RuleLine<'_>,
+        counters: Option<Counters>,
+        span: Span,
+    ) -> Result<Vec<RuleAst>, Fault> {
+        let find = |name: crate::ext::Argument<'_>| {
+            open.names
+                .get(name.text)
+                .copied()
+                .ok_or_else(|| Fault::new(codes::UNKNOWN_CHAIN, "no such chain").at(name.span))
+        };
+        let verdict = match line.target {
+            LineTarget::None => TargetVerdict::Continue,
+            LineTarget::Accept => TargetVerdict::Accept,
+            LineTarget::Drop => TargetVerdict::Drop,
+            LineTarget::Queue => TargetVerdict::Queue,
+            LineTarget::Return => TargetVerdict::Return,
+            LineTarget::Jump(name) => TargetVerdict::Jump(find(name)?),
+            LineTarget::Goto(name) => TargetVerdict::Goto(find(name)?),
+            LineTarget::Extension(options) => TargetVerdict::Extension(Arc::new(options)),
+        };
+        let target = TargetAst { span: line.target_span, verdict };
+        let matches: Arc<[crate::ast::MatchAst]> = line.matches.into();
+        let some =
+            |list: &[_]| if list.is_empty() { vec![None] } else { list.iter().copied().map(Some).collect() };
+        let (sources, destinations) = (some(&line.sources), some(&line.destinations));
+        let copies = sources.len() * destinations.len();
+        self.rules += copies;
+        if self.rules > limits::RULES_MAX {
+            return Err(Fault::new(codes::LIMIT, format!("more than {} rules", limits::RULES_MAX)).at(span));
+        }
+        let mut rules = Vec::with_capacity(copies);
+        for &source in &sources {
+            for &destination in &destinations {
+                rules.push(RuleAst {
+                    span,
+                    copy: rules.len() as u32,
+                    chain,
+                    counters: counters.or(line.counters),
+                    source,
+                    destination,
+                    in_interface: line.in_interface.clone(),
+                    out_interface: line.out_interface.clone(),
+                    protocol: line.protocol,
+                    fragment: line.fragment,
+                    matches: matches.clone(),
+                    target: target.clone(),
+                });
+            }
+        }
+        Ok(rules)
+    }
+
+    /// Chains may not jump in a circle, directly or not (net/ipv4/netfilter/ip_tables.c, `mark_source_chains`).
+    fn check_loops(&mut self, ast: &TableAst) {
+        #[derive(Clone, Copy, PartialEq)]
+        enum Mark {
+            New,
+            Open,
+            Done,
+        }
+        let mut marks = vec![Mark::New; ast.chains.len()];
+        for start in 0..ast.chains.len() {
+            if marks[start] != Mark::New {
+                continue;
+            }
+            marks[start] = Mark::Open;
+            let mut path = vec![(start, 0)];
+            while let Some((chain, next)) = path.last_mut() {
+                let Some(&rule) = ast.chains[*chain].rules.get(*next) else {
+                    marks[*chain] = Mark::Done;
+                    path.pop();
+                    continue;
+                };
+                *next += 1;
+                let rule = &ast.rules[rule as usize];
+                let (TargetVerdict::Jump(to) | TargetVerdict::Goto(to)) = rule.target.verdict else {
+                    continue;
+                };
+                let to = to.0 as usize;
+                match marks[to] {
+                    Mark::New => {
+                        marks[to] = Mark::Open;
+                        path.push((to, 0));
+                    }
+                    Mark::Open => {
+                        let message = format!("chain `{}` leads back to itself", ast.chains[to].name);
+                        let diagnostic = Diagnostic::error(codes::CHAIN_LOOP, message, rule.target.span)
+                            .with_label(ast.chains[to].span, "this chain")
+                            .with_hint("netfilter refuses loops; break the circle");
+                        self.report(diagnostic);
+                    }
+                    Mark::Done => {}
+                }
+            }
+        }
+    }
+
+    /// Targets that their table or hook does not allow.
+    fn check_places(&mut self, ast: &TableAst) {
+        let mut found = Vec::new();
+        for chain in &ast.chains {
+            for &rule in &chain.rules {
+                let rule = &ast.rules[rule as usize];
+                for one in rule.matches.iter() {
+                    let hooks = one.options.extension.hooks;
+                    if let Some(hook) = chain.hook
+                        && !hooks.is_empty()
+                        && !hooks.contains(&hook)
+                    {
+                        let hooks: Vec<&str> = hooks.iter().map(|hook| hook.chain_name()).collect();
+                        let name = one.options.extension.name;
+                        found.push((one.span, format!("match `{name}` works only in {}", hooks.join(", "))));
+                    }
+                }
+                let TargetVerdict::Extension(options) = &rule.target.verdict else { continue };
+                let extension = options.extension;
+                if !extension.tables.is_empty() && !extension.tables.contains(&ast.kind) {
+                    let tables: Vec<String> =
+                        extension.tables.iter().map(|table| format!("`{table}`")).collect();
+                    found.push((
+                        rule.target.span,
+                        format!("target `{}` works only in table {}", extension.name, tables.join(" or ")),
+                    ));
+                } else if let Some(hook) = chain.hook
+                    && !extension.hooks.is_empty()
+                    && !extension.hooks.contains(&hook)
+                {
+                    let hooks: Vec<&str> = extension.hooks.iter().map(|hook| hook.chain_name()).collect();
+                    found.push((
+                        rule.target.span,
+                        format!("target `{}` works only in {}", extension.name, hooks.join(", ")),
+                    ));
+                }
+            }
+        }
+        for (span, message) in found {
+            self.report(Diagnostic::error(codes::WRONG_PLACE, message, span));
+        }
+    }
+
+    fn finish(mut self) -> (Dump, Vec<Diagnostic>) {
+        if let Some(open) = self.table.take() {
+            let message = format!("table `{}` is never committed", open.ast.kind);
+            self.report(
+                Diagnostic::error(codes::MISSING_COMMIT, message, open.ast.span)
+                    .with_hint("end the table with a line `COMMIT`"),
+            );
+            self.install(open.ast);
+        }
+        if self.dropped > 0 {
+            let message = format!("{} more findings are not shown", self.dropped);
+            self.diagnostics.push(Diagnostic::note(
+                codes::TOO_MANY_DIAGNOSTICS,
+                message,
+                Span::new(self.file, 0, 0),
+            ));
+        }
+        (self.dump, self.diagnostics)
     }
 }
 
-/// The rules of a line: one for each pair of addresses, sources outermost.
-fn expand(
-    line: &RuleLine<'_>,
-    target: &LineTarget<'_>,
-    building: &Building,
-    counters: Option<Counters>,
-    chain: ChainIndex,
-    span: Span,
-) -> Vec<RuleAst> {
-    let chain_of = |name: &crate::ext::Argument<'_>| building.names[name.text];
-    let verdict = match target {
-        LineTarget::None => TargetVerdict::Continue,
-        LineTarget::Accept => TargetVerdict::Accept,
-        LineTarget::Drop => TargetVerdict::Drop,
-        LineTarget::Queue => TargetVerdict::Queue,
-        LineTarget::Return => TargetVerdict::Return,
-        LineTarget::Jump(name) => TargetVerdict::Jump(chain_of(name)),
-        LineTarget::Goto(name) => TargetVerdict::Goto(chain_of(name)),
-        LineTarget::Extension(kind) => TargetVerdict::Extension(kind.clone()),
+/// Whether a line adds a rule, well-formed or not.
+fn is_rule(text: &str) -> bool {
+    let text = match text.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or(rest, |(_, rest)| rest),
+        None => text,
     };
-    let some = |list: &[_]| -> Vec<Option<_>> {
-        if list.is_empty() { vec![None] } else { list.iter().copied().map(Some).collect() }
-    };
-    let matches: Arc<[_]> = line.matches.as_slice().into();
-    let (sources, destinations) = (some(&line.sources), some(&line.destinations));
-    let pairs =
-        sources.iter().flat_map(|&source| destinations.iter().map(move |&destination| (source, destination)));
-    pairs
-        .zip(0..)
-        .map(|((source, destination), copy)| RuleAst {
-            span,
-            copy,
-            chain,
-            counters: line.counters.or(counters),
-            source,
-            destination,
-            in_interface: line.in_interface.clone(),
-            out_interface: line.out_interface.clone(),
-            protocol: line.protocol,
-            fragment: line.fragment,
-            matches: matches.clone(),
-            target: TargetAst { span: line.target_span, verdict: verdict.clone() },
-        })
-        .collect()
+    let text = text.trim_start();
+    ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
 }
 
-/// Whether a line is meant to add a rule.
-fn is_rule_line(text: &str) -> bool {
-    let text = match lexer::counters(text) {
-        Ok((rest, _)) => rest,
-        Err(_) => text,
-    };
-    text.split([' ', '\t']).any(|word| {
-        word.starts_with("-A") || word.starts_with("-I") || matches!(word, "--append" | "--insert")
-    })
-}
-
-fn check_chain_name(name: &str, span: Span) -> Result<(), Fault> {
-    if let Some(first) = name.chars().next().filter(|&c| c == '-' || c == '!') {
-        return Err(
-            Fault::new(codes::CHAIN_NAME, format!("a chain name can't start with `{first}`")).at(span)
-        );
+fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {
+    let bad = name.is_empty() || name.starts_with(['-', '!']) || name.contains([' ', '\t']);
+    if bad || ["ACCEPT", "DROP", "RETURN", "QUEUE"].contains(&name) {
+        return Err(Fault::new(codes::CHAIN_NAME, format!("`{name}` can't be a chain's name")).at(span));
     }
-    if name.contains(|c: char| c.is_ascii_whitespace()) {
-        return Err(Fault::new(codes::CHAIN_NAME, "a chain name can't contain blanks").at(span));
+    if name.len() > limits::CHAIN_NAME_BYTES_MAX {
+        let message = format!("chain name `{name}` is longer than {} bytes", limits::CHAIN_NAME_BYTES_MAX);
+        return Err(Fault::new(codes::CHAIN_NAME, message).at(span));
     }
+    if open.ast.chains.len() >= limits::CHAINS_MAX {
+        return Err(Fault::new(codes::LIMIT, format!("more than {} chains", limits::CHAINS_MAX)).at(span));
+    }
+    let text = Text::from(name);
+    open.names.insert(text.shared(), ChainIndex(open.ast.chains.len() as u32));
+    open.ast.chains.push(ChainAst {
+        name: text,
+        span,
+        hook: None,
+        policy: Policy::Accept,
+        counters,
+        rules: Vec::new(),
+        deleted: false,
+    });
     Ok(())
-}
-
-fn check_new_chain(building: &Building, name: &str, span: Span) -> Result<(), Fault> {
-    if building.names.contains_key(name) {
-        return Err(Fault::new(codes::DUPLICATE_CHAIN, format!("chain `{name}` exists already")).at(span));
-    }
-    if matches!(name, "ACCEPT" | "DROP" | "QUEUE" | "RETURN") {
-        return Err(
-            Fault::new(codes::CHAIN_NAME, format!("`{name}` is a verdict, not a chain name")).at(span)
-        );
-    }
-    Ok(())
-}
-
-fn parse_policy(text: &str, span: Span, base: bool) -> Result<Policy, Fault> {
-    if !base {
-        return Err(Fault::new(codes::POLICY, "only base chains have a policy").at(span).hint("write `-`"));
-    }
-    match text {
-        "ACCEPT" => Ok(Policy::Accept),
-        "DROP" => Ok(Policy::Drop),
-        _ => Err(Fault::new(codes::POLICY, format!("`{text}` is no policy"))
-            .at(span)
-            .hint("write ACCEPT, DROP or `-`")),
-    }
-}
-
-fn parse_counters(packets: &str, bytes: &str) -> Option<Counters> {
-    let number = |text: &str| strtoul(text, 10).filter(|(_, rest)| rest.is_empty()).map(|(value, _)| value);
-    Some(Counters { packets: number(packets)?, bytes: number(bytes)? })
 }

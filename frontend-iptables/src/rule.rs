@@ -6,6 +6,7 @@
 //! extensions', later extensions over earlier ones (iptables/xshared.c, `do_parse` and `command_default`).
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 
 use polc_ir::diag::Diagnostic;
 use polc_ir::hook::{Family, TableKind};
@@ -15,11 +16,12 @@ use polc_ir::source::Span;
 use crate::ast::{Counters, Given, MatchAst, Text};
 use crate::codes;
 use crate::ext::{Argument, Fault, GivenOption, OptionSpec, Options, Shelf, address_fault, set_of};
+use crate::extension::{self, Entry};
 use crate::lexer::Word;
-use crate::matches::{MATCHES, MatchEntry};
+use crate::matches;
 use crate::names;
-use crate::parse::{Existing, Mode};
-use crate::targets::{TARGETS, TargetEntry, TargetKind};
+use crate::parse::Mode;
+use crate::targets;
 use crate::value::{AddressMask, Interface, strtoul};
 
 /// What a rule line needs to know of its surroundings.
@@ -27,7 +29,7 @@ pub(crate) struct LineContext<'a> {
     pub(crate) family: Family,
     pub(crate) table: TableKind,
     pub(crate) mode: Mode,
-    pub(crate) existing: &'a Existing,
+    pub(crate) sets: Option<&'a HashSet<String>>,
     pub(crate) shelf: &'a RefCell<Shelf>,
     /// Whether the table has a chain of this name now.
     pub(crate) is_chain: &'a dyn Fn(&str) -> bool,
@@ -91,7 +93,7 @@ pub(crate) enum LineTarget<'a> {
     Return,
     Jump(Argument<'a>),
     Goto(Argument<'a>),
-    Extension(TargetKind),
+    Extension(extension::Options),
 }
 
 /// A rule line, read.
@@ -210,27 +212,8 @@ enum Lookup {
     Ambiguous(Vec<String>),
 }
 
-/// The base options seen on a line.
-#[derive(Default)]
-struct Letters(u128);
-
-impl Letters {
-    /// Adds a letter; false if it was there.
-    fn insert(&mut self, letter: char) -> bool {
-        let fresh = !self.contains(letter);
-        self.0 |= 1 << letter as u32;
-        fresh
-    }
-
-    fn contains(&self, letter: char) -> bool {
-        self.0 & 1 << letter as u32 != 0
-    }
-}
-
 /// Options that a `-m` or `-j` loaded.
 struct Loaded {
-    /// The match that owns them; `None` for the target.
-    entry: Option<&'static MatchEntry>,
     options: &'static [OptionSpec],
     /// The clause that now receives them.
     instance: u32,
@@ -238,7 +221,7 @@ struct Loaded {
 
 /// A clause being read. The target is one too.
 struct Instance {
-    entry: Option<&'static MatchEntry>,
+    entry: Option<&'static Entry>,
     span: Span,
 }
 
@@ -248,11 +231,13 @@ struct LineParser<'a, 'c> {
     at: usize,
     loaded: Vec<Loaded>,
     instances: Vec<Instance>,
-    target: Option<(&'static TargetEntry, u32)>,
+    /// For each entry of `loaded`, by the address of its option table, nothing is looked up twice: a second `-m tcp`
+    /// takes over the first one's options.
+    target: Option<(&'static Entry, u32)>,
     options: Vec<GivenOption<'a>>,
     protocol: Option<(Argument<'a>, Given<u16>)>,
     protocol_used: bool,
-    seen: Letters,
+    seen: HashSet<char>,
     command: Option<Command>,
     chain: Option<Argument<'a>>,
     operand: Option<Argument<'a>>,
@@ -276,7 +261,7 @@ pub(crate) fn parse_line<'a>(cx: &LineContext<'_>, words: &'a [Word<'a>]) -> Res
         options: Vec::new(),
         protocol: None,
         protocol_used: false,
-        seen: Letters::default(),
+        seen: HashSet::new(),
         command: None,
         chain: None,
         operand: None,
@@ -406,6 +391,13 @@ impl<'a> LineParser<'a, '_> {
         };
         match found {
             Found::Base(letter, arity) => {
+                if let (Mode::Strict, Some(extra)) = (self.cx.mode, attached) {
+                    // iptables-legacy-restore 1.8.9 takes the whole word for the value.
+                    let message = format!("iptables-restore does not read `--{name}=value`");
+                    return Err(Fault::new(codes::UNKNOWN_OPTION, message)
+                        .at(extra.span)
+                        .hint("write a blank instead of `=`"));
+                }
                 if let (Arity::None, Some(extra)) = (arity, attached) {
                     return Err(Fault::new(codes::UNKNOWN_OPTION, format!("`--{name}` takes no argument"))
                         .at(extra.span));
@@ -425,6 +417,12 @@ impl<'a> LineParser<'a, '_> {
     }
 
     fn short(&mut self, word: &'a Word<'a>) -> Result<Option<Span>, Fault> {
+        if self.cx.mode == Mode::Strict && word.text.contains('t') {
+            // Any `t` in a word of short options passes for `-t` (iptables/xshared.c, `add_param_to_argv`).
+            let fault =
+                Fault::new(codes::COMMAND, "iptables-restore takes this for the option `-t`").at(word.span);
+            return Err(fault.hint("put a blank between the option and its value"));
+        }
         let letters = word.text.char_indices().skip(1);
         for (position, letter) in letters {
             let rest = position + letter.len_utf8();
@@ -748,21 +746,20 @@ impl<'a> LineParser<'a, '_> {
     }
 
     fn load_match(&mut self, word: &Word<'_>, name: Argument<'a>) -> Result<(), Fault> {
-        let Some(entry) = MatchEntry::find(name.text, self.cx.family) else {
+        let Some(entry) = matches::find(name.text, self.cx.family) else {
             return Err(self.unknown_match(name));
         };
         self.add_match(entry, word.span.to(name.span));
         Ok(())
     }
 
-    fn add_match(&mut self, entry: &'static MatchEntry, span: Span) {
+    fn add_match(&mut self, entry: &'static Entry, span: Span) {
         let instance = self.instances.len() as u32;
         self.instances.push(Instance { entry: Some(entry), span });
-        // A second `-m tcp` takes over the first one's options, at their old place in the order of lookup.
-        let known = |loaded: &&mut Loaded| loaded.entry.is_some_and(|known| std::ptr::eq(known, entry));
-        match self.loaded.iter_mut().find(known) {
-            Some(loaded) => loaded.instance = instance,
-            None => self.loaded.push(Loaded { entry: Some(entry), options: entry.spec.options, instance }),
+        let known = self.loaded.iter_mut().find(|loaded| std::ptr::eq(loaded.options, entry.spec.options));
+        match known {
+            Some(loaded) if !entry.spec.options.is_empty() => loaded.instance = instance,
+            _ => self.loaded.push(Loaded { options: entry.spec.options, instance }),
         }
     }
 
@@ -771,13 +768,13 @@ impl<'a> LineParser<'a, '_> {
             Family::V4 => Family::V6,
             Family::V6 => Family::V4,
         };
-        if MatchEntry::find(name.text, other).is_some() {
+        if matches::find(name.text, other).is_some() {
             return Fault::new(codes::WRONG_FAMILY, format!("match `{}` exists for {other} only", name.text))
                 .at(name.span);
         }
         let fault =
             Fault::new(codes::UNKNOWN_MATCH, format!("there is no match `{}`", name.text)).at(name.span);
-        match nearest(name.text, MATCHES.iter().map(|entry| entry.spec.name)) {
+        match nearest(name.text, matches::entries().map(|entry| entry.spec.name)) {
             Some(near) => fault.hint(format!("did you mean `{near}`?")),
             None => fault.hint("see `polc check --help` for the matches there are"),
         }
@@ -795,9 +792,7 @@ impl<'a> LineParser<'a, '_> {
             Some(_) => names::protocol_name(given.value),
             None => Some(&*lower),
         };
-        let Some(entry) = name.and_then(|name| MatchEntry::find(name, self.cx.family)) else {
-            return Ok(false);
-        };
+        let Some(entry) = name.and_then(|name| matches::find(name, self.cx.family)) else { return Ok(false) };
         self.protocol_used = true;
         // The clause has no `-m`; its span grows from its first option.
         let here = self.words[self.at - 1].span;
@@ -815,10 +810,9 @@ impl<'a> LineParser<'a, '_> {
             }
             _ => Fault::new(codes::UNKNOWN_OPTION, format!("unknown option `{}`", word.text)).at(word.span),
         };
-        let owners: Vec<String> = MATCHES
-            .iter()
-            .map(|entry| ("-m", entry.spec))
-            .chain(TARGETS.iter().map(|entry| ("-j", entry.spec)))
+        let owners: Vec<String> = matches::entries()
+            .map(|entry| ("-m", &entry.spec))
+            .chain(targets::entries().map(|entry| ("-j", &entry.spec)))
             .filter(|(_, spec)| spec.families.contains(self.cx.family))
             .filter(|(_, spec)| spec.options.iter().any(|option| option.name == name))
             .map(|(flag, spec)| format!("`{flag} {}`", spec.name))
@@ -852,10 +846,10 @@ impl<'a> LineParser<'a, '_> {
         if goto || standard || (self.cx.is_chain)(name.text) {
             return Ok(());
         }
-        if let Some(entry) = TargetEntry::find(name.text, self.cx.family) {
+        if let Some(entry) = targets::find(name.text, self.cx.family) {
             let instance = self.instances.len() as u32;
             self.instances.push(Instance { entry: None, span });
-            self.loaded.push(Loaded { entry: None, options: entry.spec.options, instance });
+            self.loaded.push(Loaded { options: entry.spec.options, instance });
             self.target = Some((entry, instance));
         }
         Ok(())
@@ -898,8 +892,7 @@ impl<'a> LineParser<'a, '_> {
         }
         let clause = &mut self.instances[instance as usize];
         clause.span = clause.span.to(span);
-        let protocol = self.protocol.as_ref().map_or((0, false), |(_, given)| (given.value, given.negated));
-        self.options.push(GivenOption { spec, negated, span, argument: first, second, protocol, instance });
+        self.options.push(GivenOption { spec, negated, span, argument: first, second, instance });
         Ok(())
     }
 
@@ -917,31 +910,28 @@ impl<'a> LineParser<'a, '_> {
             .at(target.span)
             .hint("drop in the filter table, or in raw PREROUTING"));
         }
+        let context = extension::Context {
+            family: self.cx.family,
+            protocol: self.protocol.as_ref().map(|(_, given)| (given.value, given.negated)),
+        };
         for instance in 0..self.instances.len() as u32 {
             let clause = &self.instances[instance as usize];
             let spec = match (clause.entry, self.target) {
-                (Some(entry), _) => entry.spec,
-                (None, Some((entry, _))) => entry.spec,
+                (Some(entry), _) => &entry.spec,
+                (None, Some((entry, _))) => &entry.spec,
                 (None, None) => continue,
             };
-            let options = Options {
-                family: self.cx.family,
-                span: clause.span,
-                existing: self.cx.existing,
-                all: &self.options,
-                instance,
-                shelf: self.cx.shelf,
-            };
+            let options = Options { sets: self.cx.sets, all: &self.options, instance };
             let in_clause = |fault: Fault| Fault { span: fault.span.or(Some(clause.span)), ..fault };
             check_options(spec, &options).map_err(in_clause)?;
             match (clause.entry, self.target) {
                 (Some(entry), _) => {
-                    let kind = (entry.parse)(&options).map_err(in_clause)?;
-                    self.line.matches.push(MatchAst { span: clause.span, kind });
+                    let options = entry.parse(&options, &context).map_err(in_clause)?;
+                    self.line.matches.push(MatchAst { span: clause.span, options });
                 }
                 (None, Some((entry, _))) => {
-                    let kind = (entry.parse)(&options).map_err(in_clause)?;
-                    self.line.target = LineTarget::Extension(kind);
+                    let options = entry.parse(&options, &context).map_err(in_clause)?;
+                    self.line.target = LineTarget::Extension(options);
                     self.line.target_span = clause.span;
                 }
                 (None, None) => {}
@@ -998,14 +988,14 @@ impl<'a> LineParser<'a, '_> {
             Family::V4 => Family::V6,
             Family::V6 => Family::V4,
         };
-        if TargetEntry::find(name.text, other).is_some() {
+        if targets::find(name.text, other).is_some() {
             let message = format!("target `{}` exists for {other} only", name.text);
             return Fault::new(codes::WRONG_FAMILY, message).at(name.span);
         }
         let message = format!("`{}` is neither a chain of this table nor a known target", name.text);
         let fault = Fault::new(codes::UNKNOWN_TARGET, message).at(name.span);
         let standard = ["ACCEPT", "DROP", "RETURN", "QUEUE"];
-        match nearest(name.text, TARGETS.iter().map(|entry| entry.spec.name).chain(standard)) {
+        match nearest(name.text, targets::entries().map(|entry| entry.spec.name).chain(standard)) {
             Some(near) => fault.hint(format!("did you mean `{near}`?")),
             None => fault.hint(format!("declare the chain before this line: `:{} - [0:0]`", name.text)),
         }
@@ -1054,7 +1044,7 @@ impl<'a> LineParser<'a, '_> {
             Command::Policy => &['s', 'd', 'p', 'j', 'i', 'o', 'f'],
             _ => &['s', 'd', 'p', 'j', 'i', 'o', 'c', 'f'],
         };
-        if let Some(letter) = illegal.iter().find(|letter| self.seen.contains(**letter)) {
+        if let Some(letter) = illegal.iter().find(|letter| self.seen.contains(letter)) {
             let message = format!("`{}` can't be used with `-{}`", base_name(*letter), command.letter());
             return Err(Fault::new(codes::COMMAND, message));
         }

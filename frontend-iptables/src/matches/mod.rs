@@ -1,38 +1,47 @@
-//! The match extensions (`-m NAME`): one file each, one row each in the table at the end.
-//!
-//! To add one, write `matches/NAME.rs` with a struct that implements [`crate::ext::Extension`], declare the module, and
-//! add a row. Nothing else in this crate has to know.
+//! The match extensions: one entry each, grouped by what they look at.
 
-pub mod addrtype;
-pub mod comment;
-pub mod conntrack;
-pub mod icmp;
-pub mod icmp6;
-pub mod limit;
-pub mod mark;
-pub mod multiport;
-pub mod set;
-pub mod state;
-pub mod tcp;
-pub mod udp;
+mod connection;
+mod network;
+mod opaque;
+mod transport;
 
-crate::ext::extension_table! {
-    /// A match extension with its options.
-    enum MatchKind;
-    /// A row of [`MATCHES`].
-    struct MatchEntry;
-    /// All match extensions.
-    static MATCHES;
-    Addrtype(addrtype::Addrtype),
-    Comment(comment::Comment),
-    Conntrack(conntrack::Conntrack),
-    Icmp(icmp::Icmp),
-    Icmp6(icmp6::Icmp6),
-    Limit(limit::Limit),
-    Mark(mark::Mark),
-    Multiport(multiport::Multiport),
-    Set(set::Set),
-    State(state::State),
-    Tcp(tcp::Tcp),
-    Udp(udp::Udp),
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use polc_ir::hook::Family;
+
+use crate::extension::{Entry, Extension};
+
+pub(crate) use network::parse_tos;
+
+/// Every match, by group.
+pub const ALL: &[&[Extension]] = &[transport::ALL, network::ALL, connection::ALL, opaque::ALL];
+
+static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| Entry::table(ALL));
+
+/// Every match, as the line parser sees it.
+pub fn entries() -> impl Iterator<Item = &'static Entry> {
+    ENTRIES.iter()
+}
+
+static BY_NAME: LazyLock<HashMap<(&'static str, Family), &'static Entry>> = LazyLock::new(|| {
+    let mut names = HashMap::new();
+    for entry in entries() {
+        for family in
+            [Family::V4, Family::V6].into_iter().filter(|family| entry.spec.families.contains(*family))
+        {
+            names.insert((entry.spec.name, family), entry);
+        }
+    }
+    names
+});
+
+/// The match of this name in a family. `icmpv6` and `icmp6` are one match.
+pub fn find(name: &str, family: Family) -> Option<&'static Entry> {
+    let name = match name {
+        "icmpv6" | "ipv6-icmp" => "icmp6",
+        "mobility-header" | "ipv6-mh" => "mh",
+        name => name,
+    };
+    BY_NAME.get(&(name, family)).copied()
 }

@@ -112,7 +112,6 @@ mod tests {
     fn names_resolve_as_on_debian() {
         assert_eq!(service("domain", Some("udp")), Some(53));
         assert_eq!(service("www", Some("tcp")), Some(80));
-        assert_eq!(service("cmd", Some("tcp")), Some(514));
         assert_eq!(service("http", Some("sctp")), None);
         assert_eq!(service("ftp-data", None), Some(20));
         assert_eq!(protocol("gre"), Some(47));

@@ -1,31 +1,32 @@
-//! The target extensions (`-j NAME`): one file each, one row each in the table at the end.
-//!
-//! ACCEPT, DROP, QUEUE, RETURN and jumps to chains are no extensions: see [`crate::ast::TargetVerdict`]. To add a
-//! target, write `targets/NAME.rs` with a struct that implements [`crate::ext::Extension`], declare the module, and add
-//! a row.
+//! The target extensions: one entry each.
 
-pub mod dnat;
-pub mod log;
-pub mod mark;
-pub mod masquerade;
-pub mod nat;
-pub mod redirect;
-pub mod reject;
-pub mod snat;
+mod nat;
+mod rewrite;
+mod terminal;
 
-crate::ext::extension_table! {
-    /// A target extension with its options.
-    enum TargetKind;
-    /// A row of [`TARGETS`].
-    struct TargetEntry;
-    /// All target extensions.
-    static TARGETS;
-    Dnat(dnat::Dnat),
-    Log(log::Log),
-    Mark(mark::SetMark),
-    Masquerade(masquerade::Masquerade),
-    Redirect(redirect::Redirect),
-    Reject4(reject::Reject4),
-    Reject6(reject::Reject6),
-    Snat(snat::Snat),
+use std::sync::LazyLock;
+
+use polc_ir::hook::Family;
+use polc_ir::ruleset::Opaque;
+
+use crate::extension::{Entry, Extension};
+
+/// Every target, by group.
+pub const ALL: &[&[Extension]] = &[terminal::ALL, nat::ALL, rewrite::ALL];
+
+static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| Entry::table(ALL));
+
+/// Every target, as the line parser sees it.
+pub fn entries() -> impl Iterator<Item = &'static Entry> {
+    ENTRIES.iter()
+}
+
+/// The target of this name in a family.
+pub fn find(name: &str, family: Family) -> Option<&'static Entry> {
+    entries().find(|entry| entry.spec.name == name && entry.spec.families.contains(family))
+}
+
+/// What only the kernel does.
+fn kernel(name: &str, reason: &str) -> Opaque {
+    Opaque { name: name.into(), reason: reason.into(), observable: true }
 }

@@ -1,153 +1,177 @@
-//! What the address-translating targets share: ranges of addresses and ports.
+//! Targets of the nat table: DNAT, SNAT, MASQUERADE, REDIRECT, NETMAP.
 
-use std::fmt;
-use std::net::IpAddr;
+use polc_ir::hook::{Hook, TableKind};
+use polc_ir::ruleset::Action;
 
-use polc_ir::hook::Family;
+use super::kernel;
+use crate::extension::{Arg, Context, Extension, Meaning, Opt, Options, Value, base};
+use crate::value;
 
-use crate::codes;
-use crate::ext::{Argument, Fault, GivenOption};
-use crate::names;
-use crate::value::{Ip, address, number, strtoul};
+const NAT: &[TableKind] = &[TableKind::Nat];
+const RANDOM: Opt = Opt::new("random", Arg::Flag);
+const RANDOM_FULLY: Opt = Opt::new("random-fully", Arg::Flag);
+const PERSISTENT: Opt = Opt::new("persistent", Arg::Flag);
+/// Protocols that have ports to translate.
+const WITH_PORTS: &[u16] = &[6, 17, 132, 33, 1, 58, 136];
 
-/// The addresses and ports a translation may choose from (`struct nf_nat_range2`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NatRange {
-    /// First and last address; `None` keeps the address.
-    pub addresses: Option<(IpAddr, IpAddr)>,
-    /// First and last port; `None` leaves the choice to the kernel.
-    pub ports: Option<(u16, u16)>,
-    /// With `ports`, the port to which the first of the range corresponds: the new port is the old one less this, plus
-    /// the first.
-    pub base: Option<u16>,
-}
-
-impl NatRange {
-    /// `[address[-address]][:port[-port[/port]]]`; an IPv6 address before a port stands in brackets.
-    pub(crate) fn parse(option: &GivenOption<'_>, family: Family) -> Result<NatRange, Fault> {
-        let argument = option.argument;
-        let text = argument.text;
-        let (addresses, ports) = match text.find('[') {
-            None => match text.split_once(':') {
-                Some((addresses, ports)) if !ports.contains(':') => (addresses, Some(ports)),
-                _ => (text, None),
-            },
-            Some(open) => {
-                let inside = &text[open + 1..];
-                let close = inside.find(']').filter(|_| family == Family::V6);
-                let close =
-                    close.ok_or_else(|| argument.bad(format!("`{text}` is no range of addresses")))?;
-                (&inside[..close], inside[close + 1..].split_once(':').map(|(_, ports)| ports))
+/// The targets of this group.
+pub(super) const ALL: &[Extension] = &[
+    Extension {
+        tables: NAT,
+        hooks: &[Hook::Prerouting, Hook::Output],
+        options: &[
+            Opt::new("to-destination", Arg::Custom { words: 1, parse: parse_range, print: print_word }),
+            RANDOM,
+            PERSISTENT,
+        ],
+        finish: Some(|options, context| needs_ports(options, "to-destination", context)),
+        ..base("DNAT", Meaning::Target(|_| translate("DNAT")), "Rewrites the destination of a connection.")
+    },
+    Extension {
+        tables: NAT,
+        hooks: &[Hook::Postrouting, Hook::Input],
+        options: &[
+            Opt::new("to-source", Arg::Custom { words: 1, parse: parse_range, print: print_word }),
+            RANDOM,
+            RANDOM_FULLY,
+            PERSISTENT,
+        ],
+        finish: Some(|options, context| needs_ports(options, "to-source", context)),
+        ..base("SNAT", Meaning::Target(|_| translate("SNAT")), "Rewrites the source of a connection.")
+    },
+    Extension {
+        tables: NAT,
+        hooks: &[Hook::Postrouting],
+        options: &[
+            Opt::new("to-ports", Arg::Custom { words: 1, parse: parse_ports, print: print_word }),
+            RANDOM,
+            RANDOM_FULLY,
+        ],
+        ..base(
+            "MASQUERADE",
+            Meaning::Target(|_| translate("MASQUERADE")),
+            "Rewrites the source to the output device's address.",
+        )
+    },
+    Extension {
+        tables: NAT,
+        hooks: &[Hook::Prerouting, Hook::Output],
+        options: &[
+            Opt::new("to-ports", Arg::Custom { words: 1, parse: parse_ports, print: print_word }),
+            RANDOM,
+        ],
+        finish: Some(|options, context| {
+            if options.has("to-ports") && !context.is_protocol(WITH_PORTS) {
+                return Err("`--to-ports` needs `-p tcp`, `udp`, `sctp`, `dccp` or `icmp`".into());
             }
-        };
-        let mut range = match ports {
-            Some(ports) => NatRange::parse_ports(option, ports)?,
-            None => NatRange::default(),
-        };
-        if ports.is_some() && (addresses.is_empty()) {
-            return Ok(range);
-        }
-        let read = |text: &str| {
-            address(text, family)
-                .ok_or_else(|| argument.bad_part(text, format!("`{text}` is not an {family} address")))
-        };
-        range.addresses = Some(match addresses.split_once('-') {
-            Some((first, last)) => (read(first)?, read(last)?),
-            None => {
-                let only = read(addresses)?;
-                (only, only)
-            }
-        });
-        Ok(range)
-    }
+            Ok(())
+        }),
+        ..base(
+            "REDIRECT",
+            Meaning::Target(|_| translate("REDIRECT")),
+            "Rewrites the destination to this host.",
+        )
+    },
+    Extension {
+        tables: NAT,
+        options: &[Opt::new("to", Arg::Address)],
+        ..base("NETMAP", Meaning::Target(|_| translate("NETMAP")), "Maps a network to another.")
+    },
+];
 
-    /// `port[-port[/port]]`; a lone port may be a service name.
-    pub(crate) fn parse_ports(option: &GivenOption<'_>, text: &str) -> Result<NatRange, Fault> {
-        let argument = &option.argument;
-        // TCP, UDP, SCTP, DCCP; ICMP too, whose id counts as a port.
-        if !matches!(option.protocol.0, 6 | 17 | 132 | 33 | 1) {
-            let fault = Fault::new(codes::WRONG_PROTOCOL, "ports need a protocol that has them");
-            return Err(fault
-                .at(argument.span_of(text))
-                .hint("put `-p tcp` (or udp, sctp, dccp) before the target"));
-        }
-        let (first, rest) = match number_prefix(text) {
-            Some(split) => split,
-            None => (service(argument, text)?, ""),
-        };
-        let Some(range) = rest.strip_prefix('-') else {
-            if rest.is_empty() {
-                return Ok(NatRange { ports: Some((first, first)), ..NatRange::default() });
-            }
-            let fault = argument.bad_part(rest, format!("`{rest}` after the port"));
-            return Err(if rest.starts_with(':') {
-                fault.hint("a port range is written with a dash")
-            } else {
-                fault
-            });
-        };
-        let (last, rest) = number_prefix(range)
-            .ok_or_else(|| argument.bad_part(range, format!("`{range}` is no port number")))?;
-        if last < first {
-            return Err(argument.bad_part(text, format!("port range `{text}` runs backwards")));
-        }
-        let base = match rest.strip_prefix('/') {
-            None if rest.is_empty() => None,
-            None => return Err(argument.bad_part(rest, format!("`{rest}` after the port range"))),
-            Some(base) => Some(match number(base, 1, u16::MAX.into()) {
-                Some(port) => port as u16,
-                None => service(argument, base)?,
-            }),
-        };
-        Ok(NatRange { ports: Some((first, last)), base, addresses: None })
-    }
-
-    /// The ports alone, as `--to-ports` prints them.
-    pub(crate) fn ports_text(&self) -> impl fmt::Display {
-        PortsText(*self)
-    }
+fn translate(name: &str) -> Action {
+    Action::Steal(kernel(name, "translates addresses, which needs connection tracking"))
 }
 
-fn number_prefix(text: &str) -> Option<(u16, &str)> {
-    let (value, rest) = strtoul(text, 0)?;
-    Some((u16::try_from(value).ok()?, rest))
+fn needs_ports(options: &mut Options, name: &str, context: &Context) -> Result<(), String> {
+    let Some((Value::Text(text), _)) = options.value(name) else {
+        return Err(format!("`--{name}` is needed"));
+    };
+    let ports = match text.rsplit_once(']') {
+        Some((_, after)) => after.starts_with(':'),
+        None => !text.contains("::") && text.matches(':').count() == 1,
+    };
+    if ports && !context.is_protocol(WITH_PORTS) {
+        return Err("a port needs `-p tcp`, `udp`, `sctp`, `dccp` or `icmp`".into());
+    }
+    Ok(())
 }
 
-fn service(argument: &Argument<'_>, text: &str) -> Result<u16, Fault> {
-    names::service(text, None).ok_or_else(|| argument.unknown_port(text, None))
-}
-
-struct PortsText(NatRange);
-
-impl fmt::Display for PortsText {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some((first, last)) = self.0.ports else { return Ok(()) };
-        write!(f, "{first}")?;
-        if first != last {
-            write!(f, "-{last}")?;
+/// `[address[-address]][:port[-port[/base]]]`, addresses of IPv6 in brackets where ports follow; kept canonical.
+fn parse_range(words: &[&str], context: &Context) -> Result<Value, String> {
+    let text = words[0];
+    let (addresses, ports) = if let Some(rest) = text.strip_prefix('[') {
+        let (inside, after) = rest.split_once(']').ok_or_else(|| format!("`{text}` lacks a `]`"))?;
+        match after.strip_prefix(':') {
+            Some(ports) => (inside, Some(ports)),
+            None if after.is_empty() => (inside, None),
+            None => return Err(format!("`{after}` after the addresses; ports follow a `:`")),
         }
-        match self.0.base {
-            Some(base) => write!(f, "/{base}"),
-            None => Ok(()),
+    } else if context.family == polc_ir::hook::Family::V4 {
+        match text.split_once(':') {
+            Some((addresses, ports)) => (addresses, Some(ports)),
+            None => (text, None),
+        }
+    } else {
+        (text, None)
+    };
+    let mut out = String::new();
+    if !addresses.is_empty() {
+        let one = |text: &str| {
+            value::address(text, context.family).ok_or_else(|| format!("`{text}` is not an address"))
+        };
+        let (first, last) = addresses.split_once('-').unwrap_or((addresses, addresses));
+        let (first, last) = (value::Ip(one(first)?), value::Ip(one(last)?));
+        out = if first == last { first.to_string() } else { format!("{first}-{last}") };
+        if ports.is_some() && context.family == polc_ir::hook::Family::V6 {
+            out = format!("[{out}]");
         }
     }
+    if let Some(ports) = ports {
+        out.push(':');
+        out.push_str(&port_range(ports)?);
+    }
+    Ok(Value::Text(out.as_str().into()))
 }
 
-/// Prints `10.0.0.1-10.0.0.9:80-90/8080`.
-impl fmt::Display for NatRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some((first, last)) = self.addresses {
-            let brackets = first.is_ipv6() && self.ports.is_some();
-            f.write_str(if brackets { "[" } else { "" })?;
-            write!(f, "{}", Ip(first))?;
-            if first != last {
-                write!(f, "-{}", Ip(last))?;
-            }
-            f.write_str(if brackets { "]" } else { "" })?;
+fn port_range(text: &str) -> Result<String, String> {
+    let bad = || format!("`{text}` is not a port or a range of ports");
+    let (range, shift) = match text.split_once('/') {
+        Some((range, shift)) => {
+            (range, Some(value::port(shift, None).filter(|&port| port > 0).ok_or_else(bad)?))
         }
-        if self.ports.is_some() {
-            write!(f, ":{}", self.ports_text())?;
+        None => (text, None),
+    };
+    // A service name may hold a `-`, so the whole is tried first.
+    let (first, last) = match (value::port(range, None), range.split_once('-')) {
+        (Some(port), _) => (port, port),
+        // In a range only numbers will do.
+        (None, Some((first, last))) => {
+            let number = |text| value::number(text, 0, 65_535).map(|port| port as u16).ok_or_else(bad);
+            (number(first)?, number(last)?)
         }
-        Ok(())
+        (None, None) => return Err(bad()),
+    };
+    if first > last {
+        return Err(format!("`{text}` ends below its start"));
+    }
+    let mut out = if first == last { first.to_string() } else { format!("{first}-{last}") };
+    if let Some(shift) = shift {
+        out = format!("{out}/{shift}");
+    }
+    Ok(out)
+}
+
+fn parse_ports(words: &[&str], _: &Context) -> Result<Value, String> {
+    if words[0].contains('/') {
+        return Err(format!("`{}`: a base port is for DNAT alone", words[0]));
+    }
+    Ok(Value::Text(port_range(words[0])?.as_str().into()))
+}
+
+fn print_word(value: &Value, out: &mut String) {
+    if let Value::Text(text) = value {
+        out.push(' ');
+        out.push_str(text);
     }
 }

@@ -1,0 +1,332 @@
+//! What an extension is: its options, its text, its meaning and its documentation, in one table entry.
+//!
+//! An extension is data. Its options say which arguments they take ([`Arg`] parses them into a typed [`Value`] and
+//! prints them back in iptables-save's spelling), and the order of the options in the table is the order in which
+//! iptables-save prints them. What no table can say (defaults, options that exclude each other, odd spellings) is a
+//! function of the entry. Adding an extension is adding one entry.
+
+mod arg;
+
+use polc_ir::hook::{Family, Hook, TableKind};
+use polc_ir::ruleset::Action;
+use polc_ir::source::Span;
+
+pub(crate) use arg::save_string;
+pub use arg::{Arg, Names, Value};
+
+use crate::codes;
+use crate::ext::{self, Fault, OptionSpec, Spec};
+use crate::lower::Body;
+
+/// What surrounds an extension's options: what their meaning and validity may depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Context {
+    /// The dump's address family.
+    pub family: Family,
+    /// The rule's `-p` and whether it is negated.
+    pub protocol: Option<(u16, bool)>,
+}
+
+impl Context {
+    /// Whether the rule is for exactly one of these protocols.
+    pub fn is_protocol(&self, protocols: &[u16]) -> bool {
+        matches!(self.protocol, Some((protocol, false)) if protocols.contains(&protocol))
+    }
+}
+
+/// An option of an extension.
+#[derive(Debug)]
+pub struct Opt {
+    /// The name without its dashes; iptables-save prints it.
+    pub name: &'static str,
+    /// Other names it goes by.
+    pub aliases: &'static [&'static str],
+    /// What it takes.
+    pub arg: Arg,
+    /// Whether `!` may stand before it.
+    pub invert: bool,
+    /// Whether it may be given more than once.
+    pub repeat: bool,
+}
+
+impl Opt {
+    /// An option that can't be negated.
+    pub const fn new(name: &'static str, arg: Arg) -> Opt {
+        Opt { name, aliases: &[], arg, invert: false, repeat: false }
+    }
+
+    /// An option that may stand after `!`.
+    pub const fn not(name: &'static str, arg: Arg) -> Opt {
+        Opt { invert: true, ..Opt::new(name, arg) }
+    }
+
+    /// The same option under other names too.
+    pub const fn or(self, aliases: &'static [&'static str]) -> Opt {
+        Opt { aliases, ..self }
+    }
+
+    /// The same option, which may be given again.
+    pub const fn again(self) -> Opt {
+        Opt { repeat: true, ..self }
+    }
+}
+
+/// Which address families have an extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// iptables and ip6tables.
+    Both,
+    /// iptables alone.
+    V4,
+    /// ip6tables alone.
+    V6,
+}
+
+impl Families {
+    /// Whether a dump of this family may use the extension.
+    pub fn has(self, family: Family) -> bool {
+        match self {
+            Families::Both => true,
+            Families::V4 => family == Family::V4,
+            Families::V6 => family == Family::V6,
+        }
+    }
+}
+
+/// What an extension means.
+#[derive(Clone, Copy, Debug)]
+pub enum Meaning {
+    /// A match: adds its clauses to the rule.
+    Match(fn(&Options, &mut Body<'_>)),
+    /// A target: the rule's action.
+    Target(fn(&Options) -> Action),
+}
+
+/// Checks options as a whole and fills in defaults; the error says what is wrong.
+pub type Finish = fn(&mut Options, &Context) -> Result<(), String>;
+
+/// An extension: a match or a target.
+#[derive(Debug)]
+pub struct Extension {
+    /// The name after `-m` or `-j`.
+    pub name: &'static str,
+    /// Which families have it.
+    pub families: Families,
+    /// Protocols of which `-p` must name one; empty if it needn't.
+    pub protocols: &'static [u16],
+    /// Tables it is allowed in; empty for all.
+    pub tables: &'static [TableKind],
+    /// Hooks it is allowed on, for rules in base chains; empty for all.
+    pub hooks: &'static [Hook],
+    /// The options, in the order iptables-save prints them.
+    pub options: &'static [Opt],
+    /// Checks what the table can't say and fills in defaults. An error names the problem.
+    pub finish: Option<Finish>,
+    /// Prints the options where the table's order and spelling don't do.
+    pub print: Option<fn(&Options, &mut String)>,
+    /// What it means.
+    pub meaning: Meaning,
+    /// What it is for, in a sentence or two.
+    pub doc: &'static str,
+}
+
+impl PartialEq for Extension {
+    fn eq(&self, other: &Extension) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+/// An extension's template: everything allowed, nothing checked.
+pub const fn base(name: &'static str, meaning: Meaning, doc: &'static str) -> Extension {
+    Extension {
+        name,
+        families: Families::Both,
+        protocols: &[],
+        tables: &[],
+        hooks: &[],
+        options: &[],
+        finish: None,
+        print: None,
+        meaning,
+        doc,
+    }
+}
+
+/// An extension as the line parser sees it.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its name, options and restrictions.
+    pub spec: Spec,
+    extension: &'static Extension,
+}
+
+impl Entry {
+    /// The entries of a table of extensions. They live as long as the program.
+    pub fn table(groups: &'static [&'static [Extension]]) -> Vec<Entry> {
+        groups.iter().flat_map(|group| group.iter()).map(Entry::new).collect()
+    }
+
+    fn new(extension: &'static Extension) -> Entry {
+        let mut options = Vec::new();
+        for (id, option) in extension.options.iter().enumerate() {
+            for name in std::iter::once(&option.name).chain(option.aliases) {
+                options.push(OptionSpec {
+                    id: id as u8,
+                    name,
+                    metavar: option.arg.metavar(),
+                    arguments: option.arg.words() as u8,
+                    invertible: option.invert,
+                    mandatory: false,
+                    repeatable: option.repeat,
+                    excludes: 0,
+                    requires: 0,
+                });
+            }
+        }
+        let families = match extension.families {
+            Families::Both => ext::Families::Both,
+            Families::V4 => ext::Families::V4,
+            Families::V6 => ext::Families::V6,
+        };
+        let spec = Spec::new(extension.name, families, options.leak(), extension.doc)
+            .protocols(extension.protocols)
+            .tables(extension.tables)
+            .hooks(extension.hooks);
+        Entry { spec, extension }
+    }
+
+    /// Reads the options that the line parser collected for one clause.
+    pub(crate) fn parse(&self, options: &ext::Options<'_>, context: &Context) -> Result<Options, Fault> {
+        let mut given = Vec::new();
+        for option in options.iter() {
+            let arg = self.extension.options[option.spec.id as usize].arg;
+            let words = [option.argument.text, option.second.text];
+            if let (Arg::SetEnds, Some(sets)) = (arg, options.sets)
+                && !sets.contains(option.argument.text)
+            {
+                let message = format!("set `{}` does not exist", option.argument.text);
+                return Err(Fault::new(codes::UNKNOWN_NAME, message)
+                    .at(option.argument.span)
+                    .hint("give the sets with --ipset FILE"));
+            }
+            let value = arg.parse(&words[..arg.words().min(2)], context).map_err(|message| {
+                Fault::new(codes::BAD_VALUE, message).at(if arg.words() == 0 {
+                    option.span
+                } else {
+                    option.argument.span
+                })
+            })?;
+            given.push(Given {
+                option: option.spec.id,
+                negated: option.negated,
+                value,
+                span: Some(option.span),
+            });
+        }
+        if !self.extension.protocols.is_empty() && !context.is_protocol(self.extension.protocols) {
+            let names: Vec<String> = self
+                .extension
+                .protocols
+                .iter()
+                .map(|&number| crate::names::protocol_name(number).map_or(number.to_string(), Into::into))
+                .collect();
+            let message =
+                format!("`{}` works only with `-p {}`", self.extension.name, names.join("` or `-p "));
+            return Err(Fault::new(codes::WRONG_PROTOCOL, message).hint("name the protocol, without `!`"));
+        }
+        let mut parsed = Options { extension: self.extension, given };
+        if let Some(finish) = self.extension.finish {
+            finish(&mut parsed, context)
+                .map_err(|message| Fault::new(codes::CONFLICTING_OPTIONS, message))?;
+        }
+        Ok(parsed)
+    }
+}
+
+/// An option as given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Given {
+    /// Index in the extension's options.
+    pub option: u8,
+    /// Whether `!` stood before it.
+    pub negated: bool,
+    /// Its argument.
+    pub value: Value,
+    /// From the `!` or the name to the end of the last argument; `None` for defaults.
+    pub span: Option<Span>,
+}
+
+/// An extension's options as given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// The extension.
+    pub extension: &'static Extension,
+    /// The options, in the order given.
+    pub given: Vec<Given>,
+}
+
+impl Options {
+    /// The option of this name, if it was given.
+    ///
+    /// # Panics
+    /// If the extension has no such option: names are the table's own.
+    pub fn get(&self, name: &str) -> Option<&Given> {
+        let index = self.index(name);
+        self.given.iter().find(|given| given.option == index)
+    }
+
+    /// The option's value and whether it was negated.
+    pub fn value(&self, name: &str) -> Option<(&Value, bool)> {
+        self.get(name).map(|given| (&given.value, given.negated))
+    }
+
+    /// Whether the option was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    /// How many of these options were given.
+    pub fn count(&self, names: &[&str]) -> usize {
+        names.iter().filter(|name| self.has(name)).count()
+    }
+
+    /// Sets an option that was not given.
+    pub fn default(&mut self, name: &str, value: Value) {
+        if !self.has(name) {
+            let option = self.index(name);
+            self.given.push(Given { option, negated: false, value, span: None });
+        }
+    }
+
+    /// Takes an option away: it says nothing.
+    pub fn remove(&mut self, name: &str) {
+        let index = self.index(name);
+        self.given.retain(|given| given.option != index);
+    }
+
+    fn index(&self, name: &str) -> u8 {
+        let found = self.extension.options.iter().position(|option| option.name == name);
+        found.expect("an entry names its own options") as u8
+    }
+
+    /// Prints ` [! ]--name value` for each option, in the table's order.
+    pub fn print(&self, out: &mut String) {
+        if let Some(print) = self.extension.print {
+            return print(self, out);
+        }
+        for option in self.extension.options {
+            self.print_option(option.name, out);
+        }
+    }
+
+    /// Prints one option, if it was given.
+    pub fn print_option(&self, name: &str, out: &mut String) {
+        let index = self.index(name);
+        let option = &self.extension.options[index as usize];
+        for given in self.given.iter().filter(|given| given.option == index) {
+            out.push_str(if given.negated { " ! --" } else { " --" });
+            out.push_str(option.name);
+            option.arg.print(&given.value, out);
+        }
+    }
+}

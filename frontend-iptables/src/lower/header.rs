@@ -1,0 +1,75 @@
+//! What every rule can ask of a packet without a match: addresses, devices, protocol, fragment.
+//!
+//! The order is `ip_packet_match`'s (net/ipv4/netfilter/ip_tables.c) and `ip6_packet_match`'s
+//! (net/ipv6/netfilter/ip6_tables.c).
+
+use std::net::IpAddr;
+
+use polc_ir::cube::Test;
+use polc_ir::field::{DeviceName, Field};
+use polc_ir::hook::{Family, Semantics};
+use polc_ir::interval::IntervalSet;
+
+use super::Body;
+use crate::ast::{Given, RuleAst};
+use crate::value::{AddressMask, Interface};
+
+/// Adds the clauses of a rule's own options.
+pub(super) fn lower(ast: &RuleAst, body: &mut Body<'_>) {
+    address(Field::SrcAddr, ast.source.as_ref(), body);
+    address(Field::DstAddr, ast.destination.as_ref(), body);
+    device(Field::InDevice, ast.in_interface.as_ref(), body);
+    device(Field::OutDevice, ast.out_interface.as_ref(), body);
+    if let Some(protocol) = ast.protocol.filter(|protocol| protocol.value != 0) {
+        body.span = protocol.span;
+        if body.family() == Family::V6 {
+            readable_extension_headers(body);
+        }
+        body.require_values(Field::Proto, protocol.negated, IntervalSet::point(protocol.value.into()));
+    }
+    if let Some(fragment) = ast.fragment {
+        body.span = fragment.span;
+        body.require_values(Field::FragOffset, fragment.negated, IntervalSet::range(1, 0x1fff));
+    }
+}
+
+/// `-p` walks the extension headers. x_tables drops a packet whose chain is malformed (`ip6_packet_match`, hotdrop);
+/// nft_meta has no value for it, so the rule does not match (net/netfilter/nft_meta.c, `NFT_META_L4PROTO`).
+fn readable_extension_headers(body: &mut Body<'_>) {
+    let malformed = Test::new(Field::ExtHeaders, Family::V6, IntervalSet::point(1));
+    match body.semantics() {
+        Semantics::Legacy => body.hotdrop(vec![malformed]),
+        Semantics::Nft => body.require_unless(true, malformed),
+    }
+}
+
+fn address(field: Field, given: Option<&Given<AddressMask>>, body: &mut Body<'_>) {
+    let Some(given) = given else { return };
+    body.span = given.span;
+    let test = Test::masked(field, body.family(), bits(given.value.address), bits(given.value.mask));
+    body.require_unless(given.negated, test);
+}
+
+/// An address as a number, the first byte on the wire the most significant.
+pub(crate) fn bits(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
+/// A device name is compared byte by byte under a mask: a whole name with its final NUL, a wildcard without
+/// (include/linux/netfilter/x_tables.h, `ifname_compare_aligned`).
+fn device(field: Field, given: Option<&Given<Interface>>, body: &mut Body<'_>) {
+    let Some(given) = given else { return };
+    if given.value.is_any() && !given.negated {
+        return;
+    }
+    body.span = given.span;
+    let name = given.value.name();
+    // The parser holds names to 15 bytes; an empty prefix fits every device.
+    let value = DeviceName::new(name).map_or(0, DeviceName::value);
+    let len = if given.value.is_wildcard() { name.len() } else { 16 };
+    let test = Test::masked(field, body.family(), value, DeviceName::prefix_mask(len));
+    body.require_unless(given.negated, test);
+}

@@ -1,0 +1,84 @@
+//! What the matches on network headers and packet metadata mean.
+//!
+//! Sources: xt_iprange.c, xt_length.c, xt_dscp.c, xt_ecn.c, xt_hl.c, xt_mac.c, xt_mark.c, xt_pkttype.c, xt_addrtype.c,
+//! xt_conntrack.c, xt_set.c (net/netfilter), and the ip6t_* matches of net/ipv6/netfilter.
+
+use polc_ir::cube::Test;
+use polc_ir::derived::{DerivedData, DeviceLimit, Ipv6HeaderTest};
+use polc_ir::field::{End, Field};
+use polc_ir::interval::{Interval, IntervalSet};
+
+use super::Body;
+use super::guards;
+
+/// A closed range of a field's values.
+pub(crate) fn range(field: Field, lo: u128, hi: u128, negated: bool, body: &mut Body<'_>) {
+    body.require_values(field, negated, IntervalSet::range(lo, hi));
+}
+
+/// A value under a mask. A value with bits outside the mask never occurs.
+pub(crate) fn masked(field: Field, value: u128, mask: u128, negated: bool, body: &mut Body<'_>) {
+    if value & !mask != 0 {
+        if !negated {
+            body.never();
+        }
+        return;
+    }
+    let test = Test::masked(field, body.family(), value, mask);
+    body.require_unless(negated, test);
+}
+
+/// Any of these bits is set.
+pub(crate) fn any_bit(field: Field, bits: u128, negated: bool, body: &mut Body<'_>) {
+    let test = Test { field, mask: bits, values: IntervalSet::range(1, u128::MAX >> 1) };
+    let none = Test { field, mask: bits, values: IntervalSet::point(0) };
+    body.require(if negated { none } else { test });
+}
+
+/// DSCP is the upper six bits of the type of service.
+pub(crate) fn dscp(class: u8, negated: bool, body: &mut Body<'_>) {
+    let test = Test { field: Field::Tos, mask: 0xfc, values: IntervalSet::point(u128::from(class) << 2) };
+    body.require_unless(negated, test);
+}
+
+/// xt_ecn: the two bits of the network header.
+pub(crate) fn ecn_bits(value: u8, negated: bool, body: &mut Body<'_>) {
+    let test = Test { field: Field::Tos, mask: 3, values: IntervalSet::point(value.into()) };
+    body.require_unless(negated, test);
+}
+
+/// xt_ecn: a TCP flag (ECE 0x40, CWR 0x80). A header cut short does not match (net/netfilter/xt_ecn.c, `match_tcp`).
+pub(crate) fn ecn_flag(flag: u8, negated: bool, body: &mut Body<'_>) {
+    guards::bytes_or_no_match(guards::size::TCP, body);
+    let set = Test { field: Field::TcpFlags, mask: flag.into(), values: IntervalSet::point(flag.into()) };
+    body.require_unless(negated, set);
+}
+
+/// xt_addrtype: the address is of one of the types, bits of `1 << RTN_*`.
+pub(crate) fn address_type(
+    of: End,
+    types: u16,
+    device: Option<DeviceLimit>,
+    negated: bool,
+    body: &mut Body<'_>,
+) {
+    let field = Field::Derived(body.ruleset.derive(DerivedData::AddressType { of, device }));
+    let values: IntervalSet =
+        (0..16u128).filter(|kind| types >> kind & 1 == 1).map(Interval::point).collect();
+    body.require_values(field, negated, values);
+}
+
+/// xt_set's membership.
+pub(crate) fn member(name: &str, ends: Vec<End>, return_nomatch: bool, negated: bool, body: &mut Body<'_>) {
+    let set = body.set(name);
+    let field = Field::Derived(body.ruleset.derive(DerivedData::Member { set, ends, return_nomatch }));
+    body.require_values(field, negated, IntervalSet::point(1));
+}
+
+/// An IPv6 extension header and its contents.
+pub(crate) fn ipv6_header(test: Ipv6HeaderTest, body: &mut Body<'_>) {
+    let family = body.family();
+    let field = Field::Derived(body.ruleset.derive(DerivedData::Ipv6Header(test)));
+    body.hotdrop(vec![Test::new(field, family, IntervalSet::point(2))]);
+    body.require_values(field, false, IntervalSet::point(1));
+}

@@ -1,0 +1,120 @@
+//! Matches on the packet's connection: state, conntrack, connmark.
+
+use polc_ir::field::Field;
+use polc_ir::interval::IntervalSet;
+
+use super::transport::required;
+use crate::extension::{Arg, Extension, Meaning, Opt, Options, Value, base};
+use crate::lower::{Body, network as meaning};
+
+/// The matches of this group.
+pub(super) const ALL: &[Extension] = &[
+    Extension {
+        options: &[Opt::not("state", Arg::Names(&STATES_OF_STATE))],
+        finish: Some(|options, _| required(options, "state")),
+        ..base(
+            "state",
+            Meaning::Match(state),
+            "The connection's state; the older form of `conntrack --ctstate`.",
+        )
+    },
+    Extension {
+        options: &[
+            Opt::not("ctstate", Arg::Names(&STATES)),
+            Opt::not("ctproto", Arg::Custom { words: 1, parse: parse_protocol, print: print_protocol }),
+            Opt::not("ctorigsrc", Arg::Host),
+            Opt::not("ctorigdst", Arg::Host),
+            Opt::not("ctreplsrc", Arg::Host),
+            Opt::not("ctrepldst", Arg::Host),
+            Opt::not("ctorigsrcport", Arg::Range(':', 0xffff)),
+            Opt::not("ctorigdstport", Arg::Range(':', 0xffff)),
+            Opt::not("ctreplsrcport", Arg::Range(':', 0xffff)),
+            Opt::not("ctrepldstport", Arg::Range(':', 0xffff)),
+            Opt::not("ctstatus", Arg::Names(STATUSES)),
+            Opt::not("ctexpire", Arg::Range(':', u32::MAX as u64)),
+            Opt::new("ctdir", Arg::Name(&[("ORIGINAL", 0), ("REPLY", 1)])),
+        ],
+        finish: Some(|options, _| {
+            if options.given.is_empty() {
+                return Err("some option is needed".into());
+            }
+            Ok(())
+        }),
+        ..base(
+            "conntrack",
+            Meaning::Match(conntrack),
+            "What connection tracking knows of the packet's connection.",
+        )
+    },
+    Extension {
+        options: &[Opt::not("mark", Arg::Mark)],
+        finish: Some(|options, _| required(options, "mark")),
+        ..base("connmark", Meaning::Match(connmark), "The connection's mark, under a mask.")
+    },
+];
+
+const INVALID: (&str, u64) = ("INVALID", 0x01);
+const NEW: (&str, u64) = ("NEW", 0x08);
+const RELATED: (&str, u64) = ("RELATED", 0x04);
+const ESTABLISHED: (&str, u64) = ("ESTABLISHED", 0x02);
+const UNTRACKED: (&str, u64) = ("UNTRACKED", 0x100);
+
+/// States and their bits in `Field::CtState`, in the order iptables-save prints them.
+const STATES_OF_STATE: [(&str, u64); 5] = [INVALID, NEW, RELATED, ESTABLISHED, UNTRACKED];
+const STATES: [(&str, u64); 7] =
+    [INVALID, NEW, RELATED, ESTABLISHED, UNTRACKED, ("SNAT", 0x40), ("DNAT", 0x80)];
+
+/// `enum ip_conntrack_status` of include/uapi/linux/netfilter/nf_conntrack_common.h.
+const STATUSES: &[(&str, u64)] =
+    &[("NONE", 0), ("EXPECTED", 1), ("SEEN_REPLY", 2), ("ASSURED", 4), ("CONFIRMED", 8)];
+
+fn parse_protocol(words: &[&str], _: &crate::extension::Context) -> Result<Value, String> {
+    crate::names::protocol(words[0])
+        .map(|protocol| Value::Number(protocol.into()))
+        .ok_or_else(|| format!("`{}` is no protocol", words[0]))
+}
+
+fn print_protocol(value: &Value, out: &mut String) {
+    if let Some(protocol) = value.number() {
+        out.push_str(&format!(" {protocol}"));
+    }
+}
+
+fn bits(list: &[u64]) -> u128 {
+    list.iter().fold(0, |sum, &bit| sum | u128::from(bit))
+}
+
+fn state(options: &Options, body: &mut Body<'_>) {
+    if let Some((Value::List(states), negated)) = options.value("state") {
+        meaning::any_bit(Field::CtState, bits(states), negated, body);
+    }
+}
+
+fn conntrack(options: &Options, body: &mut Body<'_>) {
+    if let Some((Value::List(states), negated)) = options.value("ctstate") {
+        meaning::any_bit(Field::CtState, bits(states), negated, body);
+    }
+    if let Some((Value::Number(direction), _)) = options.value("ctdir") {
+        body.require_values(Field::CtDirection, false, IntervalSet::point((*direction).into()));
+    }
+    if let Some((Value::List(statuses), negated)) = options.value("ctstatus") {
+        if bits(statuses) == 0 {
+            // `NONE`: no bit at all (net/netfilter/xt_conntrack.c compares `status & mask` with 0).
+            if !negated {
+                body.never();
+            }
+        } else {
+            meaning::any_bit(Field::CtStatus, bits(statuses), negated, body);
+        }
+    }
+    let known = options.count(&["ctstate", "ctdir", "ctstatus"]);
+    if options.given.len() > known {
+        body.opaque("conntrack", "asks for more of the connection than its state, status and direction");
+    }
+}
+
+fn connmark(options: &Options, body: &mut Body<'_>) {
+    if let Some((Value::Masked(mark), negated)) = options.value("mark") {
+        meaning::masked(Field::CtMark, mark.value.into(), mark.mask.into(), negated, body);
+    }
+}
