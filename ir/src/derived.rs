@@ -1,7 +1,11 @@
 //! Derived fields: values that take more than one load to compute, each tested like any other field.
 
 use crate::entities::Set;
+use crate::env::Env;
 use crate::field::End;
+use crate::hook::Family;
+use crate::interval::Interval;
+use crate::packet::View;
 
 /// How a derived field's value comes about. All are 32 bits wide.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -185,4 +189,86 @@ pub enum Ipv6HeaderTest {
         /// The range was negated.
         negate: bool,
     },
+}
+
+/// The value of a derived field that depends on the packet's bytes alone. Membership and address types depend on more
+/// and are 0 here.
+pub fn eval(data: &DerivedData, view: &View<'_>) -> u32 {
+    match data {
+        DerivedData::Member { .. } | DerivedData::AddressType { .. } => 0,
+        DerivedData::TcpOption { kind } => tcp_option(*kind, view.l4()).into(),
+        DerivedData::U32(program) => u32_program(program, view.packet()).into(),
+        DerivedData::DccpOption { .. } | DerivedData::SctpChunks { .. } | DerivedData::Ipv6Header(_) => 0,
+    }
+}
+
+/// net/netfilter/xt_tcpudp.c, `tcp_find_option`: 1 present, 0 absent, 2 the options are cut short.
+fn tcp_option(kind: u8, header: &[u8]) -> u8 {
+    let Some(offset) = header.get(12).map(|byte| usize::from(byte >> 4) * 4) else { return 0 };
+    if offset <= 20 {
+        return 0;
+    }
+    let Some(options) = header.get(20..offset) else { return 2 };
+    let mut at = 0;
+    while at < options.len() {
+        if options[at] == kind {
+            return 1;
+        }
+        at += match options[at] {
+            0 | 1 => 1,
+            _ => options.get(at + 1).map_or(1, |&len| usize::from(len).max(1)),
+        };
+    }
+    0
+}
+
+/// net/netfilter/xt_u32.c, `u32_match_it`, on the packet from its network header on.
+fn u32_program(program: &U32Program, packet: &[u8]) -> bool {
+    let load = |at: u64| {
+        let at = usize::try_from(at).ok()?;
+        let bytes = packet.get(at..at.checked_add(4)?)?;
+        Some(u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+    };
+    program.tests.iter().all(|test| {
+        let mut at = 0u64;
+        let Some(mut value) = load(test.start.into()) else { return false };
+        for op in &test.ops {
+            match *op {
+                U32Op::And(mask) => value &= mask,
+                U32Op::ShiftLeft(by) => value = value.checked_shl(by).unwrap_or(0),
+                U32Op::ShiftRight(by) => value = value.checked_shr(by).unwrap_or(0),
+                U32Op::At(offset) => {
+                    at += u64::from(value);
+                    match load(at + u64::from(offset)) {
+                        Some(loaded) => value = loaded,
+                        None => return false,
+                    }
+                }
+            }
+        }
+        test.ranges.iter().any(|&(first, last)| first <= value && value <= last)
+    })
+}
+
+/// `RTN_*` of an address: multicast and the limited broadcast by themselves, local and broadcast by `env`.
+pub fn address_type(family: Family, env: &Env, address: u128) -> u8 {
+    address_types(family, env).iter().find(|(range, _)| range.contains(address)).map_or(1, |(_, kind)| *kind)
+}
+
+/// Ranges of addresses that are not unicast, with their `RTN_*`; the first that holds an address decides.
+pub fn address_types(family: Family, env: &Env) -> Vec<(Interval, u8)> {
+    let mut types: Vec<(Interval, u8)> = Vec::new();
+    types.extend(env.broadcast.iter().map(|&range| (range, 3)));
+    types.extend(env.local.iter().flatten().map(|&range| (range, 2)));
+    let fixed: &[(u128, u128, u8)] = match family {
+        Family::V4 => &[
+            (0x7f00_0000, 0x7fff_ffff, 2),
+            (0xffff_ffff, 0xffff_ffff, 3),
+            (0, 0, 3),
+            (0xe000_0000, 0xefff_ffff, 5),
+        ],
+        Family::V6 => &[(1, 1, 2), (0xff00 << 112, u128::MAX, 5)],
+    };
+    types.extend(fixed.iter().filter_map(|&(lo, hi, kind)| Some((Interval::new(lo, hi)?, kind))));
+    types
 }

@@ -26,6 +26,7 @@ pub mod hook;
 pub mod interval;
 pub mod limits;
 pub mod outcome;
+pub mod packet;
 pub mod plan;
 pub mod ruleset;
 pub mod set;

@@ -8,6 +8,7 @@
 
 use polc_ir::cube::Test;
 use polc_ir::field::Field;
+use polc_ir::hook::Family;
 use polc_ir::interval::IntervalSet;
 
 use super::Body;
@@ -47,8 +48,11 @@ pub(super) fn bytes_or_no_match(bytes: u16, body: &mut Body<'_>) {
 /// xt_tcpudp's TCP match drops fragments at offset 1, which overwrite the flags (RFC 1858), before anything else
 /// (net/netfilter/xt_tcpudp.c, `tcp_mt`).
 pub(super) fn tcp_header(body: &mut Body<'_>) {
-    let overlap = Test::new(Field::FragOffset, body.family(), IntervalSet::point(1));
-    body.hotdrop(vec![overlap]);
+    // For IPv6 the kernel compares an offset in bytes with 1, which never holds.
+    if body.family() == Family::V4 {
+        let overlap = Test::new(Field::FragOffset, Family::V4, IntervalSet::point(1));
+        body.hotdrop(vec![overlap]);
+    }
     transport_header(size::TCP, body);
 }
 

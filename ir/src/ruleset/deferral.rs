@@ -89,6 +89,9 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
             }
             DerivedData::AddressType { .. } => None,
             DerivedData::Member { set, ends, .. } => set_deferral(ruleset, place, *set, ends, fragment),
+            DerivedData::DccpOption { .. } => missing("DCCP options are not searched here"),
+            DerivedData::SctpChunks { .. } => missing("SCTP chunks are not walked here"),
+            DerivedData::Ipv6Header(_) => missing("the contents of extension headers are not read here"),
             // The rest are computed from the transport header or the IPv6 extension headers.
             _ if fragment && place.fragments == Fragments::Unresolved => {
                 missing("a fragment does not tell; the rules see the reassembled packet")

@@ -6,6 +6,9 @@
 //! `ipt_do_table`) and is the definition that every lower level has to equal.
 
 pub mod deferral;
+mod eval;
+
+pub use eval::{Event, Truth};
 
 use cranelift_entity::PrimaryMap;
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,312 @@
+//! `Ruleset::eval`: what a packet filter does with a packet. The definition; obviously right rather than fast.
+//!
+//! It is `ipt_do_table` (net/ipv4/netfilter/ip_tables.c) for each base chain of a path, with one addition: a clause
+//! may be unknown where it is evaluated ([`super::deferral`]). A packet is dropped only if every resolution of what is
+//! unknown drops it; what only the kernel can do ends in [`Verdict::Defer`].
+
+use super::deferral::{ClauseAbility, action_deferral, clause_ability};
+use super::{Action, ClauseKind, Policy, Ruleset};
+use crate::cube::Test;
+use crate::derived::DerivedData;
+use crate::entities::{Chain, Rule};
+use crate::env::{Env, Fragments, Input, Place};
+use crate::field::Field;
+use crate::outcome::{Decider, Ending, Outcome, Verdict};
+use crate::packet::View;
+use crate::state::State;
+
+/// How a clause turned out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Truth {
+    /// It holds.
+    True,
+    /// It doesn't.
+    False,
+    /// It can't be told here.
+    Unknown,
+}
+
+/// What happens while a packet goes through the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A base chain is entered.
+    Enter(Chain),
+    /// A clause (by index) of a rule was evaluated.
+    Clause(Rule, usize, Truth),
+    /// A rule's action is taken.
+    Matched(Rule),
+    /// A rule may match; its action is possible, not certain.
+    Possible(Rule),
+    /// A base chain's policy is taken.
+    Policy(Chain),
+}
+
+/// Where evaluation comes back to after a chain.
+#[derive(Clone, Copy)]
+struct Frame {
+    chain: Chain,
+    next: usize,
+    /// The jump was only possible, so nothing that happens in the chain is certain.
+    hypothetical: bool,
+}
+
+/// What is known while a packet is evaluated.
+struct Packet<'a, 'b> {
+    ruleset: &'a Ruleset,
+    place: &'a Place,
+    env: &'a Env,
+    view: &'a View<'b>,
+    /// Fields that rules have written.
+    written: Vec<(Field, u128)>,
+    /// An earlier rule may have dropped the packet.
+    doubt: bool,
+}
+
+impl Ruleset {
+    /// Runs a packet through the base chains of `place.path`.
+    pub fn eval(&self, place: &Place, env: &Env, input: &Input, state: &mut State) -> Outcome {
+        self.eval_traced(place, env, input, state, &mut |_| ())
+    }
+
+    /// Like [`Ruleset::eval`], and tells `trace` what happens on the way.
+    pub fn eval_traced(
+        &self,
+        place: &Place,
+        env: &Env,
+        input: &Input,
+        state: &mut State,
+        trace: &mut impl FnMut(Event),
+    ) -> Outcome {
+        let view = match View::new(self.family, place, input) {
+            Ok(view) => view,
+            Err(ending) => return Outcome { ending, mark: input.mark },
+        };
+        let mut packet = Packet { ruleset: self, place, env, view: &view, written: Vec::new(), doubt: false };
+        let ending = packet.path(state, trace);
+        Outcome { ending, mark: packet.get(Field::Mark) as u32 }
+    }
+
+    /// The base chains that a path runs: those that hold a rule or do not accept by policy.
+    pub fn path_chains(&self, place: &Place) -> Vec<Chain> {
+        let chains = place.path.iter().flat_map(|&hook| self.base_chains(hook));
+        chains
+            .filter(|&chain| {
+                let data = &self.chains[chain];
+                !data.rules.is_empty() || data.base.is_some_and(|base| base.policy == Policy::Drop)
+            })
+            .collect()
+    }
+
+    /// Whether a base chain rewrites addresses by what connections remember, so that nothing after it knows them: it
+    /// is one of `nat`, and some rule of that table translates.
+    pub fn translates(&self, chain: Chain) -> bool {
+        let table = self.chains[chain].table;
+        self.tables[table].kind == crate::hook::TableKind::Nat
+            && self
+                .rules
+                .values()
+                .any(|rule| self.chains[rule.chain].table == table && matches!(rule.action, Action::Steal(_)))
+    }
+}
+
+impl Packet<'_, '_> {
+    fn get(&self, field: Field) -> u128 {
+        if let Some((_, value)) = self.written.iter().rev().find(|(written, _)| *written == field) {
+            return *value;
+        }
+        if field == Field::FragOffset
+            && self.view.is_fragment()
+            && self.place.fragments == Fragments::Unresolved
+        {
+            return 0;
+        }
+        if let Field::Derived(derived) = field {
+            return match &self.ruleset.derived[derived] {
+                DerivedData::Member { set, ends, return_nomatch } => {
+                    let found = crate::set::member(self.ruleset, *set, ends, &mut |field| self.get(field));
+                    u128::from(found == if *return_nomatch { Some(true) } else { Some(false) })
+                }
+                DerivedData::AddressType { of, .. } => {
+                    crate::derived::address_type(self.ruleset.family, self.env, self.get(Field::address(*of)))
+                        .into()
+                }
+                other => crate::derived::eval(other, self.view).into(),
+            };
+        }
+        self.view.get(field)
+    }
+
+    fn holds(&self, test: &Test) -> bool {
+        test.holds(self.get(test.field))
+    }
+
+    fn path(&mut self, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
+        let chains = self.ruleset.path_chains(self.place);
+        let mut ending = Ending { verdict: Verdict::Accept, by: Decider::Nothing };
+        for (index, &chain) in chains.iter().enumerate() {
+            let last = index + 1 == chains.len();
+            trace(Event::Enter(chain));
+            ending = self.base_chain(chain, state, trace);
+            if ending.verdict != Verdict::Accept {
+                return ending;
+            }
+            if !last && self.ruleset.translates(chain) {
+                return Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) };
+            }
+        }
+        if self.doubt && ending.by != Decider::Nothing {
+            ending.verdict = Verdict::Defer;
+        }
+        ending
+    }
+
+    fn base_chain(&mut self, base: Chain, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
+        let ruleset = self.ruleset;
+        let defer = |rule| Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) };
+        let end = |verdict, rule| Ending { verdict, by: Decider::Rule(rule) };
+        let mut stack: Vec<Frame> = Vec::new();
+        let (mut chain, mut next) = (base, 0);
+        loop {
+            let Some(&rule) = ruleset.chains[chain].rules.get(next) else {
+                match stack.pop() {
+                    Some(frame) => (chain, next) = (frame.chain, frame.next),
+                    None => return self.policy(base, state, trace),
+                }
+                continue;
+            };
+            next += 1;
+            let data = &ruleset.rules[rule];
+            let truth = match self.clauses(rule, state, trace) {
+                Ok(truth) => truth,
+                Err(ending) => {
+                    let hypothetical = stack.iter().position(|frame| frame.hypothetical);
+                    match (ending.verdict, hypothetical) {
+                        (Verdict::Drop, Some(at)) => {
+                            self.doubt = true;
+                            (chain, next) = (stack[at].chain, stack[at].next);
+                            stack.truncate(at);
+                            continue;
+                        }
+                        _ => return ending,
+                    }
+                }
+            };
+            let hypothetical = stack.iter().position(|frame| frame.hypothetical);
+            match truth {
+                Truth::False => continue,
+                Truth::Unknown => {
+                    trace(Event::Possible(rule));
+                    match data.action {
+                        Action::Drop => self.doubt = true,
+                        Action::Continue => {}
+                        Action::Jump(to) => {
+                            stack.push(Frame { chain, next, hypothetical: true });
+                            (chain, next) = (to, 0);
+                        }
+                        _ => return defer(rule),
+                    }
+                    continue;
+                }
+                Truth::True => {
+                    trace(Event::Matched(rule));
+                    state.rules[rule].count(self.view.bytes());
+                }
+            }
+            if action_deferral(self.place, &data.action).is_some() {
+                return defer(rule);
+            }
+            match &data.action {
+                Action::Continue => {}
+                Action::Accept if hypothetical.is_some() => return defer(rule),
+                Action::Accept => return end(Verdict::Accept, rule),
+                Action::Drop => match hypothetical {
+                    Some(at) => {
+                        self.doubt = true;
+                        (chain, next) = (stack[at].chain, stack[at].next);
+                        stack.truncate(at);
+                    }
+                    None => return end(Verdict::Drop, rule),
+                },
+                Action::Reject(_) if hypothetical.is_some() || self.doubt => return defer(rule),
+                Action::Reject(with) => return end(Verdict::Reject(*with), rule),
+                Action::Jump(to) => {
+                    stack.push(Frame { chain, next, hypothetical: false });
+                    (chain, next) = (*to, 0);
+                }
+                Action::Goto(to) => (chain, next) = (*to, 0),
+                Action::Return => next = usize::MAX,
+                Action::Write(_) if hypothetical.is_some() => return defer(rule),
+                Action::Write(write) => {
+                    let value = write.apply(self.get(write.field));
+                    self.written.push((write.field, value));
+                }
+                Action::Effect { .. } | Action::Steal(_) => return defer(rule),
+            }
+        }
+    }
+
+    fn policy(&self, base: Chain, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
+        trace(Event::Policy(base));
+        state.policies[base].count(self.view.bytes());
+        let drop = self.ruleset.chains[base].base.is_some_and(|base| base.policy == Policy::Drop);
+        let verdict = if drop { Verdict::Drop } else { Verdict::Accept };
+        Ending { verdict, by: Decider::Policy(base) }
+    }
+
+    /// Whether a rule's clauses hold, or the packet's end if one of them decides it.
+    fn clauses(
+        &mut self,
+        rule: Rule,
+        state: &mut State,
+        trace: &mut impl FnMut(Event),
+    ) -> Result<Truth, Ending> {
+        let ruleset = self.ruleset;
+        let mut truth = Truth::True;
+        for (index, clause) in ruleset.rules[rule].clauses.iter().enumerate() {
+            let observable = Err(Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) });
+            let holds = match clause_ability(ruleset, self.place, clause, self.view.is_fragment()) {
+                ClauseAbility::Observable(_) => {
+                    trace(Event::Clause(rule, index, Truth::Unknown));
+                    return observable;
+                }
+                ClauseAbility::Unknown(_) => {
+                    if matches!(clause.kind, ClauseKind::Hotdrop(_)) {
+                        self.doubt = true;
+                    } else {
+                        truth = Truth::Unknown;
+                    }
+                    trace(Event::Clause(rule, index, Truth::Unknown));
+                    continue;
+                }
+                ClauseAbility::Known => match &clause.kind {
+                    ClauseKind::Any(tests) => tests.iter().any(|test| self.holds(test)),
+                    ClauseKind::Hotdrop(tests) => {
+                        if tests.iter().all(|test| self.holds(test)) {
+                            trace(Event::Clause(rule, index, Truth::False));
+                            if truth == Truth::True {
+                                return Err(Ending { verdict: Verdict::Drop, by: Decider::Hotdrop(rule) });
+                            }
+                            self.doubt = true;
+                            return Ok(Truth::False);
+                        }
+                        continue;
+                    }
+                    ClauseKind::Effect(_) if truth == Truth::Unknown => return observable,
+                    ClauseKind::Effect(test) => {
+                        let data = &ruleset.effect_tests[*test];
+                        match state.effect_test(*test, data.kind) {
+                            Some(holds) => holds != data.negate,
+                            None => return observable,
+                        }
+                    }
+                    ClauseKind::Opaque(_) => return observable,
+                },
+            };
+            trace(Event::Clause(rule, index, if holds { Truth::True } else { Truth::False }));
+            if !holds {
+                return Ok(Truth::False);
+            }
+        }
+        Ok(truth)
+    }
+}
