@@ -9,7 +9,7 @@
 //! | `r6` | the context, always | same | same |
 //! | `r7` | frame start; then IPv6 header offset | free | reference being followed |
 //! | `r8` | frame end; then IPv6 next header | free | exit record, or counter slot |
-//! | `r9` | network header, then transport header | free | nodes visited, or return code |
+//! | `r9` | network header, then transport header | free | turns taken, or return code |
 //!
 //! To end, code puts the counter slot in `r8` and the return code in `r9` and goes to the one place that counts.
 //!
@@ -17,8 +17,8 @@
 //! verifier follows what is stored at a multiple of eight bytes and forgets what is stored elsewhere
 //! (kernel/bpf/verifier.c, `check_stack_write_fixed_off`). Numbers that would multiply the verifier's states by their
 //! possible values are therefore kept at odd multiples of four: reading them back gives "any 32 bits", and paths that
-//! differ in nothing else become one. The key's words are stored by [`crate::asm::Asm::store_opaque`] for the same
-//! reason.
+//! differ in nothing else become one. The key's words, once complete, are made to be
+//! forgotten in the same way.
 
 use polc_ir::limits::KEY_WORDS_MAX;
 
@@ -100,12 +100,13 @@ impl KeyLayout {
     }
 }
 
-/// Bit of a table reference that marks all but tests: exits, forks and "none".
+/// Bit of a table reference that marks all but tests: exits, forks and "none". The lower bits are an index into the
+/// node table, where each of these has a record too.
 pub const EXIT_BIT: u32 = 1 << 31;
 /// Bit set in references to nodes, tests and forks alike. It also keeps every reference from being 0: the verifier
 /// would follow a stored 0.
 pub const NODE_BIT: u32 = 1 << 30;
-/// The reference to nothing. Larger than every reference to an exit.
+/// The reference to nothing. Larger than every reference to an exit. Its record is the table's last.
 pub const NONE: u32 = u32::MAX;
 
 /// Bytes of a record of a walk node or exit.
@@ -114,11 +115,12 @@ pub const RECORD_BYTES: usize = 32;
 pub const RECORD_SHIFT: i32 = 5;
 
 /// A node's record, in bytes from its start; all words are 32 bits in the CPU's own order. A node tests
-/// `(key[WORD] & MASK) - LO <= SPAN`; a fork's test always holds.
+/// `(key[WORD] & MASK) - LO <= SPAN`. Records of exits, forks and "none" have a test that always holds and leads to
+/// themselves, so that taking a step there does nothing.
 pub mod node {
     /// Reference to follow if the test holds.
     pub const YES: i16 = 0;
-    /// Reference to follow if not; for a fork, what is decided second.
+    /// Reference to follow if not. For a fork: what is decided first. For an exit: its index in the exit table.
     pub const NO: i16 = 4;
     /// Bits of the word that count.
     pub const MASK: i16 = 8;
@@ -128,6 +130,8 @@ pub mod node {
     pub const SPAN: i16 = 16;
     /// The word, by [`super::KeyLayout::table_offset`].
     pub const WORD: i16 = 20;
+    /// For a fork: what is decided then.
+    pub const REST: i16 = 24;
 }
 
 /// An exit's record, likewise.

@@ -94,9 +94,9 @@ pub const VM_PACKET_BYTES_MAX: usize = 65_535 + 256;
 /// Most words of a program's key: more do not fit the stack beside what a program keeps there.
 pub const KEY_WORDS_MAX: usize = 96;
 
-/// Most table records a packet may visit in a walk. The verifier follows the loop trip by trip and keeps one pending
-/// jump for each, of [`VERIFIER_PENDING_JUMPS_MAX`].
-pub const WALK_VISITS_MAX: u32 = 7_000;
+/// Most turns of a walk's loop that a packet may take. The verifier follows the loop turn by turn, about 730
+/// instructions of [`VERIFIER_PROCESSED_MAX`] each.
+pub const WALK_TURNS_MAX: u32 = 1_000;
 
 /// Largest device number that objects tell apart.
 pub const DEVICE_NUMBER_MAX: u32 = 65_535;

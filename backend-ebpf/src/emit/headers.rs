@@ -39,6 +39,25 @@ impl Emitter<'_> {
         self.given();
     }
 
+    /// Makes the verifier forget what it knows of the key's words. It ties a word stored at a multiple of eight to the
+    /// register it came from until another part of the eight bytes is written (kernel/bpf/verifier.c,
+    /// `check_stack_write_fixed_off`); a byte of the word behind is written again.
+    pub(super) fn forget_key(&mut self) {
+        self.asm.comment("what the verifier knows of the key");
+        for word in (0..self.layout.words()).step_by(2) {
+            self.forget_word(word as u8);
+        }
+    }
+
+    /// The same for one word. `r5` is lost.
+    pub(super) fn forget_word(&mut self, word: u8) {
+        if word.is_multiple_of(2) {
+            let behind = self.layout.word(word + 1);
+            self.asm.load(Size::B, Reg::R5, Reg::FP, behind);
+            self.asm.store(Size::B, Reg::FP, behind, Reg::R5);
+        }
+    }
+
     fn prologue(&mut self) {
         let xdp = self.target.attach == Attach::Xdp;
         let a = &mut self.asm;
@@ -77,7 +96,6 @@ impl Emitter<'_> {
         for word in (0..self.layout.words()).step_by(2) {
             let at = self.layout.base() + 4 * word as i16;
             a.store(Size::Dw, Reg::FP, at, Reg::R0);
-            a.store(Size::B, Reg::FP, at, Reg::R0);
         }
     }
 
@@ -278,7 +296,7 @@ impl Emitter<'_> {
             if shift != 0 {
                 self.asm.alu32(AluOp::Rsh, Reg::R1, i32::from(shift));
             }
-            self.asm.store_opaque(self.layout.word(word), Reg::R1);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(word), Reg::R1);
         }
         self.asm.bind(done);
     }
@@ -316,7 +334,7 @@ impl Emitter<'_> {
                     a.alu64(AluOp::Add, Reg::R2, Reg::R1);
                     a.load(Size::H, Reg::R0, Reg::R2, 0);
                     a.jump32(Cond::Eq, Reg::R0, 0, unknown);
-                    a.store_opaque(word, Reg::R0);
+                    a.store(Size::W, Reg::FP, word, Reg::R0);
                 }
                 // `check_fields` refuses what has no device here.
                 (None, ..) => {}
@@ -332,7 +350,7 @@ impl Emitter<'_> {
         for (field, offset) in [(Field::Mark, sk_buff::MARK), (Field::PacketType, sk_buff::PKT_TYPE)] {
             if let Some(slot) = self.slot(field) {
                 self.asm.load(Size::W, Reg::R0, CTX, offset);
-                self.asm.store_opaque(self.layout.word(slot.word), Reg::R0);
+                self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), Reg::R0);
             }
         }
     }
@@ -363,7 +381,7 @@ impl Emitter<'_> {
     /// Copies a number from the packet to a key word, through `r4`.
     pub(super) fn copy_be(&mut self, base: Reg, offset: i16, bytes: u8, word: u8) {
         self.load_be(Reg::R4, base, offset, bytes);
-        self.asm.store_opaque(self.layout.word(word), Reg::R4);
+        self.asm.store(Size::W, Reg::FP, self.layout.word(word), Reg::R4);
     }
 
     /// Copies `bytes` packet bytes to the buffer, `at` bytes into it. `r2` holds their offset from the network header,

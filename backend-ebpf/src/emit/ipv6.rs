@@ -283,6 +283,6 @@ impl Emitter<'_> {
         a.bind(cut);
         a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
         a.bind(done);
-        a.store_opaque(word, Reg::R2);
+        a.store(Size::W, Reg::FP, word, Reg::R2);
     }
 }

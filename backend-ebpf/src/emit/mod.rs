@@ -262,6 +262,7 @@ impl<'a> Emitter<'a> {
     fn program(&mut self) {
         self.headers();
         self.derived();
+        self.forget_key();
         self.steps();
         self.endings();
     }
@@ -361,7 +362,7 @@ impl<'a> Emitter<'a> {
     /// Stores `reg` as the only word of a field, if the key has the field.
     fn store_field(&mut self, field: Field, reg: Reg) {
         if let Some(slot) = self.slot(field) {
-            self.asm.store_opaque(self.layout.word(slot.word), reg);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), reg);
         }
     }
 

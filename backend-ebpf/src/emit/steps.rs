@@ -187,7 +187,8 @@ impl Emitter<'_> {
         if write.xor != 0 {
             self.asm.alu32(AluOp::Xor, Reg::R1, Operand::bits(write.xor));
         }
-        self.asm.store_opaque(word, Reg::R1);
+        self.asm.store(Size::W, Reg::FP, word, Reg::R1);
+        self.forget_word(write.word);
     }
 
     /// Jumps to `fails` if a test does not hold (net/netfilter/xt_statistic.c, `statistic_mt`). `false`: it never

@@ -1,17 +1,21 @@
 //! The walk: stages decided by a table of nodes, and the loop that reads it.
 //!
 //! The code is the same whatever the table holds. Nodes and exits are records of 32 bytes in read-only data, padded to
-//! a power of two, so that a mask bounds every reference. The loop has one conditional jump that the verifier has to
-//! come back to (is this a test node, or something rarer?); which way a test goes is computed, not jumped on.
+//! a power of two, so that a mask bounds every reference. A turn of the loop takes [`STEPS_PER_TURN`] steps from node
+//! to node without a jump (which way a test goes is computed), and before the last asks once whether it has come to
+//! something other than a test; a step from there stays there.
 //!
-//! The verifier follows the loop once for each trip, about [`VERIFIER_PROCESSED_PER_VISIT`] instructions and one
-//! pending jump each, of which it remembers 8,192. That bounds how many records a packet may visit:
-//! [`WALK_VISITS_MAX`]; a table that needs more is refused here, with both numbers, before the kernel would.
+//! That shape is made for the verifier, which follows the loop turn by turn. Inside a loop it remembers a state only
+//! at jumps and their targets, only once 100 instructions have passed since the last, and forgets one that three later
+//! turns did not match (kernel/bpf/verifier.c, `is_state_visited`). A turn is just so long that the state remembered is
+//! the one at its end, where the rarer paths join again and most are done. Steps that asked each time were measured
+//! at 390 processed instructions a step, these at 730 a turn of five steps. That bounds how many turns a packet may
+//! take, [`WALK_TURNS_MAX`]; a table that needs more is refused here, with the numbers, before the kernel would.
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::Diagnostic;
 use polc_ir::entities::Map;
-use polc_ir::limits::WALK_VISITS_MAX;
+use polc_ir::limits::{VERIFIER_PROCESSED_MAX, WALK_TURNS_MAX};
 use polc_ir::outcome::Verdict;
 use polc_ir::plan::{PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
 use polc_ir::ruleset::EffectTestKind;
@@ -22,21 +26,24 @@ use crate::asm::Asm;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
 use crate::object::{DataSection, MapDef};
 
-/// Instructions the verifier processes for each trip of the loop, measured.
-const VERIFIER_PROCESSED_PER_VISIT: u32 = 100;
+/// Steps that a turn of the loop takes.
+const STEPS_PER_TURN: u32 = 5;
 
-/// Trips beyond the computed bound, so that the bound is never what ends a loop.
-const MARGIN: u32 = 8;
+/// Instructions the verifier processes for each turn, measured.
+const VERIFIER_PROCESSED_PER_TURN: u32 = 730;
+
+/// Turns beyond the computed bound, so that the bound is never what ends a loop.
+const MARGIN: u32 = 4;
 
 impl Emitter<'_> {
-    /// How tables write a reference.
+    /// How tables write a reference. The node table holds the nodes, then a record for each exit.
     pub(super) fn reference(&self, reference: WalkRef) -> u32 {
         match reference {
             WalkRef::Node(index) => match self.plan.walk.nodes.get(index as usize) {
                 Some(WalkNode::Fork { .. }) => abi::EXIT_BIT | abi::NODE_BIT | index,
                 _ => abi::NODE_BIT | index,
             },
-            WalkRef::Exit(index) => abi::EXIT_BIT | index,
+            WalkRef::Exit(index) => abi::EXIT_BIT | (self.plan.walk.nodes.len() as u32 + index),
             WalkRef::None => abi::NONE,
         }
     }
@@ -51,54 +58,42 @@ impl Emitter<'_> {
 
     /// The loop. Where to start is in [`abi::HANDOVER`].
     pub(super) fn walk(&mut self) {
-        let visits = self.visits();
-        if visits > WALK_VISITS_MAX {
-            let message =
-                format!("a packet may visit {visits} table records; the verifier follows {WALK_VISITS_MAX}");
+        let turns = self.turns();
+        if turns > WALK_TURNS_MAX {
+            let turns = if turns == u32::MAX { "without end".to_string() } else { turns.to_string() };
+            let message = format!(
+                "a packet may take {turns} turns through the tables; at most {WALK_TURNS_MAX} are verified"
+            );
             let diagnostic = Diagnostic::error(WALK_TOO_DEEP, message, None)
                 .with_note(format!(
-                    "about {VERIFIER_PROCESSED_PER_VISIT} of 1,000,000 processed instructions and one of 8,192 \
-                     pending jumps for each record"
+                    "for each turn the kernel's verifier processes about {VERIFIER_PROCESSED_PER_TURN} of \
+                     {VERIFIER_PROCESSED_MAX} instructions"
                 ))
                 .with_hint("split the rule set, or compile fewer chains of long rule lists");
             self.diagnostics.push(diagnostic);
             self.goto_bail();
             return;
         }
-        let (nodes, exits) = (self.node_records(), self.exit_records());
+        let exits = self.exit_records();
+        let nodes = self.node_records(exits.len());
         let nodes = Records::new(&mut self.maps, WALK_MAP, nodes);
         let exits = Records::new(&mut self.maps, EXITS_MAP, exits);
         let bail = self.bail_label();
         let (count, layout) = (self.count, self.layout);
-        let trips = visits + MARGIN;
+        let turns = turns + MARGIN;
         let a = &mut self.asm;
         let (top, special, leaf, fork, next) = (a.label(), a.label(), a.label(), a.label(), a.label());
-        a.comment("walk: r7 reference, r9 records visited");
+        a.comment("walk: r7 reference, r9 turns taken");
         a.store(Size::W, Reg::FP, abi::PENDING, -1);
         a.store(Size::W, Reg::FP, abi::BEST, -1);
         a.load(Size::W, Reg::R7, Reg::FP, abi::HANDOVER);
         a.mov64(Reg::R9, 0);
         a.bind(top);
+        for _ in 1..STEPS_PER_TURN {
+            step(a, &nodes, layout);
+        }
         a.jump32(Cond::Slt, Reg::R7, 0, special);
-
-        a.comment("a test");
-        nodes.address(a, Reg::R2);
-        a.load(Size::W, Reg::R3, Reg::R2, node::WORD);
-        key_address(a, layout);
-        a.load(Size::W, Reg::R3, Reg::R4, layout.base());
-        a.load(Size::W, Reg::R4, Reg::R2, node::MASK);
-        a.alu64(AluOp::And, Reg::R3, Reg::R4);
-        a.load(Size::W, Reg::R4, Reg::R2, node::LO);
-        a.alu32(AluOp::Sub, Reg::R3, Reg::R4);
-        a.load(Size::W, Reg::R4, Reg::R2, node::SPAN);
-        a.comment("r4 = all ones if the test fails, and r7 = the reference it chooses");
-        a.alu64(AluOp::Sub, Reg::R4, Reg::R3);
-        a.alu64(AluOp::Arsh, Reg::R4, 63);
-        a.load(Size::W, Reg::R7, Reg::R2, node::YES);
-        a.load(Size::W, Reg::R3, Reg::R2, node::NO);
-        a.alu64(AluOp::Xor, Reg::R3, Reg::R7);
-        a.alu64(AluOp::And, Reg::R3, Reg::R4);
-        a.alu64(AluOp::Xor, Reg::R7, Reg::R3);
+        step(a, &nodes, layout);
         a.goto(next);
 
         a.bind(special);
@@ -119,9 +114,9 @@ impl Emitter<'_> {
         a.bind(fork);
         a.comment("a fork");
         nodes.address(a, Reg::R2);
-        a.load(Size::W, Reg::R1, Reg::R2, node::NO);
+        a.load(Size::W, Reg::R1, Reg::R2, node::REST);
         a.store(Size::W, Reg::FP, abi::PENDING, Reg::R1);
-        a.load(Size::W, Reg::R7, Reg::R2, node::YES);
+        a.load(Size::W, Reg::R7, Reg::R2, node::NO);
         a.goto(next);
 
         a.bind(resolve);
@@ -130,6 +125,8 @@ impl Emitter<'_> {
         a.load(Size::W, Reg::R7, Reg::FP, abi::BEST);
         a.jump32(Cond::Eq, Reg::R7, -1, bail);
         a.store(Size::W, Reg::FP, abi::BEST, -1);
+        nodes.address(a, Reg::R2);
+        a.load(Size::W, Reg::R7, Reg::R2, node::NO);
         exits.address(a, Reg::R8);
         a.load(Size::W, Reg::R1, Reg::R8, exit::KIND);
         a.jump32(Cond::Eq, Reg::R1, exit::THEN as i32, then);
@@ -186,28 +183,37 @@ impl Emitter<'_> {
 
         a.bind(next);
         a.alu64(AluOp::Add, Reg::R9, 1);
-        a.loop_jump(Width::W64, Cond::Lt, Reg::R9, trips as i32, top, trips);
+        a.loop_jump(Width::W64, Cond::Lt, Reg::R9, turns as i32, top, turns);
         a.goto(bail);
     }
 
-    /// The nodes' records.
-    fn node_records(&self) -> Vec<[u32; 8]> {
-        let records = self.plan.walk.nodes.iter().map(|node| match *node {
-            WalkNode::Test { test, yes, no } => [
-                self.reference(yes),
-                self.reference(no),
-                test.mask,
-                test.lo,
-                test.hi.wrapping_sub(test.lo),
-                self.layout.table_offset(test.word),
-                0,
-                0,
-            ],
-            WalkNode::Fork { first, rest } => {
-                [self.reference(first), self.reference(rest), 0, 0, u32::MAX, 0, 0, 0]
-            }
-        });
-        records.collect()
+    /// The node table: nodes, exits (those that continue lists of changes too), padding, and "none".
+    fn node_records(&self, exits: usize) -> Vec<[u32; 8]> {
+        let mut records: Vec<[u32; 8]> = Vec::new();
+        for (index, node) in self.plan.walk.nodes.iter().enumerate() {
+            let itself = self.reference(WalkRef::Node(index as u32));
+            records.push(match *node {
+                WalkNode::Test { test, yes, no } => [
+                    self.reference(yes),
+                    self.reference(no),
+                    test.mask,
+                    test.lo,
+                    test.hi.wrapping_sub(test.lo),
+                    self.layout.table_offset(test.word),
+                    0,
+                    0,
+                ],
+                WalkNode::Fork { first, rest } => {
+                    [itself, self.reference(first), 0, 0, 0, 0, self.reference(rest), 0]
+                }
+            });
+        }
+        for exit in 0..exits as u32 {
+            records.push([self.reference(WalkRef::Exit(exit)), exit, 0, 0, 0, 0, 0, 0]);
+        }
+        let none = [abi::NONE, 0, 0, 0, 0, 0, 0, 0];
+        records.resize((records.len() + 1).next_power_of_two(), none);
+        records
     }
 
     /// The exits' records, then those that hold the rest of long lists of changes.
@@ -229,7 +235,7 @@ impl Emitter<'_> {
                     // The last record leads out of the list, each before it to the one after.
                     for chunk in chunks.into_iter().rev() {
                         records.push(self.then_record(chunk, next));
-                        next = abi::EXIT_BIT | (records.len() as u32 - 1);
+                        next = self.reference(WalkRef::Exit(records.len() as u32 - 1));
                     }
                     self.then_record(first, next)
                 }
@@ -256,9 +262,9 @@ impl Emitter<'_> {
         record
     }
 
-    /// Most records any packet visits, from any node or exit of the table. A table with a cycle has no bound, which
-    /// is `u32::MAX`.
-    fn visits(&self) -> u32 {
+    /// Most turns any packet takes, from any node or exit of the table. A table with a cycle has no bound, which is
+    /// `u32::MAX`.
+    fn turns(&self) -> u32 {
         let walk = &self.plan.walk;
         let nodes = walk.nodes.len();
         let index = |reference| match reference {
@@ -281,8 +287,7 @@ impl Emitter<'_> {
                 },
             }
         };
-        // For each record: most visits until its stage is decided, and most visits after that.
-        let mut costs: Vec<Option<(u32, u32)>> = vec![None; nodes + walk.exits.len()];
+        let mut costs: Vec<Option<Turns>> = vec![None; nodes + walk.exits.len()];
         let mut open = vec![false; costs.len()];
         let mut most = 0u32;
         for start in 0..costs.len() {
@@ -303,33 +308,82 @@ impl Emitter<'_> {
                 }
                 todo.pop();
                 let [one, two] = successors(at).map(|next| next.and_then(|next| costs[next]));
-                let none = (1, 0);
+                let costs_of = |cost: Option<Turns>| cost.unwrap_or_default();
                 let cost = match (walk.nodes.get(at), walk.exits.get(at.wrapping_sub(nodes))) {
                     (Some(WalkNode::Test { .. }), _) => {
-                        let (one, two) = (one.unwrap_or(none), two.unwrap_or(none));
-                        (one.0.max(two.0).saturating_add(1), one.1.max(two.1))
+                        let (one, two) = (costs_of(one), costs_of(two));
+                        Turns {
+                            steps: one.steps.max(two.steps).saturating_add(1),
+                            stage: one.stage.max(two.stage),
+                            after: one.after.max(two.after),
+                        }
                     }
                     (Some(WalkNode::Fork { .. }), _) => {
-                        let (one, two) = (one.unwrap_or(none), two.unwrap_or(none));
-                        (one.0.saturating_add(two.0).saturating_add(1), one.1.max(two.1))
+                        let (one, two) = (costs_of(one), costs_of(two));
+                        let stage = one.until_decided().saturating_add(two.until_decided());
+                        Turns { steps: 0, stage, after: one.after.max(two.after) }
                     }
                     (None, exit) => {
-                        let after = |cost: Option<(u32, u32)>| cost.map_or(0, |(a, b)| a.saturating_add(b));
                         let more = match exit {
                             Some(PlanExit::Then { writes, .. }) => {
                                 writes.len().div_ceil(exit::WRITES).saturating_sub(1) as u32
                             }
                             _ => 0,
                         };
-                        (1, after(one).max(after(two)).saturating_add(more))
+                        let after = |cost: Option<Turns>| cost.map_or(0, Turns::all);
+                        Turns { steps: 0, stage: 0, after: after(one).max(after(two)).saturating_add(more) }
                     }
                 };
-                most = most.max(cost.0.saturating_add(cost.1));
+                most = most.max(cost.all());
                 costs[at] = Some(cost);
             }
         }
         most
     }
+}
+
+/// Most turns from a record on. Nothing ([`WalkRef::None`]) is all zeros.
+#[derive(Clone, Copy, Default)]
+struct Turns {
+    /// Steps to the next record that is not a test.
+    steps: u32,
+    /// Turns after that until the stage is decided.
+    stage: u32,
+    /// Turns after that.
+    after: u32,
+}
+
+impl Turns {
+    fn until_decided(self) -> u32 {
+        // A turn looks at what it came to before its last step.
+        (self.steps / STEPS_PER_TURN + 1).saturating_add(self.stage)
+    }
+
+    fn all(self) -> u32 {
+        self.until_decided().saturating_add(self.after)
+    }
+}
+
+/// Follows the reference in `r7` by one test.
+fn step(a: &mut Asm, nodes: &Records, layout: KeyLayout) {
+    a.comment("a step");
+    nodes.address(a, Reg::R2);
+    a.load(Size::W, Reg::R3, Reg::R2, node::WORD);
+    key_address(a, layout);
+    a.load(Size::W, Reg::R3, Reg::R4, layout.base());
+    a.load(Size::W, Reg::R4, Reg::R2, node::MASK);
+    a.alu64(AluOp::And, Reg::R3, Reg::R4);
+    a.load(Size::W, Reg::R4, Reg::R2, node::LO);
+    a.alu32(AluOp::Sub, Reg::R3, Reg::R4);
+    a.load(Size::W, Reg::R4, Reg::R2, node::SPAN);
+    // r4 = all ones if the test fails; then r7 is the reference that it chooses.
+    a.alu64(AluOp::Sub, Reg::R4, Reg::R3);
+    a.alu64(AluOp::Arsh, Reg::R4, 63);
+    a.load(Size::W, Reg::R7, Reg::R2, node::YES);
+    a.load(Size::W, Reg::R3, Reg::R2, node::NO);
+    a.alu64(AluOp::Xor, Reg::R3, Reg::R7);
+    a.alu64(AluOp::And, Reg::R3, Reg::R4);
+    a.alu64(AluOp::Xor, Reg::R7, Reg::R3);
 }
 
 /// A table of records in the program.

@@ -104,6 +104,10 @@ pub(crate) fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
 }
 
 pub(crate) fn object(plan: &Plan) -> Object {
+    try_object(plan).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
+}
+
+pub(crate) fn try_object(plan: &Plan) -> Result<Object, Vec<polc_ir::diag::Diagnostic>> {
     let rules = |rule: Rule| {
         Some(RuleLine {
             file: "rules.v4".into(),
@@ -121,7 +125,7 @@ pub(crate) fn object(plan: &Plan) -> Object {
         chain: &|_| None,
         semantics: Semantics::Legacy,
     };
-    emit(plan, &target).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
+    emit(plan, &target)
 }
 
 /// One program in the check VM and, as root, in the kernel.
