@@ -4,7 +4,11 @@
 //! holds decides. Whatever changes a field or spends state ends a stage, so nothing of the kind is ever reordered,
 //! duplicated or dropped. Stages form a DAG.
 
+mod eval;
+
 use std::fmt;
+
+pub use eval::Fields;
 
 use cranelift_entity::PrimaryMap;
 

@@ -3,6 +3,8 @@
 //! One hash-consed DAG of nodes for all stages. A classical decision diagram has only `Test` and `Done`; a linear scan
 //! is one `List`; independent groups of entries are a `Min` of partial decisions, of which the earliest entry wins.
 
+mod eval;
+
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 
 use crate::entities::{Entry, Node, Stage};

@@ -10,6 +10,8 @@
 //!                                          └── writes ──┘
 //! ```
 
+mod eval;
+
 use cranelift_entity::PrimaryMap;
 
 use crate::derived::DerivedData;

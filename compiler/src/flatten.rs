@@ -1,0 +1,584 @@
+//! `flatten`: chains and jumps become stages of cubes.
+//!
+//! A stage stands for a position in the rules together with what evaluation remembers there: the chains to come back
+//! to, whether an earlier rule may have dropped the packet, whether the packet is a fragment. From its position it
+//! runs down its chain, an entry for each way a rule can turn out. What changes a field or spends state ends the stage,
+//! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of [`BLOCK`] rules
+//! once something in it comes back later. Entries therefore grow linearly with the rules for each return stack; their
+//! number is bounded all the same, and what lies beyond the bound is deferred.
+
+use std::collections::HashMap;
+
+use cranelift_entity::PrimaryMap;
+use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
+use polc_ir::cube::{Cube, Test};
+use polc_ir::derived::{DerivedData, address_types};
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::entities::{Chain, Derived, Rule, Stage};
+use polc_ir::env::{Env, Fragments, Place};
+use polc_ir::field::Field;
+use polc_ir::interval::IntervalSet;
+use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
+use polc_ir::outcome::{Decider, Ending, Verdict};
+use polc_ir::ruleset::deferral::{ClauseAbility, action_deferral, clause_ability};
+use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
+use polc_ir::set;
+
+/// The rules have more ways through them than a classifier may have entries.
+pub const TOO_MANY_ENTRIES: Code = Code(500);
+
+/// A stage ends at a multiple of this many rules once something in it comes back later.
+const BLOCK: usize = 64;
+
+/// Flattens the path of `place`. `env` gives the host's addresses.
+pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Vec<Diagnostic>) -> Classifier {
+    let mut flattener = Flattener {
+        ruleset,
+        place,
+        chains: ruleset.path_chains(place),
+        frames: Vec::new(),
+        frame_ids: HashMap::new(),
+        ids: HashMap::new(),
+        queue: Vec::new(),
+        built: Vec::new(),
+        entries: 0,
+        entries_max: ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len(),
+        tested: Vec::new(),
+    };
+    flattener.run(env, diagnostics)
+}
+
+/// A return stack, as an index into the frames; `None` is the empty one.
+type Stack = Option<u32>;
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Frame {
+    chain: Chain,
+    next: usize,
+    below: Stack,
+    /// The jump was only possible.
+    hypothetical: bool,
+    /// The outermost hypothetical frame at or below this one.
+    outermost: Stack,
+}
+
+/// What a stage stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    /// Index of the base chain in the path.
+    base: usize,
+    chain: Chain,
+    rule: usize,
+    /// Clauses of that rule that are already known to hold.
+    clause: usize,
+    /// One of them is unknown.
+    unknown: bool,
+    stack: Stack,
+    doubt: bool,
+    fragment: bool,
+}
+
+/// The chain and position that a stage starts at.
+type Origin = Option<(Chain, u32)>;
+
+/// An exit whose stages are still numbered in the order of discovery.
+type Entry = (Cube, Vec<Rule>, Exit);
+
+struct Flattener<'a> {
+    ruleset: &'a Ruleset,
+    place: &'a Place,
+    chains: Vec<Chain>,
+    frames: Vec<Frame>,
+    frame_ids: HashMap<Frame, u32>,
+    ids: HashMap<Key, Stage>,
+    queue: Vec<(Key, Stage)>,
+    built: Vec<(Vec<Entry>, Origin)>,
+    entries: usize,
+    entries_max: usize,
+    /// Derived fields that entries test, in order of discovery.
+    tested: Vec<Derived>,
+}
+
+impl Flattener<'_> {
+    fn run(&mut self, env: &Env, diagnostics: &mut Vec<Diagnostic>) -> Classifier {
+        let family = self.ruleset.family;
+        let whole = self.start(0, false, false);
+        let root = match whole {
+            None => self.add(vec![end(Cube::all(), Verdict::Accept, Decider::Nothing)], None),
+            Some(key) => {
+                let whole = self.stage(key);
+                if self.place.fragments == Fragments::Unresolved {
+                    let pieces = self.stage(Key { fragment: true, ..key });
+                    let mut cube = Cube::all();
+                    let possible =
+                        cube.and(&Test::new(Field::Fragment, family, IntervalSet::point(1)), family);
+                    debug_assert!(possible, "a bit can be 1");
+                    self.add(vec![(cube, Vec::new(), go(pieces)), (Cube::all(), Vec::new(), go(whole))], None)
+                } else {
+                    whole
+                }
+            }
+        };
+        let mut refused = None;
+        while let Some((key, id)) = self.queue.pop() {
+            let entries = if self.entries > self.entries_max {
+                let rule = self.ruleset.chains[key.chain].rules.get(key.rule).copied();
+                let by = rule.map_or(Decider::Policy(self.chains[key.base]), Decider::Rule);
+                refused = refused.or(rule);
+                vec![end(Cube::all(), Verdict::Defer, by)]
+            } else {
+                self.build(key)
+            };
+            self.entries += entries.len();
+            self.built[id.as_u32() as usize] = (entries, Some((key.chain, key.rule as u32)));
+        }
+        if let Some(rule) = refused {
+            let message = format!(
+                "the rules have more than {} ways through them; from this rule on packets are left to the kernel",
+                self.entries_max
+            );
+            diagnostics.push(
+                Diagnostic::warning(TOO_MANY_ENTRIES, message, self.ruleset.rules[rule].span)
+                    .with_hint("chains that are jumped to from many places, and come back, multiply; let them end in a verdict"),
+            );
+        }
+        let root = self.prelude(root, env);
+        self.finish(root)
+    }
+
+    /// The key of a base chain's start; `None` past the last.
+    fn start(&self, base: usize, doubt: bool, fragment: bool) -> Option<Key> {
+        let &chain = self.chains.get(base)?;
+        Some(Key { base, chain, rule: 0, clause: 0, unknown: false, stack: None, doubt, fragment })
+    }
+
+    fn stage(&mut self, key: Key) -> Stage {
+        if let Some(&id) = self.ids.get(&key) {
+            return id;
+        }
+        let id = self.add(Vec::new(), None);
+        self.ids.insert(key, id);
+        self.queue.push((key, id));
+        id
+    }
+
+    fn add(&mut self, entries: Vec<Entry>, origin: Origin) -> Stage {
+        let id = Stage::from_u32(self.built.len() as u32);
+        self.built.push((entries, origin));
+        id
+    }
+
+    fn push(&mut self, stack: Stack, chain: Chain, next: usize, hypothetical: bool) -> Stack {
+        let outermost = stack.and_then(|top| self.frames[top as usize].outermost);
+        let id = self.frames.len() as u32;
+        let outermost = outermost.or(hypothetical.then_some(id));
+        let frame = Frame { chain, next, below: stack, hypothetical, outermost };
+        // The same frame again has the number of the first: compare without its own number.
+        let probe = Frame { outermost: outermost.filter(|&own| own != id), ..frame };
+        if let Some(&known) = self.frame_ids.get(&probe) {
+            return Some(known);
+        }
+        self.frames.push(frame);
+        self.frame_ids.insert(probe, id);
+        Some(id)
+    }
+
+    fn outermost(&self, stack: Stack) -> Stack {
+        stack.and_then(|top| self.frames[top as usize].outermost)
+    }
+
+    /// Goes on at a position: another stage, or what the end of the base chain brings.
+    fn go_on(&mut self, mut key: Key) -> Exit {
+        loop {
+            if key.rule < self.ruleset.chains[key.chain].rules.len() {
+                return go(self.stage(key));
+            }
+            match key.stack {
+                Some(top) => {
+                    let frame = self.frames[top as usize];
+                    key = Key {
+                        chain: frame.chain,
+                        rule: frame.next,
+                        clause: 0,
+                        unknown: false,
+                        stack: frame.below,
+                        ..key
+                    };
+                }
+                None => return self.policy(key),
+            }
+        }
+    }
+
+    fn policy(&mut self, key: Key) -> Exit {
+        let chain = self.chains[key.base];
+        let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
+        if drop {
+            return Exit::End(Ending { verdict: Verdict::Drop, by: Decider::Policy(chain) });
+        }
+        self.accept(key, Decider::Policy(chain))
+    }
+
+    fn accept(&mut self, key: Key, by: Decider) -> Exit {
+        let chain = self.chains[key.base];
+        match self.start(key.base + 1, key.doubt, key.fragment) {
+            None => {
+                Exit::End(Ending { verdict: if key.doubt { Verdict::Defer } else { Verdict::Accept }, by })
+            }
+            Some(_) if self.ruleset.translates(chain) => {
+                Exit::End(Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) })
+            }
+            Some(next) => self.go_on(next),
+        }
+    }
+
+    /// The packet may have been dropped in a chain that was only possibly jumped to: on behind that jump.
+    fn behind(&mut self, key: Key, outermost: u32) -> Exit {
+        let frame = self.frames[outermost as usize];
+        self.go_on(Key {
+            chain: frame.chain,
+            rule: frame.next,
+            clause: 0,
+            unknown: false,
+            stack: frame.below,
+            doubt: true,
+            ..key
+        })
+    }
+
+    fn build(&mut self, start: Key) -> Vec<Entry> {
+        let ruleset = self.ruleset;
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut key = start;
+        let mut comes_back = false;
+        loop {
+            let Some(&rule) = ruleset.chains[key.chain].rules.get(key.rule) else {
+                let exit = self.go_on(key);
+                entries.push((Cube::all(), Vec::new(), exit));
+                return entries;
+            };
+            if comes_back && key.rule.is_multiple_of(BLOCK) && key.clause == 0 {
+                let exit = self.go_on(key);
+                entries.push((Cube::all(), Vec::new(), exit));
+                return entries;
+            }
+            let ends = self.rule(rule, key, &mut entries, &mut comes_back);
+            if entries.last().is_some_and(|(cube, ..)| cube.is_all()) {
+                return entries;
+            }
+            key = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
+            if ends {
+                let exit = self.go_on(key);
+                entries.push((Cube::all(), Vec::new(), exit));
+                return entries;
+            }
+        }
+    }
+
+    /// Adds a rule's entries. True if the stage has to end behind it.
+    fn rule(&mut self, rule: Rule, key: Key, entries: &mut Vec<Entry>, comes_back: &mut bool) -> bool {
+        let ruleset = self.ruleset;
+        let data = &ruleset.rules[rule];
+        let next = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
+        let mut cubes = vec![Cube::all()];
+        let mut unknown = key.unknown;
+        for (index, clause) in data.clauses.iter().enumerate().skip(key.clause) {
+            match clause_ability(ruleset, self.place, clause, key.fragment) {
+                ClauseAbility::Observable(_) => {
+                    emit(entries, &cubes, rule, &defer(rule));
+                    return false;
+                }
+                ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Hotdrop(_)) => {
+                    if !key.doubt {
+                        let exit = self.go_on(Key { clause: index + 1, unknown, doubt: true, ..key });
+                        emit(entries, &cubes, rule, &exit);
+                        *comes_back = true;
+                        return false;
+                    }
+                }
+                ClauseAbility::Unknown(_) => unknown = true,
+                ClauseAbility::Known => match &clause.kind {
+                    ClauseKind::Any(tests) => {
+                        cubes = self.narrow(&cubes, tests);
+                        if cubes.is_empty() {
+                            return false;
+                        }
+                        if cubes.len() > RULE_CUBES_MAX {
+                            emit(entries, &cubes, rule, &defer(rule));
+                            return false;
+                        }
+                    }
+                    ClauseKind::Hotdrop(tests) => {
+                        let mut dropped = cubes.clone();
+                        for test in tests {
+                            dropped = self.narrow(&dropped, std::slice::from_ref(test));
+                        }
+                        if dropped.is_empty() {
+                            continue;
+                        }
+                        let exit = match self.outermost(key.stack) {
+                            _ if unknown => {
+                                *comes_back = true;
+                                self.go_on(Key { doubt: true, ..next })
+                            }
+                            Some(outermost) => self.behind(key, outermost),
+                            None => Exit::End(Ending { verdict: Verdict::Drop, by: Decider::Hotdrop(rule) }),
+                        };
+                        emit(entries, &dropped, rule, &exit);
+                    }
+                    ClauseKind::Effect(_) if unknown => {
+                        emit(entries, &cubes, rule, &defer(rule));
+                        return false;
+                    }
+                    ClauseKind::Effect(test) => {
+                        let holds = self.stage(Key { clause: index + 1, unknown, ..key });
+                        let fails = self.go_on(next);
+                        let fails = self.as_stage(fails);
+                        let (yes, no) =
+                            if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
+                        emit(entries, &cubes, rule, &Exit::Test { test: *test, yes, no });
+                        return true;
+                    }
+                    ClauseKind::Opaque(_) => {
+                        emit(entries, &cubes, rule, &defer(rule));
+                        return false;
+                    }
+                },
+            }
+        }
+        if unknown {
+            self.possible(rule, key, next, &cubes, entries, comes_back)
+        } else {
+            self.matched(rule, key, next, &cubes, entries, comes_back)
+        }
+    }
+
+    /// A rule that may match: see `Ruleset::eval`.
+    fn possible(
+        &mut self,
+        rule: Rule,
+        key: Key,
+        next: Key,
+        cubes: &[Cube],
+        entries: &mut Vec<Entry>,
+        comes_back: &mut bool,
+    ) -> bool {
+        match self.ruleset.rules[rule].action {
+            Action::Continue => {}
+            Action::Drop if key.doubt => {}
+            Action::Drop => {
+                let exit = self.go_on(Key { doubt: true, ..next });
+                emit(entries, cubes, rule, &exit);
+                *comes_back = true;
+            }
+            Action::Jump(to) => {
+                let stack = self.push(key.stack, key.chain, next.rule, true);
+                let exit = self.go_on(Key { chain: to, rule: 0, stack, ..next });
+                emit(entries, cubes, rule, &exit);
+                *comes_back = true;
+            }
+            _ => emit(entries, cubes, rule, &defer(rule)),
+        }
+        false
+    }
+
+    fn matched(
+        &mut self,
+        rule: Rule,
+        key: Key,
+        next: Key,
+        cubes: &[Cube],
+        entries: &mut Vec<Entry>,
+        comes_back: &mut bool,
+    ) -> bool {
+        let action = &self.ruleset.rules[rule].action;
+        if action_deferral(self.place, action).is_some() {
+            emit(entries, cubes, rule, &defer(rule));
+            return false;
+        }
+        let outermost = self.outermost(key.stack);
+        let end = |verdict| Exit::End(Ending { verdict, by: Decider::Rule(rule) });
+        let exit = match action {
+            Action::Continue => return false,
+            Action::Accept if outermost.is_some() => defer(rule),
+            Action::Accept => self.accept(key, Decider::Rule(rule)),
+            Action::Drop => match outermost {
+                Some(outermost) => self.behind(key, outermost),
+                None => end(Verdict::Drop),
+            },
+            Action::Reject(_) if outermost.is_some() || key.doubt => defer(rule),
+            Action::Reject(with) => end(Verdict::Reject(*with)),
+            Action::Jump(to) => {
+                *comes_back = true;
+                let stack = self.push(key.stack, key.chain, next.rule, false);
+                self.go_on(Key { chain: *to, rule: 0, stack, ..next })
+            }
+            Action::Goto(to) => self.go_on(Key { chain: *to, rule: 0, ..next }),
+            Action::Return => {
+                let len = self.ruleset.chains[key.chain].rules.len();
+                self.go_on(Key { rule: len, ..next })
+            }
+            Action::Write(_) if outermost.is_some() => defer(rule),
+            Action::Write(write) => {
+                let exit = self.go_on(next);
+                let stage = self.as_stage(exit);
+                emit(entries, cubes, rule, &Exit::Then { writes: vec![*write], stage });
+                return true;
+            }
+            Action::Effect { .. } | Action::Steal(_) => defer(rule),
+        };
+        emit(entries, cubes, rule, &exit);
+        false
+    }
+
+    /// A stage that takes an exit at once.
+    fn as_stage(&mut self, exit: Exit) -> Stage {
+        match exit {
+            Exit::Then { writes, stage } if writes.is_empty() => stage,
+            exit => self.add(vec![(Cube::all(), Vec::new(), exit)], None),
+        }
+    }
+
+    /// The cubes narrowed by a disjunction of tests.
+    fn narrow(&mut self, cubes: &[Cube], tests: &[Test]) -> Vec<Cube> {
+        let family = self.ruleset.family;
+        let unresolved = self.place.fragments == Fragments::Unresolved;
+        let mut narrowed = Vec::new();
+        for test in tests {
+            // Neither whole packets nor, to the rules, reassembled ones have an offset.
+            if unresolved && test.field == Field::FragOffset {
+                if test.holds(0) {
+                    return cubes.to_vec();
+                }
+                continue;
+            }
+            if let Field::Derived(derived) = test.field
+                && !self.tested.contains(&derived)
+            {
+                self.tested.push(derived);
+            }
+            for cube in cubes {
+                let mut both = cube.clone();
+                if both.and(test, family) {
+                    narrowed.push(both);
+                }
+            }
+        }
+        narrowed
+    }
+
+    /// Stages that compute set membership and address types, ahead of everything.
+    fn prelude(&mut self, root: Stage, env: &Env) -> Stage {
+        let family = self.ruleset.family;
+        let mut root = root;
+        for derived in std::mem::take(&mut self.tested) {
+            let field = Field::Derived(derived);
+            let write = |value: u128| Write { field, clear: u128::from(u32::MAX), xor: value };
+            let mut entries: Vec<Entry> = match &self.ruleset.derived[derived] {
+                DerivedData::Member { set, ends, return_nomatch } => set::cubes(self.ruleset, *set, ends)
+                    .into_iter()
+                    .map(|(cube, nomatch)| {
+                        let member = nomatch == *return_nomatch;
+                        (cube, Vec::new(), Exit::Then { writes: vec![write(member.into())], stage: root })
+                    })
+                    .collect(),
+                DerivedData::AddressType { of, .. } => address_types(family, env)
+                    .into_iter()
+                    .filter_map(|(range, kind)| {
+                        let mut cube = Cube::all();
+                        let possible =
+                            cube.and(&Test::new(Field::address(*of), family, range.into()), family);
+                        possible.then(|| {
+                            (cube, Vec::new(), Exit::Then { writes: vec![write(kind.into())], stage: root })
+                        })
+                    })
+                    .collect(),
+                _ => continue,
+            };
+            let other = u128::from(matches!(self.ruleset.derived[derived], DerivedData::AddressType { .. }));
+            entries.push((Cube::all(), Vec::new(), Exit::Then { writes: vec![write(other)], stage: root }));
+            root = self.add(entries, None);
+        }
+        root
+    }
+
+    /// Numbers the stages so that each refers to smaller numbers only, and leaves out what can't be reached.
+    fn finish(&mut self, root: Stage) -> Classifier {
+        let built = std::mem::take(&mut self.built);
+        let mut number: Vec<Option<Stage>> = vec![None; built.len()];
+        let mut order: Vec<usize> = Vec::new();
+        let mut path = vec![(root.as_u32() as usize, 0usize)];
+        let mut seen = vec![false; built.len()];
+        seen[root.as_u32() as usize] = true;
+        while let Some((stage, at)) = path.last_mut() {
+            let Some((_, _, exit)) = built[*stage].0.get(*at) else {
+                number[*stage] = Some(Stage::from_u32(order.len() as u32));
+                order.push(*stage);
+                path.pop();
+                continue;
+            };
+            *at += 1;
+            for successor in exit.successors() {
+                let successor = successor.as_u32() as usize;
+                if !seen[successor] {
+                    seen[successor] = true;
+                    path.push((successor, 0));
+                }
+            }
+        }
+        let renumber =
+            |stage: Stage| number[stage.as_u32() as usize].expect("what an exit leads to was visited");
+        let mut classifier = Classifier {
+            family: self.ruleset.family,
+            place: self.place.clone(),
+            stages: PrimaryMap::new(),
+            entries: PrimaryMap::new(),
+            root: renumber(root),
+            derived: self.ruleset.derived.clone(),
+            sets: self.ruleset.sets.clone(),
+            effect_tests: self.ruleset.effect_tests.clone(),
+        };
+        let mut built = built;
+        for old in order {
+            let (entries, origin) = std::mem::take(&mut built[old]);
+            let stage = classifier.stages.push(StageData { entries: Vec::new(), origin });
+            for (cube, rules, exit) in entries {
+                let exit = match exit {
+                    Exit::End(ending) => Exit::End(ending),
+                    Exit::Then { writes, stage } => Exit::Then { writes, stage: renumber(stage) },
+                    Exit::Test { test, yes, no } => Exit::Test { test, yes: renumber(yes), no: renumber(no) },
+                };
+                let all = cube.is_all();
+                let entry = classifier.entries.push(EntryData { stage, cube, rules, exit });
+                classifier.stages[stage].entries.push(entry);
+                if all {
+                    break;
+                }
+            }
+        }
+        classifier
+    }
+}
+
+fn go(stage: Stage) -> Exit {
+    Exit::Then { writes: Vec::new(), stage }
+}
+
+fn defer(rule: Rule) -> Exit {
+    Exit::End(Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) })
+}
+
+fn end(cube: Cube, verdict: Verdict, by: Decider) -> Entry {
+    (cube, Vec::new(), Exit::End(Ending { verdict, by }))
+}
+
+/// Adds an entry for each cube, unless an entry before it has the same cube and takes every packet.
+fn emit(entries: &mut Vec<Entry>, cubes: &[Cube], rule: Rule, exit: &Exit) {
+    for cube in cubes {
+        // Guards repeat from rule to rule: look back a few entries for one that covers this.
+        let covered = entries.iter().rev().take(16).any(|(earlier, ..)| earlier.is_superset(cube));
+        if !covered {
+            entries.push((cube.clone(), vec![rule], exit.clone()));
+        }
+    }
+}

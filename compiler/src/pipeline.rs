@@ -1,0 +1,40 @@
+//! The passes, in order.
+
+use polc_ir::classifier::Classifier;
+use polc_ir::decision::Decision;
+use polc_ir::diag::Diagnostic;
+use polc_ir::env::{Env, Place};
+use polc_ir::plan::Plan;
+use polc_ir::ruleset::Ruleset;
+
+use crate::decide::decide;
+use crate::flatten::flatten;
+use crate::select::{Devices, select};
+
+/// A rule set at every level down to the plan.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// Stages of cubes.
+    pub classifier: Classifier,
+    /// How each stage is decided.
+    pub decision: Decision,
+    /// What the program does.
+    pub plan: Plan,
+    /// What was found on the way.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Compiles a rule set for a place, down to the plan.
+///
+/// # Panics
+/// If a pass breaks an invariant of its level: that is a bug of this crate.
+pub fn compile(ruleset: &Ruleset, place: &Place, env: &Env, devices: &Devices) -> Compiled {
+    let mut diagnostics = Vec::new();
+    let classifier = flatten(ruleset, place, env, &mut diagnostics);
+    assert_eq!(classifier.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
+    let decision = decide(&classifier);
+    assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
+    let plan = select(&classifier, &decision, devices);
+    assert_eq!(plan.verify(), Vec::<String>::new(), "select makes a well-formed plan");
+    Compiled { classifier, decision, plan, diagnostics }
+}

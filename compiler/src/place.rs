@@ -1,0 +1,50 @@
+//! Where programs sit for each hook, and the devices that a check invents.
+
+use std::collections::BTreeSet;
+
+use polc_ir::env::{Attach, Device, Fragments, Mode, Place};
+use polc_ir::field::{DeviceName, Field};
+use polc_ir::hook::Hook;
+use polc_ir::ruleset::{ClauseKind, Ruleset};
+
+/// The attach point that sees a hook's packets: XDP before routing, tc where the device they leave by is known.
+pub fn attach_for(hook: Hook) -> Attach {
+    match hook {
+        Hook::Prerouting | Hook::Input | Hook::Forward => Attach::Xdp,
+        Hook::Output | Hook::Postrouting => Attach::TcEgress,
+    }
+}
+
+/// The place of a program that decides the chains of `path`.
+pub fn place(path: &[Hook], attach: Attach, mode: Mode, local_addresses: bool) -> Place {
+    Place {
+        path: path.to_vec(),
+        attach: Some(attach),
+        mode,
+        fragments: Fragments::Unresolved,
+        connection_state: false,
+        local_addresses,
+    }
+}
+
+/// A device for every name that rules mention, and one that none does, with made-up numbers.
+pub fn devices_of(ruleset: &Ruleset) -> Vec<Device> {
+    let mut names: BTreeSet<DeviceName> = BTreeSet::new();
+    let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
+    for clause in clauses {
+        let (ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests)) = &clause.kind else { continue };
+        for test in tests.iter().filter(|test| matches!(test.field, Field::InDevice | Field::OutDevice)) {
+            for interval in test.values.intervals() {
+                // A prefix stands for itself: `eth` is a name that `eth+` fits.
+                for value in [interval.lo(), interval.hi()] {
+                    let name = DeviceName::from_value(value);
+                    if DeviceName::new(&name.to_string()) == Some(name) {
+                        names.insert(name);
+                    }
+                }
+            }
+        }
+    }
+    names.extend(DeviceName::new("polc-other"));
+    names.into_iter().zip(1..).map(|(name, ifindex)| Device { ifindex, name }).collect()
+}

@@ -1,0 +1,124 @@
+//! Runs a packet through every level, the emitted program under rbpf included.
+
+use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
+use polc_backend_ebpf::object::Object;
+use polc_backend_ebpf::vm::{Context, Input as VmInput, Vm, VmError};
+use polc_ir::derived;
+use polc_ir::env::{Attach, Env, Input};
+use polc_ir::field::{DeviceName, Field};
+use polc_ir::outcome::{Ending, Outcome};
+use polc_ir::packet::View;
+use polc_ir::plan::Plan;
+use polc_ir::ruleset::Ruleset;
+use polc_ir::state::State;
+
+use crate::Compiled;
+
+/// A level that can run a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// The rules' own meaning.
+    Ruleset,
+    /// Stages of cubes.
+    Classifier,
+    /// How stages are decided.
+    Decision,
+    /// Steps and tables.
+    Plan,
+    /// The emitted program under rbpf.
+    Rbpf,
+}
+
+impl std::fmt::Display for Level {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Level::Ruleset => "ruleset",
+            Level::Classifier => "classifier",
+            Level::Decision => "decision",
+            Level::Plan => "plan",
+            Level::Rbpf => "rbpf",
+        })
+    }
+}
+
+/// What the levels above the object make of a packet.
+pub fn run(
+    level: Level,
+    ruleset: &Ruleset,
+    compiled: &Compiled,
+    env: &Env,
+    input: &Input,
+    state: &mut State,
+) -> Outcome {
+    let place = &compiled.plan.place;
+    if level == Level::Ruleset {
+        return ruleset.eval(place, env, input, state);
+    }
+    let view = match View::new(ruleset.family, place, input) {
+        Ok(view) => view,
+        Err(ending) => return Outcome { ending, mark: input.mark },
+    };
+    let given = |field: Field| match field {
+        Field::Derived(id) => derived::eval(&ruleset.derived[id], &view).into(),
+        field => view.get(field),
+    };
+    match level {
+        Level::Ruleset | Level::Classifier => compiled.classifier.eval(&given, state),
+        Level::Decision => compiled.decision.eval(&compiled.classifier, &given, state),
+        Level::Plan | Level::Rbpf => compiled.plan.eval(&given, state),
+    }
+}
+
+/// An object under rbpf.
+pub struct Program {
+    vm: Vm,
+    attach: Attach,
+    counters: Vec<u64>,
+}
+
+impl std::fmt::Debug for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Program").field("attach", &self.attach).finish_non_exhaustive()
+    }
+}
+
+impl Program {
+    /// Loads an object for `plan`.
+    ///
+    /// # Errors
+    /// What the check VM does not run.
+    pub fn new(plan: &Plan, attach: Attach, object: &Object) -> Result<Program, VmError> {
+        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.endings.len()] })
+    }
+
+    /// Runs a packet. The error says what went wrong in the program.
+    pub fn run(&mut self, plan: &Plan, input: &Input) -> Result<Ending, String> {
+        let number = |name: Option<DeviceName>| {
+            let found =
+                name.and_then(|name| plan.devices.devices.iter().find(|(device, _)| device.name == name));
+            found.map_or(0, |(device, _)| device.ifindex)
+        };
+        let (in_number, out_number) = (number(input.in_device), number(input.out_device));
+        let mut context = Context { mark: input.mark, ingress_ifindex: in_number, ..Context::default() };
+        context.ifindex = if self.attach == Attach::TcEgress { out_number } else { in_number };
+        context.vlan_tci = input.vlan;
+        context.packet_type = input
+            .packet_type
+            .unwrap_or_else(|| match input.frame.get(..6) {
+                Some([255, 255, 255, 255, 255, 255]) => 1,
+                Some([first, ..]) if first & 1 == 1 => 2,
+                _ => 0,
+            })
+            .into();
+        let result = self.vm.run(0, &VmInput { packet: &input.frame, context, ..VmInput::default() });
+        let result = result.map_err(|error| error.to_string())?;
+        let map = self.vm.map(COUNTERS_MAP).ok_or("the object has no counters")?;
+        let mut grown = vec![0; self.counters.len()];
+        for (slot, value) in self.vm.values(map).chunks_exact(16).take(grown.len()).enumerate() {
+            let packets = u64::from_le_bytes(value[..8].try_into().expect("eight bytes"));
+            grown[slot] = packets - self.counters[slot];
+            self.counters[slot] = packets;
+        }
+        ending_of(plan, self.attach, &grown, result.return_value as i32)
+    }
+}

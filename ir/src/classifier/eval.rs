@@ -1,0 +1,98 @@
+//! `Classifier::eval`: entries tried one after another.
+
+use super::{Classifier, Exit};
+use crate::field::Field;
+use crate::outcome::{Ending, Outcome};
+use crate::state::State;
+
+/// A packet's fields: those given, and those written on the way.
+pub struct Fields<'a> {
+    given: &'a dyn Fn(Field) -> u128,
+    written: Vec<(Field, u128)>,
+}
+
+impl<'a> Fields<'a> {
+    /// The fields that `given` gives.
+    pub fn new(given: &'a dyn Fn(Field) -> u128) -> Fields<'a> {
+        Fields { given, written: Vec::new() }
+    }
+
+    /// A field's value now.
+    pub fn get(&self, field: Field) -> u128 {
+        let written = self.written.iter().rev().find(|(written, _)| *written == field);
+        written.map_or_else(|| (self.given)(field), |(_, value)| *value)
+    }
+
+    /// Changes a field.
+    pub fn set(&mut self, field: Field, value: u128) {
+        self.written.push((field, value));
+    }
+}
+
+impl std::fmt::Debug for Fields<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fields").field("written", &self.written).finish_non_exhaustive()
+    }
+}
+
+impl Classifier {
+    /// What becomes of a packet with these fields.
+    pub fn eval(&self, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
+        let mut fields = Fields::new(given);
+        let ending = self.eval_with(&mut fields, state, |stage, fields| {
+            let entries = &self.stages[stage].entries;
+            *entries
+                .iter()
+                .find(|&&entry| self.entries[entry].cube.holds(|field| fields.get(field)))
+                .expect("a stage's last entry always holds")
+        });
+        Outcome { ending, mark: fields.get(Field::Mark) as u32 }
+    }
+
+    /// Runs stages, each decided by `decide`, to the ending.
+    pub fn eval_with(
+        &self,
+        fields: &mut Fields<'_>,
+        state: &mut State,
+        decide: impl Fn(crate::entities::Stage, &Fields<'_>) -> crate::entities::Entry,
+    ) -> Ending {
+        let mut stage = self.root;
+        loop {
+            match &self.entries[decide(stage, fields)].exit {
+                Exit::End(ending) => return *ending,
+                Exit::Then { writes, stage: next } => {
+                    for write in writes {
+                        let value = write.apply(fields.get(write.field));
+                        fields.set(write.field, value);
+                    }
+                    stage = *next;
+                }
+                Exit::Test { test, yes, no } => {
+                    let kind = self.effect_tests[*test].kind;
+                    let holds = state.effect_test(*test, kind);
+                    stage = if holds.expect("only tests without a clock are compiled") { *yes } else { *no };
+                }
+            }
+        }
+    }
+
+    /// Everything wrong with the classifier's shape: stages that are not total or lead upwards.
+    pub fn verify(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for (stage, data) in self.stages.iter() {
+            if !data.entries.last().is_some_and(|&entry| self.entries[entry].cube.is_all()) {
+                wrong.push(format!("{stage} does not decide every packet"));
+            }
+            for &entry in &data.entries {
+                let data = &self.entries[entry];
+                if data.stage != stage {
+                    wrong.push(format!("{entry} of {stage} says it is in {}", data.stage));
+                }
+                if data.exit.successors().any(|next| next >= stage) {
+                    wrong.push(format!("{entry} of {stage} leads to {}, which is not below", data.exit));
+                }
+            }
+        }
+        wrong
+    }
+}

@@ -1,0 +1,173 @@
+//! `Plan::eval`: the steps as a program takes them, on key words.
+
+use super::{DeviceClasses, Plan, PlanExit, Target, WalkNode, WalkRef, WordTest, WordWrite};
+use crate::field::{DeviceName, Field};
+use crate::outcome::{Decider, Ending, FrameKind, Outcome};
+use crate::packet::frame_ending;
+use crate::state::State;
+
+impl DeviceClasses {
+    /// The class of a device; 0 for one that was not declared.
+    pub fn class(&self, value: u128) -> u16 {
+        if value == 0 {
+            return 1;
+        }
+        let name = DeviceName::from_value(value);
+        self.devices.iter().find(|(device, _)| device.name == name).map_or(0, |(_, class)| *class)
+    }
+}
+
+impl WordTest {
+    /// Whether the test holds for a key.
+    pub fn holds(&self, key: &[u32]) -> bool {
+        let value = key[usize::from(self.word)] & self.mask;
+        self.lo <= value && value <= self.hi
+    }
+}
+
+impl WordWrite {
+    fn apply(&self, key: &mut [u32]) {
+        let word = &mut key[usize::from(self.word)];
+        *word = (*word & !self.clear) ^ self.xor;
+    }
+}
+
+impl Plan {
+    /// The key of a packet, or its end if it comes by a device that was not declared. `derived` gives what the program
+    /// computes from the frame.
+    pub fn key(&self, given: &dyn Fn(Field) -> u128) -> Result<Vec<u32>, Ending> {
+        let words = self.key.iter().map(|slot| usize::from(slot.word + slot.words)).max().unwrap_or(0);
+        let mut key = vec![0; words];
+        for slot in &self.key {
+            let fixed = match slot.field {
+                Field::InDevice => self.devices.fixed_in,
+                Field::OutDevice => self.devices.fixed_out,
+                _ => None,
+            };
+            let value = match slot.field {
+                Field::InDevice | Field::OutDevice => {
+                    let class = fixed.unwrap_or_else(|| self.devices.class(given(slot.field)));
+                    if class == 0 {
+                        return Err(frame_ending(FrameKind::UnknownDevice, self.place.mode));
+                    }
+                    class.into()
+                }
+                field => given(field),
+            };
+            for index in 0..slot.words {
+                let shift = 32 * u32::from(slot.words - 1 - index);
+                key[usize::from(slot.word + index)] = (value >> shift) as u32;
+            }
+        }
+        Ok(key)
+    }
+
+    /// What becomes of a packet with these fields.
+    pub fn eval(&self, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
+        let mut key = match self.key(given) {
+            Ok(key) => key,
+            Err(ending) => return Outcome { ending, mark: given(Field::Mark) as u32 },
+        };
+        let slot = self.run(&mut key, state);
+        let mark = self.key.iter().find(|slot| slot.field == Field::Mark);
+        let mark = mark.map_or_else(|| given(Field::Mark) as u32, |slot| key[usize::from(slot.word)]);
+        Outcome { ending: self.endings[slot as usize], mark }
+    }
+
+    /// Runs the steps on a key; gives the slot of the ending.
+    pub fn run(&self, key: &mut [u32], state: &mut State) -> u32 {
+        let mut target = self.root;
+        loop {
+            let exit = match target {
+                Target::Step(step) => {
+                    let entries = &self.steps[step].entries;
+                    let entry = entries.iter().find(|entry| {
+                        entry
+                            .tests
+                            .iter()
+                            .all(|test| test.any.iter().any(|all| all.iter().all(|test| test.holds(key))))
+                    });
+                    &entry.expect("a stage's last entry has no tests").exit
+                }
+                Target::Walk(from) => &self.walk.exits[self.walk_from(from, key) as usize],
+            };
+            target = match exit {
+                PlanExit::End(slot) => return *slot,
+                PlanExit::Then { writes, next } => {
+                    for write in writes {
+                        write.apply(key);
+                    }
+                    *next
+                }
+                PlanExit::Test { test, yes, no } => {
+                    let holds = state.effect_test(*test, self.effect_tests[*test]);
+                    if holds.expect("only tests without a clock are compiled") { *yes } else { *no }
+                }
+            };
+        }
+    }
+
+    fn walk_from(&self, from: WalkRef, key: &[u32]) -> u32 {
+        let (mut at, mut best, mut pending) = (from, None::<u32>, None);
+        loop {
+            match at {
+                WalkRef::Node(node) => match self.walk.nodes[node as usize] {
+                    WalkNode::Test { test, yes, no } => at = if test.holds(key) { yes } else { no },
+                    WalkNode::Fork { first, rest } => {
+                        pending = Some(rest);
+                        at = first;
+                    }
+                },
+                WalkRef::Exit(_) | WalkRef::None => {
+                    if let WalkRef::Exit(exit) = at {
+                        best = Some(best.map_or(exit, |best| best.min(exit)));
+                    }
+                    match pending.take() {
+                        Some(rest) => at = rest,
+                        None => return best.expect("a stage gives an exit"),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Everything wrong with the plan's shape.
+    pub fn verify(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for (index, node) in self.walk.nodes.iter().enumerate() {
+            let (WalkNode::Test { yes: a, no: b, .. } | WalkNode::Fork { first: a, rest: b }) = node;
+            for reference in [a, b] {
+                match *reference {
+                    WalkRef::Node(to) if to as usize >= index => {
+                        wrong.push(format!("node {index} leads upwards"))
+                    }
+                    WalkRef::Exit(to) if to as usize >= self.walk.exits.len() => {
+                        wrong.push(format!("node {index} leads to no exit"));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for (step, data) in self.steps.iter() {
+            if !data.entries.last().is_some_and(|entry| entry.tests.is_empty()) {
+                wrong.push(format!("{step} does not decide every packet"));
+            }
+        }
+        let exits = self
+            .walk
+            .exits
+            .iter()
+            .chain(self.steps.values().flat_map(|step| step.entries.iter().map(|entry| &entry.exit)));
+        for exit in exits {
+            if let PlanExit::End(slot) = exit
+                && *slot as usize >= self.endings.len()
+            {
+                wrong.push(format!("ending {slot} does not exist"));
+            }
+        }
+        if self.endings.iter().any(|ending| matches!(ending.by, Decider::Frame(FrameKind::Fragment))) {
+            wrong.push("fragments are decided by rules".into());
+        }
+        wrong
+    }
+}

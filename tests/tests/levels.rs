@@ -1,0 +1,103 @@
+//! Every level and rbpf agree on every dump.
+
+use polc::place::{attach_for, devices_of, place};
+use polc::runner::{Level, Program, run};
+use polc::select::Devices;
+use polc::witness::Witnesses;
+use polc_backend_ebpf::emit::{RuleLine, Target, emit};
+use polc_frontend_iptables::{ParseOptions, lower, parse};
+use polc_ir::env::{Env, Mode};
+use polc_ir::hook::{Hook, Semantics};
+use polc_ir::source::SourceMap;
+use polc_ir::state::State;
+use polc_tests::corpus;
+
+const PACKETS: usize = 400;
+
+#[test]
+fn levels_agree_on_every_dump() {
+    let mut wrong = Vec::new();
+    for dump in corpus::all().iter().filter(|dump| dump.valid) {
+        let mut sources = SourceMap::new();
+        let file = sources.add(dump.name.as_str(), dump.text());
+        let (ast, _) = parse(&sources, file, &ParseOptions::default());
+        let ruleset = lower(&ast, Semantics::Legacy);
+        let env = Env::default();
+        let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
+        for hook in Hook::ALL {
+            let place = place(&[hook], attach_for(hook), Mode::Accelerate, false);
+            if ruleset.path_chains(&place).is_empty() {
+                continue;
+            }
+            let started = std::time::Instant::now();
+            let compiled = polc::compile(&ruleset, &place, &env, &devices);
+            let took = started.elapsed();
+            let attach = attach_for(hook);
+            let name = |chain| {
+                let data: &polc_ir::ruleset::ChainData = &ruleset.chains[chain];
+                Some((ruleset.tables[data.table].kind.to_string(), data.name.clone()))
+            };
+            let line = |_| None::<RuleLine>;
+            let target = Target {
+                attach,
+                name: "polc".into(),
+                rule: &line,
+                chain: &name,
+                semantics: Semantics::Legacy,
+            };
+            let object = emit(&compiled.plan, &target);
+            let mut program = match &object {
+                Ok(object) => match Program::new(&compiled.plan, attach, object) {
+                    Ok(program) => Some(program),
+                    Err(error) => {
+                        wrong.push(format!("{} {hook}: {error}", dump.name));
+                        None
+                    }
+                },
+                Err(diagnostics) => {
+                    wrong.push(format!(
+                        "{} {hook}: {} (visits {}, nodes {})",
+                        dump.name,
+                        diagnostics[0].message,
+                        compiled.plan.walk.visits_max,
+                        compiled.plan.walk.nodes.len()
+                    ));
+                    None
+                }
+            };
+            if took.as_millis() > 1000 {
+                eprintln!("{} {hook}: {took:?}", dump.name);
+            }
+            let mut verdicts = std::collections::BTreeMap::new();
+            for input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(PACKETS) {
+                let of = |level| run(level, &ruleset, &compiled, &env, &input, &mut State::new(1));
+                let expected = of(Level::Ruleset);
+                *verdicts.entry(expected.ending.verdict.word()).or_insert(0) += 1;
+                for level in [Level::Classifier, Level::Decision, Level::Plan] {
+                    let outcome = of(level);
+                    if outcome != expected {
+                        wrong.push(format!(
+                            "{} {hook} {level}: {outcome:?} instead of {expected:?} for {:02x?}",
+                            dump.name, input
+                        ));
+                        break;
+                    }
+                }
+                if let Some(program) = &mut program {
+                    match program.run(&compiled.plan, &input) {
+                        Ok(ending) if ending == expected.ending => {}
+                        other => wrong.push(format!(
+                            "{} {hook} rbpf: {other:?} instead of {} for {:02x?}",
+                            dump.name, expected.ending, input
+                        )),
+                    }
+                }
+                if wrong.len() > 12 {
+                    panic!("{}", wrong.join("\n"));
+                }
+            }
+            eprintln!("{} {hook}: {} entries, {verdicts:?}", dump.name, compiled.classifier.entries.len());
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
