@@ -28,7 +28,7 @@ use polc_ir::set;
 pub const TOO_MANY_ENTRIES: Code = Code(500);
 
 /// A stage ends at a multiple of this many rules once something in it comes back later.
-const BLOCK: usize = 64;
+const BLOCK: usize = 8;
 
 /// Flattens the path of `place`. `env` gives the host's addresses.
 pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Vec<Diagnostic>) -> Classifier {
