@@ -42,18 +42,18 @@ pub const L4_LENGTH: i16 = -36;
 pub const PENDING: i16 = -44;
 /// Walk: the smallest exit found so far, as a reference.
 pub const BEST: i16 = -52;
-/// Walk: where code hands over the first reference. Loops over bytes: a counter.
+/// Walk: where code hands over the first reference. Searches in headers: how far they are.
 pub const HANDOVER: i16 = -60;
 /// Bytes copied from the packet.
-pub const BUFFER: i16 = -80;
+pub const BUFFER: i16 = -112;
 /// How many bytes [`BUFFER`] has.
-pub const BUFFER_BYTES: i16 = 16;
+pub const BUFFER_BYTES: i16 = 48;
 /// A saved pointer.
-pub const SAVED_END: i16 = -88;
+pub const SAVED_END: i16 = -120;
 /// A saved pointer.
-pub const SAVED_L3: i16 = -96;
+pub const SAVED_L3: i16 = -128;
 /// Bytes of stack above the key.
-pub const SCRATCH_BYTES: i16 = 96;
+pub const SCRATCH_BYTES: i16 = 128;
 
 /// Where the key's words are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

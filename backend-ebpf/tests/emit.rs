@@ -4,11 +4,14 @@ mod common;
 
 use common::plans::{FIRST, Pair, all, eq, linear, plan, range, rule};
 use polc_backend_ebpf::vm::Context;
+use polc_ir::derived::{self, DerivedData, U32Op, U32Program, U32Test};
+use polc_ir::entities::Derived;
 use polc_ir::env::Attach;
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
 use polc_ir::outcome::{Decider, FrameKind};
-use polc_ir::plan::{Plan, PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
+use polc_ir::packet::View;
+use polc_ir::plan::{LinearTest, Plan, PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
 use polc_ir::ruleset::EffectTestKind;
 
 fn ethernet(ether_type: u16, payload: &[u8]) -> Vec<u8> {
@@ -161,5 +164,265 @@ fn a_walk_with_forks_writes_and_tests() {
         assert_eq!(pair.decides(&frame(17, 81)), by(3));
         let seen: Vec<_> = (0..6).map(|_| pair.decides(&frame(6, 81))).collect();
         assert_eq!(seen, [by(2), by(2), by(1), by(2), by(2), by(1)], "1 ^ 2 = 3; (3 & !1) ^ 5 = 7");
+    }
+}
+
+/// A small generator of test bytes (xorshift); the same for every run.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() >> 11) as usize % bound
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.next() as u8).collect()
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    fn tcp(&mut self) -> Vec<u8> {
+        let mut options = Vec::new();
+        for _ in 0..self.below(4) {
+            match self.below(4) {
+                0 => options.push(1),
+                1 => options.extend([2, 4, 5, 0xb4]),
+                2 => options.extend([8, 10, 0, 0, 0, 1, 0, 0, 0, 2]),
+                _ => options.extend([self.next() as u8, self.below(6) as u8, 0, 0]),
+            }
+        }
+        options.resize(options.len().next_multiple_of(4), 0);
+        let mut header = tcp(self.pick(&[22, 80, 1024]), self.pick(&[22, 80, 443]), &options);
+        if self.one_in(8) {
+            header[12] = self.next() as u8;
+        }
+        header
+    }
+
+    fn frame(&mut self, family: Family) -> Vec<u8> {
+        let mut payload = if self.one_in(3) {
+            let len = self.below(40);
+            self.bytes(len)
+        } else {
+            self.tcp()
+        };
+        if self.one_in(4) {
+            payload.truncate(self.below(24));
+        }
+        let proto = self.pick(&[6, 6, 17, 1, 58]);
+        let mut packet = match family {
+            Family::V4 => {
+                let options = self.below(3) * 4;
+                let options = self.bytes(options);
+                let frag = self.pick(&[0, 0, 0, 0x4000, 0x2000, 0x2001, 5, 100]);
+                ipv4(proto, frag, &options, &payload)
+            }
+            Family::V6 => self.ipv6(proto, payload),
+        };
+        if self.one_in(6) {
+            let at = self.below(packet.len().min(48));
+            packet[at] = self.next() as u8;
+        }
+        if self.one_in(8) {
+            packet.truncate(self.below(packet.len()));
+        }
+        if self.one_in(4) {
+            let padding = self.below(20);
+            packet.extend(self.bytes(padding));
+        }
+        let kind = match self.below(12) {
+            0 => 0x0806,
+            1 => 0x0800,
+            2 => 0x86dd,
+            _ => family.ether_type(),
+        };
+        let mut frame = ethernet(kind, &packet);
+        while self.one_in(5) {
+            let tci = self.pick(&[0u16, 0, 0xe000, 5]);
+            let tag = self.pick(&[0x8100u16, 0x88a8]);
+            let kind = [frame[12], frame[13]];
+            let mut tagged = frame[..12].to_vec();
+            tagged.extend(tag.to_be_bytes());
+            tagged.extend(tci.to_be_bytes());
+            tagged.extend(kind);
+            tagged.extend(&frame[14..]);
+            frame = tagged;
+        }
+        if self.one_in(6) {
+            frame[..6].copy_from_slice(&self.pick(&[[255; 6], [1, 0, 0x5e, 0, 0, 1]]));
+        }
+        if self.one_in(15) {
+            frame.truncate(self.below(frame.len()));
+        }
+        frame
+    }
+
+    fn ipv6(&mut self, proto: u8, payload: Vec<u8>) -> Vec<u8> {
+        let (mut next, mut packet) = (proto, payload);
+        for _ in 0..self.below(4) {
+            let kind = self.pick(&[0, 43, 44, 44, 51, 60, 50, 59]);
+            let mut header = match kind {
+                44 => {
+                    let bits: u16 = self.pick(&[0, 1, 8, 0x321, 6]);
+                    [vec![0, self.next() as u8], bits.to_be_bytes().to_vec(), vec![0, 0, 0, 9]].concat()
+                }
+                51 => [vec![0, 2], self.bytes(14)].concat(),
+                _ => {
+                    let units = self.below(3);
+                    [vec![0, units as u8], self.bytes(6 + 8 * units)].concat()
+                }
+            };
+            header[0] = next;
+            header.extend(packet);
+            packet = header;
+            next = kind;
+        }
+        let mut all = vec![0x6a, 0xb0, 0, 0];
+        let len = if self.one_in(20) { 0 } else { packet.len() as u16 };
+        all.extend(len.to_be_bytes());
+        all.extend([next, 64]);
+        all.extend(self.bytes(32));
+        all.extend(packet);
+        all
+    }
+}
+
+/// Every field of random frames, damaged and cut ones too, is what `View` says.
+#[test]
+fn keys_are_what_views_say() {
+    for (family, attach) in [
+        (Family::V4, Attach::Xdp),
+        (Family::V6, Attach::Xdp),
+        (Family::V4, Attach::TcIngress),
+        (Family::V6, Attach::TcEgress),
+    ] {
+        let mut fields = vec![
+            Field::SrcAddr,
+            Field::DstAddr,
+            Field::SrcMac,
+            Field::DstMac,
+            Field::Fragment,
+            Field::Proto,
+            Field::FragOffset,
+            Field::ExtHeaders,
+            Field::ExtHeaderMask,
+            Field::Length,
+            Field::Tos,
+            Field::Ttl,
+            Field::L4Len,
+            Field::SrcPort,
+            Field::DstPort,
+            Field::TcpFlags,
+            Field::TcpDataOffset,
+            Field::IcmpType,
+            Field::IcmpCode,
+            Field::L4Bytes { offset: 4, len: 4 },
+            Field::L4Bytes { offset: 5, len: 3 },
+            Field::Mark,
+        ];
+        if attach == Attach::Xdp {
+            fields.push(Field::PacketType);
+        }
+        let derived = [
+            DerivedData::TcpOption { kind: 2 },
+            DerivedData::TcpOption { kind: 8 },
+            DerivedData::TcpOption { kind: 0 },
+            DerivedData::U32(U32Program {
+                tests: vec![
+                    U32Test {
+                        start: 6,
+                        ops: vec![U32Op::And(0xff)],
+                        ranges: vec![(0, 1), (6, 6), (17, 255)],
+                    },
+                    U32Test {
+                        start: 0,
+                        ops: vec![
+                            U32Op::ShiftRight(22),
+                            U32Op::And(0x3c),
+                            U32Op::At(0),
+                            U32Op::ShiftRight(16),
+                        ],
+                        ranges: vec![(80, 80), (1024, 0xffff)],
+                    },
+                ],
+            }),
+            DerivedData::U32(U32Program {
+                tests: vec![U32Test {
+                    start: 0,
+                    ops: vec![U32Op::At(0), U32Op::ShiftLeft(32)],
+                    ranges: vec![(0, u32::MAX)],
+                }],
+            }),
+        ];
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+        let (mut reached, mut frames) = (0, Vec::new());
+        while reached < 30 {
+            let frame = dice.frame(family);
+            frames.push(frame.clone());
+            let mut all_fields = fields.clone();
+            all_fields
+                .extend((0..derived.len() as u32).map(|index| Field::Derived(Derived::from_u32(index))));
+            let mut plan = plan(family, attach, &all_fields, all_fields.len() as u32 + 1);
+            for data in &derived {
+                plan.derived.push(data.clone());
+            }
+            let input = polc_ir::env::Input { frame: frame.clone(), ..Default::default() };
+            let view = View::new(family, &plan.place, &input);
+            // Rule `n` takes packets whose field `n` is something else; the last takes those that are right.
+            let mut entries: Vec<_> = plan
+                .key
+                .iter()
+                .map(|slot| {
+                    let value = match (&view, slot.field) {
+                        (Err(_), _) => 0,
+                        (Ok(view), Field::Derived(index)) => derived::eval(&plan.derived[index], view).into(),
+                        (Ok(view), field) => view.get(field),
+                    };
+                    let mut any = Vec::new();
+                    for word in 0..slot.words {
+                        let value = (value >> (32 * (slot.words - 1 - word))) as u32;
+                        let word = slot.word + word;
+                        any.extend(value.checked_sub(1).map(|below| vec![range(word, 0, below)]));
+                        any.extend(value.checked_add(1).map(|above| vec![range(word, above, u32::MAX)]));
+                    }
+                    vec![LinearTest { any }]
+                })
+                .collect();
+            entries.push(vec![]);
+            let right = Decider::Rule(rule(all_fields.len() as u32));
+            linear(&mut plan, entries);
+            let expected = match view {
+                Ok(_) => right,
+                Err(ending) => ending.by,
+            };
+            let mut pair = Pair::new("keys", plan);
+            let found = pair.decides(&frame);
+            let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+            let field = match found {
+                Decider::Rule(number) => all_fields.get(number.as_u32() as usize),
+                _ => None,
+            };
+            assert_eq!(found, expected, "{family} at {attach}, field {field:?}: {hex}");
+            reached += u32::from(expected == right);
+            // The kernel and the VM agree on others too.
+            if reached.is_multiple_of(10) {
+                for frame in &frames {
+                    pair.decides(frame);
+                }
+            }
+        }
     }
 }

@@ -17,7 +17,7 @@ use polc_ir::outcome::FrameKind;
 use super::Emitter;
 use crate::abi::{self, CTX, sk_buff, xdp_md};
 use crate::asm::Label;
-use crate::insn::{AluOp, Cond, Helper, Reg, Size, Width};
+use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
 
 /// Most bytes before the transport header that a tc packet is pulled in for: Ethernet, two priority tags, the largest
 /// IPv4 header; and as many again for the transport header and IPv6 extension headers.
@@ -262,7 +262,15 @@ impl Emitter<'_> {
 
     /// Fields of the transport header at `r9`, of which the packet has `r2` bytes.
     pub(super) fn transport(&mut self) {
-        self.store_field(Field::L4Len, Reg::R2);
+        if self.slot(Field::L4Len).is_some() {
+            // A jumbogram has more than the field's 16 bits hold.
+            let fits = self.asm.label();
+            self.asm.mov64(Reg::R1, Reg::R2);
+            self.asm.jump64(Cond::Le, Reg::R1, 0xffff, fits);
+            self.asm.mov64(Reg::R1, 0xffff);
+            self.asm.bind(fits);
+            self.store_field(Field::L4Len, Reg::R1);
+        }
         // (bytes needed, offset, bytes, right shift, word)
         let mut loads: Vec<(i32, i16, u8, u8, u8)> = Vec::new();
         for slot in &self.plan.key {
@@ -387,6 +395,11 @@ impl Emitter<'_> {
     /// Copies `bytes` packet bytes to the buffer, `at` bytes into it. `r2` holds their offset from the network header,
     /// and they are in the packet; `r0`-`r5` are lost.
     pub(super) fn copy_bytes(&mut self, bytes: i32, at: i16) {
+        self.copy_bytes_of(bytes.into(), at);
+    }
+
+    /// The same with a number of bytes in a register, which the verifier has to know the bounds of.
+    pub(super) fn copy_bytes_of(&mut self, bytes: Operand, at: i16) {
         let bail = self.bail_label();
         let helper = match self.target.attach {
             Attach::Xdp => Helper::XDP_LOAD_BYTES,
@@ -398,7 +411,7 @@ impl Emitter<'_> {
         a.mov64(Reg::R1, CTX);
         a.mov64(Reg::R3, Reg::FP);
         a.alu64(AluOp::Add, Reg::R3, i32::from(abi::BUFFER + at));
-        a.mov32(Reg::R4, bytes);
+        a.mov64(Reg::R4, bytes);
         a.call(helper);
         a.jump(Width::W64, Cond::Ne, Reg::R0, 0, bail);
     }

@@ -52,8 +52,8 @@ pub const WALK_TOO_DEEP: DiagCode = DiagCode(561);
 pub const FIELD_UNAVAILABLE: DiagCode = DiagCode(562);
 /// Diagnostic code: a device number is too large for the table of devices.
 pub const DEVICE_NUMBER: DiagCode = DiagCode(563);
-/// Diagnostic code: a test too long to be compiled into a program.
-pub const DERIVED_TOO_LARGE: DiagCode = DiagCode(564);
+/// Diagnostic code: a search of the packet that programs have no form for.
+pub const DERIVED_UNAVAILABLE: DiagCode = DiagCode(564);
 
 /// Device numbers the table has room for at least, so that a loader can add devices that appear later.
 const DEVICE_NUMBERS_MIN: usize = 1_024;

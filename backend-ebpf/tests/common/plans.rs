@@ -168,8 +168,14 @@ impl Pair {
         let input = Input { packet: frame, linear: None, context };
         let in_vm = self.vm.run(0, &input).expect("runs");
         let vm_grown = grown(&before, &self.vm_counts());
-        // The kernel refuses to test frames of less than an Ethernet header, tc frames of nothing more.
-        let minimum = if self.kind == ProgramKind::Xdp { 14 } else { 15 };
+        // The kernel refuses to test frames of less than an Ethernet header, and tc frames of nothing more or with
+        // less than an IP header (net/bpf/test_run.c, `bpf_prog_test_run_skb`).
+        let minimum = match (self.kind, frame.get(12..14)) {
+            (ProgramKind::Xdp, _) => 14,
+            (_, Some([0x08, 0x00])) => 34,
+            (_, Some([0x86, 0xdd])) => 54,
+            _ => 15,
+        };
         if self.kernel.is_some() && frame.len() >= minimum {
             let before = self.kernel_counts();
             let returned = self.kernel_run(&input);
@@ -235,7 +241,10 @@ impl Pair {
                 <&mut SchedClassifier>::try_from(program).expect("tc").test_run(options)
             }
         };
-        result.expect("test run").return_value
+        match result {
+            Ok(result) => result.return_value,
+            Err(error) => panic!("test run of {:02x?}: {error}", input.packet),
+        }
     }
 
     /// What the verifier processed, if the program is in the kernel.
