@@ -4,6 +4,8 @@
 //! together, cut to the packet's own length. Programs read the same bytes in the same order
 //! (`backend-ebpf/src/emit/headers.rs`) and are compared with this.
 
+pub mod text;
+
 use crate::env::{Input, Mode, Place};
 use crate::field::{DeviceName, Field};
 use crate::hook::Family;
