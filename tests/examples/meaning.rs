@@ -24,7 +24,7 @@ fn main() {
     let mut sources = SourceMap::new();
     let file = sources.add(rules.as_str(), polc_tests::corpus::read(rules.as_ref()));
     let (dump, _) = parse(&sources, file, &ParseOptions::default());
-    let ruleset = lower(&dump, semantics);
+    let ruleset = lower(&dump, &[], semantics);
     let place = Place {
         path: vec![Hook::Prerouting, Hook::Forward],
         attach: None,

@@ -95,7 +95,15 @@ fn the_kernel_runs_every_dump() {
         let mut sources = SourceMap::new();
         let file = sources.add(dump.name.as_str(), dump.text());
         let (ast, _) = parse(&sources, file, &ParseOptions::default());
-        let ruleset = lower(&ast, Semantics::Legacy);
+        let sets: Vec<_> = dump
+            .ipset_text()
+            .map(|text| {
+                let file = sources.add("sets", text);
+                polc_frontend_iptables::ipset::parse(&sources, file).0
+            })
+            .into_iter()
+            .collect();
+        let ruleset = lower(&ast, &sets, Semantics::Legacy);
         let line = |rule| {
             let data: &polc_ir::ruleset::RuleData = &ruleset.rules[rule];
             let number = sources.line_column(data.span).line;
