@@ -3,13 +3,23 @@
 //! A rule set goes through [`flatten`](flatten::flatten), [`decide`](decide::decide) and [`select`](select::select),
 //! each a file, a verb and one public function; [`compile`] lists them in order, with verification between. The
 //! backend makes an object of the plan.
+//!
+//! Around them: [`session::Session`] reads a rule set, [`report`] accounts for each of its rules at a [`place`],
+//! [`mod@lint`] looks for rules that can't be meant, [`runner`] runs packets through every level. The library does no I/O
+//! and never names the loader.
 
+pub mod build;
 pub mod decide;
+pub mod decider;
 pub mod flatten;
+pub mod lint;
 mod pipeline;
 pub mod place;
+pub mod report;
 pub mod runner;
 pub mod select;
+pub mod session;
+pub mod verify;
 pub mod witness;
 
 pub use pipeline::{Compiled, compile};

@@ -1,4 +1,8 @@
 //! Where programs sit for each hook, and the devices that a check invents.
+//!
+//! A frame that arrives passes PREROUTING, then INPUT if it is for this host; one that leaves passes OUTPUT if this
+//! host made it, then POSTROUTING. Those are the default paths. Whether an arriving frame is for this host is not
+//! worked out by the program: whoever compiles for FORWARD names the hooks.
 
 use std::collections::BTreeSet;
 
@@ -12,6 +16,23 @@ pub fn attach_for(hook: Hook) -> Attach {
     match hook {
         Hook::Prerouting | Hook::Input | Hook::Forward => Attach::Xdp,
         Hook::Output | Hook::Postrouting => Attach::TcEgress,
+    }
+}
+
+/// The attach point at which most of what a hook's rules test is known: receive for PREROUTING and INPUT; transmit,
+/// where the output device is known, for the others. Rules are accounted for there unless the user names a place.
+pub fn best_attach(hook: Hook) -> Attach {
+    match hook {
+        Hook::Prerouting | Hook::Input => Attach::TcIngress,
+        Hook::Forward | Hook::Output | Hook::Postrouting => Attach::TcEgress,
+    }
+}
+
+/// The hooks that an attach point stands for unless the user names others.
+pub fn default_path(attach: Attach) -> Vec<Hook> {
+    match attach {
+        Attach::Xdp | Attach::TcIngress => vec![Hook::Prerouting, Hook::Input],
+        Attach::TcEgress => vec![Hook::Output, Hook::Postrouting],
     }
 }
 

@@ -91,6 +91,11 @@ impl Program {
         Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.endings.len()] })
     }
 
+    /// Starts the random numbers that a [`State`] of the same seed draws.
+    pub fn set_random_seed(&mut self, seed: u64) {
+        self.vm.set_random_seed(seed);
+    }
+
     /// Runs a packet. The error says what went wrong in the program.
     pub fn run(&mut self, plan: &Plan, input: &Input) -> Result<Ending, String> {
         let number = |name: Option<DeviceName>| {

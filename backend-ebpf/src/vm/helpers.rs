@@ -60,7 +60,7 @@ pub(crate) fn takes_pointers(helper: Helper) -> bool {
 pub(crate) enum Random {
     /// Always this.
     Fixed(u32),
-    /// A sequence (xorshift64*, Vigna 2016); the state is never 0.
+    /// The sequence of `polc_ir::state::State`, so that a program and the levels above it draw the same numbers.
     Sequence(u64),
 }
 
@@ -245,10 +245,11 @@ fn get_prandom_u32(_: u64, _: u64, _: u64, _: u64, _: u64) -> u64 {
     with(|state| match &mut state.random {
         Random::Fixed(value) => u64::from(*value),
         Random::Sequence(x) => {
-            *x ^= *x >> 12;
-            *x ^= *x << 25;
-            *x ^= *x >> 27;
-            x.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
+            *x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = *x;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (z ^ (z >> 31)) >> 32
         }
     })
 }

@@ -322,7 +322,7 @@ impl Vm {
 
     /// From now on, `get_prandom_u32` gives the sequence that starts from `seed`.
     pub fn set_random_seed(&mut self, seed: u64) {
-        self.state.get_mut().random = Random::Sequence(seed | 1);
+        self.state.get_mut().random = Random::Sequence(seed);
     }
 
     /// From now on, `get_prandom_u32` always gives `value`.

@@ -11,6 +11,7 @@
 //! ```
 
 mod eval;
+mod print;
 
 use cranelift_entity::PrimaryMap;
 

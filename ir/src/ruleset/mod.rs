@@ -7,6 +7,7 @@
 
 pub mod deferral;
 mod eval;
+mod print;
 
 pub use eval::{Event, Truth};
 

@@ -1,0 +1,379 @@
+//! The command line's grammar: every command, option and default, and the text of `--help` and the man pages.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use polc_ir::diag::Severity;
+use polc_ir::env::{Attach, Mode};
+use polc_ir::hook::{Family, Hook, Semantics};
+
+/// Compiles iptables rule sets to eBPF objects, and shows that they decide every packet as the rules say.
+///
+/// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. Nothing here needs root or touches the
+/// running kernel.
+#[derive(Debug, Parser)]
+#[command(
+    name = "polc",
+    version,
+    max_term_width = 110,
+    after_help = "Exit status: 0 if all is well, 1 if something was found or differs, 2 for bad usage or unreadable input."
+)]
+pub(crate) struct Cli {
+    /// When to colour what is printed
+    #[arg(long, global = true, value_enum, default_value_t = ColorChoice::Auto, value_name = "WHEN")]
+    pub color: ColorChoice,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// When to use colour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ColorChoice {
+    /// On terminals, unless NO_COLOR is set.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Read a rule set, account for every rule, and look for rules that can't be meant
+    Check(CheckArgs),
+    /// Print a rule set as iptables-legacy-save does
+    Fmt(FmtArgs),
+    /// Compile a rule set to an eBPF object
+    Compile(CompileArgs),
+    /// Show that every level and the bytecode decide packets as the rules say
+    Verify(VerifyArgs),
+    /// Print bytecode beside the rules it comes from
+    Dump(DumpArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a folder
+    Man {
+        /// The folder; made if it isn't there
+        #[arg(value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+    },
+}
+
+/// How a rule set is read: common to all commands.
+#[derive(Debug, Args)]
+pub(crate) struct InputArgs {
+    /// Address family of the rules; auto: by the save tool's header, the file's name, the addresses
+    #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, value_name = "FAMILY", help_heading = "Reading")]
+    pub family: FamilyChoice,
+    /// Files of sets, as `ipset save` writes them
+    #[arg(long, num_args = 1.., value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Reading")]
+    pub ipset: Vec<PathBuf>,
+    /// Accept only what iptables-legacy-restore accepts
+    #[arg(long, help_heading = "Reading")]
+    pub strict: bool,
+    /// Whose corner cases hold where iptables-legacy and iptables-nft differ [default: by the save tool's header, else legacy]
+    #[arg(long, value_enum, value_name = "WHOSE", help_heading = "Reading")]
+    pub semantics: Option<SemanticsChoice>,
+    /// An address of the host; repeat for each. Rules that ask whether an address is local need all of them
+    #[arg(long, value_name = "ADDR", help_heading = "Reading")]
+    pub local: Vec<std::net::IpAddr>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FamilyChoice {
+    #[value(name = "4")]
+    V4,
+    #[value(name = "6")]
+    V6,
+    Auto,
+}
+
+impl FamilyChoice {
+    pub(crate) fn family(self) -> Option<Family> {
+        match self {
+            FamilyChoice::V4 => Some(Family::V4),
+            FamilyChoice::V6 => Some(Family::V6),
+            FamilyChoice::Auto => None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SemanticsChoice {
+    Legacy,
+    Nft,
+}
+
+impl From<SemanticsChoice> for Semantics {
+    fn from(choice: SemanticsChoice) -> Semantics {
+        match choice {
+            SemanticsChoice::Legacy => Semantics::Legacy,
+            SemanticsChoice::Nft => Semantics::Nft,
+        }
+    }
+}
+
+/// Where a program sits and what it is for.
+#[derive(Debug, Args)]
+pub(crate) struct PlaceArgs {
+    /// Hooks whose chains are compiled, in order; repeat for several [default: prerouting and input where packets
+    /// arrive, output and postrouting where they leave]
+    #[arg(long, value_enum, value_name = "HOOK", help_heading = "Place")]
+    pub hook: Vec<HookChoice>,
+    /// accelerate: the kernel's own rules stay, and decide what is deferred; replace: every rule has to be compiled
+    #[arg(long, value_enum, default_value_t = ModeChoice::Accelerate, value_name = "MODE", help_heading = "Place")]
+    pub mode: ModeChoice,
+    /// The same as --mode replace
+    #[arg(long, conflicts_with = "mode", help_heading = "Place")]
+    pub replace: bool,
+}
+
+impl PlaceArgs {
+    pub(crate) fn mode(&self) -> Mode {
+        if self.replace { Mode::Replace } else { self.mode.into() }
+    }
+
+    pub(crate) fn path(&self) -> Option<Vec<Hook>> {
+        (!self.hook.is_empty()).then(|| self.hook.iter().map(|hook| (*hook).into()).collect())
+    }
+}
+
+/// Devices that packets come and go by.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// Device that packets come by
+    #[arg(long, value_name = "NAME", help_heading = "Devices")]
+    pub in_interface: Option<String>,
+    /// Device that packets leave by
+    #[arg(long, value_name = "NAME", help_heading = "Devices")]
+    pub out_interface: Option<String>,
+    /// A device of the host by name and number; repeat for each that the rules tell apart
+    #[arg(long, value_name = "NAME=IFINDEX", value_parser = device, help_heading = "Devices")]
+    pub device: Vec<(String, u32)>,
+}
+
+fn device(text: &str) -> Result<(String, u32), String> {
+    let (name, number) = text.split_once('=').ok_or("expected NAME=IFINDEX, such as eth0=2")?;
+    let number = number.parse().map_err(|_| format!("`{number}` is not a device number"))?;
+    if polc_ir::field::DeviceName::new(name).is_none() {
+        return Err(format!("`{name}` is not a device name: 1 to 15 bytes"));
+    }
+    Ok((name.to_string(), number))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AttachChoice {
+    /// XDP, on a device's receive path.
+    Xdp,
+    /// tc or tcx ingress.
+    TcIngress,
+    /// tc or tcx egress.
+    TcEgress,
+}
+
+impl From<AttachChoice> for Attach {
+    fn from(choice: AttachChoice) -> Attach {
+        match choice {
+            AttachChoice::Xdp => Attach::Xdp,
+            AttachChoice::TcIngress => Attach::TcIngress,
+            AttachChoice::TcEgress => Attach::TcEgress,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HookChoice {
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+impl From<HookChoice> for Hook {
+    fn from(choice: HookChoice) -> Hook {
+        match choice {
+            HookChoice::Prerouting => Hook::Prerouting,
+            HookChoice::Input => Hook::Input,
+            HookChoice::Forward => Hook::Forward,
+            HookChoice::Output => Hook::Output,
+            HookChoice::Postrouting => Hook::Postrouting,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeChoice {
+    Accelerate,
+    Replace,
+}
+
+impl From<ModeChoice> for Mode {
+    fn from(choice: ModeChoice) -> Mode {
+        match choice {
+            ModeChoice::Accelerate => Mode::Accelerate,
+            ModeChoice::Replace => Mode::Replace,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DenyLevel {
+    Note,
+    Warning,
+    Error,
+}
+
+impl From<DenyLevel> for Severity {
+    fn from(level: DenyLevel) -> Severity {
+        match level {
+            DenyLevel::Note => Severity::Note,
+            DenyLevel::Warning => Severity::Warning,
+            DenyLevel::Error => Severity::Error,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReportFormat {
+    /// For people: findings on standard error, the account on standard output.
+    Human,
+    /// One JSON object on standard output (docs/check-schema.json).
+    Json,
+    /// SARIF 2.1.0 on standard output.
+    Sarif,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TextFormat {
+    /// For people.
+    Human,
+    /// JSON.
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Judge the rules at this attach point alone [default: each where its hook is best served]
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Place")]
+    pub attach: Option<AttachChoice>,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    /// How findings are written
+    #[arg(long, value_enum, default_value_t = ReportFormat::Human, value_name = "FORMAT")]
+    pub format: ReportFormat,
+    /// Exit with 1 if there is a finding of this severity or worse
+    #[arg(long, value_enum, default_value_t = DenyLevel::Error, value_name = "SEVERITY")]
+    pub deny: DenyLevel,
+    /// Say for each deferred rule why, rather than once for each reason
+    #[arg(long, short)]
+    pub verbose: bool,
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FmtArgs {
+    /// The rule sets
+    #[arg(required = true, value_hint = ValueHint::FilePath)]
+    pub files: Vec<PathBuf>,
+    /// Write nothing; exit with 1 if a file is not in canonical form
+    #[arg(long)]
+    pub check: bool,
+    /// Rewrite the files in place rather than printing; comment lines are not kept
+    #[arg(long, short, conflicts_with = "check")]
+    pub write: bool,
+    /// Print counters, as iptables-save -c does
+    #[arg(long, short)]
+    pub counters: bool,
+    /// Address family of the rules; auto: by the save tool's header, the file's name, the addresses
+    #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, value_name = "FAMILY")]
+    pub family: FamilyChoice,
+    /// Accept only what iptables-legacy-restore accepts
+    #[arg(long)]
+    pub strict: bool,
+}
+
+/// What `compile --emit` can print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Emit {
+    /// The rules' meaning.
+    Ruleset,
+    /// Stages of cubes.
+    Classifier,
+    /// How each stage is decided.
+    Decision,
+    /// What the program does.
+    Plan,
+    /// The instructions.
+    Asm,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompileArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// The object to write
+    #[arg(short, long, value_name = "OBJECT", value_hint = ValueHint::FilePath, required_unless_present = "emit")]
+    pub output: Option<PathBuf>,
+    /// Where the program sits
+    #[arg(long, value_enum, value_name = "WHERE", default_value_t = AttachChoice::Xdp, help_heading = "Place")]
+    pub attach: AttachChoice,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    /// Print these levels on standard output
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LEVEL")]
+    pub emit: Vec<Emit>,
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Verify at this attach point alone [default: at every one, for every hook whose chains have rules]
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Place")]
+    pub attach: Option<AttachChoice>,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    /// How the result is written
+    #[arg(long, value_enum, default_value_t = TextFormat::Human, value_name = "FORMAT")]
+    pub format: TextFormat,
+    /// Random packets at each place, beside the witnesses and boundaries
+    #[arg(long, default_value_t = 1_000, value_name = "COUNT")]
+    pub random: u32,
+    /// Seed of the random packets
+    #[arg(long, default_value_t = 1, value_name = "SEED")]
+    pub seed: u64,
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DumpArgs {
+    /// The rule set, or an object that `polc compile` wrote
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Where the program sits, for a rule set
+    #[arg(long, value_enum, value_name = "WHERE", default_value_t = AttachChoice::Xdp, help_heading = "Place")]
+    pub attach: AttachChoice,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    #[command(flatten)]
+    pub input: InputArgs,
+}

@@ -1,0 +1,132 @@
+//! `polc check`: read, account, lint.
+
+use std::process::ExitCode;
+
+use polc::lint::lint;
+use polc::place::{best_attach, default_path, place};
+use polc::report::{Report, Scope};
+use polc::session::Session;
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::{Attach, Place};
+use serde::Serialize;
+
+use super::{FOUND, counted, show, worst};
+use crate::cli::{CheckArgs, ReportFormat};
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+use crate::render::{json, sarif};
+
+/// The account and the findings, as docs/check-schema.json describes them.
+#[derive(Debug, Serialize)]
+struct CheckResult<'a> {
+    file: &'a str,
+    family: u8,
+    semantics: polc_ir::hook::Semantics,
+    rules: usize,
+    compiled: usize,
+    deferred: usize,
+    rejected: usize,
+    diagnostics: Vec<json::Finding<'a>>,
+}
+
+pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let session = input::session(&args.file, &args.input)?;
+    let mode = args.place.mode();
+    let given = given_place(args);
+    let scope = match &given {
+        Some(place) => Scope::At(place),
+        None => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
+    };
+    let report = Report::new(&session, scope);
+    let deferrals = match args.format {
+        ReportFormat::Human if !args.verbose => report.grouped_diagnostics(mode),
+        _ => report.diagnostics(mode),
+    };
+    let mut findings = session.diagnostics.clone();
+    findings.extend(deferrals);
+    findings.extend(lint(&session));
+    sort(&mut findings);
+
+    let name = session.sources.file(session.rules_file).name();
+    match args.format {
+        ReportFormat::Human => {
+            show(output, &session.sources, &findings);
+            output.result(&format!("{name}: {}{}\n", account(&report), summary(&findings)));
+        }
+        ReportFormat::Json => {
+            let result = CheckResult {
+                file: name,
+                family: family_number(&session),
+                semantics: session.ruleset.semantics,
+                rules: report.rules(),
+                compiled: report.compiled(),
+                deferred: report.deferred(),
+                rejected: report.rejected(),
+                diagnostics: json::findings(&session.sources, &findings),
+            };
+            output.result(&format!(
+                "{}\n",
+                serde_json::to_string_pretty(&result).expect("plain data serializes")
+            ));
+        }
+        ReportFormat::Sarif => {
+            let log = sarif::log(&session.sources, &findings);
+            output
+                .result(&format!("{}\n", serde_json::to_string_pretty(&log).expect("plain data serializes")));
+        }
+    }
+    let denied = worst(&findings).is_some_and(|worst| worst >= args.deny.into());
+    Ok(if denied { FOUND.into() } else { ExitCode::SUCCESS })
+}
+
+/// The place the user asked about, if they named an attach point or a hook.
+fn given_place(args: &CheckArgs) -> Option<Place> {
+    let path = args.place.path();
+    if args.attach.is_none() && path.is_none() {
+        return None;
+    }
+    let attach: Attach = match (args.attach, &path) {
+        (Some(attach), _) => attach.into(),
+        (None, path) => best_attach(path.as_ref()?[0]),
+    };
+    let path = path.unwrap_or_else(|| default_path(attach));
+    Some(place(&path, attach, args.place.mode(), !args.input.local.is_empty()))
+}
+
+/// Orders findings as the text is read; those about no text come last.
+pub(super) fn sort(findings: &mut [Diagnostic]) {
+    findings.sort_by_key(|finding| {
+        (finding.span.is_none(), finding.span.map(|span| (span.file, span.start)), finding.code)
+    });
+}
+
+/// `12 rules: 9 compiled, 2 deferred, 1 rejected`.
+pub(super) fn account(report: &Report) -> String {
+    format!(
+        "{}: {} compiled, {} deferred, {} rejected",
+        counted(report.rules(), "rule"),
+        report.compiled(),
+        report.deferred(),
+        report.rejected()
+    )
+}
+
+fn summary(findings: &[Diagnostic]) -> String {
+    let count = |severity| findings.iter().filter(|finding| finding.severity == severity).count();
+    let parts: Vec<String> =
+        [(Severity::Error, "error"), (Severity::Warning, "warning"), (Severity::Note, "note")]
+            .into_iter()
+            .filter(|(severity, _)| count(*severity) > 0)
+            .map(|(severity, word)| counted(count(severity), word))
+            .collect();
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
+}
+
+/// 4 or 6.
+pub(super) fn family_number(session: &Session) -> u8 {
+    match session.family() {
+        polc_ir::hook::Family::V4 => 4,
+        polc_ir::hook::Family::V6 => 6,
+    }
+}

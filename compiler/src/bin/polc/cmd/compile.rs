@@ -1,0 +1,129 @@
+//! `polc compile`: a rule set to an object.
+
+use std::process::ExitCode;
+
+use polc::build::object;
+use polc::report::{Report, Scope};
+use polc::session::Session;
+use polc_backend_ebpf::budget::Budget;
+use polc_backend_ebpf::disasm::disassemble;
+use polc_backend_ebpf::object::Object;
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::{Attach, Mode, Place};
+use polc_ir::limits::{
+    PROGRAM_INSNS_MAX, STACK_BYTES_MAX, VERIFIER_PENDING_JUMPS_MAX, VERIFIER_PROCESSED_MAX,
+};
+use polc_ir::ruleset::Ruleset;
+
+use super::check::account;
+use super::{FOUND, place, show};
+use crate::cli::{CompileArgs, Emit};
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+use crate::write;
+
+pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let session = input::session(&args.file, &args.input)?;
+    let place = place::of(args.attach.into(), &args.place, &args.input);
+    let devices = place::declared(&args.devices)?;
+    let Some(report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
+    let env = input::env(&args.input, session.family());
+    let compiled = polc::compile(&session.ruleset, &place, &env, &devices);
+    if refuse(&session, &compiled.diagnostics, place.mode, output) {
+        return Ok(FOUND.into());
+    }
+    let mut emitted = String::new();
+    for level in &args.emit {
+        emitted += &match level {
+            Emit::Ruleset => session.ruleset.to_string(),
+            Emit::Classifier => compiled.classifier.to_string(),
+            Emit::Decision => compiled.decision.to_string(),
+            Emit::Plan => compiled.plan.to_string(),
+            Emit::Asm => continue,
+        };
+    }
+    output.result(&emitted);
+    if args.output.is_none() && !args.emit.contains(&Emit::Asm) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (object, budgets) = match object(&session, &compiled) {
+        Ok(made) => made,
+        Err(findings) => {
+            show(output, &session.sources, &findings);
+            return Ok(FOUND.into());
+        }
+    };
+    if args.emit.contains(&Emit::Asm) {
+        output.result(&disassemble(&object));
+    }
+    if let Some(path) = &args.output {
+        write_object(path, &object)?;
+    }
+    output.remark(&format!("{} at {}\n", account(&report), place::describe(&place)));
+    remarks(&session, &place, devices.declared.is_empty(), output);
+    for (program, budget) in object.programs.iter().zip(&budgets) {
+        output.remark(&format!("program `{}`: {}\n", program.name, budget_text(budget)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows what reading and the account found; `None` if the rule set can't be compiled as asked.
+pub(super) fn accept(session: &Session, place: &Place, output: &Output) -> Option<Report> {
+    let report = Report::new(session, Scope::At(place));
+    let mut findings = session.diagnostics.clone();
+    if place.mode == Mode::Replace {
+        findings.extend(report.diagnostics(place.mode));
+    }
+    super::check::sort(&mut findings);
+    show(output, &session.sources, &findings);
+    let errors = findings.iter().any(|finding| finding.severity == Severity::Error);
+    (!errors).then_some(report)
+}
+
+/// Shows what a pass found; whether that stops the compilation. In replace mode nothing is left to the kernel, so
+/// whatever a pass defers does.
+pub(super) fn refuse(session: &Session, findings: &[Diagnostic], mode: Mode, output: &Output) -> bool {
+    show(output, &session.sources, findings);
+    let limit = if mode == Mode::Replace { Severity::Warning } else { Severity::Error };
+    findings.iter().any(|finding| finding.severity >= limit)
+}
+
+fn write_object(path: &std::path::Path, object: &Object) -> Result<(), Failure> {
+    let bytes =
+        object.write().map_err(|error| Failure::Input(format!("the object can't be written: {error}")))?;
+    if input::is_stdin(path) {
+        use std::io::Write as _;
+        let mut out = std::io::stdout().lock();
+        return out.write_all(&bytes).and_then(|()| out.flush()).map_err(|error| Failure::write(path, error));
+    }
+    write::atomically(path, &bytes)
+}
+
+/// What is assumed about the host, where it matters.
+fn remarks(session: &Session, place: &Place, no_devices: bool, output: &Output) {
+    let arrives = matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress));
+    if arrives && place.path.last() == Some(&polc_ir::hook::Hook::Input) {
+        output.remark(
+            "every arriving packet is taken to be for this host; on a router, name the hooks with --hook\n",
+        );
+    }
+    if no_devices && tests_devices(&session.ruleset) {
+        output.remark(
+            "the rules tell devices apart, and no --device NAME=IFINDEX was given: packets of unknown devices are deferred\n",
+        );
+    }
+}
+
+fn tests_devices(ruleset: &Ruleset) -> bool {
+    polc::place::devices_of(ruleset).len() > 1
+}
+
+/// A program's cost and its limits.
+pub(super) fn budget_text(budget: &Budget) -> String {
+    format!(
+        "{} of {PROGRAM_INSNS_MAX} instructions, {} of {VERIFIER_PROCESSED_MAX} processed by the verifier, \
+         {} of {VERIFIER_PENDING_JUMPS_MAX} pending jumps, {} of {STACK_BYTES_MAX} bytes of stack",
+        budget.insns, budget.processed, budget.pending_jumps, budget.stack_bytes
+    )
+}

@@ -1,0 +1,56 @@
+//! `polc fmt`: the canonical text of a rule set.
+
+use std::process::ExitCode;
+
+use polc::session::{ReadOptions, Session};
+use polc_frontend_iptables::print;
+use polc_ir::source::SourceMap;
+
+use super::{FOUND, counted, show};
+use crate::cli::FmtArgs;
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+use crate::write;
+
+pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let mut status = ExitCode::SUCCESS;
+    for path in &args.files {
+        if args.write && input::is_stdin(path) {
+            return Err(Failure::Usage("standard input can't be rewritten in place".into()));
+        }
+        let mut sources = SourceMap::new();
+        let mut findings = Vec::new();
+        let file = input::text(&mut sources, path, &mut findings)?;
+        let options = ReadOptions { strict: args.strict, family: args.family.family(), semantics: None };
+        let mut session = Session::read(sources, file, &[], &options);
+        findings.append(&mut session.diagnostics);
+        session.diagnostics = findings;
+        show(output, &session.sources, &session.diagnostics);
+        if session.has_errors() {
+            // The text of what was read would be another rule set than the user's.
+            status = FOUND.into();
+            continue;
+        }
+        let canonical = print(&session.dump, args.counters);
+        let text = session.sources.file(file).text();
+        if args.check {
+            if canonical != text {
+                output.result(&format!("{}\n", input::name(path)));
+                status = FOUND.into();
+            }
+        } else if args.write {
+            if canonical != text {
+                write::atomically(path, canonical.as_bytes())?;
+                let comments = text.lines().filter(|line| line.starts_with('#')).count();
+                if comments > 0 {
+                    let what = counted(comments, "comment line");
+                    output.remark(&format!("{}: {what} not kept\n", input::name(path)));
+                }
+            }
+        } else {
+            output.result(&canonical);
+        }
+    }
+    Ok(status)
+}

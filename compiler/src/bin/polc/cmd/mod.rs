@@ -1,0 +1,54 @@
+//! The commands, a file each.
+
+mod check;
+mod compile;
+mod completions;
+mod dump;
+mod fmt;
+mod man;
+mod place;
+mod verify;
+
+use std::process::ExitCode;
+
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::source::SourceMap;
+
+use crate::cli::Command;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::render::human;
+
+/// Something was found, or differs.
+pub(crate) const FOUND: u8 = 1;
+
+/// Runs a command.
+pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Check(args) => check::run(args, output),
+        Command::Fmt(args) => fmt::run(args, output),
+        Command::Compile(args) => compile::run(args, output),
+        Command::Verify(args) => verify::run(args, output),
+        Command::Dump(args) => dump::run(args, output),
+        Command::Completions { shell } => completions::run(*shell, output),
+        Command::Man { folder } => man::run(folder),
+    }
+}
+
+/// Writes findings for people, then how many there are.
+fn show(output: &Output, sources: &SourceMap, findings: &[Diagnostic]) {
+    let renderer = output.renderer();
+    for finding in findings {
+        output.remark(&human::render(&renderer, sources, finding));
+    }
+}
+
+/// The worst severity among findings.
+fn worst(findings: &[Diagnostic]) -> Option<Severity> {
+    findings.iter().map(|finding| finding.severity).max()
+}
+
+/// `1 rule`, `2 rules`.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}

@@ -1,0 +1,292 @@
+//! `polc verify`: shows that every level and the bytecode decide packets as the rules say.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use polc::decider::{Named, describe, named};
+use polc::place::{attach_for, place as place_of};
+use polc::report::{Report, Scope};
+use polc::session::Session;
+use polc::verify::{Disagreement, Said, Verified, verify};
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::{Attach, Input, Mode, Place};
+use polc_ir::hook::Hook;
+use serde::Serialize;
+
+use super::check::{account, family_number, sort};
+use super::compile::budget_text;
+use super::{FOUND, counted, place, show};
+use crate::cli::{TextFormat, VerifyArgs};
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+use crate::render::json;
+
+/// What was verified, as docs/verify-schema.json describes it.
+#[derive(Debug, Serialize)]
+struct VerifyResult<'a> {
+    file: &'a str,
+    family: u8,
+    semantics: polc_ir::hook::Semantics,
+    rules: usize,
+    compiled: usize,
+    deferred: usize,
+    rejected: usize,
+    packets: usize,
+    agree: bool,
+    places: Vec<PlaceResult>,
+    disagreements: Vec<DisagreementResult>,
+    diagnostics: Vec<json::Finding<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct PlaceResult {
+    attach: Option<Attach>,
+    path: Vec<Hook>,
+    mode: Mode,
+    packets: usize,
+    verdicts: BTreeMap<&'static str, usize>,
+    entries: usize,
+    insns: usize,
+    processed: usize,
+    pending_jumps: usize,
+    stack_bytes: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct DisagreementResult {
+    attach: Option<Attach>,
+    path: Vec<Hook>,
+    /// The frame in hexadecimal, and what is known beside it.
+    frame: String,
+    #[serde(rename = "in")]
+    in_device: Option<String>,
+    #[serde(rename = "out")]
+    out_device: Option<String>,
+    mark: u32,
+    vlan: Option<u16>,
+    levels: BTreeMap<String, String>,
+    /// The rule or policy that decides by the rules' own meaning.
+    rule: Option<Named>,
+}
+
+pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let session = input::session(&args.file, &args.input)?;
+    let mode = args.place.mode();
+    let devices = place::all(&session, &args.devices)?;
+    let env = input::env(&args.input, session.family());
+    let places = places(args, &session);
+    let scope = match places.as_slice() {
+        [one] if args.attach.is_some() => Scope::At(one),
+        _ => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
+    };
+    let report = Report::new(&session, scope);
+    let mut findings = session.diagnostics.clone();
+    findings.extend(match (args.format, mode) {
+        (TextFormat::Human, Mode::Accelerate) => report.grouped_diagnostics(mode),
+        _ => report.diagnostics(mode),
+    });
+    sort(&mut findings);
+
+    let bar = progress_bar();
+    let mut verified = Vec::new();
+    for (index, place) in places.iter().enumerate() {
+        bar.set_message(place::describe(place));
+        let random = args.random as usize;
+        let result = verify(&session, place, &env, &devices, args.seed, random, &mut |done, all| {
+            bar.set_length((all * places.len()) as u64);
+            bar.set_position((all * index + done) as u64);
+        });
+        findings.extend(result.diagnostics.iter().cloned());
+        verified.push(result);
+    }
+    bar.finish_and_clear();
+
+    let agree = verified.iter().all(|result| result.disagreement.is_none());
+    let failed = !agree || findings.iter().any(|finding| finding.severity == Severity::Error);
+    match args.format {
+        TextFormat::Human => human(&session, &report, &verified, &findings, output),
+        TextFormat::Json => {
+            let result = VerifyResult {
+                file: session.sources.file(session.rules_file).name(),
+                family: family_number(&session),
+                semantics: session.ruleset.semantics,
+                rules: report.rules(),
+                compiled: report.compiled(),
+                deferred: report.deferred(),
+                rejected: report.rejected(),
+                packets: verified.iter().map(|result| result.packets).sum(),
+                agree,
+                places: verified.iter().map(place_result).collect(),
+                disagreements: verified
+                    .iter()
+                    .filter_map(|result| disagreement_result(&session, result))
+                    .collect(),
+                diagnostics: json::findings(&session.sources, &findings),
+            };
+            output.result(&format!(
+                "{}\n",
+                serde_json::to_string_pretty(&result).expect("plain data serializes")
+            ));
+        }
+    }
+    Ok(if failed { FOUND.into() } else { ExitCode::SUCCESS })
+}
+
+/// The places to verify: the one that was named, or every hook with rules where its packets are seen, each hook alone
+/// (so that a hook that defers everything does not hide the next) and as the default paths.
+fn places(args: &VerifyArgs, session: &Session) -> Vec<Place> {
+    if let Some(attach) = args.attach {
+        return vec![place::of(attach.into(), &args.place, &args.input)];
+    }
+    let mode = args.place.mode();
+    let local = !args.input.local.is_empty();
+    let mut wanted: Vec<(Vec<Hook>, Attach)> = Vec::new();
+    match args.place.path() {
+        Some(path) => {
+            let attach = attach_for(path[0]);
+            wanted.push((path, attach));
+        }
+        None => {
+            wanted.extend(Hook::ALL.map(|hook| (vec![hook], attach_for(hook))));
+            wanted.push((vec![Hook::Forward], Attach::TcEgress));
+            wanted.push((vec![Hook::Prerouting, Hook::Input], Attach::Xdp));
+            wanted.push((vec![Hook::Output, Hook::Postrouting], Attach::TcEgress));
+        }
+    }
+    let chosen = args.place.path().is_some();
+    let mut places: Vec<Place> = Vec::new();
+    for (path, attach) in wanted {
+        let place = place_of(&path, attach, mode, local);
+        // A path that adds nothing to a hook alone is that hook.
+        let adds = path.len() == 1
+            || path.iter().all(|hook| {
+                !session.ruleset.path_chains(&place_of(&[*hook], attach, mode, local)).is_empty()
+            });
+        if chosen || (adds && !session.ruleset.path_chains(&place).is_empty()) {
+            places.push(place);
+        }
+    }
+    places
+}
+
+fn progress_bar() -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent}% {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn human(
+    session: &Session,
+    report: &Report,
+    verified: &[Verified],
+    findings: &[Diagnostic],
+    output: &Output,
+) {
+    show(output, &session.sources, findings);
+    let name = session.sources.file(session.rules_file).name();
+    let mut text = String::new();
+    for result in verified {
+        text += &format!("{}: ", place::describe(&result.place));
+        match &result.disagreement {
+            None => {
+                let levels =
+                    if result.budgets.is_empty() { "all levels but the object" } else { "all levels" };
+                let verdicts: Vec<String> =
+                    result.verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
+                text += &format!(
+                    "{levels} agree on {} ({})\n",
+                    counted(result.packets, "packet"),
+                    verdicts.join(", ")
+                );
+            }
+            Some(disagreement) => text += &disagreement_text(session, result, disagreement),
+        }
+        for budget in &result.budgets {
+            text += &format!("  {}\n", budget_text(budget));
+        }
+    }
+    text += &format!("{name}: {}\n", account(report));
+    output.result(&text);
+}
+
+fn disagreement_text(session: &Session, result: &Verified, disagreement: &Disagreement) -> String {
+    let mut text = format!("levels differ on packet {}\n", result.packets);
+    text += &format!("  packet: {}\n", input_text(&disagreement.input));
+    for (level, said) in &disagreement.levels {
+        text += &format!("  {:<11}{}\n", format!("{level}:"), said_text(session, said));
+    }
+    text
+}
+
+fn said_text(session: &Session, said: &Said) -> String {
+    match said {
+        Said::Outcome(outcome) => format!("{}, mark {:#x}", describe(session, outcome.ending), outcome.mark),
+        Said::Ending(ending) => describe(session, *ending),
+        Said::Wrong(error) => format!("failed: {error}"),
+    }
+}
+
+/// A packet as `explain --packet` takes it.
+fn input_text(input: &Input) -> String {
+    let mut text = format!("hex={}", hex(&input.frame));
+    if let Some(device) = input.in_device {
+        text += &format!(" in={device}");
+    }
+    if let Some(device) = input.out_device {
+        text += &format!(" out={device}");
+    }
+    if input.mark != 0 {
+        text += &format!(" mark={:#x}", input.mark);
+    }
+    if let Some(vlan) = input.vlan {
+        text += &format!(" vlan={}", vlan & 0xfff);
+    }
+    text
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn place_result(result: &Verified) -> PlaceResult {
+    let sum = |of: fn(&polc_backend_ebpf::budget::Budget) -> usize| result.budgets.iter().map(of).sum();
+    PlaceResult {
+        attach: result.place.attach,
+        path: result.place.path.clone(),
+        mode: result.place.mode,
+        packets: result.packets,
+        verdicts: result.verdicts.clone(),
+        entries: result.entries,
+        insns: sum(|budget| budget.insns),
+        processed: sum(|budget| budget.processed),
+        pending_jumps: result.budgets.iter().map(|budget| budget.pending_jumps).max().unwrap_or(0),
+        stack_bytes: result.budgets.iter().map(|budget| budget.stack_bytes).max().unwrap_or(0),
+    }
+}
+
+fn disagreement_result(session: &Session, result: &Verified) -> Option<DisagreementResult> {
+    let Disagreement { input, levels } = result.disagreement.as_ref()?;
+    let rule = match &levels.first()?.1 {
+        Said::Outcome(outcome) => named(session, outcome.ending.by),
+        Said::Ending(_) | Said::Wrong(_) => None,
+    };
+    Some(DisagreementResult {
+        attach: result.place.attach,
+        path: result.place.path.clone(),
+        frame: hex(&input.frame),
+        in_device: input.in_device.map(|device| device.to_string()),
+        out_device: input.out_device.map(|device| device.to_string()),
+        mark: input.mark,
+        vlan: input.vlan,
+        levels: levels.iter().map(|(level, said)| (level.to_string(), said_text(session, said))).collect(),
+        rule,
+    })
+}

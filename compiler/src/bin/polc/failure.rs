@@ -1,0 +1,51 @@
+//! Failures of the world: what keeps a command from doing its work, apart from findings about the user's rules.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a command could not do its work.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// A file can't be read.
+    Read(PathBuf, io::Error),
+    /// A file is larger than [`polc_ir::limits::FILE_BYTES_MAX`].
+    TooLarge(PathBuf),
+    /// A file can't be written.
+    Write(PathBuf, io::Error),
+    /// Options that don't go together, or a value that is not what an option takes.
+    Usage(String),
+    /// The input is readable, and not what it has to be.
+    Input(String),
+}
+
+impl Failure {
+    pub(crate) fn read(path: &Path, error: io::Error) -> Failure {
+        Failure::Read(path.to_path_buf(), error)
+    }
+
+    pub(crate) fn write(path: &Path, error: io::Error) -> Failure {
+        Failure::Write(path.to_path_buf(), error)
+    }
+
+    /// The exit status it gives.
+    pub(crate) fn exit_status(&self) -> u8 {
+        2
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Read(path, error) => write!(f, "cannot read `{}`: {error}", path.display()),
+            Failure::TooLarge(path) => write!(
+                f,
+                "`{}` is larger than {} MiB, the most that is read",
+                path.display(),
+                polc_ir::limits::FILE_BYTES_MAX >> 20
+            ),
+            Failure::Write(path, error) => write!(f, "cannot write `{}`: {error}", path.display()),
+            Failure::Usage(message) | Failure::Input(message) => f.write_str(message),
+        }
+    }
+}

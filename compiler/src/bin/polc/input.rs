@@ -1,0 +1,134 @@
+//! Reading files into a session: sizes, standard input, text that is no text.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use polc::session::{ReadOptions, Session};
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::env::Env;
+use polc_ir::hook::Family;
+use polc_ir::interval::Interval;
+use polc_ir::limits::FILE_BYTES_MAX;
+use polc_ir::source::{SourceMap, Span};
+
+use crate::cli::InputArgs;
+use crate::failure::Failure;
+
+/// Code of text that is not UTF-8.
+const NOT_UTF8: Code = Code(150);
+
+/// Name of standard input in findings.
+pub(crate) const STDIN: &str = "<stdin>";
+
+/// A file's bytes; `-` is standard input.
+pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let limit = FILE_BYTES_MAX as u64 + 1;
+    let read = if is_stdin(path) {
+        io::stdin().lock().take(limit).read_to_end(&mut bytes)
+    } else {
+        File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes))
+    };
+    read.map_err(|error| Failure::read(path, error))?;
+    if bytes.len() > FILE_BYTES_MAX {
+        return Err(Failure::TooLarge(path.to_path_buf()));
+    }
+    Ok(bytes)
+}
+
+/// Whether a path means standard input.
+pub(crate) fn is_stdin(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// The name of a path in findings.
+pub(crate) fn name(path: &Path) -> String {
+    if is_stdin(path) { STDIN.to_string() } else { path.to_string_lossy().into_owned() }
+}
+
+/// Adds a text file to `sources`; bytes that are no UTF-8 are replaced, with a finding.
+pub(crate) fn text(
+    sources: &mut SourceMap,
+    path: &Path,
+    findings: &mut Vec<Diagnostic>,
+) -> Result<polc_ir::source::File, Failure> {
+    let bytes = bytes(path)?;
+    let text = match String::from_utf8(bytes) {
+        Ok(text) => return Ok(sources.add(name(path), text)),
+        Err(error) => error.into_bytes(),
+    };
+    // What is replaced may be wider or narrower than the replacement, so offsets are those of the new text.
+    let mut replaced = String::with_capacity(text.len());
+    let mut first = None;
+    let mut count = 0usize;
+    for chunk in text.utf8_chunks() {
+        replaced.push_str(chunk.valid());
+        if !chunk.invalid().is_empty() {
+            first.get_or_insert((replaced.len() as u32, chunk.invalid()[0]));
+            count += 1;
+            replaced.push(char::REPLACEMENT_CHARACTER);
+        }
+    }
+    let replaced_bytes = replaced.len();
+    if replaced_bytes > FILE_BYTES_MAX {
+        return Err(Failure::TooLarge(path.to_path_buf()));
+    }
+    let file = sources.add(name(path), replaced);
+    if let Some((at, byte)) = first {
+        let span = Span::new(file, at, at + char::REPLACEMENT_CHARACTER.len_utf8() as u32);
+        let mut finding = Diagnostic::error(NOT_UTF8, format!("byte 0x{byte:02x} is not UTF-8"), span)
+            .with_hint("convert the file to UTF-8, with `iconv -f latin1 -t utf8` for instance");
+        if count > 1 {
+            finding = finding.with_note(format!("the file has {} more of the kind", count - 1));
+        }
+        findings.push(finding);
+    }
+    Ok(file)
+}
+
+/// Reads a rule set and its sets.
+pub(crate) fn session(path: &Path, args: &InputArgs) -> Result<Session, Failure> {
+    if is_stdin(path) && args.ipset.iter().any(|set| is_stdin(set)) {
+        return Err(Failure::Usage("standard input can't be both the rules and the sets".into()));
+    }
+    let mut sources = SourceMap::new();
+    let mut findings = Vec::new();
+    let rules = text(&mut sources, path, &mut findings)?;
+    let mut sets = Vec::new();
+    for path in &args.ipset {
+        sets.push(text(&mut sources, path, &mut findings)?);
+    }
+    let options = ReadOptions {
+        strict: args.strict,
+        family: args.family.family(),
+        semantics: args.semantics.map(Into::into),
+    };
+    let mut session = Session::read(sources, rules, &sets, &options);
+    findings.append(&mut session.diagnostics);
+    session.diagnostics = findings;
+    Ok(session)
+}
+
+/// The host as the command line describes it.
+pub(crate) fn env(args: &InputArgs, family: Family) -> Env {
+    let addresses = args.local.iter().filter_map(|address| match (address, family) {
+        (std::net::IpAddr::V4(address), Family::V4) => Some(u128::from(address.to_bits())),
+        (std::net::IpAddr::V6(address), Family::V6) => Some(address.to_bits()),
+        _ => None,
+    });
+    let mut local: Vec<Interval> = addresses.map(Interval::point).collect();
+    local.sort_unstable();
+    local.dedup();
+    let known = !args.local.is_empty();
+    if known {
+        // The loopback network is local on every host (net/ipv4/fib_frontend.c, `fib_add_ifaddr`).
+        local.extend(match family {
+            Family::V4 => Interval::new(0x7f00_0000, 0x7fff_ffff),
+            Family::V6 => Interval::new(1, 1),
+        });
+        local.sort_unstable();
+        local.dedup();
+    }
+    Env { devices: Vec::new(), local: known.then_some(local), broadcast: Vec::new() }
+}

@@ -1,0 +1,56 @@
+//! Standard output and standard error: colour, and what happens when the reader goes away.
+//!
+//! Results go to standard output, findings and remarks to standard error. A closed pipe is no failure: what can't be
+//! written is not written, and the exit status still says what was found.
+
+use std::io::{self, IsTerminal as _, Write as _};
+
+use annotate_snippets::Renderer;
+
+use crate::cli::ColorChoice;
+
+/// Where things are printed.
+#[derive(Debug)]
+pub(crate) struct Output {
+    color: bool,
+}
+
+impl Output {
+    pub(crate) fn new(choice: ColorChoice) -> Output {
+        let color = match choice {
+            ColorChoice::Always => true,
+            ColorChoice::Never => false,
+            // https://no-color.org: present and not empty.
+            ColorChoice::Auto => {
+                io::stderr().is_terminal()
+                    && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+                    && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+            }
+        };
+        Output { color }
+    }
+
+    /// What renders findings.
+    pub(crate) fn renderer(&self) -> Renderer {
+        if self.color { Renderer::styled() } else { Renderer::plain() }
+    }
+
+    /// Writes a result.
+    pub(crate) fn result(&self, text: &str) {
+        let mut out = io::stdout().lock();
+        // Nobody is left to tell.
+        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    }
+
+    /// Writes a remark or a finding.
+    pub(crate) fn remark(&self, text: &str) {
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+    }
+
+    /// Writes a failure.
+    pub(crate) fn error(&self, message: &str) {
+        let title = annotate_snippets::Level::ERROR.primary_title(message);
+        let text = self.renderer().render(&[annotate_snippets::Group::with_title(title)]);
+        self.remark(&format!("{text}\n"));
+    }
+}

@@ -1,0 +1,5 @@
+//! Findings as people, scripts and code hosts read them.
+
+pub(crate) mod human;
+pub(crate) mod json;
+pub(crate) mod sarif;

@@ -1,0 +1,78 @@
+//! From a session to an object: the passes, emission, and the budget that the kernel's verifier sets.
+
+use polc_backend_ebpf::budget::Budget;
+use polc_backend_ebpf::emit::{Target, emit};
+use polc_backend_ebpf::object::Object;
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::entities::Chain;
+use polc_ir::env::{Attach, Env, Place};
+
+use crate::decider::{chain_name, rule_line};
+use crate::select::Devices;
+use crate::session::Session;
+use crate::{Compiled, compile};
+
+/// Code of an object that can't be written: an invariant of the object's format is broken.
+pub const NOT_WRITTEN: Code = Code(530);
+
+/// Name of the program in an object.
+pub const PROGRAM_NAME: &str = "polc";
+
+/// An object and what it was made of.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// The levels down to the plan.
+    pub compiled: Compiled,
+    /// The object.
+    pub object: Object,
+    /// What the kernel's verifier will spend on each of its programs.
+    pub budgets: Vec<Budget>,
+}
+
+/// Emits the object of what was compiled for a place with an attach point, and computes its budget.
+///
+/// # Errors
+/// What keeps the plan from becoming a program that the kernel accepts.
+///
+/// # Panics
+/// If the place has no attach point.
+pub fn object(session: &Session, compiled: &Compiled) -> Result<(Object, Vec<Budget>), Vec<Diagnostic>> {
+    let attach: Attach = compiled.plan.place.attach.expect("programs are made for an attach point");
+    let target = Target {
+        attach,
+        name: PROGRAM_NAME.to_string(),
+        rule: &|rule| Some(rule_line(session, rule)),
+        chain: &|chain: Chain| Some(chain_name(session, chain)),
+        semantics: session.ruleset.semantics,
+    };
+    let object = emit(&compiled.plan, &target)?;
+    let mut budgets = Vec::new();
+    for program in &object.programs {
+        match Budget::of(&program.code) {
+            Ok(budget) => match budget.enforce() {
+                Ok(()) => budgets.push(budget),
+                Err(over) => return Err(vec![Diagnostic::error(over.code, over.to_string(), None)]),
+            },
+            Err((slot, why)) => {
+                let message = format!("instruction {slot} of the emitted program does not decode: {why}");
+                return Err(vec![Diagnostic::error(NOT_WRITTEN, message, None)]);
+            }
+        }
+    }
+    Ok((object, budgets))
+}
+
+/// Compiles and emits.
+///
+/// # Errors
+/// As [`object`].
+pub fn build(
+    session: &Session,
+    place: &Place,
+    env: &Env,
+    devices: &Devices,
+) -> Result<Built, Vec<Diagnostic>> {
+    let compiled = compile(&session.ruleset, place, env, devices);
+    let (object, budgets) = object(session, &compiled)?;
+    Ok(Built { compiled, object, budgets })
+}

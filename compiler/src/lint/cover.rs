@@ -1,0 +1,216 @@
+//! Which rules of a chain cover which later ones: the index that most lints share.
+//!
+//! A rule's condition is a conjunction of disjunctions of tests. One covers another if each of its conjuncts follows
+//! from one of the other's; that is sufficient, not necessary, so a finding is certain and a miss is possible.
+//! Conjuncts of one test each are first merged by field, as [`Cube`] does.
+//!
+//! To find a covering rule among tens of thousands, two ways are combined. Rules are indexed by their whole condition,
+//! and a rule looks up each subset of its own conjuncts: that finds every cover that is made of the same conjuncts. And
+//! rules with a range or a list somewhere, of which there are few, are kept in a bounded list that is scanned.
+
+use std::collections::HashMap;
+
+use cranelift_entity::SecondaryMap;
+use polc_ir::cube::{Cube, Test};
+use polc_ir::entities::{Chain, Rule};
+use polc_ir::ruleset::{ClauseKind, RuleData, Ruleset};
+use polc_ir::source::Span;
+
+use super::ends_chain;
+
+/// Rules with wide conditions that each rule is compared with, nearest first.
+const WIDE_RULES_COMPARED_MAX: usize = 128;
+
+/// Conjuncts of which all subsets are looked up; rules with more are only compared with wide ones.
+const SUBSET_CONJUNCTS_MAX: usize = 8;
+
+/// A rule's condition, as far as it is evaluated here.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Condition {
+    /// Each a disjunction of tests, sorted.
+    conjuncts: Vec<Vec<Test>>,
+    /// Whether the condition holds exactly where all conjuncts do. Not so with clauses that nothing here evaluates.
+    exact: bool,
+    /// Two clauses that no packet satisfies together, or one twice.
+    contradiction: Option<(Span, Span)>,
+}
+
+impl Condition {
+    fn new(ruleset: &Ruleset, rule: &RuleData) -> Condition {
+        let family = ruleset.family;
+        let mut cube = Cube::all();
+        let mut single: Vec<(&Test, Span)> = Vec::new();
+        let mut condition = Condition { exact: true, ..Condition::default() };
+        for clause in &rule.clauses {
+            match &clause.kind {
+                ClauseKind::Any(tests) => match tests.as_slice() {
+                    [test] => {
+                        if condition.contradiction.is_none() && !cube.and(test, family) {
+                            let other = single
+                                .iter()
+                                .rev()
+                                .find(|(before, _)| (before.field, before.mask) == (test.field, test.mask));
+                            condition.contradiction =
+                                Some((other.map_or(clause.span, |(_, span)| *span), clause.span));
+                        }
+                        single.push((test, clause.span));
+                    }
+                    tests if tests.iter().all(|test| test.values.is_empty()) => {
+                        condition.contradiction.get_or_insert((clause.span, clause.span));
+                    }
+                    tests => {
+                        let mut tests = tests.to_vec();
+                        tests.sort_unstable();
+                        condition.conjuncts.push(tests);
+                    }
+                },
+                // The packet goes no further whether a hotdrop or the rule's action takes it.
+                ClauseKind::Hotdrop(_) => {}
+                ClauseKind::Effect(_) | ClauseKind::Opaque(_) => condition.exact = false,
+            }
+        }
+        condition.conjuncts.extend(cube.tests().iter().map(|test| vec![test.clone()]));
+        condition.conjuncts.sort_unstable();
+        condition.conjuncts.dedup();
+        condition
+    }
+
+    /// Whether every packet that satisfies `other` satisfies this. Certain if true.
+    pub(super) fn covers(&self, other: &Condition) -> bool {
+        self.exact
+            && self.conjuncts.iter().all(|wide| {
+                other.conjuncts.iter().any(|narrow| {
+                    narrow.iter().all(|narrow| {
+                        wide.iter().any(|wide| {
+                            (wide.field, wide.mask) == (narrow.field, narrow.mask)
+                                && wide.values.is_superset(&narrow.values)
+                        })
+                    })
+                })
+            })
+    }
+
+    /// Whether both hold for the same packets. Certain if true.
+    pub(super) fn equals(&self, other: &Condition) -> bool {
+        self.exact && other.exact && self.conjuncts == other.conjuncts
+    }
+
+    /// Whether no packet satisfies both. Certain if true.
+    pub(super) fn excludes(&self, other: &Condition) -> bool {
+        self.conjuncts.iter().filter(|tests| tests.len() == 1).any(|one| {
+            other.conjuncts.iter().filter(|tests| tests.len() == 1).any(|two| {
+                (one[0].field, one[0].mask) == (two[0].field, two[0].mask)
+                    && !one[0].values.intersects(&two[0].values)
+            })
+        })
+    }
+
+    /// Whether every packet satisfies it.
+    pub(super) fn is_always(&self) -> bool {
+        self.exact && self.conjuncts.is_empty()
+    }
+
+    /// The clauses that contradict each other.
+    pub(super) fn contradiction(&self) -> Option<(Span, Span)> {
+        self.contradiction
+    }
+
+    /// Whether a range, a prefix, a list or a disjunction is among the conjuncts, so that a narrower condition need not
+    /// contain the same conjuncts.
+    fn is_wide(&self) -> bool {
+        self.conjuncts.iter().any(|tests| tests.len() > 1 || tests[0].values.as_point().is_none())
+    }
+}
+
+/// The conditions of all rules, and the nearest earlier rule that covers each.
+#[derive(Debug)]
+pub(super) struct Covers {
+    conditions: SecondaryMap<Rule, Condition>,
+    cover: SecondaryMap<Rule, Option<Rule>>,
+    barrier: SecondaryMap<Chain, Option<Rule>>,
+}
+
+impl Covers {
+    pub(super) fn new(ruleset: &Ruleset) -> Covers {
+        let mut covers = Covers {
+            conditions: SecondaryMap::new(),
+            cover: SecondaryMap::new(),
+            barrier: SecondaryMap::new(),
+        };
+        for (rule, data) in &ruleset.rules {
+            covers.conditions[rule] = Condition::new(ruleset, data);
+        }
+        for (chain, data) in &ruleset.chains {
+            covers.chain(ruleset, chain, &data.rules);
+        }
+        covers
+    }
+
+    /// A rule's condition.
+    pub(super) fn condition(&self, rule: Rule) -> &Condition {
+        &self.conditions[rule]
+    }
+
+    /// An earlier rule of the same chain that decides every packet this rule could match. Rules behind one that
+    /// matches everything have none: [`Covers::barrier`] has them all.
+    pub(super) fn cover(&self, rule: Rule) -> Option<Rule> {
+        self.cover[rule]
+    }
+
+    /// The first rule of a chain that matches everything and lets nothing pass.
+    pub(super) fn barrier(&self, chain: Chain) -> Option<Rule> {
+        self.barrier[chain]
+    }
+
+    fn chain(&mut self, ruleset: &Ruleset, chain: Chain, rules: &[Rule]) {
+        let mut exact: HashMap<&[Vec<Test>], Rule> = HashMap::new();
+        let mut wide: Vec<Rule> = Vec::new();
+        let mut subset: Vec<Vec<Test>> = Vec::new();
+        for &rule in rules {
+            let condition = &self.conditions[rule];
+            if condition.contradiction.is_none() {
+                self.cover[rule] = find(&self.conditions, condition, &exact, &wide, &mut subset);
+            }
+            if !condition.exact
+                || condition.contradiction.is_some()
+                || !ends_chain(&ruleset.rules[rule].action)
+            {
+                continue;
+            }
+            if condition.is_always() {
+                self.barrier[chain] = Some(rule);
+                return;
+            }
+            exact.entry(&condition.conjuncts).or_insert(rule);
+            if condition.is_wide() {
+                wide.push(rule);
+            }
+        }
+    }
+}
+
+fn find(
+    conditions: &SecondaryMap<Rule, Condition>,
+    condition: &Condition,
+    exact: &HashMap<&[Vec<Test>], Rule>,
+    wide: &[Rule],
+    subset: &mut Vec<Vec<Test>>,
+) -> Option<Rule> {
+    let count = condition.conjuncts.len();
+    if count <= SUBSET_CONJUNCTS_MAX {
+        // From the whole condition down, so that a rule with the same condition is found first.
+        for chosen in (1u32..1 << count).rev() {
+            subset.clear();
+            let members = condition.conjuncts.iter().enumerate().filter(|(at, _)| chosen >> at & 1 == 1);
+            subset.extend(members.map(|(_, conjunct)| conjunct.clone()));
+            if let Some(&found) = exact.get(subset.as_slice()) {
+                return Some(found);
+            }
+        }
+    }
+    wide.iter()
+        .rev()
+        .take(WIDE_RULES_COMPARED_MAX)
+        .find(|&&before| conditions[before].covers(condition))
+        .copied()
+}

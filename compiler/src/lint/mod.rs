@@ -1,0 +1,201 @@
+//! Lints: rules that can't be meant, found without running a packet.
+//!
+//! Each lint is a file, with one function that reads the rule set and returns findings. A lint says only what is
+//! certain: a rule with a clause that nothing here evaluates is never said to cover another. All of them together look
+//! at tens of thousands of rules in a fraction of a second: candidates come from indices, and what indices can't
+//! narrow is bounded by a constant.
+
+mod conflicting;
+mod contradictory;
+mod cover;
+mod empty_set;
+mod redundant;
+mod shadowed;
+mod unreachable;
+mod unused_chain;
+
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::limits;
+use polc_ir::ruleset::{Action, Ruleset};
+
+use crate::session::Session;
+use cover::Covers;
+
+/// A rule that never matches: an earlier rule of its chain ends the traversal for every packet it could match.
+pub const SHADOWED: Code = Code(401);
+/// Rules behind one that matches everything and ends the traversal.
+pub const UNREACHABLE: Code = Code(402);
+/// A rule whose clauses no packet can satisfy together.
+pub const CONTRADICTORY: Code = Code(403);
+/// A rule that changes nothing: what follows decides its packets in the same way.
+pub const REDUNDANT: Code = Code(404);
+/// A rule that asks for membership in a set without elements.
+pub const EMPTY_SET: Code = Code(405);
+/// A user chain that no packet can reach.
+pub const UNUSED_CHAIN: Code = Code(406);
+/// Two rules with the same condition and different verdicts; the second never matches.
+pub const CONFLICTING: Code = Code(407);
+/// More findings than are shown.
+pub const TOO_MANY: Code = Code(499);
+
+/// Every lint's code, its name, and what it finds.
+pub const ALL: &[(Code, &str, &str)] = &[
+    (SHADOWED, "shadowed", "an earlier rule decides every packet that this one matches"),
+    (UNREACHABLE, "unreachable", "a rule that matches everything stands before it"),
+    (CONTRADICTORY, "contradictory", "no packet satisfies all of its conditions"),
+    (REDUNDANT, "redundant", "without it, every packet is decided in the same way"),
+    (EMPTY_SET, "empty-set", "the set it asks for has no elements"),
+    (UNUSED_CHAIN, "unused-chain", "no packet can reach the chain"),
+    (CONFLICTING, "conflicting-verdict", "an earlier rule has the same conditions and another verdict"),
+    (TOO_MANY, "too-many", "more findings than are shown"),
+];
+
+/// Runs every lint. Findings are in the order of the text.
+pub fn lint(session: &Session) -> Vec<Diagnostic> {
+    let ruleset = &session.ruleset;
+    let covers = Covers::new(ruleset);
+    let mut findings = Vec::new();
+    findings.extend(contradictory::find(ruleset, &covers));
+    findings.extend(empty_set::find(ruleset));
+    findings.extend(unused_chain::find(ruleset));
+    findings.extend(unreachable::find(ruleset, &covers));
+    findings.extend(shadowed::find(session, &covers));
+    findings.extend(conflicting::find(session, &covers));
+    findings.extend(redundant::find(session, &covers));
+    findings.sort_by_key(|finding| (finding.span.map(|span| (span.file, span.start)), finding.code));
+    // The rules that a line's address lists make are one rule to the user.
+    findings.dedup_by_key(|finding| (finding.span, finding.code));
+    if findings.len() > limits::DIAGNOSTICS_MAX {
+        let rest = findings.len() - limits::DIAGNOSTICS_MAX;
+        findings.truncate(limits::DIAGNOSTICS_MAX);
+        findings.push(Diagnostic::note(TOO_MANY, format!("{rest} more findings are not shown"), None));
+    }
+    findings
+}
+
+/// Whether no packet that matches a rule with this action is looked at by a later rule of the same chain.
+fn ends_chain(action: &Action) -> bool {
+    matches!(action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Goto(_) | Action::Return)
+}
+
+/// The action as iptables writes it.
+fn action_name(ruleset: &Ruleset, action: &Action) -> String {
+    match action {
+        Action::Continue => "no action".into(),
+        Action::Accept => "ACCEPT".into(),
+        Action::Drop => "DROP".into(),
+        Action::Reject(_) => "REJECT".into(),
+        Action::Jump(chain) => format!("a jump to {}", ruleset.chains[*chain].name),
+        Action::Goto(chain) => format!("a goto to {}", ruleset.chains[*chain].name),
+        Action::Return => "RETURN".into(),
+        Action::Write(_) => "a change".into(),
+        Action::Effect { what, .. } | Action::Steal(what) => what.name.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::ReadOptions;
+    use polc_ir::source::SourceMap;
+
+    /// Findings as `code line`, for a filter table with these lines from line 2 on.
+    fn findings(lines: &str) -> Vec<(u16, u32)> {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", format!("*filter\n{lines}\nCOMMIT\n"));
+        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        assert!(!session.has_errors(), "{:?}", session.diagnostics);
+        lint(&session)
+            .into_iter()
+            .map(|finding| {
+                (finding.code.0, session.sources.line_column(finding.span.expect("lints point at text")).line)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_wider_rule_with_the_same_verdict_shadows() {
+        assert_eq!(
+            findings(
+                "-A INPUT -s 10.0.0.0/8 -j DROP\n-A INPUT -s 10.1.0.0/16 -p tcp -m tcp --dport 22 -j DROP"
+            ),
+            [(401, 3)]
+        );
+        assert_eq!(findings("-A INPUT -s 10.1.0.0/16 -j DROP\n-A INPUT -s 10.0.0.0/8 -p tcp -j ACCEPT"), []);
+    }
+
+    #[test]
+    fn the_same_condition_with_another_verdict_conflicts() {
+        assert_eq!(
+            findings(
+                "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 22 -j DROP\n\
+                 -A INPUT -p tcp -m tcp --dport 23 -j DROP"
+            ),
+            [(407, 3)]
+        );
+    }
+
+    #[test]
+    fn nothing_is_reached_behind_a_rule_that_matches_all() {
+        assert_eq!(
+            findings("-A INPUT -j ACCEPT\n-A INPUT -s 10.0.0.1 -j DROP\n-A INPUT -s 10.0.0.2 -j DROP"),
+            [(402, 3)]
+        );
+    }
+
+    #[test]
+    fn conditions_that_exclude_each_other_contradict() {
+        assert_eq!(findings("-A INPUT -m mark --mark 1 -m mark --mark 2 -j DROP"), [(403, 2)]);
+    }
+
+    #[test]
+    fn a_rule_before_a_wider_one_with_the_same_verdict_is_redundant() {
+        assert_eq!(findings("-A INPUT -s 10.0.0.1 -j DROP\n-A INPUT -s 10.0.0.0/8 -j DROP"), [(404, 2)]);
+        // What stands between may decide otherwise.
+        assert_eq!(
+            findings(
+                "-A INPUT -s 10.0.0.1 -j DROP\n-A INPUT -p tcp -j ACCEPT\n-A INPUT -s 10.0.0.0/8 -j DROP"
+            ),
+            []
+        );
+    }
+
+    #[test]
+    fn chains_that_only_unused_chains_use_are_unused() {
+        assert_eq!(
+            findings(
+                ":a - [0:0]\n:b - [0:0]\n:c - [0:0]\n-A INPUT -j c\n-A c -p tcp -j DROP\n-A a -j b\n-A b -j DROP"
+            ),
+            [(406, 2), (406, 3)]
+        );
+    }
+
+    #[test]
+    fn what_is_not_evaluated_covers_nothing() {
+        assert_eq!(
+            findings(
+                "-A INPUT -m limit --limit 1/s -j ACCEPT\n-A INPUT -m limit --limit 1/s -j DROP\n\
+                 -A INPUT -m recent --name x --rcheck -j DROP\n-A INPUT -m recent --name y --rcheck -j DROP"
+            ),
+            []
+        );
+    }
+
+    #[test]
+    fn many_rules_take_little_time() {
+        let lines: Vec<String> = (0..40_000u32)
+            .map(|n| {
+                format!(
+                    "-A INPUT -s 10.{}.{}.{} -p tcp -m tcp --dport {} -j DROP",
+                    n >> 16,
+                    n >> 8 & 255,
+                    n & 255,
+                    1 + n % 5000
+                )
+            })
+            .collect();
+        let start = std::time::Instant::now();
+        assert_eq!(findings(&lines.join("\n")), []);
+        assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+    }
+}

@@ -1,0 +1,72 @@
+//! Rules that change nothing: a later rule of the chain does the same with all of their packets, and nothing between
+//! could do otherwise.
+//!
+//! Counters differ with and without such a rule, verdicts don't.
+
+use polc_ir::diag::Diagnostic;
+use polc_ir::ruleset::{Action, ClauseKind, RuleData};
+
+use super::cover::Covers;
+use super::{REDUNDANT, ends_chain};
+use crate::session::Session;
+
+/// How many of the following rules are looked at.
+const LOOKED_AT_MAX: usize = 64;
+
+pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
+    let ruleset = &session.ruleset;
+    let mut findings = Vec::new();
+    for (chain, data) in &ruleset.chains {
+        let end = match covers.barrier(chain) {
+            Some(barrier) => data.rules.iter().position(|&rule| rule == barrier).map_or(0, |at| at + 1),
+            None => data.rules.len(),
+        };
+        let rules = &data.rules[..end];
+        for (at, &rule) in rules.iter().enumerate() {
+            let this = &ruleset.rules[rule];
+            let condition = covers.condition(rule);
+            let plain =
+                matches!(this.action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Return);
+            if !plain || !is_pure(this) || covers.cover(rule).is_some() || condition.contradiction().is_some()
+            {
+                continue;
+            }
+            for &later in rules[at + 1..].iter().take(LOOKED_AT_MAX) {
+                let other = &ruleset.rules[later];
+                if other.action == this.action
+                    && other.span != this.span
+                    && covers.condition(later).covers(condition)
+                {
+                    findings.push(
+                        Diagnostic::warning(
+                            REDUNDANT,
+                            format!(
+                                "without this rule, line {} decides its packets in the same way",
+                                session.line_of(later)
+                            ),
+                            this.span,
+                        )
+                        .with_label(other.span, "the same verdict for these packets and more")
+                        .with_hint("remove the rule, unless its counters are wanted"),
+                    );
+                    break;
+                }
+                // Another verdict, or a change that can be seen, for packets of this rule's.
+                let harmless = other.action == this.action && ends_chain(&other.action) && is_pure(other);
+                if !harmless && !covers.condition(later).excludes(condition) {
+                    break;
+                }
+            }
+        }
+    }
+    findings
+}
+
+/// Whether evaluating the rule's clauses neither drops packets nor leaves a trace.
+fn is_pure(rule: &RuleData) -> bool {
+    rule.clauses.iter().all(|clause| match &clause.kind {
+        ClauseKind::Any(_) | ClauseKind::Hotdrop(_) => true,
+        ClauseKind::Effect(_) => false,
+        ClauseKind::Opaque(opaque) => !opaque.observable,
+    })
+}

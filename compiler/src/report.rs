@@ -1,0 +1,336 @@
+//! The account of a rule set: for every rule line, whether it is compiled, deferred or rejected.
+//!
+//! A line counts once, however many rules its address lists make, and every line that asks for a rule (`-A`, `-I`)
+//! counts, so the three numbers add up to what a reader of the file counts. A line is *rejected* if reading it failed;
+//! *deferred* if a clause or action of it needs what its place does not offer, so that packets which get as far are
+//! left to the kernel's own rules; *compiled* otherwise. Lines that were read and have no effect (a section that a
+//! later one replaces, a line for the other address family, a rule that `-D` or `-F` removes again) are compiled: an
+//! object without them decides as the kernel does.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cranelift_entity::SecondaryMap;
+use polc_frontend_iptables::codes::OTHER_FAMILY_LINE;
+use polc_ir::diag::{Code, Diagnostic, Severity};
+use polc_ir::entities::{Chain, Rule};
+use polc_ir::env::{Mode, Place};
+use polc_ir::hook::Hook;
+use polc_ir::ruleset::deferral::rule_deferral;
+use polc_ir::ruleset::{Action, Ruleset};
+use polc_ir::source::Span;
+
+use crate::place::{best_attach, place};
+use crate::session::Session;
+
+/// Code of deferred rules, and of rules that replace mode can't do without.
+pub const DEFERRED: Code = Code(301);
+
+/// Code of the note that says how many rules a place does not reach.
+pub const ELSEWHERE: Code = Code(302);
+
+/// What became of a rule line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Decided by the object.
+    Compiled,
+    /// Packets that get as far as what the span covers are left to the kernel.
+    Deferred {
+        /// What needs more than there is.
+        span: Span,
+        /// What it needs, as a sentence's end.
+        reason: String,
+    },
+    /// No packet of the place passes its chain: another object, or the kernel, decides. Counts as deferred.
+    Elsewhere,
+    /// Not read; a diagnostic at the line says why.
+    Rejected,
+}
+
+/// The account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Each rule line (counted from 1) and what became of it.
+    pub lines: BTreeMap<u32, Status>,
+}
+
+/// Where the rules are judged.
+#[derive(Clone, Copy, Debug)]
+pub enum Scope<'a> {
+    /// Each rule where the hooks that reach it are best served ([`best_attach`]).
+    Everywhere {
+        /// How the objects would be deployed.
+        mode: Mode,
+        /// Whether the host's addresses are given.
+        local_addresses: bool,
+    },
+    /// At one place.
+    At(&'a Place),
+}
+
+impl Report {
+    /// Accounts for every rule line.
+    pub fn new(session: &Session, scope: Scope<'_>) -> Report {
+        let ruleset = &session.ruleset;
+        let deferrals = Deferrals::new(ruleset, scope);
+        let mut lines: BTreeMap<u32, Status> = BTreeMap::new();
+        for (line, rules) in session.rules_by_line() {
+            let deferred = rules.into_iter().find_map(|rule| deferrals.of(ruleset, rule));
+            lines.insert(line, deferred.unwrap_or(Status::Compiled));
+        }
+        let harmless = lines_without_effect(session);
+        let file = session.sources.file(session.rules_file);
+        let asked: BTreeSet<u32> = (1..)
+            .zip(file.text().lines())
+            .filter(|(_, text)| asks_for_a_rule(text))
+            .map(|(line, _)| line)
+            .collect();
+        lines.retain(|line, _| asked.contains(line));
+        for line in asked {
+            let status = if harmless.contains(&line) { Status::Compiled } else { Status::Rejected };
+            lines.entry(line).or_insert(status);
+        }
+        Report { lines }
+    }
+
+    /// How many rule lines there are.
+    pub fn rules(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// How many are decided by the object.
+    pub fn compiled(&self) -> usize {
+        self.count(|status| *status == Status::Compiled)
+    }
+
+    /// How many are left to the kernel, or to nobody in replace mode.
+    pub fn deferred(&self) -> usize {
+        self.count(|status| matches!(status, Status::Deferred { .. } | Status::Elsewhere))
+    }
+
+    /// How many could not be read.
+    pub fn rejected(&self) -> usize {
+        self.count(|status| *status == Status::Rejected)
+    }
+
+    fn count(&self, which: impl Fn(&Status) -> bool) -> usize {
+        self.lines.values().filter(|status| which(status)).count()
+    }
+
+    /// A finding for each deferred line: a warning, or an error in replace mode. One note for all lines that the place
+    /// does not reach.
+    pub fn diagnostics(&self, mode: Mode) -> Vec<Diagnostic> {
+        let severity = if mode == Mode::Replace { Severity::Error } else { Severity::Warning };
+        let deferred = self.lines.values().filter_map(|status| match status {
+            Status::Deferred { span, reason } => Some((*span, reason)),
+            Status::Compiled | Status::Elsewhere | Status::Rejected => None,
+        });
+        let mut findings: Vec<Diagnostic> = deferred
+            .map(|(span, reason)| {
+                let finding = Diagnostic::new(severity, DEFERRED, format!("not compiled: {reason}"), span);
+                match mode {
+                    Mode::Accelerate => finding.with_note(
+                        "packets that get as far as this are left to the kernel's own rules, which still decide them",
+                    ),
+                    Mode::Replace => finding.with_hint(
+                        "in replace mode the kernel's own rules are gone; remove the rule, or compile with `--mode accelerate`",
+                    ),
+                }
+            })
+            .collect();
+        findings.extend(self.elsewhere());
+        findings
+    }
+
+    fn elsewhere(&self) -> Option<Diagnostic> {
+        let count = self.count(|status| *status == Status::Elsewhere);
+        let (rules, chains) = if count == 1 { ("rule is", "a chain") } else { ("rules are", "chains") };
+        (count > 0).then(|| {
+            Diagnostic::note(
+                ELSEWHERE,
+                format!("{count} {rules} in {chains} that no packet passes at this place"),
+                None,
+            )
+        })
+    }
+
+    /// As [`Report::diagnostics`], with one finding for each reason rather than each line: people read the reason once.
+    pub fn grouped_diagnostics(&self, mode: Mode) -> Vec<Diagnostic> {
+        let mut lines_of: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
+        for (line, status) in &self.lines {
+            if let Status::Deferred { reason, .. } = status {
+                lines_of.entry(reason).or_default().push(*line);
+            }
+        }
+        let mut first_lines: BTreeMap<u32, &[u32]> = BTreeMap::new();
+        for lines in lines_of.values() {
+            first_lines.insert(lines[0], &lines[1..]);
+        }
+        let deferred = self.lines.iter().filter(|(_, status)| matches!(status, Status::Deferred { .. }));
+        deferred
+            .zip(self.diagnostics(mode))
+            .filter_map(|((line, _), finding)| {
+                let others = *first_lines.get(line)?;
+                Some(if others.is_empty() { finding } else { finding.with_note(same_for(others)) })
+            })
+            .chain(self.elsewhere())
+            .collect()
+    }
+}
+
+/// `the same holds for lines 7, 9 and 12 more`.
+fn same_for(lines: &[u32]) -> String {
+    /// Line numbers shown before the rest is only counted.
+    const SHOWN: usize = 8;
+    let shown: Vec<String> = lines.iter().take(SHOWN).map(u32::to_string).collect();
+    let rest = lines.len() - shown.len();
+    let tail = if rest == 0 { String::new() } else { format!(" and {rest} more") };
+    format!("the same holds for line{} {}{tail}", if lines.len() == 1 { "" } else { "s" }, shown.join(", "))
+}
+
+/// Whether a line asks for a rule: `-A` or `-I`, after counters and an address family, if any.
+fn asks_for_a_rule(line: &str) -> bool {
+    let mut words = line.split_ascii_whitespace();
+    let mut word = words.next();
+    if word.is_some_and(|word| word.starts_with('[') && word.ends_with(']')) {
+        word = words.next();
+    }
+    if matches!(word, Some("-4" | "-6" | "--ipv4" | "--ipv6")) {
+        word = words.next();
+    }
+    word.is_some_and(|word| {
+        word.starts_with("-A") || word.starts_with("-I") || word == "--append" || word == "--insert"
+    })
+}
+
+/// Lines that were read but leave no rule behind.
+fn lines_without_effect(session: &Session) -> BTreeSet<u32> {
+    let file = session.sources.file(session.rules_file);
+    let tables = session.dump.replaced.iter().chain(&session.dump.tables);
+    let rules = tables.flat_map(|table| table.rules.iter().map(|rule| rule.span.start));
+    let skipped = session
+        .diagnostics
+        .iter()
+        .filter(|finding| finding.code == OTHER_FAMILY_LINE && finding.severity == Severity::Note)
+        .filter_map(|finding| finding.span.map(|span| span.start));
+    let mut lines: BTreeSet<u32> = rules.chain(skipped).map(|start| file.line(start)).collect();
+    for table in session.dump.replaced.iter().chain(&session.dump.tables) {
+        for span in &table.rejected {
+            lines.remove(&file.line(span.start));
+        }
+    }
+    lines
+}
+
+/// The places at which each chain's rules are judged.
+struct Deferrals {
+    places: Vec<(u8, Place)>,
+    reached: SecondaryMap<Chain, u8>,
+}
+
+impl Deferrals {
+    fn new(ruleset: &Ruleset, scope: Scope<'_>) -> Deferrals {
+        match scope {
+            Scope::At(place) => {
+                Deferrals { places: vec![(1, place.clone())], reached: SecondaryMap::with_default(1) }
+            }
+            Scope::Everywhere { mode, local_addresses } => Deferrals {
+                places: Hook::ALL
+                    .into_iter()
+                    .map(|hook| (bit(hook), place(&[hook], best_attach(hook), mode, local_addresses)))
+                    .collect(),
+                reached: hooks_reaching(ruleset),
+            },
+        }
+    }
+
+    fn of(&self, ruleset: &Ruleset, rule: Rule) -> Option<Status> {
+        let data = &ruleset.rules[rule];
+        let hooks = match self.reached[data.chain] {
+            // A chain that nothing reaches decides nothing; it is judged where most is known.
+            0 if self.places.len() == 1 => self.places[0].0,
+            0 => bit(Hook::Forward),
+            hooks => hooks,
+        };
+        let mut places = self.places.iter().filter(|(at, _)| hooks & at != 0).peekable();
+        if places.peek().is_none() {
+            return Some(Status::Elsewhere);
+        }
+        places.find_map(|(_, place)| {
+            let (span, deferral) = rule_deferral(ruleset, place, data)?;
+            Some(Status::Deferred { span, reason: deferral.to_string() })
+        })
+    }
+}
+
+fn bit(hook: Hook) -> u8 {
+    1 << hook as u8
+}
+
+/// For each chain, the hooks whose base chains lead to it, as bits.
+fn hooks_reaching(ruleset: &Ruleset) -> SecondaryMap<Chain, u8> {
+    let mut reached: SecondaryMap<Chain, u8> = SecondaryMap::new();
+    let mut pending: Vec<(Chain, u8)> = Vec::new();
+    for (chain, data) in &ruleset.chains {
+        if let Some(base) = data.base {
+            pending.push((chain, bit(base.hook)));
+        }
+    }
+    while let Some((chain, hooks)) = pending.pop() {
+        if reached[chain] & hooks == hooks {
+            continue;
+        }
+        reached[chain] |= hooks;
+        for &rule in &ruleset.chains[chain].rules {
+            if let Action::Jump(next) | Action::Goto(next) = ruleset.rules[rule].action {
+                pending.push((next, reached[chain]));
+            }
+        }
+    }
+    reached
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::ReadOptions;
+    use polc_ir::source::SourceMap;
+
+    fn report(text: &str) -> Report {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text);
+        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        Report::new(&session, Scope::Everywhere { mode: Mode::Accelerate, local_addresses: false })
+    }
+
+    #[test]
+    fn every_rule_line_counts_once() {
+        let report = report(
+            "*filter\n-A INPUT -s 10.0.0.1,10.0.0.2 -j DROP\n[1:2] -A INPUT -m conntrack --ctstate NEW -j DROP\n\
+             -A INPUT --dprot 5 -j DROP\n-A NOWHERE -j DROP\nCOMMIT\n-A INPUT -j DROP\n",
+        );
+        assert_eq!(report.rules(), 5);
+        assert_eq!((report.compiled(), report.deferred(), report.rejected()), (1, 1, 3));
+    }
+
+    #[test]
+    fn a_replaced_section_is_accounted_for() {
+        let report = report("*filter\n-A INPUT -j DROP\nCOMMIT\n*filter\n-A INPUT -j ACCEPT\nCOMMIT\n");
+        assert_eq!((report.rules(), report.compiled()), (2, 2));
+    }
+
+    #[test]
+    fn reasons_are_said_once_for_people() {
+        let text = "*filter\n-A INPUT -m conntrack --ctstate NEW -j DROP\n".to_string()
+            + &"-A INPUT -m conntrack --ctstate NEW -j ACCEPT\n".repeat(12)
+            + "COMMIT\n";
+        let report = report(&text);
+        assert_eq!(report.diagnostics(Mode::Accelerate).len(), 13);
+        let grouped = report.grouped_diagnostics(Mode::Accelerate);
+        assert_eq!(grouped.len(), 1);
+        assert!(
+            grouped[0].notes[1].ends_with("lines 3, 4, 5, 6, 7, 8, 9, 10 and 4 more"),
+            "{:?}",
+            grouped[0].notes
+        );
+    }
+}
