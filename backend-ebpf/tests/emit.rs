@@ -2,16 +2,20 @@
 
 mod common;
 
-use common::plans::{FIRST, Pair, all, eq, linear, plan, range, rule};
+use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
+use common::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule};
 use polc_backend_ebpf::vm::Context;
 use polc_ir::derived::{self, DerivedData, U32Op, U32Program, U32Test};
-use polc_ir::entities::Derived;
-use polc_ir::env::Attach;
-use polc_ir::field::Field;
+use polc_ir::entities::{Derived, Stage};
+use polc_ir::env::{Attach, Device, Mode};
+use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
-use polc_ir::plan::{LinearTest, Plan, PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
+use polc_ir::plan::{
+    KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget, WalkNode, WalkRef,
+    WordWrite,
+};
 use polc_ir::ruleset::EffectTestKind;
 
 fn ethernet(ether_type: u16, payload: &[u8]) -> Vec<u8> {
@@ -425,4 +429,155 @@ fn keys_are_what_views_say() {
             }
         }
     }
+}
+
+fn device(ifindex: u32, name: &str) -> Device {
+    Device { ifindex, name: DeviceName::new(name).unwrap() }
+}
+
+#[test]
+fn devices_are_looked_up_by_number() {
+    for attach in ATTACHES {
+        let mut plan = plan(Family::V4, attach, &[Field::InDevice], 3);
+        plan.devices.devices = vec![(device(1, "lo"), 2), (device(7, "eth0"), 1), (device(900, "eth1"), 3)];
+        linear(&mut plan, vec![vec![all(&[eq(0, 2)])], vec![all(&[eq(0, 1)])], vec![]]);
+        let mut pair = Pair::vm_only(plan.clone());
+        let frame = ethernet(0x0800, &ipv4(6, 0, &[], &tcp(1, 2, &[])));
+        let mut by = |ifindex| {
+            let context = Context { ingress_ifindex: ifindex, ifindex, ..Context::default() };
+            pair.run(&frame, &context).by
+        };
+        assert_eq!(by(1), Decider::Rule(rule(0)));
+        assert_eq!(by(7), Decider::Rule(rule(1)));
+        assert_eq!(by(900), Decider::Rule(rule(2)));
+        for unknown in [2, 901, 1023, 1024, 70_000, u32::MAX] {
+            assert_eq!(by(unknown), Decider::Frame(FrameKind::UnknownDevice), "{unknown}");
+        }
+        assert_eq!(by(0), Decider::Rule(rule(1)), "no device is like one that no rule names");
+        // In the kernel, packets are on the loopback device, which is number 1 in every namespace.
+        let mut pair = Pair::new("devices", plan.clone());
+        assert_eq!(pair.decides(&frame), Decider::Rule(rule(0)));
+        plan.devices.fixed_in = Some(3);
+        let mut pair = Pair::new("a fixed device", plan.clone());
+        assert_eq!(pair.decides(&frame), Decider::Rule(rule(2)));
+        plan.devices.fixed_in = None;
+        plan.devices.devices.push((device(70_000, "far"), 1));
+        let diagnostics = common::plans::try_object(&plan).unwrap_err();
+        assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::DEVICE_NUMBER);
+    }
+}
+
+/// In replace mode the mark that rules leave becomes the packet's, by code and by table; in accelerate mode the
+/// kernel's rules write it.
+#[test]
+fn marks_are_written_back_in_replace_mode() {
+    for (mode, by_table) in [(Mode::Replace, false), (Mode::Replace, true), (Mode::Accelerate, false)] {
+        let mut plan = plan(Family::V4, Attach::TcIngress, &[Field::Proto, Field::Mark], 2);
+        plan.place.mode = mode;
+        let writes = vec![WordWrite { word: 1, clear: 0xff, xor: 0x35 }];
+        if by_table {
+            plan.walk.exits = vec![
+                PlanExit::End(FIRST + 1),
+                PlanExit::Then { writes, next: PlanTarget::Walk(WalkRef::Exit(0)) },
+            ];
+            plan.root = PlanTarget::Walk(WalkRef::Exit(1));
+        } else {
+            linear(&mut plan, vec![vec![all(&[eq(1, 0x1235)])], vec![]]);
+            let PlanTarget::Step(next) = plan.root else { unreachable!("linear makes a step") };
+            plan.steps[next].entries[0].exit = PlanExit::End(FIRST + 1);
+            let entry = LinearEntry {
+                tests: vec![],
+                exit: PlanExit::Then { writes, next: plan.root },
+                rule: Some(rule(0)),
+            };
+            let step = plan.steps.push(LinearStep { stage: Stage::from_u32(1), entries: vec![entry] });
+            plan.root = PlanTarget::Step(step);
+        }
+        let mut pair = Pair::new("marks", plan);
+        let frame = ethernet(0x0800, &ipv4(6, 0, &[], &tcp(1, 2, &[])));
+        let context = Context { mark: 0x12ff, ..Context::default() };
+        assert_eq!(pair.run(&frame, &context).by, Decider::Rule(rule(1)));
+        assert_eq!(pair.mark, if mode == Mode::Replace { 0x1235 } else { 0x12ff });
+    }
+}
+
+#[test]
+fn a_tag_that_the_kernel_took_out() {
+    let mut plan = plan(Family::V4, Attach::TcIngress, &[Field::Proto], 1);
+    linear(&mut plan, vec![vec![]]);
+    let mut pair = Pair::vm_only(plan);
+    let frame = ethernet(0x0800, &ipv4(6, 0, &[], &tcp(1, 2, &[])));
+    for (tag, by) in [
+        (None, Decider::Rule(rule(0))),
+        (Some(0xe000), Decider::Rule(rule(0))),
+        (Some(0xe001), Decider::Frame(FrameKind::Vlan)),
+    ] {
+        let context = Context { vlan_tci: tag, vlan_protocol: 0x8100, ..Context::default() };
+        assert_eq!(pair.run(&frame, &context).by, by);
+    }
+}
+
+/// At tc the headers may lie outside the part of the packet that can be read directly.
+#[test]
+fn headers_are_pulled_in() {
+    let mut plan = plan(Family::V4, Attach::TcIngress, &[Field::DstPort], 2);
+    linear(&mut plan, vec![vec![all(&[eq(0, 80)])], vec![]]);
+    let mut pair = Pair::vm_only(plan);
+    let frame = ethernet(0x0800, &ipv4(6, 0, &[], &[tcp(1, 80, &[]), vec![0; 400]].concat()));
+    for linear in [0, 13, 14, 20, 34, 37, 38, 60, frame.len()] {
+        assert_eq!(pair.run_partly(&frame, linear).by, Decider::Rule(rule(0)), "{linear} bytes at hand");
+    }
+}
+
+/// A plan with every part: devices, code, a table with writes and both tests.
+fn with_everything(attach: Attach) -> Plan {
+    let mut plan = chain(attach, 20);
+    plan.key.push(KeySlot { field: Field::InDevice, word: 3, words: 1 });
+    plan.devices.devices = vec![(device(1, "lo"), 1)];
+    let random = plan.effect_tests.push(EffectTestKind::Random { probability: 1 << 30 });
+    let nth = plan.effect_tests.push(EffectTestKind::Nth { every: 3, initial: 1 });
+    let walk = plan.root;
+    for test in [random, nth] {
+        let exit = PlanExit::Test { test, yes: walk, no: walk };
+        let tested =
+            LinearEntry { tests: vec![all(&[range(2, 5, 80), eq(1, 6)])], exit, rule: Some(rule(0)) };
+        let other = LinearEntry {
+            tests: vec![],
+            exit: PlanExit::Then { writes: vec![WordWrite { word: 2, clear: 1, xor: 0 }], next: plan.root },
+            rule: Some(rule(1)),
+        };
+        let step = plan.steps.push(LinearStep { stage: Stage::from_u32(0), entries: vec![tested, other] });
+        plan.root = PlanTarget::Step(step);
+    }
+    plan
+}
+
+#[test]
+fn every_loader_takes_an_emitted_object() {
+    const NAME: &str = "every_loader_takes_an_emitted_object";
+    if !may_run(NAME) || !has_tools(NAME, &["bpftool", "ip", "tc", "mount", "nsenter"]) {
+        return;
+    }
+    let (dir, fs, ns) = (TempDir::new("emit"), BpfFs::new("emit-fs"), NetNs::new("emit"));
+    let xdp = object(&with_everything(Attach::Xdp)).write().expect("writes");
+    let tc_bytes = object(&with_everything(Attach::TcIngress)).write().expect("writes");
+    let (xdp, tc_file) = (dir.file("xdp.o", &xdp), dir.file("tc.o", &tc_bytes));
+    for (file, pin) in [(&xdp, "xdp"), (&tc_file, "tc")] {
+        let pin = fs.join(pin);
+        run("bpftool", &["prog", "load", file, &pin]);
+        let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]);
+        assert!(dump.contains("; -A INPUT rule rule1 [file:rules.v4 line_num:4"), "{dump}");
+    }
+    ns.run("ip", &["link", "set", "dev", "in0", "xdp", "obj", &xdp, "sec", "xdp"]);
+    ns.run("tc", &["qdisc", "add", "dev", "in0", "clsact"]);
+    ns.run(
+        "tc",
+        &["filter", "add", "dev", "in0", "ingress", "bpf", "da", "obj", &tc_file, "sec", "classifier"],
+    );
+    assert!(ns.run("ip", &["link", "show", "dev", "in0"]).contains("prog/xdp"));
+    assert!(ns.run("tc", &["filter", "show", "dev", "in0", "ingress"]).contains("direct-action"));
+    let mut pair = Pair::new(NAME, with_everything(Attach::Xdp));
+    // Random tests differ between VM and kernel; packets that reach none do not.
+    let frame = ethernet(0x0800, &ipv4(17, 0, &[], &tcp(1, 6, &[])));
+    pair.decides(&frame);
 }

@@ -3,9 +3,10 @@
 //! Every command starts here, so that all of them read the same text in the same way. Nothing here does I/O: texts come
 //! in, already in the [`SourceMap`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use polc_frontend_iptables::ast::{Dump, Generator};
+use polc_frontend_iptables::ipset::{self, Sets};
 use polc_frontend_iptables::{Mode, ParseOptions, lower, parse};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::entities::Rule;
@@ -43,14 +44,19 @@ impl Session {
     /// Reads the rules in `rules` and the sets in `sets`.
     pub fn read(sources: SourceMap, rules: File, sets: &[File], options: &ReadOptions) -> Session {
         let mode = if options.strict { Mode::Strict } else { Mode::Tolerant };
-        let parse_options = ParseOptions { mode, family: options.family, sets: None };
-        let (dump, diagnostics) = parse(&sources, rules, &parse_options);
+        let (sets, findings): (Vec<Sets>, Vec<Vec<Diagnostic>>) =
+            sets.iter().map(|file| ipset::parse(&sources, *file)).unzip();
+        let mut diagnostics: Vec<Diagnostic> = findings.into_iter().flatten().collect();
+        let names: HashSet<String> = sets.iter().flat_map(Sets::iter).map(|set| set.name.clone()).collect();
+        let parse_options =
+            ParseOptions { mode, family: options.family, sets: (!sets.is_empty()).then_some(&names) };
+        let (dump, findings) = parse(&sources, rules, &parse_options);
+        diagnostics.extend(findings);
         let semantics = options.semantics.unwrap_or(match dump.generator {
             Generator::Nft => Semantics::Nft,
             Generator::Legacy | Generator::Unknown => Semantics::Legacy,
         });
-        let _ = sets;
-        let ruleset = lower(&dump, semantics);
+        let ruleset = lower(&dump, &sets, semantics);
         Session { sources, rules_file: rules, dump, ruleset, diagnostics }
     }
 

@@ -14,13 +14,14 @@
 //! let (dump, diagnostics) = parse(&sources, file, &ParseOptions::default());
 //! assert!(diagnostics.is_empty());
 //! assert!(print(&dump, false).contains("-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT"));
-//! assert_eq!(lower(&dump, Semantics::Legacy).rules.len(), 1);
+//! assert_eq!(lower(&dump, &[], Semantics::Legacy).rules.len(), 1);
 //! ```
 
 pub mod ast;
 pub mod codes;
 mod ext;
 pub mod extension;
+pub mod ipset;
 pub mod lexer;
 mod lower;
 pub mod matches;

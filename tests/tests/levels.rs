@@ -22,7 +22,15 @@ fn levels_agree_on_every_dump() {
         let mut sources = SourceMap::new();
         let file = sources.add(dump.name.as_str(), dump.text());
         let (ast, _) = parse(&sources, file, &ParseOptions::default());
-        let ruleset = lower(&ast, Semantics::Legacy);
+        let sets: Vec<_> = dump
+            .ipset_text()
+            .map(|text| {
+                let file = sources.add("sets", text);
+                polc_frontend_iptables::ipset::parse(&sources, file).0
+            })
+            .into_iter()
+            .collect();
+        let ruleset = lower(&ast, &sets, Semantics::Legacy);
         let env = Env::default();
         let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
         for hook in Hook::ALL {

@@ -323,16 +323,17 @@ impl Emitter<'_> {
         {
             let Some(slot) = self.slot(field) else { continue };
             let word = self.layout.word(slot.word);
-            let unknown = self.frame_end(FrameKind::UnknownDevice);
             self.asm.comment(format!("{field}"));
             match (fixed, context, self.devices) {
                 (Some(0), ..) => {
+                    let unknown = self.frame_end(FrameKind::UnknownDevice);
                     // A device nobody declared, fixed: no packet goes on, but the rest must stay reachable.
                     self.asm.load(Size::W, Reg::R0, Reg::FP, word);
                     self.asm.jump32(Cond::Eq, Reg::R0, 0, unknown);
                 }
                 (Some(class), ..) => self.asm.store(Size::W, Reg::FP, word, i32::from(class)),
                 (None, Some(offset), Some(map)) => {
+                    let unknown = self.frame_end(FrameKind::UnknownDevice);
                     let numbers = self.maps[map].contents().map_or(0, |bytes| bytes.len() / 2);
                     let a = &mut self.asm;
                     a.load(Size::W, Reg::R1, CTX, offset);

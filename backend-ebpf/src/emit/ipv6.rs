@@ -1,8 +1,8 @@
 //! IPv6: the header and the walk over extension headers.
 //!
 //! The walk is `ipv6_find_hdr(skb, .., -1, ..)` (net/ipv6/exthdrs_core.c), which is what ip6tables goes by. The kernel
-//! follows headers to the packet's end; a program needs a bound, [`IPV6_EXT_HEADERS_MAX`], which takes a packet of more than
-//! a thousand bytes of extension headers to exceed. Such a packet fails safe.
+//! follows headers to the packet's end; a program needs a bound, [`IPV6_EXT_HEADERS_MAX`], which no packet with a purpose
+//! comes near (RFC 8200, section 4.1, has six kinds, all but one at most once). Beyond it the program fails safe.
 
 use polc_ir::env::Fragments;
 use polc_ir::field::Field;

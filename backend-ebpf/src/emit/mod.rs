@@ -23,6 +23,7 @@ use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget};
 
 use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line, PROGRAM_TOO_LONG};
+use crate::budget::Budget;
 use crate::insn::{AluOp, Cond, Helper, Reg, Size};
 use crate::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
 use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
@@ -404,6 +405,15 @@ impl<'a> Emitter<'a> {
                 return Err(vec![diagnostic]);
             }
         };
+        // The estimate is never above what the kernel does, so nothing that would load is refused.
+        if let Ok(budget) = Budget::of(&code)
+            && let Err(over) = budget.enforce()
+        {
+            let diagnostic = Diagnostic::error(over.code, over.to_string(), None)
+                .with_note(budget.to_string())
+                .with_hint("split the rule set");
+            return Err(vec![diagnostic]);
+        }
         let kind = match self.target.attach {
             Attach::Xdp => ProgramKind::Xdp,
             Attach::TcIngress | Attach::TcEgress => ProgramKind::Classifier,

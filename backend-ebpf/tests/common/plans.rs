@@ -135,6 +135,8 @@ pub(crate) struct Pair {
     kernel: Option<aya::Ebpf>,
     kind: ProgramKind,
     slots: usize,
+    /// The mark that the last packet left with.
+    pub(crate) mark: u32,
 }
 
 /// Packets and bytes of one slot.
@@ -147,7 +149,25 @@ impl Pair {
         let kind = object.programs[0].kind;
         let slots = plan.endings.len();
         let kernel = super::kernel::may_run(&format!("{name} in the kernel")).then(|| load(&object));
-        Pair { plan, vm, kernel, kind, slots }
+        Pair { plan, vm, kernel, kind, slots, mark: 0 }
+    }
+
+    /// Only in the VM, for contexts that the kernel's test run does not give.
+    pub(crate) fn vm_only(plan: Plan) -> Pair {
+        let object = object(&plan);
+        let vm = Vm::new(&object).expect("the VM links it");
+        Pair { slots: plan.endings.len(), plan, vm, kernel: None, kind: object.programs[0].kind, mark: 0 }
+    }
+
+    /// In the VM, with only the first bytes of the frame in the part that can be read directly.
+    pub(crate) fn run_partly(&mut self, frame: &[u8], linear: usize) -> Ending {
+        let before = self.vm_counts();
+        let input = Input { packet: frame, linear: Some(linear), ..Input::default() };
+        let returned = self.vm.run(0, &input).expect("runs").return_value;
+        let packets: Vec<u64> = grown(&before, &self.vm_counts()).iter().map(|slot| slot[0]).collect();
+        let attach = self.plan.place.attach.unwrap();
+        emit::ending_of(&self.plan, attach, &packets, returned as i32)
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// The ending of a frame, on which VM and kernel agree, and the bytes that were counted.
@@ -178,11 +198,13 @@ impl Pair {
         };
         if self.kernel.is_some() && frame.len() >= minimum {
             let before = self.kernel_counts();
-            let returned = self.kernel_run(&input);
+            let (returned, mark) = self.kernel_run(&input);
+            assert_eq!(mark, in_vm.mark, "mark in the kernel (left) and the VM");
             let kernel_grown = grown(&before, &self.kernel_counts());
             let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!((returned, &kernel_grown), (in_vm.return_value, &vm_grown), "kernel and VM on {hex}");
         }
+        self.mark = in_vm.mark;
         let packets: Vec<u64> = vm_grown.iter().map(|slot| slot[0]).collect();
         let bytes = vm_grown.iter().map(|slot| slot[1]).sum();
         (emit::ending_of(&self.plan, attach, &packets, in_vm.return_value as i32), bytes)
@@ -213,7 +235,7 @@ impl Pair {
             .collect()
     }
 
-    fn kernel_run(&mut self, input: &Input<'_>) -> u32 {
+    fn kernel_run(&mut self, input: &Input<'_>) -> (u32, u32) {
         let context = &input.context;
         let mut given = match self.kind {
             ProgramKind::Xdp => vec![0; 24],
@@ -234,6 +256,10 @@ impl Pair {
         let mut options = TestRunOptions::new();
         options.data_in = Some(input.packet);
         options.ctx_in = Some(&given);
+        let mut got = if self.kind == ProgramKind::Xdp { vec![] } else { vec![0; 192] };
+        if !got.is_empty() {
+            options.ctx_out = Some(&mut got);
+        }
         let program = self.kernel.as_mut().unwrap().program_mut("main").expect("named");
         let result = match self.kind {
             ProgramKind::Xdp => <&mut Xdp>::try_from(program).expect("XDP").test_run(options),
@@ -242,7 +268,10 @@ impl Pair {
             }
         };
         match result {
-            Ok(result) => result.return_value,
+            Ok(result) => {
+                let mark = got.get(8..12).map(|mark| u32::from_ne_bytes(mark.try_into().expect("4 bytes")));
+                (result.return_value, mark.unwrap_or(context.mark))
+            }
             Err(error) => panic!("test run of {:02x?}: {error}", input.packet),
         }
     }

@@ -9,6 +9,7 @@ use polc_ir::cube::Test;
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::interval::IntervalSet;
+use polc_ir::ruleset::ClauseKind;
 
 use super::Body;
 use crate::ast::{Given, RuleAst};
@@ -25,7 +26,11 @@ pub(super) fn lower(ast: &RuleAst, body: &mut Body<'_>) {
         if body.family() == Family::V6 {
             readable_extension_headers(body);
         }
-        body.require_values(Field::Proto, protocol.negated, IntervalSet::point(protocol.value.into()));
+        if body.family() == Family::V6 && body.semantics() == Semantics::Nft {
+            nft_protocol(protocol.value, protocol.negated, body);
+        } else {
+            body.require_values(Field::Proto, protocol.negated, IntervalSet::point(protocol.value.into()));
+        }
     }
     if let Some(fragment) = ast.fragment {
         body.span = fragment.span;
@@ -40,6 +45,22 @@ fn readable_extension_headers(body: &mut Body<'_>) {
     match body.semantics() {
         Semantics::Legacy => body.hotdrop(vec![malformed]),
         Semantics::Nft => body.require_unless(true, malformed),
+    }
+}
+
+/// nftables' walk over IPv6's extension headers stops at an authentication header, which is then the protocol
+/// (include/net/netfilter/nf_tables_ipv6.h, `__nft_set_pktinfo_ipv6_validate`, with `IP6_FH_F_AUTH`).
+fn nft_protocol(protocol: u16, negated: bool, body: &mut Body<'_>) {
+    const AUTHENTICATION: u16 = 51;
+    let authenticated = Test { field: Field::ExtHeaderMask, mask: 8, values: IntervalSet::point(8) };
+    let equal = Test::new(Field::Proto, Family::V6, IntervalSet::point(protocol.into()));
+    match (protocol == AUTHENTICATION, negated) {
+        (true, _) => body.require_unless(negated, authenticated),
+        (false, false) => {
+            body.require_unless(true, authenticated);
+            body.require(equal);
+        }
+        (false, true) => body.push(ClauseKind::Any(vec![authenticated, equal.negated(Family::V6)])),
     }
 }
 

@@ -24,13 +24,17 @@ use polc_ir::source::Span;
 
 use crate::ast::{self, Dump, RuleAst, TableAst};
 use crate::extension::Meaning;
+use crate::ipset;
 
 /// Lowers a dump and the sets it refers to.
 ///
-/// Diagnostics are about sets alone; what a rule needs that a place does not offer is judged there
-/// (`polc_ir::ruleset::deferral`), since it differs from place to place.
-pub fn lower(dump: &Dump, semantics: Semantics) -> Ruleset {
+/// What a rule needs that a place does not offer is judged there (`polc_ir::ruleset::deferral`), since it differs from
+/// place to place. A set that a rule names and no file gives has unknown contents.
+pub fn lower(dump: &Dump, sets: &[ipset::Sets], semantics: Semantics) -> Ruleset {
     let mut ruleset = Ruleset::new(dump.family, semantics);
+    for file in sets {
+        ipset::lower(file, dump.family, &mut ruleset);
+    }
     for table in &dump.tables {
         lower_table(table, &mut ruleset);
     }

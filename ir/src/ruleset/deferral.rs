@@ -8,6 +8,7 @@ use std::fmt;
 use crate::derived::DerivedData;
 use crate::env::{Attach, Fragments, Mode, Place};
 use crate::field::Field;
+use crate::hook::Hook;
 use crate::ruleset::{Action, Clause, ClauseKind, EffectTestKind, RuleData, Ruleset};
 use crate::set::{DimensionKind, SetContents};
 use crate::source::Span;
@@ -72,6 +73,13 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
         }
         Field::OutDevice if matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress)) => {
             missing("the output device is not known before routing")
+        }
+        // net/ipv4/ip_forward.c counts the hop before the hook; at the hook itself (no attach) the packet is as given.
+        Field::Ttl
+            if place.path.contains(&Hook::Forward)
+                && matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress)) =>
+        {
+            missing("forwarding takes one hop off before the rules see it")
         }
         Field::SrcMac | Field::DstMac if place.attach == Some(Attach::TcEgress) => {
             missing("the frame's addresses are no longer the received ones")
