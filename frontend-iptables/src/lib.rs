@@ -2,7 +2,7 @@
 //!
 //! A dump is read into a syntax tree ([`ast`]) whose values are typed and carry their spans; [`print()`] writes it as
 //! iptables-legacy-save does; [`lower()`] gives its meaning. What a match or target takes, prints and means is one
-//! entry of a table ([`matches`], [`targets`]), so adding an extension touches one place.
+//! entry of a table ([`mod@matches`], [`targets`]), so adding an extension touches one place.
 //!
 //! ```
 //! use polc_frontend_iptables::{ParseOptions, lower, parse, print};
