@@ -1,8 +1,8 @@
 //! `emit`: a plan becomes an object.
 //!
-//! One program is emitted, in the order a packet meets its parts: the context and the frame's headers ([`headers`]),
-//! fields that take more than a load ([`derived`]), stages decided by code ([`steps`]), the loop that reads tables
-//! ([`walk`]), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
+//! One program is emitted, in the order a packet meets its parts: the context and the frame's headers (`headers`),
+//! fields that take more than a load (`derived`), stages decided by code (`steps`), the loop that reads tables
+//! (`walk`), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
 //! and stack slot holds is written in [`crate::abi`].
 //!
 //! The program fails safe: where it finds what can't be (a reference out of a table, a read that fails although the
