@@ -3,7 +3,7 @@
 //! A stage stands for a position in the rules together with what evaluation remembers there: the chains to come back
 //! to, whether an earlier rule may have dropped the packet, whether the packet is a fragment. From its position it
 //! runs down its chain, an entry for each way a rule can turn out. What changes a field or spends state ends the stage,
-//! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of [`BLOCK`] rules
+//! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of `BLOCK` rules
 //! once something in it comes back later. Entries therefore grow linearly with the rules for each return stack; their
 //! number is bounded all the same, and what lies beyond the bound is deferred.
 
