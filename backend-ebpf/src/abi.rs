@@ -48,12 +48,13 @@ pub const HANDOVER: i16 = -60;
 pub const BUFFER: i16 = -112;
 /// How many bytes [`BUFFER`] has.
 pub const BUFFER_BYTES: i16 = 48;
-/// A saved pointer.
-pub const SAVED_END: i16 = -120;
-/// A saved pointer.
-pub const SAVED_L3: i16 = -128;
-/// Bytes of stack above the key.
-pub const SCRATCH_BYTES: i16 = 128;
+/// The end of the frame, while extension headers are walked. In the buffer: the walk copies no more than 4 bytes.
+pub const SAVED_END: i16 = BUFFER + 16;
+/// The network header, likewise.
+pub const SAVED_L3: i16 = BUFFER + 24;
+/// Bytes of stack above the key. With the largest key 16 bytes are left at the stack's end, where the check VM keeps its
+/// watch over loops.
+pub const SCRATCH_BYTES: i16 = 112;
 
 /// Where the key's words are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,7 +223,7 @@ mod tests {
         for words in 0..=KEY_WORDS_MAX {
             let layout = KeyLayout::new(words).unwrap();
             assert!(usize::from(layout.words()) >= words);
-            assert!(-layout.base() as usize <= polc_ir::limits::STACK_BYTES_MAX);
+            assert!(-layout.base() as usize + 16 <= polc_ir::limits::STACK_BYTES_MAX);
             assert_eq!(layout.base() % 8, 0);
             for word in 0..words as u8 {
                 let named = layout.table_offset(word);
@@ -240,6 +241,9 @@ mod tests {
         assert!(places.windows(2).all(|pair| pair[1] - pair[0] >= 4));
         assert!(places.iter().all(|place| place.rem_euclid(8) == 4));
         assert!(BUFFER + BUFFER_BYTES <= places[0]);
-        const { assert!(SAVED_END + 8 <= BUFFER && SAVED_L3 + 8 <= SAVED_END && SCRATCH_BYTES == -SAVED_L3) };
+        const {
+            assert!(SAVED_END % 8 == 0 && SAVED_L3 >= SAVED_END + 8 && SAVED_L3 + 8 <= BUFFER + BUFFER_BYTES);
+            assert!(SCRATCH_BYTES == -BUFFER);
+        };
     }
 }

@@ -562,7 +562,7 @@ fn every_loader_takes_an_emitted_object() {
     let xdp = object(&with_everything(Attach::Xdp)).write().expect("writes");
     let tc_bytes = object(&with_everything(Attach::TcIngress)).write().expect("writes");
     let (xdp, tc_file) = (dir.file("xdp.o", &xdp), dir.file("tc.o", &tc_bytes));
-    for (file, pin) in [(&xdp, "xdp"), (&tc_file, "tc")] {
+    for (file, pin) in [(&xdp, "one"), (&tc_file, "two")] {
         let pin = fs.join(pin);
         run("bpftool", &["prog", "load", file, &pin]);
         let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]);
@@ -580,4 +580,42 @@ fn every_loader_takes_an_emitted_object() {
     // Random tests differ between VM and kernel; packets that reach none do not.
     let frame = ethernet(0x0800, &ipv4(17, 0, &[], &tcp(1, 6, &[])));
     pair.decides(&frame);
+}
+
+/// The largest walk allowed, behind all that costs the verifier most, is still accepted.
+#[test]
+fn the_largest_walk_loads_with_everything() {
+    for attach in ATTACHES {
+        let mut fields = vec![
+            Field::SrcAddr,
+            Field::DstAddr,
+            Field::ExtHeaderMask,
+            Field::Proto,
+            Field::Fragment,
+            Field::L4Len,
+            Field::TcpFlags,
+            Field::InDevice,
+        ];
+        fields.extend((0..70).map(|index| Field::Derived(Derived::from_u32(index))));
+        let mut plan = plan(Family::V6, attach, &fields, 3);
+        for kind in 0..4 {
+            plan.derived.push(DerivedData::TcpOption { kind });
+        }
+        plan.devices.devices = vec![(device(1, "lo"), 1)];
+        let random = plan.effect_tests.push(EffectTestKind::Random { probability: 1 });
+        let nth = plan.effect_tests.push(EffectTestKind::Nth { every: 3, initial: 1 });
+        let deep = chain(attach, 4_975).walk;
+        plan.walk = deep;
+        let root = WalkRef::Node(plan.walk.nodes.len() as u32 - 1);
+        for test in [random, nth] {
+            let to = PlanTarget::Walk(WalkRef::Exit(0));
+            plan.walk.exits.push(PlanExit::Test { test, yes: to, no: to });
+        }
+        plan.root = PlanTarget::Walk(root);
+        let mut pair = Pair::new("the largest walk", plan);
+        if let Some(verified) = pair.verified() {
+            eprintln!("{attach}: {verified} instructions processed");
+        }
+        assert_eq!(pair.decides(&ethernet(0x0806, &[0; 60])), Decider::Frame(FrameKind::NotIp));
+    }
 }

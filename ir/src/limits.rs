@@ -94,7 +94,7 @@ pub const VM_PACKET_BYTES_MAX: usize = 65_535 + 256;
 /// Most words of a program's key: more do not fit the stack beside what a program keeps there.
 pub const KEY_WORDS_MAX: usize = 96;
 
-/// Most turns of a walk's loop that a packet may take. The verifier follows the loop turn by turn, about 730
+/// Most turns of a walk's loop that a packet may take. The verifier follows the loop turn by turn, about 630
 /// instructions of [`VERIFIER_PROCESSED_MAX`] each.
 pub const WALK_TURNS_MAX: u32 = 1_000;
 
