@@ -74,6 +74,7 @@ pub struct Program {
     vm: Vm,
     attach: Attach,
     counters: Vec<u64>,
+    mark: u32,
 }
 
 impl std::fmt::Debug for Program {
@@ -88,7 +89,12 @@ impl Program {
     /// # Errors
     /// What the check VM does not run.
     pub fn new(plan: &Plan, attach: Attach, object: &Object) -> Result<Program, VmError> {
-        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.endings.len()] })
+        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.endings.len()], mark: 0 })
+    }
+
+    /// The mark that the last packet left with.
+    pub fn mark(&self) -> u32 {
+        self.mark
     }
 
     /// Starts the random numbers that a [`State`] of the same seed draws.
@@ -117,6 +123,7 @@ impl Program {
             .into();
         let result = self.vm.run(0, &VmInput { packet: &input.frame, context, ..VmInput::default() });
         let result = result.map_err(|error| error.to_string())?;
+        self.mark = result.mark;
         let map = self.vm.map(COUNTERS_MAP).ok_or("the object has no counters")?;
         let mut grown = vec![0; self.counters.len()];
         for (slot, value) in self.vm.values(map).chunks_exact(16).take(grown.len()).enumerate() {

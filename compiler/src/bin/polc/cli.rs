@@ -47,6 +47,10 @@ pub(crate) enum Command {
     Compile(CompileArgs),
     /// Show that every level and the bytecode decide packets as the rules say
     Verify(VerifyArgs),
+    /// Decide the packets of a capture or a list
+    Simulate(SimulateArgs),
+    /// Show every rule that a packet is tried against, and why it matched or not
+    Explain(ExplainArgs),
     /// Print bytecode beside the rules it comes from
     Dump(DumpArgs),
     /// Print a completion script for a shell
@@ -358,6 +362,64 @@ pub(crate) struct VerifyArgs {
     /// Seed of the random packets
     #[arg(long, default_value_t = 1, value_name = "SEED")]
     pub seed: u64,
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+/// What decides the packets of `simulate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Level {
+    Ruleset,
+    Classifier,
+    Decision,
+    Plan,
+    /// The bytecode, in userspace.
+    Rbpf,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("source").required(true))]
+pub(crate) struct SimulateArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Packets: a pcap or pcapng capture of Ethernet or raw IP
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, group = "source")]
+    pub pcap: Option<PathBuf>,
+    /// Packets: one JSON object a line, such as {"proto":"tcp","src":"10.0.0.1","dst":"10.0.0.2","dport":22} or
+    /// {"packet":"tcp 10.0.0.1 > 10.0.0.2:22"} or {"frame":"HEX","in":"eth0","mark":1}; `-` reads standard input
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, group = "source")]
+    pub packets: Option<PathBuf>,
+    /// Where the program would sit [default: where the first hook's rules are best served]
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Place")]
+    pub attach: Option<AttachChoice>,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+    /// What decides
+    #[arg(long, value_enum, default_value_t = Level::Ruleset, value_name = "LEVEL")]
+    pub level: Level,
+    /// How verdicts are written; json: one object a line
+    #[arg(long, value_enum, default_value_t = TextFormat::Human, value_name = "FORMAT")]
+    pub format: TextFormat,
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// The packet, such as 'tcp 10.0.0.1:5000 > 10.0.0.2:22 in=eth0'
+    #[arg(long, value_name = "PACKET")]
+    pub packet: String,
+    /// Where the program would sit; without it, the rules' own meaning with everything given is explained
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Place")]
+    pub attach: Option<AttachChoice>,
+    #[command(flatten)]
+    pub place: PlaceArgs,
     #[command(flatten)]
     pub input: InputArgs,
 }

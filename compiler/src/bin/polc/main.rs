@@ -8,6 +8,7 @@ mod cmd;
 mod failure;
 mod input;
 mod output;
+mod packets;
 mod render;
 mod write;
 

@@ -4,9 +4,11 @@ mod check;
 mod compile;
 mod completions;
 mod dump;
+mod explain;
 mod fmt;
 mod man;
 mod place;
+mod simulate;
 mod verify;
 
 use std::process::ExitCode;
@@ -29,6 +31,8 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::Fmt(args) => fmt::run(args, output),
         Command::Compile(args) => compile::run(args, output),
         Command::Verify(args) => verify::run(args, output),
+        Command::Simulate(args) => simulate::run(args, output),
+        Command::Explain(args) => explain::run(args, output),
         Command::Dump(args) => dump::run(args, output),
         Command::Completions { shell } => completions::run(*shell, output),
         Command::Man { folder } => man::run(folder),

@@ -1,0 +1,245 @@
+//! `polc simulate`: what becomes of the packets of a capture or a list, at any level.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use polc::decider::{Named, describe, named};
+use polc::place::{best_attach, place as place_of};
+use polc::runner::{Level as RunLevel, Program, run as run_level};
+use polc::select::Devices;
+use polc::session::Session;
+use polc_ir::diag::Severity;
+use polc_ir::env::{Device, Env, Input, Place};
+use polc_ir::hook::Hook;
+use polc_ir::outcome::{Decider, Ending};
+use polc_ir::state::State;
+use serde::Serialize;
+
+use super::compile::refuse;
+use super::{FOUND, counted, place, show, worst};
+use crate::cli::{Level, SimulateArgs, TextFormat};
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+use crate::packets::{capture, list};
+
+/// Seed of the random numbers that `statistic` draws.
+const SEED: u64 = 1;
+
+/// Text held back before it is written.
+const BUFFER_BYTES: usize = 1 << 16;
+
+/// What became of a packet. One line each.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    /// The packet's place in its file, from 0.
+    index: usize,
+    /// `accept`, `drop`, `reject` or `defer`.
+    verdict: &'a str,
+    /// The rule or policy that decided; null where none did.
+    rule: Option<Named>,
+    /// Which kind of thing decided: `rule`, `policy`, `hotdrop`, or why the frame reached no rule.
+    by: String,
+    /// The mark on arrival.
+    mark_in: u32,
+    /// The mark afterwards.
+    mark: u32,
+}
+
+pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let mut session = input::session(&args.file, &args.input)?;
+    show(output, &session.sources, &session.diagnostics);
+    if session.has_errors() {
+        return Ok(FOUND.into());
+    }
+    let packets = packets(args, &mut session, output)?;
+    let place = simulated_place(args);
+    let env = input::env(&args.input, session.family());
+    let devices = devices(args, &session, &packets)?;
+    let Some(mut decide) = Decide::new(&session, args.level, place, env, &devices, output)? else {
+        return Ok(FOUND.into());
+    };
+
+    let mut text = String::new();
+    let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (index, packet) in packets.iter().enumerate() {
+        let (ending, mark) = decide.packet(&session, packet)?;
+        *verdicts.entry(ending.verdict.word()).or_default() += 1;
+        match args.format {
+            TextFormat::Human => {
+                let _ = writeln!(text, "{index}: {}", describe(&session, ending));
+            }
+            TextFormat::Json => {
+                let line = Line {
+                    index,
+                    verdict: ending.verdict.word(),
+                    rule: named(&session, ending.by),
+                    by: by(ending.by),
+                    mark_in: packet.mark,
+                    mark,
+                };
+                text += &serde_json::to_string(&line).expect("plain data serializes");
+                text.push('\n');
+            }
+        }
+        if text.len() > BUFFER_BYTES {
+            output.result(&text);
+            text.clear();
+        }
+    }
+    output.result(&text);
+    let parts: Vec<String> = verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
+    let level = decide.level;
+    output.remark(&format!(
+        "{}: {} at {} ({level})\n",
+        counted(packets.len(), "packet"),
+        if parts.is_empty() { "nothing".to_string() } else { parts.join(", ") },
+        place::describe(&decide.place)
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn by(by: Decider) -> String {
+    match by {
+        Decider::Rule(_) => "rule".into(),
+        Decider::Hotdrop(_) => "hotdrop".into(),
+        Decider::Policy(_) => "policy".into(),
+        Decider::Frame(kind) => kind.to_string(),
+        Decider::Nothing => "nothing".into(),
+    }
+}
+
+/// The packets, with the devices of the command line where they have none of their own.
+fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Result<Vec<Input>, Failure> {
+    let mut packets = match (&args.pcap, &args.packets) {
+        (Some(path), _) => {
+            let capture = capture::read(path)?;
+            if capture.cut > 0 {
+                let (count, what) = (capture.cut, path.display());
+                output.remark(&format!(
+                    "{what}: {count} packets were captured in part; zeros stand for the rest\n"
+                ));
+            }
+            capture.packets
+        }
+        (None, Some(path)) => {
+            let mut findings = Vec::new();
+            let packets = list::read(&mut session.sources, path, &mut findings)?;
+            show(output, &session.sources, &findings);
+            if worst(&findings) == Some(Severity::Error) {
+                let lines = counted(findings.len(), "line");
+                return Err(Failure::Input(format!("{lines} of `{}` not understood", path.display())));
+            }
+            packets
+        }
+        (None, None) => return Err(Failure::Usage("no packets were given: --pcap or --packets".into())),
+    };
+    let in_device = args.devices.in_interface.as_deref().map(place::device_name).transpose()?;
+    let out_device = args.devices.out_interface.as_deref().map(place::device_name).transpose()?;
+    for packet in &mut packets {
+        packet.in_device = packet.in_device.or(in_device);
+        packet.out_device = packet.out_device.or(out_device);
+    }
+    Ok(packets)
+}
+
+fn simulated_place(args: &SimulateArgs) -> Place {
+    match (args.attach, args.place.path()) {
+        (Some(attach), _) => place::of(attach.into(), &args.place, &args.input),
+        (None, path) => {
+            let path = path.unwrap_or_else(|| vec![Hook::Input]);
+            place_of(&path, best_attach(path[0]), args.place.mode(), !args.input.local.is_empty())
+        }
+    }
+}
+
+/// The devices of rules, options and packets; none is fixed, since each packet says where it comes and goes.
+fn devices(args: &SimulateArgs, session: &Session, packets: &[Input]) -> Result<Devices, Failure> {
+    let mut devices = place::all(session, &args.devices)?;
+    devices.fixed_in = None;
+    devices.fixed_out = None;
+    let mut names: Vec<_> =
+        packets.iter().flat_map(|packet| [packet.in_device, packet.out_device]).flatten().collect();
+    names.sort_unstable();
+    names.dedup();
+    let mut number = devices.declared.last().map_or(1, |device| device.ifindex + 1);
+    for name in names {
+        if !devices.declared.iter().any(|device| device.name == name) {
+            devices.declared.push(Device { ifindex: number, name });
+            number += 1;
+        }
+    }
+    Ok(devices)
+}
+
+/// Decides packets at one level.
+struct Decide {
+    level: RunLevel,
+    place: Place,
+    env: Env,
+    state: State,
+    compiled: Option<polc::Compiled>,
+    program: Option<Program>,
+}
+
+impl Decide {
+    /// `None` if the level can't be made; the findings are shown.
+    fn new(
+        session: &Session,
+        level: Level,
+        place: Place,
+        env: Env,
+        devices: &Devices,
+        output: &Output,
+    ) -> Result<Option<Decide>, Failure> {
+        let level = match level {
+            Level::Ruleset => RunLevel::Ruleset,
+            Level::Classifier => RunLevel::Classifier,
+            Level::Decision => RunLevel::Decision,
+            Level::Plan => RunLevel::Plan,
+            Level::Rbpf => RunLevel::Rbpf,
+        };
+        let mut decide = Decide { level, place, env, state: State::new(SEED), compiled: None, program: None };
+        if level == RunLevel::Ruleset {
+            return Ok(Some(decide));
+        }
+        let compiled = polc::compile(&session.ruleset, &decide.place, &decide.env, devices);
+        if refuse(session, &compiled.diagnostics, decide.place.mode, output) {
+            return Ok(None);
+        }
+        if level == RunLevel::Rbpf {
+            let (object, _) = match polc::build::object(session, &compiled) {
+                Ok(made) => made,
+                Err(findings) => {
+                    show(output, &session.sources, &findings);
+                    return Ok(None);
+                }
+            };
+            let attach = decide.place.attach.expect("a simulated place has an attach point");
+            let mut program = Program::new(&compiled.plan, attach, &object)
+                .map_err(|error| Failure::Input(format!("the program can't be run: {error}")))?;
+            program.set_random_seed(SEED);
+            decide.program = Some(program);
+        }
+        decide.compiled = Some(compiled);
+        Ok(Some(decide))
+    }
+
+    fn packet(&mut self, session: &Session, packet: &Input) -> Result<(Ending, u32), Failure> {
+        let Some(compiled) = &self.compiled else {
+            // The rules' own meaning uses the connection state that a packet gives; a program has none.
+            let place = Place { connection_state: packet.connection.is_some(), ..self.place.clone() };
+            let outcome = session.ruleset.eval(&place, &self.env, packet, &mut self.state);
+            return Ok((outcome.ending, outcome.mark));
+        };
+        if let Some(program) = &mut self.program {
+            let ending = program
+                .run(&compiled.plan, packet)
+                .map_err(|error| Failure::Input(format!("the program went wrong: {error}")))?;
+            return Ok((ending, program.mark()));
+        }
+        let outcome = run_level(self.level, &session.ruleset, compiled, &self.env, packet, &mut self.state);
+        Ok((outcome.ending, outcome.mark))
+    }
+}
