@@ -113,6 +113,10 @@ codes! {
     SET_LIMIT = 209;
     /// Tolerated deviations from what `ipset restore` reads (tolerant mode).
     SET_TOLERATED = 210;
+    /// A set whose contents the compiler can't express; its membership is unknown.
+    SET_NOT_COMPILED = 211;
+    /// Elements that expire are taken to stay.
+    SET_EXPIRES = 212;
 }
 
 #[cfg(test)]

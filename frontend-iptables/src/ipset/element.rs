@@ -1,111 +1,357 @@
-//! Elements of sets, by type.
+//! The parts of a set's elements: addresses, ports, Ethernet addresses, marks, devices.
+//!
+//! The syntax is ipset's (lib/parse.c): numbers in base 0, ranges with `-`, prefixes with `/`, brackets around names
+//! that hold a dash, `proto:port`, and `type/code` or a name for ICMP.
 
-use polc_ir::field::DeviceName;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use polc_ir::hook::Family;
-use polc_ir::interval::{Interval, max_value};
-use polc_ir::set::{DimensionKind, DimensionValue};
 
-use super::SetAst;
+use super::kind::{Dimension, SetKind};
+use crate::ast::Text;
 use crate::names;
-use crate::value::{Mac, address, number};
+use crate::value::{self, INTERFACE_BYTES_MAX, Mac};
 
-/// Reads an element. A wildcard device makes it one without that dimension's restriction, so several values may come
-/// of one text; each covers what one look-up covers.
-pub(super) fn parse(set: &SetAst, text: &str, wildcard: bool) -> Result<Vec<Vec<DimensionValue>>, String> {
-    let parts: Vec<&str> = text.split(',').collect();
-    let optional = set.kind == "bitmap:ip,mac";
-    if parts.len() != set.dimensions.len() && !(optional && parts.len() == 1) {
-        return Err(format!("`{text}` has {} parts; {} has {}", parts.len(), set.kind, set.dimensions.len()));
+/// One part of an element.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// Addresses from first to last; both ends belong to a prefix if it was written as one.
+    Address {
+        /// The first address.
+        first: IpAddr,
+        /// The last address.
+        last: IpAddr,
+        /// How it was written.
+        form: AddressForm,
+    },
+    /// Ports from first to last; for ICMP, `type << 8 | code`; for protocols without ports, 0.
+    Port {
+        /// The protocol; `None` for TCP and UDP alike.
+        protocol: Option<u8>,
+        /// The first port.
+        first: u16,
+        /// The last port.
+        last: u16,
+    },
+    /// An Ethernet address.
+    Mac(Mac),
+    /// A packet mark.
+    Mark(u32),
+    /// A device.
+    Device {
+        /// Its name.
+        name: Text,
+        /// It is a bridge port (`physdev:`).
+        physical: bool,
+    },
+    /// A set of a list.
+    Set(Text),
+}
+
+/// How addresses were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AddressForm {
+    /// A prefix of this length; the full length for a single address.
+    Prefix(u8),
+    /// First and last address.
+    Range,
+}
+
+/// What surrounds a part.
+pub(super) struct PartContext {
+    pub(super) kind: &'static SetKind,
+    pub(super) family: Family,
+}
+
+/// Types and codes of ICMP by name (lib/icmp.c); the first name is printed.
+pub(super) const ICMP: &[(&str, u16)] = &[
+    ("echo-reply", 0x0000),
+    ("pong", 0x0000),
+    ("network-unreachable", 0x0300),
+    ("host-unreachable", 0x0301),
+    ("protocol-unreachable", 0x0302),
+    ("port-unreachable", 0x0303),
+    ("fragmentation-needed", 0x0304),
+    ("source-route-failed", 0x0305),
+    ("network-unknown", 0x0306),
+    ("host-unknown", 0x0307),
+    ("network-prohibited", 0x0309),
+    ("host-prohibited", 0x030a),
+    ("TOS-network-unreachable", 0x030b),
+    ("TOS-host-unreachable", 0x030c),
+    ("communication-prohibited", 0x030d),
+    ("host-precedence-violation", 0x030e),
+    ("precedence-cutoff", 0x030f),
+    ("source-quench", 0x0400),
+    ("network-redirect", 0x0500),
+    ("host-redirect", 0x0501),
+    ("TOS-network-redirect", 0x0502),
+    ("TOS-host-redirect", 0x0503),
+    ("echo-request", 0x0800),
+    ("ping", 0x0800),
+    ("router-advertisement", 0x0900),
+    ("router-solicitation", 0x0a00),
+    ("ttl-zero-during-transit", 0x0b00),
+    ("ttl-zero-during-reassembly", 0x0b01),
+    ("ip-header-bad", 0x0c00),
+    ("required-option-missing", 0x0c01),
+    ("timestamp-request", 0x0d00),
+    ("timestamp-reply", 0x0e00),
+    ("address-mask-request", 0x1100),
+    ("address-mask-reply", 0x1200),
+];
+
+/// Types and codes of ICMPv6 by name (lib/icmpv6.c).
+pub(super) const ICMPV6: &[(&str, u16)] = &[
+    ("no-route", 0x0100),
+    ("communication-prohibited", 0x0101),
+    ("address-unreachable", 0x0103),
+    ("port-unreachable", 0x0104),
+    ("packet-too-big", 0x0200),
+    ("ttl-zero-during-transit", 0x0300),
+    ("ttl-zero-during-reassembly", 0x0301),
+    ("bad-header", 0x0400),
+    ("unknown-header-type", 0x0401),
+    ("unknown-option", 0x0402),
+    ("echo-request", 0x8000),
+    ("ping", 0x8000),
+    ("echo-reply", 0x8100),
+    ("pong", 0x8100),
+    ("router-solicitation", 0x8500),
+    ("router-advertisement", 0x8600),
+    ("neighbour-solicitation", 0x8700),
+    ("neigbour-solicitation", 0x8700),
+    ("neighbour-advertisement", 0x8800),
+    ("neigbour-advertisement", 0x8800),
+    ("redirect", 0x8900),
+];
+
+/// Longest set name, in bytes (include/uapi/linux/netfilter/ipset/ip_set.h, `IPSET_MAXNAMELEN` less the NUL).
+pub(super) const SET_NAME_BYTES_MAX: usize = 31;
+
+/// Reads one part; the error says what is wrong with it.
+pub(super) fn part(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part, String> {
+    match dimension {
+        Dimension::Host | Dimension::SingleHost | Dimension::Net => addresses(text, dimension, cx),
+        Dimension::Port => port(text, cx.family),
+        Dimension::TcpUdpPort => match port(text, cx.family)? {
+            Part::Port { protocol: Some(6 | 17), first, last } => {
+                Ok(Part::Port { protocol: None, first, last })
+            }
+            _ => Err(format!("`{text}`: only TCP and UDP have ports in a {}", cx.kind.name)),
+        },
+        Dimension::Mac => Mac::parse(text)
+            .filter(|_| text.len() <= 17)
+            .map(Part::Mac)
+            .ok_or_else(|| format!("`{text}` is not an Ethernet address")),
+        Dimension::Mark => number(text, u32::MAX.into()).map(|mark| Part::Mark(mark as u32)),
+        Dimension::Device => {
+            let (name, physical) = match text.strip_prefix("physdev:") {
+                Some(name) => (name, true),
+                None => (text, false),
+            };
+            if name.len() > INTERFACE_BYTES_MAX {
+                return Err(format!("device name `{name}` is longer than {INTERFACE_BYTES_MAX} bytes"));
+            }
+            Ok(Part::Device { name: name.into(), physical })
+        }
+        Dimension::Set => {
+            if text.len() > SET_NAME_BYTES_MAX {
+                return Err(format!("set name `{text}` is longer than {SET_NAME_BYTES_MAX} bytes"));
+            }
+            Ok(Part::Set(text.into()))
+        }
     }
-    if wildcard {
-        return Err("device prefixes (`wildcard`) are not read".into());
-    }
-    let mut values = Vec::new();
-    for (part, dimension) in parts.iter().zip(&set.dimensions) {
-        values.push(match dimension {
-            DimensionKind::Address => DimensionValue::Address(addresses(set, part)?),
-            DimensionKind::Port => port(set, part)?,
-            DimensionKind::Device => {
-                let name = part
-                    .strip_prefix("physdev:")
-                    .map_or(Ok(*part), |_| Err(format!("`{part}`: ports of a bridge are not read")))?;
-                let name = DeviceName::new(name).ok_or_else(|| format!("`{name}` is no device name"))?;
-                DimensionValue::Device(name)
-            }
-            DimensionKind::Mac => {
-                let mac = Mac::parse(part).ok_or_else(|| format!("`{part}` is not a MAC address"))?;
-                DimensionValue::Mac(mac.0.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
-            }
-            DimensionKind::Mark => {
-                let value =
-                    number(part, 0, u32::MAX.into()).ok_or_else(|| format!("`{part}` is not a mark"))?;
-                DimensionValue::Mark { mask: set.markmask, value: value as u32 & set.markmask }
-            }
+}
+
+pub(super) fn number(text: &str, max: u64) -> Result<u64, String> {
+    value::number(text, 0, max).ok_or_else(|| format!("`{text}` is not a number up to {max}"))
+}
+
+/// Splits `first-last` at its dash; a bracketed name may hold dashes of its own.
+fn split_range(text: &str) -> Result<(&str, Option<&str>), String> {
+    if !text.starts_with('[') {
+        return Ok(match text.split_once('-') {
+            Some((first, last)) => (first, Some(last)),
+            None => (text, None),
         });
     }
-    if optional && parts.len() == 1 {
-        return Err(format!("`{text}`: an element whose MAC address is still to be learnt is not read"));
+    let (inside, rest) =
+        text[1..].split_once(']').ok_or_else(|| format!("`{text}` lacks a closing bracket"))?;
+    match rest.strip_prefix('-') {
+        None if rest.is_empty() => Ok((inside, None)),
+        None => Err(format!("`{rest}` after the bracket")),
+        Some(last) => Ok((inside, Some(unbracket(last)))),
     }
-    Ok(vec![values])
 }
 
-/// `address`, `address/length` or `first-last`.
-fn addresses(set: &SetAst, text: &str) -> Result<Interval, String> {
-    let family = set.family.unwrap_or(Family::V4);
+fn unbracket(text: &str) -> &str {
+    text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text)
+}
+
+/// Addresses of an element: what is allowed depends on the dimension and the family.
+fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part, String> {
+    let bits = cx.family.address_bits();
+    let (first, last, form) = address_range(text, cx.family)?;
+    let single = form == AddressForm::Prefix(bits);
+    let allowed = match (dimension, cx.family) {
+        (Dimension::SingleHost, _) | (Dimension::Host, Family::V6) => single,
+        (Dimension::Net, Family::V6) => form != AddressForm::Range,
+        _ => true,
+    };
+    if !allowed {
+        return Err(format!(
+            "`{text}`: a {} takes no {} here",
+            cx.kind.name,
+            match form {
+                AddressForm::Range => "range",
+                AddressForm::Prefix(_) => "prefix",
+            }
+        ));
+    }
+    if dimension == Dimension::Net && form == AddressForm::Prefix(0) && !cx.kind.zero_prefix {
+        return Err(format!("`{text}`: a {} can't hold a prefix of length 0", cx.kind.name));
+    }
+    if last < first {
+        return Err(format!("range `{text}` runs backwards"));
+    }
+    Ok(Part::Address { first, last, form })
+}
+
+/// `address`, `address/length` or `address-address`.
+pub(super) fn address_range(text: &str, family: Family) -> Result<(IpAddr, IpAddr, AddressForm), String> {
     let bits = family.address_bits();
-    let one = |text: &str| {
-        address(text, family)
-            .map(crate::lower::header::bits)
-            .ok_or_else(|| format!("`{text}` is not an {family} address"))
-    };
-    let network = |address: u128, length: u8| {
-        let host = if length == bits { 0 } else { max_value(bits - length) };
-        Interval::new(address & !host, address | host).ok_or_else(|| format!("`{text}` holds no address"))
-    };
+    let read =
+        |text: &str| value::host(text, family).ok_or_else(|| format!("`{text}` is not an {family} address"));
     if let Some((address, length)) = text.split_once('/') {
+        let length = value::number(length, 0, bits.into());
         let length =
-            number(length, 0, bits.into()).ok_or_else(|| format!("`{length}` is not a prefix length"))?;
-        return network(one(address)?, length as u8);
+            length.ok_or_else(|| format!("`{text}`: the prefix length is not from 0 to {bits}"))? as u8;
+        let address = read(unbracket(address))?;
+        let (first, last) = prefix_ends(address, length);
+        return Ok((first, last, AddressForm::Prefix(length)));
     }
-    if let Some((first, last)) = text.split_once('-') {
-        let range = Interval::new(one(first)?, one(last)?);
-        return range.ok_or_else(|| format!("`{text}` ends below its start"));
+    let (first, last) = split_range(text)?;
+    let first = read(first)?;
+    match last {
+        Some(last) => Ok((first, read(last)?, AddressForm::Range)),
+        None => Ok((first, first, AddressForm::Prefix(bits))),
     }
-    network(one(text)?, set.netmask.unwrap_or(bits).min(bits))
 }
 
-/// `[protocol:]port[-port]`, or for ICMP `type/code`. TCP if no protocol is named; a bitmap has none.
-fn port(set: &SetAst, text: &str) -> Result<DimensionValue, String> {
-    let (proto, ports) = match text.split_once(':') {
-        Some((proto, ports)) => {
-            let number = names::protocol(proto).filter(|&number| number < 256);
-            (number.ok_or_else(|| format!("`{proto}` is no protocol"))? as u8, ports)
+/// The first and last address of a prefix.
+pub(super) fn prefix_ends(address: IpAddr, length: u8) -> (IpAddr, IpAddr) {
+    match address {
+        IpAddr::V4(address) => {
+            let host = u32::MAX.checked_shr(length.into()).unwrap_or(0);
+            let bits = address.to_bits();
+            (Ipv4Addr::from_bits(bits & !host).into(), Ipv4Addr::from_bits(bits | host).into())
         }
-        None => (6, text),
+        IpAddr::V6(address) => {
+            let host = u128::MAX.checked_shr(length.into()).unwrap_or(0);
+            let bits = address.to_bits();
+            (Ipv6Addr::from_bits(bits & !host).into(), Ipv6Addr::from_bits(bits | host).into())
+        }
+    }
+}
+
+/// `[proto:]port[-port]`; for ICMP a name or `type/code`; 0 for protocols without ports.
+fn port(text: &str, family: Family) -> Result<Part, String> {
+    let (protocol_name, ports) = match text.split_once(':') {
+        Some((protocol, ports)) => (protocol, ports),
+        None => ("tcp", text),
     };
-    let name = names::protocol_name(proto.into());
-    let bad = || format!("`{ports}` is not a port or a range of ports");
-    let one = |text: &str| crate::value::port(text, name).map(u128::from).ok_or_else(bad);
-    let ports = if matches!(proto, 1 | 58) {
-        let icmp = match ports.split_once('/') {
-            Some((kind, code)) => {
-                Option::zip(number(kind, 0, 255), number(code, 0, 255)).map(|(kind, code)| kind << 8 | code)
-            }
-            None => {
-                let table = if proto == 1 { names::icmp::ICMP } else { names::icmp::ICMPV6 };
-                names::icmp::parse(ports, table)
-                    .ok()
-                    .map(|icmp| u64::from(icmp.kind) << 8 | u64::from(icmp.code_first))
-            }
+    let protocol = protocol(protocol_name)?;
+    let icmp = |names: &[(&str, u16)]| {
+        let named = names.iter().find(|(name, _)| *name == ports).map(|row| row.1);
+        let numbered = || {
+            let (kind, code) = ports.split_once('/')?;
+            let byte = |text| value::number(text, 0, 255).map(|value| value as u16);
+            Some(byte(kind)? << 8 | byte(code)?)
         };
-        Interval::point(icmp.ok_or_else(|| format!("`{ports}` is not an ICMP type/code"))?.into())
-    } else {
-        match ports.split_once('-') {
-            Some((first, last)) if one(ports).is_err() => {
-                Interval::new(one(first)?, one(last)?).ok_or_else(bad)?
-            }
-            _ => Interval::point(one(ports)?),
-        }
+        named.or_else(numbered).ok_or_else(|| format!("`{ports}` is no ICMP type/code"))
     };
-    Ok(DimensionValue::Port { proto: (set.kind != "bitmap:port").then_some(proto), ports })
+    let (first, last) = match (protocol, family) {
+        (6 | 17 | 132 | 136, _) => {
+            let service = names::protocol_name(protocol.into()).unwrap_or(protocol_name);
+            let read = |text: &str| {
+                value::number(text, 0, u16::MAX.into())
+                    .map(|port| port as u16)
+                    .or_else(|| names::service(text, Some(service)))
+                    .ok_or_else(|| format!("`{text}` is no {service} port or service"))
+            };
+            let (first, last) = split_range(ports)?;
+            let first = read(first)?;
+            let last = last.map_or(Ok(first), read)?;
+            // The kernel swaps the ends of a range that runs backwards.
+            (first.min(last), first.max(last))
+        }
+        (1, Family::V4) => icmp(ICMP).map(|code| (code, code))?,
+        (58, Family::V6) => icmp(ICMPV6).map(|code| (code, code))?,
+        (1, _) => return Err("ICMP belongs to family inet".into()),
+        (58, _) => return Err("ICMPv6 belongs to family inet6".into()),
+        _ if ports == "0" => (0, 0),
+        _ => return Err(format!("protocol `{protocol_name}` has no ports; write `{protocol_name}:0`")),
+    };
+    Ok(Part::Port { protocol: Some(protocol), first, last })
+}
+
+fn protocol(text: &str) -> Result<u8, String> {
+    if let Some(number) = value::number(text, 0, 255) {
+        return Ok(number as u8);
+    }
+    let name = if text.eq_ignore_ascii_case("icmpv6") { "ipv6-icmp" } else { text };
+    let number =
+        names::system_protocol(name).and_then(|number| u8::try_from(number).ok()).filter(|&it| it != 0);
+    number.ok_or_else(|| format!("`{text}` is no known protocol"))
+}
+
+/// The prefixes that together are a range of addresses, in ascending order.
+pub(super) fn prefixes(first: IpAddr, last: IpAddr) -> Vec<(IpAddr, u8)> {
+    let (mut from, to, bits) = match (first, last) {
+        (IpAddr::V4(first), IpAddr::V4(last)) => {
+            (u128::from(first.to_bits()), u128::from(last.to_bits()), 32)
+        }
+        (IpAddr::V6(first), IpAddr::V6(last)) => (first.to_bits(), last.to_bits(), 128),
+        _ => return Vec::new(),
+    };
+    let mut found = Vec::new();
+    while from <= to {
+        // As large as alignment and the end allow.
+        let mut host = from.trailing_zeros().min(bits);
+        while host > 0 && (host > 127 || to - from < (1u128 << host) - 1) {
+            if host > 127 && to - from == u128::MAX {
+                break;
+            }
+            host -= 1;
+        }
+        let address = match first {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from_bits(from as u32)),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from_bits(from)),
+        };
+        found.push((address, (bits - host) as u8));
+        let next = 1u128.checked_shl(host).and_then(|size| from.checked_add(size));
+        match next {
+            Some(next) => from = next,
+            None => break,
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_split_into_prefixes() {
+        let v4 = |first: &str, last: &str| {
+            let list = prefixes(first.parse().unwrap(), last.parse().unwrap());
+            list.iter().map(|(address, length)| format!("{address}/{length}")).collect::<Vec<_>>()
+        };
+        assert_eq!(v4("1.2.3.0", "1.2.3.9"), ["1.2.3.0/29", "1.2.3.8/31"]);
+        assert_eq!(v4("0.0.0.0", "255.255.255.255"), ["0.0.0.0/0"]);
+        assert_eq!(v4("255.255.255.255", "255.255.255.255"), ["255.255.255.255/32"]);
+        assert_eq!(v4("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), ["::/0"]);
+    }
 }

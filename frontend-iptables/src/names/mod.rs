@@ -52,6 +52,16 @@ pub fn protocol(text: &str) -> Option<u16> {
     })
 }
 
+/// A protocol by a name of the system's table alone (`getprotobyname`).
+pub fn system_protocol(name: &str) -> Option<u16> {
+    tables::PROTOCOLS.iter().find(|protocol| protocol.names.contains(&name)).map(|protocol| protocol.number)
+}
+
+/// The system's own name for a protocol (`getprotobynumber`).
+pub fn system_protocol_name(number: u16) -> Option<&'static str> {
+    tables::PROTOCOLS.iter().find(|protocol| protocol.number == number).map(|protocol| protocol.names[0])
+}
+
 /// The name iptables-save prints for a protocol, if there is one.
 pub fn protocol_name(number: u16) -> Option<&'static str> {
     if let Some((name, _)) = CHAIN_PROTOCOLS.iter().find(|(_, known)| *known == number) {

@@ -1,0 +1,542 @@
+//! Reads ipset save files line by line, as `ipset restore` does, but goes on after an error to find the rest.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::hook::Family;
+use polc_ir::limits;
+use polc_ir::source::{File, SourceMap, Span};
+
+use super::element::{self, AddressForm, Part, PartContext, SET_NAME_BYTES_MAX};
+use super::kind::{Dimension, SetKind};
+use super::{CreateOptions, ElementAst, ElementExtra, SetAst, Sets, lower};
+use crate::codes;
+use crate::lexer;
+use crate::value::{self, Masked, strtoul};
+
+/// A word of a line, without its quotes.
+struct Word {
+    text: String,
+    span: Span,
+}
+
+/// What is wrong with a line, and where.
+type Fault = (Code, String, Span);
+
+/// Reads a save file.
+///
+/// The sets come in the order of their creation. A line with an error makes no set or element; whether all could be
+/// read is told by the absence of errors among the diagnostics.
+pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
+    let mut parser = Parser::default();
+    let text = sources.file(file).text();
+    if text.len() > limits::FILE_BYTES_MAX {
+        let message = format!("the file is larger than {} MiB", limits::FILE_BYTES_MAX >> 20);
+        parser.report(Diagnostic::error(codes::SET_LIMIT, message, Span::new(file, 0, 0)));
+        return (Sets::default(), parser.diagnostics);
+    }
+    for line in lexer::lines(text) {
+        if let Err((code, message, span)) = parser.line(line.text, line.start, file) {
+            let diagnostic = Diagnostic::error(code, message, span);
+            parser.report(match hint(code) {
+                Some(hint) => diagnostic.with_hint(hint),
+                None => diagnostic,
+            });
+        }
+    }
+    let warnings: Vec<Diagnostic> = parser.sets.iter().flat_map(warnings).collect();
+    for warning in warnings {
+        parser.report(warning);
+    }
+    if parser.suppressed > 0 {
+        let message = format!("{} more findings are not shown", parser.suppressed);
+        parser.diagnostics.push(Diagnostic::note(codes::TOO_MANY_DIAGNOSTICS, message, None));
+    }
+    (Sets { sets: parser.sets }, parser.diagnostics)
+}
+
+/// What the compiler does not do with a set.
+fn warnings(set: &SetAst) -> Vec<Diagnostic> {
+    let mut warnings = Vec::new();
+    if let Err((why, span)) = lower::elements(set) {
+        let message = format!("what is in set `{}` can't be compiled: {why}", set.name);
+        warnings.push(
+            Diagnostic::warning(codes::SET_NOT_COMPILED, message, span)
+                .with_note("rules that ask for it are left to the kernel"),
+        );
+    }
+    let expires = |element: &&ElementAst| {
+        let own = element.extra.as_ref().and_then(|extra| extra.timeout);
+        own.or(set.options.timeout).is_some_and(|timeout| timeout > 0)
+    };
+    if let Some(element) = set.elements.iter().find(expires) {
+        let message = format!("elements of set `{}` expire, but are compiled to stay", set.name);
+        warnings.push(Diagnostic::warning(codes::SET_EXPIRES, message, element.span));
+    }
+    warnings
+}
+
+fn hint(code: Code) -> Option<&'static str> {
+    match code {
+        codes::SET_LINE => Some("a save file holds lines `create NAME TYPE ...` and `add NAME ELEMENT ...`"),
+        codes::UNKNOWN_SET => Some("create the set before adding to it"),
+        codes::SET_DUPLICATE => Some("remove the line"),
+        _ => None,
+    }
+}
+
+#[derive(Default)]
+struct Parser {
+    sets: Vec<SetAst>,
+    by_name: HashMap<String, usize>,
+    /// What each set holds already.
+    seen: Vec<HashSet<Box<[Part]>>>,
+    diagnostics: Vec<Diagnostic>,
+    suppressed: usize,
+    elements: usize,
+}
+
+impl Parser {
+    fn report(&mut self, diagnostic: Diagnostic) {
+        if self.diagnostics.len() < limits::DIAGNOSTICS_MAX {
+            self.diagnostics.push(diagnostic);
+        } else {
+            self.suppressed += 1;
+        }
+    }
+
+    fn line(&mut self, text: &str, start: u32, file: File) -> Result<(), Fault> {
+        let span = |from: usize, to: usize| Span::new(file, start + from as u32, start + to as u32);
+        let trimmed = text.trim_start_matches([' ', '\t', '\r', '\x0b', '\x0c']);
+        if trimmed.is_empty() || trimmed.starts_with('#') || matches!(trimmed.trim_end(), "COMMIT" | "commit")
+        {
+            return Ok(());
+        }
+        let indent = text.len() - trimmed.len();
+        if text.len() > limits::LINE_BYTES_MAX {
+            let message = format!("the line is longer than {} bytes", limits::LINE_BYTES_MAX);
+            return Err((codes::SET_LIMIT, message, span(indent, text.len())));
+        }
+        if let Some(nul) = text.find('\0') {
+            return Err((codes::SET_LINE, "a NUL byte".into(), span(nul, nul + 1)));
+        }
+        let words = words(text, &span)?;
+        let line = span(indent, trimmed.trim_end().len() + indent);
+        let mut words: Vec<&Word> = words.iter().collect();
+        words.retain(|word| !matches!(word.text.as_str(), "-exist" | "-!"));
+        let Some((command, rest)) = words.split_first() else { return Ok(()) };
+        match command.text.trim_start_matches('-') {
+            "create" | "N" | "n" | "new" => self.create(rest, line),
+            "add" | "A" | "a" => self.add(rest, line),
+            other => Err((codes::SET_LINE, format!("`{other}` is neither `create` nor `add`"), command.span)),
+        }
+    }
+
+    fn create(&mut self, words: &[&Word], line: Span) -> Result<(), Fault> {
+        let [name, kind, rest @ ..] = words else {
+            return Err((codes::SET_LINE, "`create` needs a name and a type".into(), line));
+        };
+        if name.text.len() > SET_NAME_BYTES_MAX {
+            let message = format!("set name `{}` is longer than {SET_NAME_BYTES_MAX} bytes", name.text);
+            return Err((codes::SET_NAME, message, name.span));
+        }
+        if self.by_name.contains_key(&name.text) {
+            return Err((codes::SET_NAME, format!("set `{}` exists already", name.text), name.span));
+        }
+        let kind_word = kind;
+        let kind = SetKind::find(&kind.text)
+            .ok_or_else(|| (codes::SET_TYPE, format!("there is no set type `{}`", kind.text), kind.span))?;
+        let family = family(kind, rest)?;
+        let options = create_options(kind, family, rest)?;
+        if kind.is_bitmap() && options.addresses.is_none() && options.ports.is_none() {
+            return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
+        }
+        self.by_name.insert(name.text.clone(), self.sets.len());
+        self.seen.push(HashSet::new());
+        let family = kind.has_addresses().then_some(family);
+        self.sets.push(SetAst {
+            name: name.text.clone(),
+            span: line,
+            kind,
+            family,
+            options,
+            elements: Vec::new(),
+        });
+        Ok(())
+    }
+
+    fn add(&mut self, words: &[&Word], line: Span) -> Result<(), Fault> {
+        let [name, element, rest @ ..] = words else {
+            return Err((codes::SET_LINE, "`add` needs a set and an element".into(), line));
+        };
+        let Some(&index) = self.by_name.get(&name.text) else {
+            return Err((codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span));
+        };
+        let set = &self.sets[index];
+        let cx = PartContext { kind: set.kind, family: set.family.unwrap_or(Family::V4) };
+        let parts = parts(element, &cx)?;
+        check_range(set, &parts, element)?;
+        let mut ast = ElementAst { span: element.span, parts, nomatch: false, wildcard: false, extra: None };
+        let place = element_options(set, &mut ast, rest)?;
+        for part in &ast.parts {
+            if let Part::Set(member) = part {
+                let Some(&known) = self.by_name.get(&**member) else {
+                    return Err((codes::UNKNOWN_SET, format!("set `{member}` is not created"), element.span));
+                };
+                if self.sets[known].kind.dimensions == [Dimension::Set] {
+                    return Err((codes::SET_ELEMENT, "a list holds no lists".into(), element.span));
+                }
+            }
+        }
+        let max = set.options.elements_max.map_or(ELEMENTS_MAX_DEFAULT, |max| max as usize);
+        let hash = set.kind.name.starts_with("hash:");
+        if hash && set.elements.len() >= max && !set.options.force_add {
+            let message = format!("set `{}` is full: its `maxelem` is {max}", name.text);
+            return Err((codes::SET_LIMIT, message, element.span));
+        }
+        if self.elements == limits::SET_ELEMENTS_MAX {
+            let message = format!("more than {} elements", limits::SET_ELEMENTS_MAX);
+            return Err((codes::SET_LIMIT, message, element.span));
+        }
+        if !self.seen[index].insert(ast.parts.clone()) {
+            let message = format!("set `{}` has the element `{}` already", name.text, element.text);
+            return Err((codes::SET_DUPLICATE, message, element.span));
+        }
+        self.elements += 1;
+        let elements = &mut self.sets[index].elements;
+        let at = match place {
+            None => elements.len(),
+            Some((before, reference, span)) => {
+                let found = elements
+                    .iter()
+                    .position(|it| it.parts.first() == Some(&Part::Set(reference.as_str().into())));
+                let found = found.ok_or_else(|| {
+                    (codes::SET_ELEMENT, format!("the list has no set `{reference}`"), span)
+                })?;
+                if before { found } else { found + 1 }
+            }
+        };
+        elements.insert(at, ast);
+        Ok(())
+    }
+}
+
+/// Elements of a hash if `maxelem` is not given.
+const ELEMENTS_MAX_DEFAULT: usize = 65_536;
+
+/// Splits a line into words. A quote starts or ends anywhere in a word; there are no escapes
+/// (lib/ipset.c, `build_argv`).
+fn words(text: &str, span: &impl Fn(usize, usize) -> Span) -> Result<Vec<Word>, Fault> {
+    let mut words = Vec::new();
+    let mut word: Option<(usize, String)> = None;
+    let mut quote = None;
+    for (at, c) in text.char_indices() {
+        match c {
+            '"' => {
+                quote = if quote.is_none() { Some(at) } else { None };
+                word.get_or_insert((at, String::new()));
+            }
+            ' ' | '\t' | '\r' if quote.is_none() => {
+                if let Some((from, text)) = word.take().filter(|(_, text)| !text.is_empty()) {
+                    words.push(Word { text, span: span(from, at) });
+                }
+            }
+            c => word.get_or_insert((at, String::new())).1.push(c),
+        }
+    }
+    if let Some(quote) = quote {
+        return Err((codes::SET_LINE, "the quote is not closed".into(), span(quote, text.len())));
+    }
+    if let Some((from, word)) = word.filter(|(_, word)| !word.is_empty()) {
+        words.push(Word { text: word, span: span(from, text.len()) });
+    }
+    Ok(words)
+}
+
+fn family(kind: &SetKind, words: &[&Word]) -> Result<Family, Fault> {
+    let mut found = None;
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let (value, span) = match word.text.as_str() {
+            "-4" | "-6" => (Some(*word), word.span),
+            "family" => {
+                let value = words.next().copied();
+                (value, value.map_or(word.span, |value| value.span))
+            }
+            _ => continue,
+        };
+        let family = match value.map(|value| value.text.as_str()) {
+            Some("inet" | "ipv4" | "-4") => Family::V4,
+            Some("inet6" | "ipv6" | "-6") => Family::V6,
+            Some(other) => {
+                return Err((codes::SET_VALUE, format!("`{other}` is no family: write inet or inet6"), span));
+            }
+            None => return Err((codes::SET_OPTION, "`family` needs an argument".into(), span)),
+        };
+        if !kind.create.contains(&"family") {
+            return Err((codes::SET_OPTION, format!("a {} takes no family", kind.name), span));
+        }
+        if found.replace(family).is_some() {
+            return Err((codes::SET_OPTION, "the family is given twice".into(), span));
+        }
+    }
+    Ok(found.unwrap_or(Family::V4))
+}
+
+/// Options that old versions had and that have no effect any more.
+const IGNORED: &[&str] = &["probes", "resize", "gc"];
+
+fn create_options(kind: &SetKind, family: Family, words: &[&Word]) -> Result<CreateOptions, Fault> {
+    let mut options = CreateOptions::default();
+    let mut from_to: [Option<&Word>; 2] = [None, None];
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let name = word.text.as_str();
+        let mut value = || {
+            words
+                .next()
+                .copied()
+                .ok_or_else(|| (codes::SET_OPTION, format!("`{name}` needs an argument"), word.span))
+        };
+        match name {
+            "-4" | "-6" => continue,
+            "family" => {
+                value()?;
+                continue;
+            }
+            "from" | "to" if kind.is_bitmap() => {
+                from_to[usize::from(name == "to")] = Some(value()?);
+                continue;
+            }
+            "network" if kind.is_bitmap() => {
+                let value = value()?;
+                options.addresses = Some(address_range(value, family)?);
+                continue;
+            }
+            name if IGNORED.contains(&name) => {
+                value()?;
+                continue;
+            }
+            name if !kind.create.contains(&name) => {
+                let message =
+                    format!("a {} has no option `{name}`: it takes {}", kind.name, kind.create.join(", "));
+                return Err((codes::SET_OPTION, message, word.span));
+            }
+            _ => {}
+        }
+        match name {
+            "counters" => options.counters = true,
+            "comment" => options.comment = true,
+            "skbinfo" => options.skbinfo = true,
+            "forceadd" => options.force_add = true,
+            _ => {
+                let value = value()?;
+                let bits = family.address_bits();
+                let number = |max: u64| {
+                    element::number(&value.text, max).map_err(|it| (codes::SET_VALUE, it, value.span))
+                };
+                match name {
+                    "hashsize" => options.hash_size = Some(number(u32::MAX.into())? as u32),
+                    "maxelem" => options.elements_max = Some(number(u32::MAX.into())? as u32),
+                    "bucketsize" => options.bucket_size = Some(number(255)? as u8),
+                    "initval" => options.seed = Some(number(u32::MAX.into())? as u32),
+                    "timeout" => options.timeout = Some(number(TIMEOUT_MAX)? as u32),
+                    "size" => options.size = Some(number(u32::MAX.into())? as u32),
+                    "markmask" => options.mark_mask = Some(number(u32::MAX.into())? as u32),
+                    "netmask" => {
+                        let length = number(bits.into())? as u8;
+                        if length == 0 {
+                            return Err((codes::SET_VALUE, format!("a netmask is 1 to {bits}"), value.span));
+                        }
+                        options.netmask = Some(length);
+                    }
+                    "bitmask" => {
+                        let mask = value::address(&value.text, family).filter(|mask| !mask.is_unspecified());
+                        let message = || format!("`{}` is not an {family} mask", value.text);
+                        options.bitmask =
+                            Some(mask.ok_or_else(|| (codes::SET_VALUE, message(), value.span))?);
+                    }
+                    _ if kind.dimensions == [Dimension::TcpUdpPort] => {
+                        let cx = PartContext {
+                            kind: SetKind::find(kind.name).unwrap_or(&super::kind::KINDS[0]),
+                            family,
+                        };
+                        let part = element::part(&value.text, Dimension::TcpUdpPort, &cx);
+                        if let Part::Port { first, last, .. } =
+                            part.map_err(|it| (codes::SET_VALUE, it, value.span))?
+                        {
+                            options.ports = Some((first, last));
+                        }
+                    }
+                    _ => options.addresses = Some(address_range(value, family)?),
+                }
+                if options.netmask.is_some() && options.bitmask.is_some() {
+                    let message = "`netmask` and `bitmask` exclude each other".into();
+                    return Err((codes::SET_OPTION, message, word.span));
+                }
+            }
+        }
+    }
+    if let [Some(from), Some(to)] = from_to {
+        if kind.dimensions == [Dimension::TcpUdpPort] {
+            let port = |word: &Word| {
+                let port = element::number(&word.text, u16::MAX.into());
+                port.map(|port| port as u16).map_err(|it| (codes::SET_VALUE, it, word.span))
+            };
+            options.ports = Some((port(from)?, port(to)?));
+        } else {
+            options.addresses = Some((address_range(from, family)?.0, address_range(to, family)?.1));
+        }
+    }
+    Ok(options)
+}
+
+/// Longest timeout, in seconds: it is kept in milliseconds in 31 bits.
+const TIMEOUT_MAX: u64 = (u32::MAX as u64 >> 1) / 1_000;
+
+fn address_range(word: &Word, family: Family) -> Result<(IpAddr, IpAddr), Fault> {
+    let (first, last, _) =
+        element::address_range(&word.text, family).map_err(|it| (codes::SET_VALUE, it, word.span))?;
+    if last < first {
+        return Err((codes::SET_VALUE, format!("range `{}` runs backwards", word.text), word.span));
+    }
+    Ok((first, last))
+}
+
+fn parts(word: &Word, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
+    let texts: Vec<&str> = word.text.split(',').collect();
+    let dimensions = cx.kind.dimensions;
+    // The second part of a bitmap:ip,mac may be missing.
+    let optional = usize::from(cx.kind.name == "bitmap:ip,mac");
+    if texts.len() > dimensions.len() || texts.len() + optional < dimensions.len() {
+        let message = format!("an element of a {} has {} parts", cx.kind.name, dimensions.len());
+        return Err((codes::SET_ELEMENT, message, word.span));
+    }
+    let verbatim = word.text.len() == word.span.len() as usize;
+    let mut offset = word.span.start;
+    let mut parts = Vec::with_capacity(texts.len());
+    for (text, &dimension) in texts.iter().zip(dimensions) {
+        let span = match verbatim {
+            true => Span::new(word.span.file, offset, offset + text.len() as u32),
+            false => word.span,
+        };
+        offset += text.len() as u32 + 1;
+        parts.push(element::part(text, dimension, cx).map_err(|message| {
+            let other = match cx.family {
+                Family::V4 => Family::V6,
+                Family::V6 => Family::V4,
+            };
+            let addresses = matches!(dimension, Dimension::Host | Dimension::SingleHost | Dimension::Net);
+            let code = if addresses && element::address_range(text, other).is_ok() {
+                codes::SET_FAMILY
+            } else {
+                codes::SET_ELEMENT
+            };
+            (code, message, span)
+        })?);
+    }
+    Ok(parts.into())
+}
+
+/// Elements of a bitmap lie in its range.
+fn check_range(set: &SetAst, parts: &[Part], word: &Word) -> Result<(), Fault> {
+    let inside = match (parts.first(), set.options.addresses, set.options.ports) {
+        (Some(Part::Address { first, last, .. }), Some((low, high)), _) => low <= *first && *last <= high,
+        (Some(Part::Port { first, last, .. }), _, Some((low, high))) => low <= *first && *last <= high,
+        _ => true,
+    };
+    if inside {
+        return Ok(());
+    }
+    Err((
+        codes::SET_ELEMENT,
+        format!("`{}` is outside the range of set `{}`", word.text, set.name),
+        word.span,
+    ))
+}
+
+/// Reads an element's options; `Some` is where in a list it goes: before or after, which set, and where that is said.
+fn element_options(
+    set: &SetAst,
+    ast: &mut ElementAst,
+    words: &[&Word],
+) -> Result<Option<(bool, String, Span)>, Fault> {
+    let mut place = None;
+    let mut extra = ElementExtra::default();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let name = word.text.as_str();
+        let takes = |allowed: bool, what: &str| {
+            if allowed {
+                return Ok(());
+            }
+            let message = format!("`{name}` needs a set created with `{what}`");
+            Err((codes::SET_OPTION, message, word.span))
+        };
+        match name {
+            "nomatch" if set.kind.nomatch => {
+                ast.nomatch = true;
+                continue;
+            }
+            "wildcard" if set.kind.dimensions.contains(&Dimension::Device) => {
+                ast.wildcard = true;
+                continue;
+            }
+            "timeout" => takes(set.options.timeout.is_some(), "timeout")?,
+            "packets" | "bytes" => takes(set.options.counters, "counters")?,
+            "comment" => takes(set.options.comment, "comment")?,
+            "skbmark" | "skbprio" | "skbqueue" => takes(set.options.skbinfo, "skbinfo")?,
+            "before" | "after" if set.kind.dimensions == [Dimension::Set] => {}
+            _ => {
+                let message = format!("an element of a {} has no option `{name}`", set.kind.name);
+                return Err((codes::SET_OPTION, message, word.span));
+            }
+        }
+        let value = words
+            .next()
+            .ok_or_else(|| (codes::SET_OPTION, format!("`{name}` needs an argument"), word.span))?;
+        let text = value.text.as_str();
+        let number =
+            |max: u64| element::number(text, max).map_err(|message| (codes::SET_VALUE, message, value.span));
+        let bad = |what: &str| (codes::SET_VALUE, format!("`{text}` is no {what}"), value.span);
+        match name {
+            "timeout" => extra.timeout = Some(number(TIMEOUT_MAX)? as u32),
+            "packets" => extra.packets = Some(number(u64::MAX)?),
+            "bytes" => extra.bytes = Some(number(u64::MAX)?),
+            "comment" => extra.comment = Some(text.into()),
+            "skbmark" => {
+                extra.mark = Some(parse_mark(text).ok_or_else(|| bad("mark: write 0xMARK[/0xMASK]"))?)
+            }
+            "skbprio" => {
+                extra.priority = Some(parse_priority(text).ok_or_else(|| bad("class: write MAJOR:MINOR"))?)
+            }
+            "skbqueue" => extra.queue = Some(number(u16::MAX.into())? as u16),
+            _ => place = Some((name == "before", value.text.clone(), value.span)),
+        }
+    }
+    if extra != ElementExtra::default() {
+        ast.extra = Some(Box::new(extra));
+    }
+    Ok(place)
+}
+
+/// `0xMARK[/0xMASK]`.
+fn parse_mark(text: &str) -> Option<Masked> {
+    text.starts_with("0x").then(|| Masked::parse(text)).flatten()
+}
+
+/// `MAJOR:MINOR`, both hexadecimal.
+fn parse_priority(text: &str) -> Option<u32> {
+    let (major, rest) = strtoul(text, 16)?;
+    let (minor, _) = strtoul(rest.strip_prefix(':')?, 16)?;
+    Some((major as u32) << 16 | minor as u32 & 0xffff)
+}
+
+/// The prefix form of a range that is a prefix, for canonical text.
+pub(super) fn single_prefix(first: IpAddr, last: IpAddr) -> Option<AddressForm> {
+    match element::prefixes(first, last)[..] {
+        [(_, length)] => Some(AddressForm::Prefix(length)),
+        _ => None,
+    }
+}

@@ -1,0 +1,152 @@
+//! ipset files against what ipset 7.17 itself reads, saves and refuses.
+
+use polc_frontend_iptables::ipset::{self, Sets};
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::entities::Set;
+use polc_ir::hook::{Family, Semantics};
+use polc_ir::ruleset::Ruleset;
+use polc_ir::set::SetContents;
+use polc_ir::source::SourceMap;
+use proptest::prelude::*;
+
+fn read(text: &str) -> (SourceMap, Sets, Vec<Diagnostic>) {
+    let mut sources = SourceMap::new();
+    let file = sources.add("sets", text);
+    let (sets, diagnostics) = ipset::parse(&sources, file);
+    (sources, sets, diagnostics)
+}
+
+/// What is restored, and what `ipset save` prints of it, seeds and the order within a hash aside.
+const SAVED: &[(&str, &str)] = &[
+    (
+        "create a hash:ip timeout 300 counters comment skbinfo\n\
+         add a 1.2.3.4 timeout 10 packets 3 bytes 4 comment \"x y\" skbmark 0x1/0xff skbprio 1:10 skbqueue 3",
+        "create a hash:ip family inet hashsize 1024 maxelem 65536 timeout 300 counters comment skbinfo\n\
+         add a 1.2.3.4 timeout 10 packets 3 bytes 4 comment \"x y\" skbmark 0x1/0xff skbprio 1:10 skbqueue 3",
+    ),
+    (
+        "create b hash:net,port\nadd b 10.0.0.0/8,tcp:80\nadd b 10.1.0.1/16,icmp:echo-request nomatch\n\
+         add b 10.2.0.0/16,gre:0\nadd b 10.3.0.0/16,53",
+        "create b hash:net,port family inet hashsize 1024 maxelem 65536\nadd b 10.0.0.0/8,tcp:80\n\
+         add b 10.1.0.0/16,icmp:echo-request nomatch\nadd b 10.2.0.0/16,gre:0\nadd b 10.3.0.0/16,tcp:53",
+    ),
+    (
+        "create c hash:net\nadd c 1.2.3.0-1.2.3.9",
+        "create c hash:net family inet hashsize 1024 maxelem 65536\nadd c 1.2.3.0/29\nadd c 1.2.3.8/31",
+    ),
+    ("create d bitmap:port range 1-1000\nadd d tcp:90", "create d bitmap:port range 1-1000\nadd d 90"),
+    (
+        "create e bitmap:ip range 10.0.0.0/24 netmask 28\nadd e 10.0.0.17",
+        "create e bitmap:ip range 10.0.0.0-10.0.0.255 netmask 28\nadd e 10.0.0.16",
+    ),
+    (
+        "create f bitmap:ip,mac range 10.0.0.0-10.0.0.255\nadd f 10.0.0.1,00:1a:22:33:44:55\nadd f 10.0.0.2",
+        "create f bitmap:ip,mac range 10.0.0.0-10.0.0.255\nadd f 10.0.0.1,00:1A:22:33:44:55\nadd f 10.0.0.2",
+    ),
+    (
+        "create g hash:net,iface\nadd g 0.0.0.0/0,eth0\nadd g 1.2.3.0/24,physdev:eth1 nomatch",
+        "create g hash:net,iface family inet hashsize 1024 maxelem 65536\nadd g 0.0.0.0/0,eth0\n\
+         add g 1.2.3.0/24,physdev:eth1 nomatch",
+    ),
+    (
+        "create h hash:ip,mark markmask 0xff\nadd h 1.2.3.4,0x1ff",
+        "create h hash:ip,mark family inet markmask 0x000000ff hashsize 1024 maxelem 65536\n\
+         add h 1.2.3.4,0x000000ff",
+    ),
+    (
+        "create k hash:ip family inet6 netmask 64\nadd k 2001:db8::1",
+        "create k hash:ip family inet6 hashsize 1024 maxelem 65536 netmask 64\nadd k 2001:db8::",
+    ),
+    (
+        "create a hash:ip\ncreate b hash:ip\ncreate i list:set size 4\nadd i a\nadd i b before a",
+        "create a hash:ip family inet hashsize 1024 maxelem 65536\n\
+         create b hash:ip family inet hashsize 1024 maxelem 65536\ncreate i list:set size 4\nadd i b\nadd i a",
+    ),
+    (
+        "create n hash:ip,port,net\nadd n 1.2.3.4,udp:53,10.0.0.0/8",
+        "create n hash:ip,port,net family inet hashsize 1024 maxelem 65536\nadd n 1.2.3.4,udp:53,10.0.0.0/8",
+    ),
+];
+
+#[test]
+fn sets_print_as_ipset_saves_them() {
+    for (text, saved) in SAVED {
+        let (_, sets, diagnostics) = read(text);
+        let errors: Vec<_> = diagnostics.iter().filter(|it| it.severity == Severity::Error).collect();
+        assert!(errors.is_empty(), "{text}: {errors:?}");
+        let printed = ipset::print(&sets);
+        assert_eq!(printed.trim_end(), *saved);
+        assert_eq!(ipset::print(&read(&printed).1), printed, "printing twice");
+    }
+}
+
+/// What ipset refuses, and the text at fault.
+const REFUSED: &[(&str, &str)] = &[
+    ("create c hash:net\nadd c 0.0.0.0/0", "0.0.0.0/0"),
+    ("create c hash:net\nadd c 1.2.3.4\nadd c 1.2.3.4", "1.2.3.4"),
+    ("create c hash:net,port\nadd c 0.0.0.0/0,80", "0.0.0.0/0"),
+    ("create c hash:ip\nadd c ::1", "::1"),
+    ("create c hash:ip family inet6\nadd c 2001:db8::/64", "2001:db8::/64"),
+    ("create c hash:ip maxelem 1\nadd c 1.1.1.1\nadd c 1.1.1.2", "1.1.1.2"),
+    ("create c hash:ip\nadd c 1.1.1.1 timeout 3", "timeout"),
+    ("create c hash:ip\nadd c 1.1.1.1 nomatch", "nomatch"),
+    ("create c hash:ip\nadd c 1.1.1.1,80", "1.1.1.1,80"),
+    ("create c hash:ip,port\nadd c 1.1.1.1,http-nonsense", "http-nonsense"),
+    ("create c bitmap:ip range 10.0.0.0/30\nadd c 10.0.0.4", "10.0.0.4"),
+    ("create c bitmap:port", "bitmap:port"),
+    ("create c hash:foo", "hash:foo"),
+    ("create c hash:ip\ncreate c hash:ip", "c"),
+    ("create c hash:ip netmask 0", "0"),
+    ("add c 1.1.1.1", "c"),
+    ("create l list:set\nadd l x", "x"),
+    ("flush", "flush"),
+    ("create c hash:ip comment\nadd c 1.1.1.1 comment \"x", "\"x"),
+];
+
+#[test]
+fn what_ipset_refuses_is_pointed_at() {
+    for (text, part) in REFUSED {
+        let (sources, _, diagnostics) = read(text);
+        let error = diagnostics.iter().find(|it| it.severity == Severity::Error);
+        let span = error.unwrap_or_else(|| panic!("accepted: {text}")).span.expect("an error has a place");
+        assert_eq!(sources.text(span), *part, "{text}: {}", error.map_or("", |it| &it.message));
+        let last_line = text.lines().count() as u32;
+        assert_eq!(sources.line_column(span).line, last_line, "{text}");
+    }
+}
+
+#[test]
+fn longer_prefixes_are_looked_up_first() {
+    let text = "create a hash:net\nadd a 10.0.0.0/8\nadd a 10.1.0.0-10.1.255.255 nomatch\nadd a 10.1.2.3\n\
+                create m hash:ip bitmask 255.0.255.0\nadd m 1.2.3.4\n";
+    let (_, sets, diagnostics) = read(text);
+    assert_eq!(diagnostics.len(), 1, "the mask that is no prefix: {diagnostics:?}");
+    let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+    ipset::lower(&sets, Family::V4, &mut ruleset);
+    let SetContents::Elements(elements) = &ruleset.sets[Set::from_u32(0)].contents else {
+        panic!("a has elements")
+    };
+    assert_eq!(elements.iter().map(|element| element.nomatch).collect::<Vec<_>>(), [false, true, false]);
+    assert_eq!(ruleset.sets[Set::from_u32(1)].contents, SetContents::Unknown);
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in "\\PC*") {
+        read(&text);
+    }
+
+    #[test]
+    fn no_line_panics(
+        kind in "(bitmap:ip|bitmap:port|hash:ip|hash:net|hash:net,port|hash:ip,mac|hash:net,iface|list:set)",
+        options in "( (family inet6|netmask|range|timeout|maxelem|bitmask) [0-9a-f.:/-]{0,9}){0,2}",
+        element in "[0-9a-f.,:/\\[\\]-]{0,20}",
+        tail in "( [a-z]{1,8} [0-9x:]{0,5})?",
+    ) {
+        let (_, sets, _) = read(&format!("create s {kind}{options}\nadd s {element}{tail}\n"));
+        let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+        ipset::lower(&sets, Family::V4, &mut ruleset);
+        let printed = ipset::print(&sets);
+        prop_assert_eq!(ipset::print(&read(&printed).1), printed);
+    }
+}
