@@ -7,6 +7,7 @@ use polc_ir::env::{Env, Place};
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
+use crate::bound::bound;
 use crate::decide::decide;
 use crate::flatten::flatten;
 use crate::select::{Devices, select};
@@ -30,9 +31,13 @@ pub struct Compiled {
 /// If a pass breaks an invariant of its level: that is a bug of this crate.
 pub fn compile(ruleset: &Ruleset, place: &Place, env: &Env, devices: &Devices) -> Compiled {
     let mut diagnostics = Vec::new();
-    let classifier = flatten(ruleset, place, env, &mut diagnostics);
+    let mut classifier = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let decision = decide(&classifier);
+    let mut decision = decide(&classifier);
+    if bound(ruleset, &mut classifier, &decision, &mut diagnostics) {
+        assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
+        decision = decide(&classifier);
+    }
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
     let plan = select(&classifier, &decision, devices);
     assert_eq!(plan.verify(), Vec::<String>::new(), "select makes a well-formed plan");

@@ -103,3 +103,6 @@ pub const DEVICE_NUMBER_MAX: u32 = 65_535;
 
 /// Most IPv6 extension headers a program follows. The verifier processes about 1,800 instructions for each.
 pub const IPV6_EXT_HEADERS_MAX: u32 = 48;
+
+/// Turns of a walk that the compiler plans with: it counts cautiously, and leaves room for what a turn may add.
+pub const WALK_TURNS_CAUTIOUS: u32 = 900;

@@ -1,0 +1,116 @@
+//! `bound`: leaves to the kernel what lies deeper than a program may look.
+//!
+//! The kernel's verifier follows a program's loop turn by turn, so a packet may visit only so many table records. Stages
+//! that a packet reaches after more than that become deferrals: packets that are decided early are still decided, and
+//! those that would wander through hundreds of chains are left to the kernel's own rules, with a diagnostic.
+
+use cranelift_entity::SecondaryMap;
+use polc_ir::classifier::{Classifier, EntryData, Exit};
+use polc_ir::cube::{Cube, Test};
+use polc_ir::decision::{Decision, NodeData};
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::entities::{Node, Stage};
+use polc_ir::limits::WALK_TURNS_CAUTIOUS;
+use polc_ir::outcome::{Decider, Ending, Verdict};
+use polc_ir::ruleset::Ruleset;
+
+/// Some packets would take more turns through the tables than the kernel's verifier follows.
+pub const TOO_DEEP: Code = Code(501);
+
+/// Steps of a turn, as the backend emits it.
+const STEPS_PER_TURN: u32 = 5;
+
+/// Replaces stages that lie too deep by deferrals. True if there were any, so that the decision has to be made anew.
+pub fn bound(
+    ruleset: &Ruleset,
+    classifier: &mut Classifier,
+    decision: &Decision,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> bool {
+    let costs = costs(classifier, decision);
+    // Most turns taken before a stage is entered. Stages lead to smaller numbers: the root comes first.
+    let mut reached: SecondaryMap<Stage, Option<u32>> = SecondaryMap::new();
+    reached[classifier.root] = Some(0);
+    let mut deep: Vec<Stage> = Vec::new();
+    for stage in classifier.stages.keys().rev() {
+        let Some(before) = reached[stage] else { continue };
+        let after = before.saturating_add(costs[stage]);
+        if after > WALK_TURNS_CAUTIOUS {
+            deep.push(stage);
+            continue;
+        }
+        for &entry in &classifier.stages[stage].entries {
+            for next in classifier.entries[entry].exit.successors() {
+                reached[next] = Some(reached[next].map_or(after, |known| known.max(after)));
+            }
+        }
+    }
+    let Some(&first) = deep.first() else { return false };
+    // What only deep stages led to is out of reach now, and takes no room.
+    let cut: Vec<Stage> = classifier
+        .stages
+        .keys()
+        .filter(|&stage| {
+            reached[stage].is_none_or(|before| before.saturating_add(costs[stage]) > WALK_TURNS_CAUTIOUS)
+        })
+        .collect();
+    for stage in cut {
+        let rule = classifier.stages[stage].origin.and_then(|(chain, skipped)| {
+            let rules = &ruleset.chains[chain].rules;
+            rules.get(skipped as usize).or(rules.last()).copied()
+        });
+        let by = rule.map_or(Decider::Nothing, Decider::Rule);
+        let exit = Exit::End(Ending { verdict: Verdict::Defer, by });
+        let entry = classifier.entries.push(EntryData { stage, cube: Cube::all(), rules: Vec::new(), exit });
+        classifier.stages[stage].entries = vec![entry];
+    }
+    let span = classifier.stages[first]
+        .origin
+        .and_then(|(chain, skipped)| ruleset.chains[chain].rules.get(skipped as usize))
+        .map(|&rule| ruleset.rules[rule].span);
+    let message = format!(
+        "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; those that get as far as this rule are left to the kernel"
+    );
+    diagnostics.push(
+        Diagnostic::warning(TOO_DEEP, message, span)
+            .with_note(
+                "the kernel's verifier follows every turn of a program's loop, up to a million instructions",
+            )
+            .with_hint(
+                "chains that come back, one after another, are what takes turns; let them end in a verdict",
+            ),
+    );
+    true
+}
+
+/// Most turns that deciding each stage takes: a turn is five steps, and a stage begins one.
+fn costs(classifier: &Classifier, decision: &Decision) -> SecondaryMap<Stage, u32> {
+    let family = classifier.family;
+    let tests = |test: &Test| -> u32 {
+        // A range of a field of several words takes two tests a word at the most, and one of one word a single one.
+        let words = u32::from(test.field.bits(family).div_ceil(32));
+        let each = if words == 1 { 1 } else { 2 * words * words };
+        each * test.values.intervals().len().max(1) as u32
+    };
+    let mut nodes: SecondaryMap<Node, u32> = SecondaryMap::new();
+    for (node, data) in decision.nodes.iter() {
+        nodes[node] = match data {
+            NodeData::Test { field, edges, .. } => {
+                let words = u32::from(field.bits(family).div_ceil(32));
+                let each = if words == 1 { 1 } else { 2 * words };
+                let below = edges.iter().map(|(_, next)| nodes[*next]).max().unwrap_or(0);
+                each * edges.len() as u32 + below
+            }
+            NodeData::Min { children } => children.iter().map(|child| 1 + nodes[*child]).sum(),
+            NodeData::List { entries } => {
+                entries.iter().flat_map(|&entry| classifier.entries[entry].cube.tests()).map(tests).sum()
+            }
+            NodeData::Done { .. } | NodeData::None => 0,
+        };
+    }
+    let mut costs = SecondaryMap::new();
+    for stage in classifier.stages.keys() {
+        costs[stage] = 1 + decision.roots[stage].map_or(0, |root| nodes[root]) / STEPS_PER_TURN;
+    }
+    costs
+}
