@@ -92,6 +92,25 @@ impl Report {
         Report { lines }
     }
 
+    /// Defers the lines whose rules only these hooks reach: no program is made there, for the reason given.
+    pub fn defer_hooks(&mut self, session: &Session, hooks: &[Hook], reason: &str) {
+        let without = hooks.iter().fold(0, |bits, hook| bits | bit(*hook));
+        let reached = hooks_reaching(&session.ruleset);
+        for (line, rules) in session.rules_by_line() {
+            let data = rules.iter().map(|rule| &session.ruleset.rules[*rule]);
+            let only_there = data.clone().all(|data| {
+                let hooks = reached[data.chain];
+                hooks != 0 && hooks & !without == 0
+            });
+            let (Some(status), Some(first)) = (self.lines.get_mut(&line), data.clone().next()) else {
+                continue;
+            };
+            if only_there && *status == Status::Compiled {
+                *status = Status::Deferred { span: first.span, reason: reason.to_string() };
+            }
+        }
+    }
+
     /// How many rule lines there are.
     pub fn rules(&self) -> usize {
         self.lines.len()

@@ -67,6 +67,8 @@ pub struct Verified {
     pub budgets: Vec<Budget>,
     /// What compiling found.
     pub diagnostics: Vec<Diagnostic>,
+    /// What kept the program from being emitted; then the levels above it were verified alone.
+    pub not_emitted: Vec<Diagnostic>,
     /// The first packet on which levels differ, if any.
     pub disagreement: Option<Disagreement>,
 }
@@ -90,11 +92,12 @@ pub fn verify(
         entries: compiled.classifier.entries.len(),
         budgets: Vec::new(),
         diagnostics: compiled.diagnostics.clone(),
+        not_emitted: Vec::new(),
         disagreement: None,
     };
     let mut program = None;
     match build::object(session, &compiled) {
-        Err(findings) => verified.diagnostics.extend(findings),
+        Err(findings) => verified.not_emitted = findings,
         Ok((object, budgets)) => {
             verified.budgets = budgets;
             let attach = place.attach.expect("programs are made for an attach point");
@@ -105,7 +108,7 @@ pub fn verify(
                 }
                 Err(error) => {
                     let message = format!("the program can't be checked: {error}");
-                    verified.diagnostics.push(Diagnostic::error(NOT_RUN, message, None));
+                    verified.not_emitted.push(Diagnostic::error(NOT_RUN, message, None));
                 }
             }
         }

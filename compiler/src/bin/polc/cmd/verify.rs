@@ -82,14 +82,8 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         [one] if args.attach.is_some() => Scope::At(one),
         _ => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
     };
-    let report = Report::new(&session, scope);
+    let mut report = Report::new(&session, scope);
     let mut findings = session.diagnostics.clone();
-    findings.extend(match (args.format, mode) {
-        (TextFormat::Human, Mode::Accelerate) => report.grouped_diagnostics(mode),
-        _ => report.diagnostics(mode),
-    });
-    sort(&mut findings);
-
     let bar = progress_bar();
     let mut verified = Vec::new();
     for (index, place) in places.iter().enumerate() {
@@ -103,6 +97,24 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         verified.push(result);
     }
     bar.finish_and_clear();
+    // Where no program can be made, the kernel's own rules go on deciding, unless there are none or the user asked for
+    // that very program.
+    let may_defer = mode == Mode::Accelerate && args.attach.is_none();
+    for result in &verified {
+        for finding in &result.not_emitted {
+            let severity = if may_defer { Severity::Warning } else { finding.severity };
+            let note = format!("no program is made at {}", place::describe(&result.place));
+            findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
+        }
+    }
+    if may_defer {
+        report.defer_hooks(&session, &hooks_without_program(&verified), "no program is made for its hook");
+    }
+    findings.extend(match (args.format, mode) {
+        (TextFormat::Human, Mode::Accelerate) => report.grouped_diagnostics(mode),
+        _ => report.diagnostics(mode),
+    });
+    sort(&mut findings);
 
     let agree = verified.iter().all(|result| result.disagreement.is_none());
     let failed = !agree || findings.iter().any(|finding| finding.severity == Severity::Error);
@@ -170,6 +182,17 @@ fn places(args: &VerifyArgs, session: &Session) -> Vec<Place> {
         }
     }
     places
+}
+
+/// The hooks that have a place of their own, but no program at any.
+fn hooks_without_program(verified: &[Verified]) -> Vec<Hook> {
+    let alone = |hook: Hook| verified.iter().filter(move |result| result.place.path == [hook]);
+    Hook::ALL
+        .into_iter()
+        .filter(|&hook| {
+            alone(hook).next().is_some() && alone(hook).all(|result| !result.not_emitted.is_empty())
+        })
+        .collect()
 }
 
 fn progress_bar() -> ProgressBar {
