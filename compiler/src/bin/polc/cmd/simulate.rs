@@ -116,9 +116,9 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
         (Some(path), _) => {
             let capture = capture::read(path)?;
             if capture.cut > 0 {
-                let (count, what) = (capture.cut, path.display());
+                let (packets, what) = (counted(capture.cut, "packet"), path.display());
                 output.remark(&format!(
-                    "{what}: {count} packets were captured in part; zeros stand for the rest\n"
+                    "{what}: {packets} captured in part; zeros stand for the rest\n"
                 ));
             }
             capture.packets

@@ -1,0 +1,300 @@
+//! The command line as people and scripts see it: exit status, standard output and standard error, byte for byte.
+//!
+//! Each `.case` in `tests/cli` starts with the command (`$ polc check bad.rules`, `< FILE` for standard input); what
+//! follows is what it printed. `BLESS=1 cargo test -p polc --test cli` writes it anew; the difference is the review.
+//! Commands run in `tests/cli/input`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli")
+}
+
+fn polc(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+    command.args(args).current_dir(folder().join("input")).env_remove("NO_COLOR").stdin(Stdio::null());
+    command
+}
+
+fn run(command: &mut Command) -> Output {
+    command.output().expect("polc runs")
+}
+
+/// A temporary folder that goes away with its owner.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("polc-cli-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("a temporary folder");
+        Scratch(path)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.join(name).to_str().expect("a path in UTF-8").to_string()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Splits at blanks; single quotes keep words together.
+fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    for (index, part) in line.split('\'').enumerate() {
+        if index % 2 == 1 {
+            words.push(part.to_string());
+        } else {
+            words.extend(part.split_whitespace().map(str::to_string));
+        }
+    }
+    words
+}
+
+/// What depends on how packets are made and code is generated, rather than on the command line, is written as `N`.
+fn masked(text: &str) -> String {
+    let mut masked = String::with_capacity(text.len());
+    for line in text.split_inclusive('\n') {
+        if line.contains(" agree on ") || line.contains(" processed by the verifier") {
+            let mut last = ' ';
+            for letter in line.chars() {
+                let letter = if letter.is_ascii_digit() { 'N' } else { letter };
+                if letter != 'N' || last != 'N' {
+                    masked.push(letter);
+                }
+                last = letter;
+            }
+        } else {
+            masked += line;
+        }
+    }
+    masked
+}
+
+#[test]
+fn cases() {
+    let bless = std::env::var_os("BLESS").is_some();
+    let mut names: Vec<PathBuf> = fs::read_dir(folder())
+        .expect("the cases are there")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "case"))
+        .collect();
+    names.sort();
+    assert!(!names.is_empty());
+    let mut wrong = Vec::new();
+    for path in names {
+        let expected = fs::read_to_string(&path).expect("a case is text");
+        let command_line = expected.lines().next().expect("a case has a command");
+        let mut args = words(command_line.strip_prefix("$ polc ").expect("a case starts with `$ polc `"));
+        let stdin = args.iter().position(|word| word == "<").map(|at| {
+            let name = args.remove(at + 1);
+            args.remove(at);
+            name
+        });
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut command = polc(&args);
+        if let Some(name) = stdin {
+            let file = fs::File::open(folder().join("input").join(name)).expect("the input is there");
+            command.stdin(file);
+        }
+        let output = run(&mut command);
+        let actual = format!(
+            "{command_line}\n# exit {}\n# stdout\n{}# stderr\n{}",
+            output.status.code().expect("polc exits"),
+            masked(&String::from_utf8(output.stdout).expect("text")),
+            masked(&String::from_utf8(output.stderr).expect("text")),
+        );
+        if bless {
+            fs::write(&path, actual).expect("a case can be written");
+        } else if actual != expected {
+            wrong.push(format!("{}:\n{actual}", path.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "not as blessed (BLESS=1 writes it anew):\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_json_of_check_adds_up_and_has_the_documented_fields() {
+    let output = run(&mut polc(&["check", "--format", "json", "bad.v4.rules"]));
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let number = |name: &str| result[name].as_u64().unwrap_or_else(|| panic!("`{name}` is a number"));
+    assert_eq!(number("compiled") + number("deferred") + number("rejected"), number("rules"));
+    let text = fs::read_to_string(folder().join("input/bad.v4.rules")).expect("the input");
+    let lines = text.lines().filter(|line| line.starts_with("-A") || line.starts_with("-I")).count();
+    assert_eq!(number("rules"), lines as u64);
+    let schema = fs::read_to_string(folder().join("../../../docs/check-schema.json")).expect("the schema");
+    let schema: serde_json::Value = serde_json::from_str(&schema).expect("the schema is JSON");
+    let finding = &schema["$defs"]["finding"];
+    for found in result["diagnostics"].as_array().expect("a list") {
+        for name in finding["required"].as_array().expect("a list") {
+            assert!(found.get(name.as_str().expect("a name")).is_some(), "{name} in {found}");
+        }
+        for (name, _) in found.as_object().expect("an object") {
+            assert!(finding["properties"].get(name).is_some(), "{name} is documented");
+        }
+    }
+    for (name, _) in result.as_object().expect("an object") {
+        assert!(schema["properties"].get(name).is_some(), "{name} is documented");
+    }
+}
+
+#[test]
+fn the_json_of_verify_has_the_documented_fields() {
+    let output = run(&mut polc(&["verify", "--format", "json", "good.v4.rules"]));
+    assert_eq!(output.status.code(), Some(0));
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(result["agree"], true);
+    assert!(result["packets"].as_u64().expect("a number") >= 1_000);
+    let schema = fs::read_to_string(folder().join("../../../docs/verify-schema.json")).expect("the schema");
+    let schema: serde_json::Value = serde_json::from_str(&schema).expect("the schema is JSON");
+    for (name, _) in result.as_object().expect("an object") {
+        assert!(schema["properties"].get(name).is_some(), "{name} is documented");
+    }
+    for name in schema["required"].as_array().expect("a list") {
+        assert!(result.get(name.as_str().expect("a name")).is_some(), "{name}");
+    }
+}
+
+#[test]
+fn sarif_points_at_the_lines() {
+    let output = run(&mut polc(&["check", "--format", "sarif", "bad.v4.rules"]));
+    let log: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(log["version"], "2.1.0");
+    let results = log["runs"][0]["results"].as_array().expect("a list");
+    assert!(results.iter().any(|result| {
+        result["level"] == "error"
+            && result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "bad.v4.rules"
+    }));
+    let rules = log["runs"][0]["tool"]["driver"]["rules"].as_array().expect("a list");
+    for result in results {
+        let index = result["ruleIndex"].as_u64().expect("a number") as usize;
+        assert_eq!(rules[index]["id"], result["ruleId"]);
+    }
+}
+
+#[test]
+fn compiling_twice_gives_the_same_bytes_and_leaves_nothing_else() {
+    let scratch = Scratch::new("compile");
+    let (one, two) = (scratch.file("one.o"), scratch.file("two.o"));
+    for object in [&one, &two] {
+        let output = run(&mut polc(&["compile", "good.v4.rules", "-o", object]));
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert_eq!(fs::read(&one).expect("an object"), fs::read(&two).expect("an object"));
+    assert_eq!(fs::read_dir(&scratch.0).expect("the folder").count(), 2);
+    let dump = run(&mut polc(&["dump", &one]));
+    let text = String::from_utf8(dump.stdout).expect("text");
+    assert!(text.contains("-A INPUT -s 192.0.2.0/24 -j DROP @ good.v4.rules:"), "{text}");
+}
+
+#[test]
+fn a_failed_compilation_writes_nothing() {
+    let scratch = Scratch::new("failed");
+    let object = scratch.file("x.o");
+    let output = run(&mut polc(&["compile", "bad.v4.rules", "-o", &object]));
+    assert_eq!(output.status.code(), Some(1));
+    let output = run(&mut polc(&["compile", "good.v4.rules", "--replace", "-o", &object]));
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(fs::read_dir(&scratch.0).expect("the folder").count(), 0);
+}
+
+#[test]
+fn fmt_rewrites_in_place_and_is_idempotent() {
+    let scratch = Scratch::new("fmt");
+    let file = scratch.file("rules.v4");
+    fs::copy(folder().join("input/loose.v4.rules"), &file).expect("copied");
+    assert_eq!(run(&mut polc(&["fmt", "--check", &file])).status.code(), Some(1));
+    assert_eq!(run(&mut polc(&["fmt", "--write", &file])).status.code(), Some(0));
+    assert_eq!(run(&mut polc(&["fmt", "--check", &file])).status.code(), Some(0));
+    let printed = run(&mut polc(&["fmt", &file])).stdout;
+    assert_eq!(printed, fs::read(&file).expect("the file"));
+}
+
+#[test]
+fn every_level_decides_the_same() {
+    let of = |level: &str| {
+        run(&mut polc(&[
+            "simulate",
+            "good.v4.rules",
+            "--packets",
+            "packets.jsonl",
+            "--format",
+            "json",
+            "--level",
+            level,
+        ]))
+        .stdout
+    };
+    let expected = of("ruleset");
+    assert!(!expected.is_empty());
+    for level in ["classifier", "decision", "plan", "rbpf"] {
+        assert_eq!(String::from_utf8(of(level)), String::from_utf8(expected.clone()), "{level}");
+    }
+}
+
+#[test]
+fn captures_are_read() {
+    let scratch = Scratch::new("pcap");
+    let path = scratch.file("two.pcap");
+    // pcap 2.4, little-endian microseconds, raw IP; a UDP packet, and the first 24 bytes of another.
+    let packet = [
+        &[0x45u8, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0, 192, 0, 2, 1, 198, 51, 100, 1][..],
+        &[0, 53, 0x10, 0, 0, 12, 0, 0, 1, 2, 3, 4],
+    ]
+    .concat();
+    let mut bytes =
+        [0xd4, 0xc3, 0xb2, 0xa1, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 101, 0, 0, 0].to_vec();
+    for captured in [32u32, 24] {
+        bytes.extend([0; 8]);
+        bytes.extend(captured.to_le_bytes());
+        bytes.extend(32u32.to_le_bytes());
+        bytes.extend(&packet[..captured as usize]);
+    }
+    fs::write(&path, &bytes).expect("written");
+    let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path, "--format", "json"]));
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(text.lines().count(), 2);
+    assert!(text.lines().all(|line| line.contains(r#""verdict":"drop""#)), "{text}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet captured in part"));
+    fs::write(&path, &bytes[..50]).expect("written");
+    assert_eq!(run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path])).status.code(), Some(2));
+}
+
+#[test]
+fn colour_is_asked_for_or_a_terminal() {
+    let colour = |args: &[&str]| run(&mut polc(args)).stderr.contains(&0x1b);
+    assert!(!colour(&["check", "bad.v4.rules"]));
+    assert!(colour(&["check", "--color", "always", "bad.v4.rules"]));
+    assert!(!colour(&["check", "--color", "never", "bad.v4.rules"]));
+}
+
+#[test]
+fn completions_and_manual_pages_cover_every_command() {
+    let scratch = Scratch::new("man");
+    assert_eq!(run(&mut polc(&["man", &scratch.file("man")])).status.code(), Some(0));
+    for command in ["check", "fmt", "compile", "verify", "simulate", "explain", "dump"] {
+        assert!(Path::new(&scratch.file(&format!("man/polc-{command}.1"))).exists(), "{command}");
+        for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+            let script = run(&mut polc(&["completions", shell])).stdout;
+            assert!(String::from_utf8_lossy(&script).contains(command), "{shell} {command}");
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = polc(&["completions", "zsh"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("polc runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("polc ends");
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty());
+}
