@@ -117,9 +117,7 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
             let capture = capture::read(path)?;
             if capture.cut > 0 {
                 let (packets, what) = (counted(capture.cut, "packet"), path.display());
-                output.remark(&format!(
-                    "{what}: {packets} captured in part; zeros stand for the rest\n"
-                ));
+                output.remark(&format!("{what}: {packets} captured in part; zeros stand for the rest\n"));
             }
             capture.packets
         }
