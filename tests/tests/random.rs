@@ -1,0 +1,162 @@
+//! Random rule sets: every level and rbpf agree on random packets.
+//!
+//! Rules draw from small pools of values, so that they meet. `POLC_LONG` makes it ten times the packets.
+
+use std::fmt::Write as _;
+
+use polc::place::{attach_for, devices_of, place};
+use polc::runner::{Level, Program, run};
+use polc::select::Devices;
+use polc::witness::{Random, Witnesses};
+use polc_backend_ebpf::emit::{RuleLine, Target, emit};
+use polc_frontend_iptables::{ParseOptions, lower, parse};
+use polc_ir::diag::Severity;
+use polc_ir::env::{Env, Mode};
+use polc_ir::hook::{Hook, Semantics};
+use polc_ir::source::SourceMap;
+use polc_ir::state::State;
+
+const RULE_SETS: usize = 1_000;
+const PACKETS: usize = 1_000;
+
+fn pick<'a>(random: &mut Random, from: &[&'a str]) -> &'a str {
+    from[random.below(from.len())]
+}
+
+/// A filter table with base chain and a few user chains that lead forward only.
+fn rules(random: &mut Random, chain: &str) -> String {
+    let users = random.below(4);
+    let mut text = format!("*filter\n:{chain} {} [0:0]\n", pick(random, &["ACCEPT", "DROP"]));
+    for user in 0..users {
+        writeln!(text, ":u{user} - [0:0]").expect("strings take text");
+    }
+    for from in 0..=users {
+        let name = if from == 0 { chain.to_string() } else { format!("u{}", from - 1) };
+        for _ in 0..random.below(7) {
+            write!(text, "-A {name}").expect("strings take text");
+            for _ in 0..random.below(3) {
+                let one = pick(
+                    random,
+                    &[
+                        " -s 10.0.0.0/8",
+                        " ! -s 10.1.0.0/16",
+                        " -d 192.0.2.0/255.255.0.255",
+                        " -i eth0",
+                        " ! -i eth+",
+                        " -m mark --mark 0x1/0x3",
+                        " -m ttl --ttl-gt 63",
+                        " -m length --length 0:60",
+                        " -m dscp --dscp 0x2e",
+                        " -m iprange --src-range 10.0.0.5-10.3.0.7",
+                        " -m state --state ESTABLISHED",
+                        " -m limit --limit 1/s",
+                        " -m string --algo bm --string x",
+                        " -m statistic --mode random --probability 0.5",
+                        " -m u32 --u32 0>>22&0x3C@0&0xFFFF=0:1024",
+                        " -m pkttype --pkt-type multicast",
+                        " -m comment --comment x",
+                    ],
+                );
+                if !text.ends_with(one)
+                    && !(one.contains("-s ") && text.lines().last().is_some_and(|line| line.contains("-s ")))
+                    && !(one.contains("-i ") && text.lines().last().is_some_and(|line| line.contains("-i ")))
+                    && !(one.contains("-d ") && text.lines().last().is_some_and(|line| line.contains(" -d ")))
+                {
+                    text.push_str(one);
+                }
+            }
+            text.push_str(pick(
+                random,
+                &[
+                    "",
+                    " -p tcp",
+                    " ! -p udp",
+                    " -p tcp -m tcp --dport 22",
+                    " -p tcp -m tcp --sport 1024:65535 ! --dport 80",
+                    " -p tcp -m tcp --syn",
+                    " -p tcp -m tcp --tcp-option 8",
+                    " -p udp -m udp --dport 53",
+                    " -p udp -m multiport --ports 53,123,1000:2000",
+                    " -p tcp -m multiport ! --dports 22,80",
+                    " -p icmp -m icmp --icmp-type 8",
+                    " -p esp -m esp --espspi 1:9",
+                    " -p sctp -m sctp --dport 5",
+                ],
+            ));
+            let target = random.below(10 + 2 * (users - from));
+            match target {
+                0 | 1 => text.push_str(" -j ACCEPT"),
+                2..=4 => text.push_str(" -j DROP"),
+                5 => text.push_str(" -j RETURN"),
+                6 => text.push_str(" -j MARK --set-xmark 0x1/0x3"),
+                7 => text.push_str(" -j REJECT"),
+                8 => text.push_str(" -j LOG"),
+                9 => {}
+                jump => {
+                    let to = from + (jump - 10) / 2;
+                    write!(text, " {} u{to}", if jump % 2 == 0 { "-j" } else { "-g" })
+                        .expect("strings take text");
+                }
+            }
+            text.push('\n');
+        }
+    }
+    text + "COMMIT\n"
+}
+
+#[test]
+fn random_rule_sets_mean_the_same_at_every_level() {
+    let packets = if std::env::var_os("POLC_LONG").is_some() { PACKETS * 10 } else { PACKETS };
+    let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            scope.spawn(move || {
+                for seed in (thread..RULE_SETS).step_by(threads) {
+                    one(seed as u64, packets);
+                }
+            });
+        }
+    });
+}
+
+fn one(seed: u64, packets: usize) {
+    let mut random = Random::new(seed);
+    let hook = [Hook::Input, Hook::Forward][random.below(2)];
+    let text = rules(&mut random, hook.chain_name());
+    let mut sources = SourceMap::new();
+    let file = sources.add("random.v4", text.as_str());
+    let (dump, diagnostics) = parse(&sources, file, &ParseOptions::default());
+    let error = diagnostics.iter().find(|diagnostic| diagnostic.severity == Severity::Error);
+    assert!(error.is_none(), "seed {seed}: {error:?}\n{text}");
+    let semantics = [Semantics::Legacy, Semantics::Nft][random.below(2)];
+    let ruleset = lower(&dump, &[], semantics);
+    let mode = [Mode::Accelerate, Mode::Replace][random.below(2)];
+    let place = place(&[hook], attach_for(hook), mode, false);
+    let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
+    let env = Env::default();
+    let compiled = polc::compile(&ruleset, &place, &env, &devices);
+    assert!(compiled.diagnostics.is_empty(), "seed {seed}: {:?}", compiled.diagnostics);
+    let attach = attach_for(hook);
+    let target =
+        Target { attach, name: "polc".into(), rule: &|_| None::<RuleLine>, chain: &|_| None, semantics };
+    let object = emit(&compiled.plan, &target).unwrap_or_else(|found| panic!("seed {seed}: {found:?}"));
+    let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");
+    program.set_random_seed(seed);
+    let mut states = [(); 4].map(|()| State::new(seed));
+    for input in Witnesses::new(&compiled.classifier, &devices.declared, seed).take(packets) {
+        let [reference, classifier, decision, plan] = &mut states;
+        let expected = run(Level::Ruleset, &ruleset, &compiled, &env, &input, reference);
+        for (level, state) in
+            [(Level::Classifier, classifier), (Level::Decision, decision), (Level::Plan, plan)]
+        {
+            let outcome = run(level, &ruleset, &compiled, &env, &input, state);
+            assert_eq!(outcome, expected, "seed {seed} {level} {semantics:?} {mode}: {input:02x?}\n{text}");
+        }
+        let ending = program.run(&compiled.plan, &input);
+        assert_eq!(
+            ending,
+            Ok(expected.ending),
+            "seed {seed} rbpf {semantics:?} {mode}: {input:02x?}\n{text}"
+        );
+    }
+}
