@@ -24,7 +24,7 @@ use crate::witness::Witnesses;
 pub const NOT_RUN: Code = Code(531);
 
 /// Packets made for each entry.
-const PACKETS_PER_ENTRY: usize = 4;
+const PACKETS_PER_ENTRY: usize = 64;
 
 /// Bound on packets times entries, since the reference levels look at entries one by one.
 const WORK_MAX: usize = 400_000_000;
