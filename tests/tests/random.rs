@@ -57,11 +57,11 @@ fn rules(random: &mut Random, chain: &str) -> String {
                         " -m comment --comment x",
                     ],
                 );
-                if !text.ends_with(one)
-                    && !(one.contains("-s ") && text.lines().last().is_some_and(|line| line.contains("-s ")))
-                    && !(one.contains("-i ") && text.lines().last().is_some_and(|line| line.contains("-i ")))
-                    && !(one.contains("-d ") && text.lines().last().is_some_and(|line| line.contains(" -d ")))
-                {
+                // Addresses and devices can be given once.
+                let line = text.lines().last().unwrap_or("");
+                let again =
+                    ["-s ", "-d ", "-i "].iter().any(|option| one.contains(option) && line.contains(option));
+                if !again && !text.ends_with(one) {
                     text.push_str(one);
                 }
             }

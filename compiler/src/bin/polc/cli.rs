@@ -72,8 +72,8 @@ pub(crate) struct InputArgs {
     /// Address family of the rules; auto: by the save tool's header, the file's name, the addresses
     #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, value_name = "FAMILY", help_heading = "Reading")]
     pub family: FamilyChoice,
-    /// Files of sets, as `ipset save` writes them
-    #[arg(long, num_args = 1.., value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Reading")]
+    /// Files of sets, as `ipset save` writes them; repeat for several
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Reading")]
     pub ipset: Vec<PathBuf>,
     /// Accept only what iptables-legacy-restore accepts
     #[arg(long, help_heading = "Reading")]
