@@ -111,6 +111,16 @@ impl Report {
         }
     }
 
+    /// Defers the lines that findings of the passes point at: where a bound ends what a program decides.
+    pub fn defer_bounded(&mut self, session: &Session, findings: &[Diagnostic]) {
+        for (span, finding) in findings.iter().filter_map(|finding| Some((finding.span?, finding))) {
+            let line = session.sources.file(span.file).line(span.start);
+            if let Some(status @ Status::Compiled) = self.lines.get_mut(&line) {
+                *status = Status::Deferred { span, reason: finding.message.clone() };
+            }
+        }
+    }
+
     /// How many rule lines there are.
     pub fn rules(&self) -> usize {
         self.lines.len()

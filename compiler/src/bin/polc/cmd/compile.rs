@@ -27,12 +27,13 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
     let session = input::session(&args.file, &args.input)?;
     let place = place::of(args.attach.into(), &args.place, &args.input);
     let devices = place::declared(&args.devices)?;
-    let Some(report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
+    let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
     let env = input::env(&args.input, session.family());
     let compiled = polc::compile(&session.ruleset, &place, &env, &devices);
     if refuse(&session, &compiled.diagnostics, place.mode, output) {
         return Ok(FOUND.into());
     }
+    report.defer_bounded(&session, &compiled.diagnostics);
     let mut emitted = String::new();
     for level in &args.emit {
         emitted += &match level {

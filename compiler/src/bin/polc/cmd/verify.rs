@@ -77,7 +77,8 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     let mode = args.place.mode();
     let devices = place::all(&session, &args.devices)?;
     let env = input::env(&args.input, session.family());
-    let places = places(args, &session);
+    // A rule set that was read in part is another one than the user's.
+    let places = if session.has_errors() { Vec::new() } else { places(args, &session) };
     let scope = match places.as_slice() {
         [one] if args.attach.is_some() => Scope::At(one),
         _ => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
@@ -86,6 +87,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     let mut findings = session.diagnostics.clone();
     let bar = progress_bar();
     let mut verified = Vec::new();
+    let mut bounded = Vec::new();
     for (index, place) in places.iter().enumerate() {
         bar.set_message(place::describe(place));
         let random = args.random as usize;
@@ -93,7 +95,13 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
             bar.set_length((all * places.len()) as u64);
             bar.set_position((all * index + done) as u64);
         });
-        findings.extend(result.diagnostics.iter().cloned());
+        for finding in &result.diagnostics {
+            // The same bound at several places is one finding.
+            if !findings.contains(finding) {
+                findings.push(finding.clone());
+            }
+        }
+        bounded.extend(result.diagnostics.iter().cloned());
         verified.push(result);
     }
     bar.finish_and_clear();
@@ -110,11 +118,14 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     if may_defer {
         report.defer_hooks(&session, &hooks_without_program(&verified), "no program is made for its hook");
     }
-    findings.extend(match (args.format, mode) {
+    let deferrals = |report: &Report| match (args.format, mode) {
         (TextFormat::Human, Mode::Accelerate) => report.grouped_diagnostics(mode),
         _ => report.diagnostics(mode),
-    });
+    };
+    findings.extend(deferrals(&report));
     sort(&mut findings);
+    // The passes' findings say why already.
+    report.defer_bounded(&session, &bounded);
 
     let agree = verified.iter().all(|result| result.disagreement.is_none());
     let failed = !agree || findings.iter().any(|finding| finding.severity == Severity::Error);
