@@ -139,9 +139,9 @@ pub mod node {
 pub mod exit {
     /// What it does: one of the numbers below.
     pub const KIND: i16 = 0;
-    /// End: the counter slot. Others: the reference to go on with, if a test holds.
+    /// End: the counter slot. Others: the reference to go on with (tests: if they hold).
     pub const NEXT: i16 = 4;
-    /// End: the return code. Tests: the reference to go on with, if it does not hold.
+    /// End: the return code. Count: the counter slot. Tests: the reference to go on with, if it does not hold.
     pub const OTHER: i16 = 8;
     /// Random: the probability. Nth: the number at which it holds.
     pub const PARAMETER: i16 = 12;
@@ -163,6 +163,8 @@ pub mod exit {
     pub const RANDOM: u32 = 2;
     /// Count packets and let every nth through.
     pub const NTH: u32 = 3;
+    /// Add the packet to a counter slot and go on.
+    pub const COUNT: u32 = 4;
 }
 
 /// Return codes of XDP programs (include/uapi/linux/bpf.h, `enum xdp_action`).

@@ -24,8 +24,11 @@ pub struct Manifest {
     pub family: Option<Family>,
     /// Whose corner cases were followed.
     pub semantics: Option<Semantics>,
-    /// What each slot of the counter map counts; the index is the slot.
+    /// What each slot of the counter map stands for; the index is the slot.
     pub counters: Vec<CounterSlot>,
+    /// The rules and policies that slots count packets for. A rule's packets are the sum over all slots whose `counts`
+    /// name it, once for each time they do.
+    pub counted: Vec<Counted>,
     /// Devices that the object tells apart, with the numbers it was compiled for.
     pub devices: Vec<Device>,
     /// What a loader has to be able to do beyond the common.
@@ -57,9 +60,33 @@ pub struct CounterSlot {
     pub line: Option<u32>,
     /// The source line's text, or a few words where no rule decided.
     pub text: String,
-    /// `accept`, `drop`, `reject` or `defer`; none for rules that only count.
+    /// `accept`, `drop`, `reject` or `defer`; none on the way to a verdict.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<String>,
+    /// What a packet counted here is counted for, in order: indices of `Manifest::counted`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub counts: Vec<u32>,
+}
+
+/// A rule or a policy that packets are counted for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Counted {
+    /// The table.
+    pub table: String,
+    /// The chain.
+    pub chain: String,
+    /// The rule's number within its chain, from 1; none for the chain's policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rule: Option<u32>,
+    /// The source file; none for a policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// The source line, from 1; none for a policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
+    /// The source line's text, or a few words for a policy.
+    pub text: String,
 }
 
 /// What a counter slot stands for.
@@ -78,6 +105,8 @@ pub enum CounterKind {
     Frame,
     /// No rule and no policy.
     Nothing,
+    /// No end yet: the packet is counted in another slot too.
+    OnTheWay,
 }
 
 /// What a loader needs beyond loading one ELF file unchanged.

@@ -148,16 +148,17 @@ fn a_walk_with_forks_writes_and_tests() {
         walk.exits = vec![
             PlanExit::End(FIRST),
             PlanExit::Then {
+                count: None,
                 writes: vec![write(3, u32::MAX, 1), write(3, 0, 2), write(3, 1, 5)],
                 next: to(WalkRef::Exit(5)),
             },
-            PlanExit::Then { writes: vec![], next: to(WalkRef::Node(0)) },
+            PlanExit::Then { count: None, writes: vec![], next: to(WalkRef::Node(0)) },
             PlanExit::End(FIRST + 3),
-            PlanExit::Test { test: nth, yes: to(WalkRef::Exit(6)), no: to(WalkRef::Exit(7)) },
-            PlanExit::Test { test: always, yes: to(WalkRef::Exit(8)), no: to(WalkRef::Exit(0)) },
+            PlanExit::Test { count: None, test: nth, yes: to(WalkRef::Exit(6)), no: to(WalkRef::Exit(7)) },
+            PlanExit::Test { count: None, test: always, yes: to(WalkRef::Exit(8)), no: to(WalkRef::Exit(0)) },
             PlanExit::End(FIRST + 1),
             PlanExit::End(FIRST + 2),
-            PlanExit::Test { test: never, yes: to(WalkRef::Exit(0)), no: to(WalkRef::Node(0)) },
+            PlanExit::Test { count: None, test: never, yes: to(WalkRef::Exit(0)), no: to(WalkRef::Node(0)) },
         ];
         plan.root = to(WalkRef::Node(3));
         let mut pair = Pair::new("forks", plan);
@@ -478,7 +479,7 @@ fn marks_are_written_back_in_replace_mode() {
         if by_table {
             plan.walk.exits = vec![
                 PlanExit::End(FIRST + 1),
-                PlanExit::Then { writes, next: PlanTarget::Walk(WalkRef::Exit(0)) },
+                PlanExit::Then { count: None, writes, next: PlanTarget::Walk(WalkRef::Exit(0)) },
             ];
             plan.root = PlanTarget::Walk(WalkRef::Exit(1));
         } else {
@@ -487,7 +488,7 @@ fn marks_are_written_back_in_replace_mode() {
             plan.steps[next].entries[0].exit = PlanExit::End(FIRST + 1);
             let entry = LinearEntry {
                 tests: vec![],
-                exit: PlanExit::Then { writes, next: plan.root },
+                exit: PlanExit::Then { count: None, writes, next: plan.root },
                 rule: Some(rule(0)),
             };
             let step = plan.steps.push(LinearStep { stage: Stage::from_u32(1), entries: vec![entry] });
@@ -538,12 +539,16 @@ fn with_everything(attach: Attach) -> Plan {
     let nth = plan.effect_tests.push(EffectTestKind::Nth { every: 3, initial: 1 });
     let walk = plan.root;
     for test in [random, nth] {
-        let exit = PlanExit::Test { test, yes: walk, no: walk };
+        let exit = PlanExit::Test { count: None, test, yes: walk, no: walk };
         let tested =
             LinearEntry { tests: vec![all(&[range(2, 5, 80), eq(1, 6)])], exit, rule: Some(rule(0)) };
         let other = LinearEntry {
             tests: vec![],
-            exit: PlanExit::Then { writes: vec![WordWrite { word: 2, clear: 1, xor: 0 }], next: plan.root },
+            exit: PlanExit::Then {
+                count: None,
+                writes: vec![WordWrite { word: 2, clear: 1, xor: 0 }],
+                next: plan.root,
+            },
             rule: Some(rule(1)),
         };
         let step = plan.steps.push(LinearStep { stage: Stage::from_u32(0), entries: vec![tested, other] });
@@ -609,7 +614,7 @@ fn the_largest_walk_loads_with_everything() {
         let root = WalkRef::Node(plan.walk.nodes.len() as u32 - 1);
         for test in [random, nth] {
             let to = PlanTarget::Walk(WalkRef::Exit(0));
-            plan.walk.exits.push(PlanExit::Test { test, yes: to, no: to });
+            plan.walk.exits.push(PlanExit::Test { count: None, test, yes: to, no: to });
         }
         plan.root = PlanTarget::Walk(root);
         let mut pair = Pair::new("the largest walk", plan);

@@ -61,7 +61,13 @@ pub fn bound(
         });
         let by = rule.map_or(Decider::Nothing, Decider::Rule);
         let exit = Exit::End(Ending { verdict: Verdict::Defer, by });
-        let entry = classifier.entries.push(EntryData { stage, cube: Cube::all(), rules: Vec::new(), exit });
+        let entry = classifier.entries.push(EntryData {
+            stage,
+            cube: Cube::all(),
+            rule: None,
+            counts: Vec::new(),
+            exit,
+        });
         classifier.stages[stage].entries = vec![entry];
     }
     let span = classifier.stages[first]

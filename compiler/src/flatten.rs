@@ -19,8 +19,8 @@ use polc_ir::env::{Env, Fragments, Place};
 use polc_ir::field::Field;
 use polc_ir::interval::IntervalSet;
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
-use polc_ir::outcome::{Decider, Ending, Verdict};
-use polc_ir::ruleset::deferral::{ClauseAbility, action_deferral, clause_ability};
+use polc_ir::outcome::{Count, Decider, Ending, Verdict};
+use polc_ir::ruleset::deferral::{ClauseAbility, clause_ability, is_handed_over};
 use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
 
@@ -81,8 +81,40 @@ struct Key {
 /// The chain and position that a stage starts at.
 type Origin = Option<(Chain, u32)>;
 
-/// An exit whose stages are still numbered in the order of discovery.
-type Entry = (Cube, Vec<Rule>, Exit);
+/// An entry; its exit's stages are still numbered in the order of discovery.
+struct Entry {
+    cube: Cube,
+    rule: Option<Rule>,
+    onward: Onward,
+}
+
+/// What happens next, and what a packet is counted for on the way there.
+#[derive(Clone)]
+struct Onward {
+    counts: Vec<Count>,
+    exit: Exit,
+}
+
+impl Onward {
+    fn end(verdict: Verdict, by: Decider) -> Onward {
+        Onward { counts: Vec::new(), exit: Exit::End(Ending { verdict, by }) }
+    }
+
+    fn go(stage: Stage) -> Onward {
+        Onward { counts: Vec::new(), exit: Exit::Then { writes: Vec::new(), stage } }
+    }
+
+    /// Leaves the packet to the kernel.
+    fn defer(rule: Rule) -> Onward {
+        Onward::end(Verdict::Defer, Decider::Rule(rule))
+    }
+
+    /// Counts `first`, ahead of everything.
+    fn counting(mut self, first: Count) -> Onward {
+        self.counts.insert(0, first);
+        self
+    }
+}
 
 struct Flattener<'a> {
     ruleset: &'a Ruleset,
@@ -104,7 +136,7 @@ impl Flattener<'_> {
         let family = self.ruleset.family;
         let whole = self.start(0, false, false);
         let root = match whole {
-            None => self.add(vec![end(Cube::all(), Verdict::Accept, Decider::Nothing)], None),
+            None => self.add(vec![Entry::rest(Onward::end(Verdict::Accept, Decider::Nothing))], None),
             Some(key) => {
                 let whole = self.stage(key);
                 if self.place.fragments == Fragments::Unresolved {
@@ -113,7 +145,8 @@ impl Flattener<'_> {
                     let possible =
                         cube.and(&Test::new(Field::Fragment, family, IntervalSet::point(1)), family);
                     debug_assert!(possible, "a bit can be 1");
-                    self.add(vec![(cube, Vec::new(), go(pieces)), (Cube::all(), Vec::new(), go(whole))], None)
+                    let pieces = Entry { cube, rule: None, onward: Onward::go(pieces) };
+                    self.add(vec![pieces, Entry::rest(Onward::go(whole))], None)
                 } else {
                     whole
                 }
@@ -125,7 +158,7 @@ impl Flattener<'_> {
                 let rule = self.ruleset.chains[key.chain].rules.get(key.rule).copied();
                 let by = rule.map_or(Decider::Policy(self.chains[key.base]), Decider::Rule);
                 refused = refused.or(rule);
-                vec![end(Cube::all(), Verdict::Defer, by)]
+                vec![Entry::rest(Onward::end(Verdict::Defer, by))]
             } else {
                 self.build(key)
             };
@@ -188,10 +221,10 @@ impl Flattener<'_> {
     }
 
     /// Goes on at a position: another stage, or what the end of the base chain brings.
-    fn go_on(&mut self, mut key: Key) -> Exit {
+    fn go_on(&mut self, mut key: Key) -> Onward {
         loop {
             if key.rule < self.ruleset.chains[key.chain].rules.len() {
-                return go(self.stage(key));
+                return Onward::go(self.stage(key));
             }
             match key.stack {
                 Some(top) => {
@@ -210,30 +243,25 @@ impl Flattener<'_> {
         }
     }
 
-    fn policy(&mut self, key: Key) -> Exit {
+    fn policy(&mut self, key: Key) -> Onward {
         let chain = self.chains[key.base];
         let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
-        if drop {
-            return Exit::End(Ending { verdict: Verdict::Drop, by: Decider::Policy(chain) });
-        }
-        self.accept(key, Decider::Policy(chain))
+        let by = Decider::Policy(chain);
+        let onward = if drop { Onward::end(Verdict::Drop, by) } else { self.accept(key, by) };
+        onward.counting(Count::Policy(chain))
     }
 
-    fn accept(&mut self, key: Key, by: Decider) -> Exit {
+    fn accept(&mut self, key: Key, by: Decider) -> Onward {
         let chain = self.chains[key.base];
         match self.start(key.base + 1, key.doubt, key.fragment) {
-            None => {
-                Exit::End(Ending { verdict: if key.doubt { Verdict::Defer } else { Verdict::Accept }, by })
-            }
-            Some(_) if self.ruleset.translates(chain) => {
-                Exit::End(Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) })
-            }
+            None => Onward::end(if key.doubt { Verdict::Defer } else { Verdict::Accept }, by),
+            Some(_) if self.ruleset.translates(chain) => Onward::end(Verdict::Defer, Decider::Policy(chain)),
             Some(next) => self.go_on(next),
         }
     }
 
     /// The packet may have been dropped in a chain that was only possibly jumped to: on behind that jump.
-    fn behind(&mut self, key: Key, outermost: u32) -> Exit {
+    fn behind(&mut self, key: Key, outermost: u32) -> Onward {
         let frame = self.frames[outermost as usize];
         self.go_on(Key {
             chain: frame.chain,
@@ -253,23 +281,23 @@ impl Flattener<'_> {
         let mut comes_back = false;
         loop {
             let Some(&rule) = ruleset.chains[key.chain].rules.get(key.rule) else {
-                let exit = self.go_on(key);
-                entries.push((Cube::all(), Vec::new(), exit));
+                let onward = self.go_on(key);
+                entries.push(Entry::rest(onward));
                 return entries;
             };
             if comes_back && key.rule.is_multiple_of(BLOCK) && key.clause == 0 {
-                let exit = self.go_on(key);
-                entries.push((Cube::all(), Vec::new(), exit));
+                let onward = self.go_on(key);
+                entries.push(Entry::rest(onward));
                 return entries;
             }
             let ends = self.rule(rule, key, &mut entries, &mut comes_back);
-            if entries.last().is_some_and(|(cube, ..)| cube.is_all()) {
+            if entries.last().is_some_and(|entry| entry.cube.is_all()) {
                 return entries;
             }
             key = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
             if ends {
-                let exit = self.go_on(key);
-                entries.push((Cube::all(), Vec::new(), exit));
+                let onward = self.go_on(key);
+                entries.push(Entry::rest(onward));
                 return entries;
             }
         }
@@ -285,13 +313,13 @@ impl Flattener<'_> {
         for (index, clause) in data.clauses.iter().enumerate().skip(key.clause) {
             match clause_ability(ruleset, self.place, clause, key.fragment) {
                 ClauseAbility::Observable(_) => {
-                    emit(entries, &cubes, rule, &defer(rule));
+                    emit(entries, &cubes, rule, &Onward::defer(rule));
                     return false;
                 }
                 ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Hotdrop(_)) => {
                     if !key.doubt {
-                        let exit = self.go_on(Key { clause: index + 1, unknown, doubt: true, ..key });
-                        emit(entries, &cubes, rule, &exit);
+                        let onward = self.go_on(Key { clause: index + 1, unknown, doubt: true, ..key });
+                        emit(entries, &cubes, rule, &onward);
                         *comes_back = true;
                         return false;
                     }
@@ -304,7 +332,7 @@ impl Flattener<'_> {
                             return false;
                         }
                         if cubes.len() > RULE_CUBES_MAX {
-                            emit(entries, &cubes, rule, &defer(rule));
+                            emit(entries, &cubes, rule, &Onward::defer(rule));
                             return false;
                         }
                     }
@@ -316,18 +344,18 @@ impl Flattener<'_> {
                         if dropped.is_empty() {
                             continue;
                         }
-                        let exit = match self.outermost(key.stack) {
+                        let onward = match self.outermost(key.stack) {
                             _ if unknown => {
                                 *comes_back = true;
                                 self.go_on(Key { doubt: true, ..next })
                             }
                             Some(outermost) => self.behind(key, outermost),
-                            None => Exit::End(Ending { verdict: Verdict::Drop, by: Decider::Hotdrop(rule) }),
+                            None => Onward::end(Verdict::Drop, Decider::Hotdrop(rule)),
                         };
-                        emit(entries, &dropped, rule, &exit);
+                        emit(entries, &dropped, rule, &onward);
                     }
                     ClauseKind::Effect(_) if unknown => {
-                        emit(entries, &cubes, rule, &defer(rule));
+                        emit(entries, &cubes, rule, &Onward::defer(rule));
                         return false;
                     }
                     ClauseKind::Effect(test) => {
@@ -336,11 +364,12 @@ impl Flattener<'_> {
                         let fails = self.as_stage(fails);
                         let (yes, no) =
                             if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
-                        emit(entries, &cubes, rule, &Exit::Test { test: *test, yes, no });
+                        let exit = Exit::Test { test: *test, yes, no };
+                        emit(entries, &cubes, rule, &Onward { counts: Vec::new(), exit });
                         return true;
                     }
                     ClauseKind::Opaque(_) => {
-                        emit(entries, &cubes, rule, &defer(rule));
+                        emit(entries, &cubes, rule, &Onward::defer(rule));
                         return false;
                     }
                 },
@@ -367,17 +396,17 @@ impl Flattener<'_> {
             Action::Continue => {}
             Action::Drop if key.doubt => {}
             Action::Drop => {
-                let exit = self.go_on(Key { doubt: true, ..next });
-                emit(entries, cubes, rule, &exit);
+                let onward = self.go_on(Key { doubt: true, ..next });
+                emit(entries, cubes, rule, &onward);
                 *comes_back = true;
             }
             Action::Jump(to) => {
                 let stack = self.push(key.stack, key.chain, next.rule, true);
-                let exit = self.go_on(Key { chain: to, rule: 0, stack, ..next });
-                emit(entries, cubes, rule, &exit);
+                let onward = self.go_on(Key { chain: to, rule: 0, stack, ..next });
+                emit(entries, cubes, rule, &onward);
                 *comes_back = true;
             }
-            _ => emit(entries, cubes, rule, &defer(rule)),
+            _ => emit(entries, cubes, rule, &Onward::defer(rule)),
         }
         false
     }
@@ -392,21 +421,25 @@ impl Flattener<'_> {
         comes_back: &mut bool,
     ) -> bool {
         let action = &self.ruleset.rules[rule].action;
-        if action_deferral(self.place, action).is_some() {
-            emit(entries, cubes, rule, &defer(rule));
+        let outermost = self.outermost(key.stack);
+        if is_handed_over(self.place, action, outermost.is_some(), key.doubt) {
+            emit(entries, cubes, rule, &Onward::defer(rule));
             return false;
         }
-        let outermost = self.outermost(key.stack);
-        let end = |verdict| Exit::End(Ending { verdict, by: Decider::Rule(rule) });
-        let exit = match action {
-            Action::Continue => return false,
-            Action::Accept if outermost.is_some() => defer(rule),
+        let end = |verdict| Onward::end(verdict, Decider::Rule(rule));
+        let mut ends = false;
+        let onward = match action {
+            // Nobody would see that the rule matched.
+            Action::Continue if outermost.is_some() => return false,
+            Action::Continue => {
+                *comes_back = true;
+                self.go_on(next)
+            }
             Action::Accept => self.accept(key, Decider::Rule(rule)),
             Action::Drop => match outermost {
                 Some(outermost) => self.behind(key, outermost),
                 None => end(Verdict::Drop),
             },
-            Action::Reject(_) if outermost.is_some() || key.doubt => defer(rule),
             Action::Reject(with) => end(Verdict::Reject(*with)),
             Action::Jump(to) => {
                 *comes_back = true;
@@ -418,24 +451,24 @@ impl Flattener<'_> {
                 let len = self.ruleset.chains[key.chain].rules.len();
                 self.go_on(Key { rule: len, ..next })
             }
-            Action::Write(_) if outermost.is_some() => defer(rule),
             Action::Write(write) => {
-                let exit = self.go_on(next);
-                let stage = self.as_stage(exit);
-                emit(entries, cubes, rule, &Exit::Then { writes: vec![*write], stage });
-                return true;
+                ends = true;
+                let onward = self.go_on(next);
+                let stage = self.as_stage(onward);
+                Onward { counts: Vec::new(), exit: Exit::Then { writes: vec![*write], stage } }
             }
-            Action::Effect { .. } | Action::Steal(_) => defer(rule),
+            Action::Effect { .. } | Action::Steal(_) => Onward::defer(rule),
         };
-        emit(entries, cubes, rule, &exit);
-        false
+        let onward = if outermost.is_some() { onward } else { onward.counting(Count::Rule(rule)) };
+        emit(entries, cubes, rule, &onward);
+        ends
     }
 
-    /// A stage that takes an exit at once.
-    fn as_stage(&mut self, exit: Exit) -> Stage {
-        match exit {
-            Exit::Then { writes, stage } if writes.is_empty() => stage,
-            exit => self.add(vec![(Cube::all(), Vec::new(), exit)], None),
+    /// A stage that goes on at once.
+    fn as_stage(&mut self, onward: Onward) -> Stage {
+        match onward.exit {
+            Exit::Then { ref writes, stage } if writes.is_empty() && onward.counts.is_empty() => stage,
+            _ => self.add(vec![Entry::rest(onward)], None),
         }
     }
 
@@ -479,7 +512,8 @@ impl Flattener<'_> {
                     .into_iter()
                     .map(|(cube, nomatch)| {
                         let member = nomatch == *return_nomatch;
-                        (cube, Vec::new(), Exit::Then { writes: vec![write(member.into())], stage: root })
+                        let exit = Exit::Then { writes: vec![write(member.into())], stage: root };
+                        Entry { cube, rule: None, onward: Onward { counts: Vec::new(), exit } }
                     })
                     .collect(),
                 DerivedData::AddressType { of, .. } => address_types(family, env)
@@ -489,14 +523,16 @@ impl Flattener<'_> {
                         let possible =
                             cube.and(&Test::new(Field::address(*of), family, range.into()), family);
                         possible.then(|| {
-                            (cube, Vec::new(), Exit::Then { writes: vec![write(kind.into())], stage: root })
+                            let exit = Exit::Then { writes: vec![write(kind.into())], stage: root };
+                            Entry { cube, rule: None, onward: Onward { counts: Vec::new(), exit } }
                         })
                     })
                     .collect(),
                 _ => continue,
             };
             let other = u128::from(matches!(self.ruleset.derived[derived], DerivedData::AddressType { .. }));
-            entries.push((Cube::all(), Vec::new(), Exit::Then { writes: vec![write(other)], stage: root }));
+            let exit = Exit::Then { writes: vec![write(other)], stage: root };
+            entries.push(Entry::rest(Onward { counts: Vec::new(), exit }));
             root = self.add(entries, None);
         }
         root
@@ -511,14 +547,14 @@ impl Flattener<'_> {
         let mut seen = vec![false; built.len()];
         seen[root.as_u32() as usize] = true;
         while let Some((stage, at)) = path.last_mut() {
-            let Some((_, _, exit)) = built[*stage].0.get(*at) else {
+            let Some(entry) = built[*stage].0.get(*at) else {
                 number[*stage] = Some(Stage::from_u32(order.len() as u32));
                 order.push(*stage);
                 path.pop();
                 continue;
             };
             *at += 1;
-            for successor in exit.successors() {
+            for successor in entry.onward.exit.successors() {
                 let successor = successor.as_u32() as usize;
                 if !seen[successor] {
                     seen[successor] = true;
@@ -542,14 +578,14 @@ impl Flattener<'_> {
         for old in order {
             let (entries, origin) = std::mem::take(&mut built[old]);
             let stage = classifier.stages.push(StageData { entries: Vec::new(), origin });
-            for (cube, rules, exit) in entries {
+            for Entry { cube, rule, onward: Onward { counts, exit } } in entries {
                 let exit = match exit {
                     Exit::End(ending) => Exit::End(ending),
                     Exit::Then { writes, stage } => Exit::Then { writes, stage: renumber(stage) },
                     Exit::Test { test, yes, no } => Exit::Test { test, yes: renumber(yes), no: renumber(no) },
                 };
                 let all = cube.is_all();
-                let entry = classifier.entries.push(EntryData { stage, cube, rules, exit });
+                let entry = classifier.entries.push(EntryData { stage, cube, rule, counts, exit });
                 classifier.stages[stage].entries.push(entry);
                 if all {
                     break;
@@ -560,25 +596,20 @@ impl Flattener<'_> {
     }
 }
 
-fn go(stage: Stage) -> Exit {
-    Exit::Then { writes: Vec::new(), stage }
-}
-
-fn defer(rule: Rule) -> Exit {
-    Exit::End(Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) })
-}
-
-fn end(cube: Cube, verdict: Verdict, by: Decider) -> Entry {
-    (cube, Vec::new(), Exit::End(Ending { verdict, by }))
+impl Entry {
+    /// An entry for every packet that comes so far.
+    fn rest(onward: Onward) -> Entry {
+        Entry { cube: Cube::all(), rule: None, onward }
+    }
 }
 
 /// Adds an entry for each cube, unless an entry before it has the same cube and takes every packet.
-fn emit(entries: &mut Vec<Entry>, cubes: &[Cube], rule: Rule, exit: &Exit) {
+fn emit(entries: &mut Vec<Entry>, cubes: &[Cube], rule: Rule, onward: &Onward) {
     for cube in cubes {
         // Guards repeat from rule to rule: look back a few entries for one that covers this.
-        let covered = entries.iter().rev().take(16).any(|(earlier, ..)| earlier.is_superset(cube));
+        let covered = entries.iter().rev().take(16).any(|earlier| earlier.cube.is_superset(cube));
         if !covered {
-            entries.push((cube.clone(), vec![rule], exit.clone()));
+            entries.push(Entry { cube: cube.clone(), rule: Some(rule), onward: onward.clone() });
         }
     }
 }

@@ -6,7 +6,7 @@ use polc_backend_ebpf::vm::{Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
 use polc_ir::env::{Attach, Env, Input};
 use polc_ir::field::{DeviceName, Field};
-use polc_ir::outcome::{Ending, Outcome};
+use polc_ir::outcome::{Count, Ending, Outcome};
 use polc_ir::packet::View;
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
@@ -56,7 +56,9 @@ pub fn run(
     }
     let view = match View::new(ruleset.family, place, input) {
         Ok(view) => view,
-        Err(ending) => return Outcome { ending, mark: input.mark },
+        Err(ending) => {
+            return Outcome { ending, mark: input.mark, counted: Vec::new() };
+        }
     };
     let given = |field: Field| match field {
         Field::Derived(id) => derived::eval(&ruleset.derived[id], &view).into(),
@@ -89,7 +91,7 @@ impl Program {
     /// # Errors
     /// What the check VM does not run.
     pub fn new(plan: &Plan, attach: Attach, object: &Object) -> Result<Program, VmError> {
-        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.endings.len()], mark: 0 })
+        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.traces.len()], mark: 0 })
     }
 
     /// The mark that the last packet left with.
@@ -102,8 +104,9 @@ impl Program {
         self.vm.set_random_seed(seed);
     }
 
-    /// Runs a packet. The error says what went wrong in the program.
-    pub fn run(&mut self, plan: &Plan, input: &Input) -> Result<Ending, String> {
+    /// Runs a packet: its ending, and what it was counted for, in ascending order. The error says what went wrong in the
+    /// program.
+    pub fn run(&mut self, plan: &Plan, input: &Input) -> Result<(Ending, Vec<Count>), String> {
         let number = |name: Option<DeviceName>| {
             let found =
                 name.and_then(|name| plan.devices.devices.iter().find(|(device, _)| device.name == name));

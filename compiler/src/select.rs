@@ -13,11 +13,11 @@ use polc_ir::entities::{Entry, Stage, Step};
 use polc_ir::env::{Attach, Device};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::interval::{Interval, IntervalSet, max_value};
-use polc_ir::outcome::{Ending, FrameKind};
+use polc_ir::outcome::FrameKind;
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
-    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target, WalkNode, WalkRef,
-    WalkTable, WordTest, WordWrite,
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target, Trace, WalkNode,
+    WalkRef, WalkTable, WordTest, WordWrite,
 };
 
 /// The devices a program is made for.
@@ -53,7 +53,7 @@ pub fn select(classifier: &Classifier, decision: &Decision, devices: &Devices) -
         steps,
         walk,
         root,
-        endings: selector.endings,
+        traces: selector.traces,
         derived: classifier.derived.clone(),
         sets: classifier.sets.clone(),
         effect_tests: classifier.effect_tests.iter().map(|(_, test)| test.kind).collect(),
@@ -66,8 +66,8 @@ struct Selector<'a> {
     devices: DeviceClasses,
     /// For each class the value (a device's name) that stands for it, to evaluate tests on.
     class_values: Vec<u128>,
-    endings: Vec<Ending>,
-    slots: BTreeMap<Ending, u32>,
+    traces: Vec<Trace>,
+    slots: BTreeMap<Trace, u32>,
 }
 
 impl<'a> Selector<'a> {
@@ -102,7 +102,7 @@ impl<'a> Selector<'a> {
             key,
             devices: DeviceClasses::default(),
             class_values: Vec::new(),
-            endings: Vec::new(),
+            traces: Vec::new(),
             slots: BTreeMap::new(),
         };
         selector.classes(devices);
@@ -114,16 +114,16 @@ impl<'a> Selector<'a> {
             FrameKind::Malformed,
             FrameKind::UnknownDevice,
         ];
-        let mut endings: Vec<Ending> = classifier
+        let mut traces: Vec<Trace> = classifier
             .entries
             .values()
-            .filter_map(|entry| if let Exit::End(ending) = entry.exit { Some(ending) } else { None })
-            .chain(frames.map(|kind| frame_ending(kind, classifier.place.mode)))
+            .filter_map(trace)
+            .chain(frames.map(|kind| frame_ending(kind, classifier.place.mode).into()))
             .collect();
-        endings.sort_unstable();
-        endings.dedup();
-        selector.slots = endings.iter().zip(0..).map(|(ending, slot)| (*ending, slot)).collect();
-        selector.endings = endings;
+        traces.sort_unstable();
+        traces.dedup();
+        selector.slots = traces.iter().cloned().zip(0..).collect();
+        selector.traces = traces;
         selector
     }
 
@@ -214,9 +214,11 @@ impl<'a> Selector<'a> {
     }
 
     fn exit(&self, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
+        let count = trace(entry).map(|trace| self.slots[&trace]);
         match &entry.exit {
-            Exit::End(ending) => PlanExit::End(self.slots[ending]),
+            Exit::End(_) => PlanExit::End(count.expect("an end is a trace")),
             Exit::Then { writes, stage } => PlanExit::Then {
+                count,
                 writes: writes
                     .iter()
                     .map(|write| WordWrite {
@@ -228,7 +230,7 @@ impl<'a> Selector<'a> {
                 next: target(*stage),
             },
             Exit::Test { test, yes, no } => {
-                PlanExit::Test { test: *test, yes: target(*yes), no: target(*no) }
+                PlanExit::Test { count, test: *test, yes: target(*yes), no: target(*no) }
             }
         }
     }
@@ -252,7 +254,7 @@ impl<'a> Selector<'a> {
                     continue;
                 }
                 let exit = self.exit(data, |stage| Target::Step(Step::from_u32(stage.as_u32())));
-                entries.push(LinearEntry { tests, exit, rule: data.rules.last().copied() });
+                entries.push(LinearEntry { tests, exit, rule: data.rule });
             }
             steps.push(LinearStep { stage, entries });
         }
@@ -284,6 +286,12 @@ impl<'a> Selector<'a> {
         walk.table.visits_max = walk.visits(root);
         (walk.table, Target::Walk(root))
     }
+}
+
+/// What a packet that takes the entry is counted in; `None` if in nothing.
+fn trace(entry: &EntryData) -> Option<Trace> {
+    let ending = if let Exit::End(ending) = entry.exit { Some(ending) } else { None };
+    (ending.is_some() || !entry.counts.is_empty()).then(|| Trace { ending, counts: entry.counts.clone() })
 }
 
 struct Walk<'a> {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use polc_backend_ebpf::budget::Budget;
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::env::{Env, Input, Place};
-use polc_ir::outcome::{Ending, Outcome, Verdict};
+use polc_ir::outcome::{Count, Ending, Outcome, Verdict};
 use polc_ir::state::State;
 
 use crate::build;
@@ -37,8 +37,8 @@ const PACKETS_MIN: usize = 1_000;
 pub enum Said {
     /// A verdict, who gave it, and the mark (which the program's return does not tell).
     Outcome(Outcome),
-    /// A verdict and who gave it.
-    Ending(Ending),
+    /// A verdict, who gave it, and what the packet was counted for, in ascending order.
+    Ending(Ending, Vec<Count>),
     /// Something went wrong.
     Wrong(String),
 }
@@ -128,23 +128,23 @@ pub fn verify(
         // Beyond the bound on entries the rules could tell, and the object leaves it to the kernel.
         let reference = match (&levels[0].1, &levels[1].1) {
             (_, Said::Outcome(classified)) if bounded && classified.ending.verdict == Verdict::Defer => {
-                *classified
+                classified.clone()
             }
-            (Said::Outcome(reference), _) => *reference,
+            (Said::Outcome(reference), _) => reference.clone(),
             _ => unreachable!("levels above the object give outcomes"),
         };
         if let Some(program) = &mut program {
             levels.push((
                 Level::Rbpf,
                 match program.run(&compiled.plan, &input) {
-                    Ok(ending) => Said::Ending(ending),
+                    Ok((ending, counted)) => Said::Ending(ending, counted),
                     Err(error) => Said::Wrong(error),
                 },
             ));
         }
         let agree = levels[1..].iter().all(|(_, said)| match said {
             Said::Outcome(outcome) => *outcome == reference,
-            Said::Ending(ending) => *ending == reference.ending,
+            Said::Ending(ending, counted) => reference.is(*ending, counted),
             Said::Wrong(_) => false,
         });
         verified.packets += 1;

@@ -109,6 +109,26 @@ impl fmt::Display for Decider {
     }
 }
 
+/// What a packet is counted for on its way: the numbers that `iptables-save -c` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Count {
+    /// A rule all of whose clauses hold, whether or not its action ends the way (net/ipv4/netfilter/ip_tables.c,
+    /// `ipt_do_table`: `ADD_COUNTER` before the target runs).
+    Rule(Rule),
+    /// A base chain's policy, which was taken.
+    Policy(Chain),
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Count::Rule(rule) => write!(f, "{rule}"),
+            Count::Policy(chain) => write!(f, "policy of {chain}"),
+        }
+    }
+}
+
 /// A verdict and who gave it: what every level has to agree on, and what the object counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Ending {
@@ -124,11 +144,25 @@ impl fmt::Display for Ending {
     }
 }
 
-/// What became of a packet and of its mark.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// What became of a packet and of its mark, and what it was counted for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Outcome {
     /// Verdict and decider.
     pub ending: Ending,
     /// The packet's mark afterwards.
     pub mark: u32,
+    /// What it was counted for, in order. A rule that it met twice is here twice.
+    pub counted: Vec<Count>,
+}
+
+impl Outcome {
+    /// Whether an object's ending and counts, which have no order, are this.
+    pub fn is(&self, ending: Ending, counted: &[Count]) -> bool {
+        let sorted = |counts: &[Count]| {
+            let mut counts = counts.to_vec();
+            counts.sort_unstable();
+            counts
+        };
+        self.ending == ending && sorted(&self.counted) == sorted(counted)
+    }
 }

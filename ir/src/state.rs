@@ -6,6 +6,7 @@
 use cranelift_entity::SecondaryMap;
 
 use crate::entities::{Chain, EffectTest, Rule};
+use crate::outcome::Count;
 use crate::ruleset::{Counters, EffectTestKind};
 
 /// The state of one rule set.
@@ -15,6 +16,8 @@ pub struct State {
     random: u64,
     /// xt_statistic's nth counters; `None` until first used.
     nth: SecondaryMap<EffectTest, Option<u32>>,
+    /// What the packet that is being evaluated is counted for so far.
+    pub(crate) counted: Vec<Count>,
     /// Packets and bytes that matched each rule. Kept by `Ruleset::eval` alone.
     pub rules: SecondaryMap<Rule, Counters>,
     /// Packets and bytes that took each base chain's policy. Kept by `Ruleset::eval` alone.
@@ -27,6 +30,7 @@ impl State {
         State {
             random: seed,
             nth: SecondaryMap::new(),
+            counted: Vec::new(),
             rules: SecondaryMap::new(),
             policies: SecondaryMap::new(),
         }

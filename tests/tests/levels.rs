@@ -94,10 +94,10 @@ fn levels_agree_on_every_dump() {
                 }
                 if let Some(program) = &mut program {
                     match program.run(&compiled.plan, &input) {
-                        Ok(ending) if ending == expected.ending => {}
+                        Ok((ending, counted)) if expected.is(ending, &counted) => {}
                         other => wrong.push(format!(
-                            "{} {hook} rbpf: {other:?} instead of {} for {:02x?}",
-                            dump.name, expected.ending, input
+                            "{} {hook} rbpf: {other:?} instead of {expected:?} for {:02x?}",
+                            dump.name, input
                         )),
                     }
                 }

@@ -12,7 +12,7 @@ use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::entities::Step;
 use polc_ir::env::{Env, Input, Mode};
 use polc_ir::hook::{Hook, Semantics};
-use polc_ir::outcome::Ending;
+use polc_ir::outcome::Outcome;
 use polc_ir::plan::{Plan, PlanExit, WordTest};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
@@ -32,7 +32,7 @@ const RANDOM: usize = 1_000;
 fn mutate(plan: &Plan, random: &mut Random) -> Option<Plan> {
     let mut plan = plan.clone();
     let step = Step::from_u32(random.below(plan.steps.len().max(1)) as u32);
-    let endings = plan.endings.len() as u32;
+    let endings = plan.traces.len() as u32;
     let entries = &mut plan.steps.get_mut(step)?.entries;
     let at = random.below(entries.len());
     let kind = random.below(4);
@@ -88,11 +88,11 @@ fn planted_miscompilations_are_caught() {
                 continue;
             }
             let few = compiled.classifier.entries.len() * PER_ENTRY + RANDOM;
-            let packets: Vec<(Input, Ending)> = Witnesses::new(&compiled.classifier, &devices.declared, 1)
+            let packets: Vec<(Input, Outcome)> = Witnesses::new(&compiled.classifier, &devices.declared, 1)
                 .take(few * 4)
                 .map(|input| {
                     let outcome = run(Level::Ruleset, &ruleset, &compiled, &env, &input, &mut State::new(1));
-                    (input, outcome.ending)
+                    (input, outcome)
                 })
                 .collect();
             for _ in 0..40 {
@@ -107,8 +107,9 @@ fn planted_miscompilations_are_caught() {
                 // What can't be emitted is caught before it runs.
                 let Ok(object) = emit(&mutant, &target) else { continue };
                 let mut program = Program::new(&mutant, attach, &object).expect("the check VM takes it");
-                let differs =
-                    packets.iter().position(|(input, expected)| program.run(&mutant, input) != Ok(*expected));
+                let differs = packets.iter().position(|(input, expected)| {
+                    !program.run(&mutant, input).is_ok_and(|(ending, counted)| expected.is(ending, &counted))
+                });
                 let Some(first) = differs else { continue };
                 planted += 1;
                 if first < few {

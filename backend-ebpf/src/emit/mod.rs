@@ -18,14 +18,14 @@ use polc_ir::env::{Attach, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX};
-use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
-use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget};
+use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Verdict};
+use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget, Trace};
 
 use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line, PROGRAM_TOO_LONG};
 use crate::budget::Budget;
-use crate::insn::{AluOp, Cond, Helper, Reg, Size};
-use crate::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
+use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
+use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
 use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
 
 mod derived;
@@ -34,7 +34,7 @@ mod ipv6;
 mod steps;
 mod walk;
 
-/// The counter map: packets and bytes as two 64-bit numbers, a slot for each of `Plan::endings`.
+/// The counter map: packets and bytes as two 64-bit numbers, a slot for each of `Plan::traces`.
 pub const COUNTERS_MAP: &str = "polc_counters";
 /// The data map from device number to device class, 16 bits each.
 pub const DEVICES_MAP: &str = "devices";
@@ -125,23 +125,40 @@ pub fn return_code(attach: Attach, mode: Mode, verdict: Verdict) -> i32 {
     }
 }
 
-/// What became of one packet, from by how much each counter's packets grew and what the program returned.
+/// What became of one packet, from by how much each counter's packets grew and what the program returned: its ending,
+/// and what it was counted for, in ascending order.
 ///
 /// # Errors
-/// Not exactly one counter grew by one, or the return code is not that ending's: the program failed safe, or is wrong.
-pub fn ending_of(plan: &Plan, attach: Attach, grown: &[u64], returned: i32) -> Result<Ending, String> {
-    let bumped: Vec<usize> = (0..grown.len()).filter(|&slot| grown[slot] != 0).collect();
-    let &[slot] = bumped.as_slice() else {
-        return Err(format!("counters {bumped:?} grew, and the program returned {returned}"));
-    };
-    let ending =
-        *plan.endings.get(slot).ok_or_else(|| format!("counter {slot} grew, which stands for nothing"))?;
-    let expected = return_code(attach, plan.place.mode, ending.verdict);
-    match (grown[slot], returned == expected) {
-        (1, true) => Ok(ending),
-        (1, false) => Err(format!("`{ending}` returned {returned} instead of {expected}")),
-        (by, _) => Err(format!("counter {slot} grew by {by}")),
+/// Not exactly one counter with an ending grew by one, or the return code is not that ending's: the program failed
+/// safe, or is wrong.
+pub fn ending_of(
+    plan: &Plan,
+    attach: Attach,
+    grown: &[u64],
+    returned: i32,
+) -> Result<(Ending, Vec<Count>), String> {
+    let mut endings = Vec::new();
+    let mut counted = Vec::new();
+    for (slot, &by) in grown.iter().enumerate().filter(|(_, by)| **by != 0) {
+        let trace = plan.traces.get(slot).ok_or_else(|| format!("counter {slot} stands for nothing"))?;
+        endings.extend(trace.ending.map(|ending| (ending, by)));
+        for _ in 0..by.min(u64::from(u16::MAX)) {
+            counted.extend(&trace.counts);
+        }
     }
+    counted.sort_unstable();
+    let &[(ending, 1)] = endings.as_slice() else {
+        let endings: Vec<String> = endings.iter().map(|(ending, by)| format!("`{ending}` by {by}")).collect();
+        return Err(format!(
+            "counters of [{}] grew, and the program returned {returned}",
+            endings.join(", ")
+        ));
+    };
+    let expected = return_code(attach, plan.place.mode, ending.verdict);
+    if returned != expected {
+        return Err(format!("`{ending}` returned {returned} instead of {expected}"));
+    }
+    Ok((ending, counted))
 }
 
 /// The code generator's state.
@@ -179,7 +196,7 @@ impl<'a> Emitter<'a> {
             return Err(vec![Diagnostic::error(KEY_TOO_LARGE, message, None).with_hint(hint)]);
         };
         let mut maps = PrimaryMap::new();
-        let counters = maps.push(MapDef::percpu_array(COUNTERS_MAP, 16, plan.endings.len().max(1) as u32));
+        let counters = maps.push(MapDef::percpu_array(COUNTERS_MAP, 16, plan.traces.len().max(1) as u32));
         let mut asm = Asm::new();
         let (count, bail) = (asm.label(), asm.label());
         let mut emitter = Emitter {
@@ -274,17 +291,33 @@ impl<'a> Emitter<'a> {
         for (kind, label) in self.frame_ends.clone() {
             self.asm.bind(label);
             self.asm.comment(format!("{kind}"));
-            match self.plan.endings.iter().position(|ending| ending.by == Decider::Frame(kind)) {
+            let by = Decider::Frame(kind);
+            match self.plan.traces.iter().position(|trace| trace.ending.is_some_and(|end| end.by == by)) {
                 Some(slot) => self.end(slot as u32),
                 // The plan says that this can't happen.
                 None => self.goto_bail(),
             }
         }
+        self.asm.bind(self.count);
+        self.asm.comment("count in slot r8, return r9");
+        self.bump(Operand::Reg(Reg::R8));
+        self.write_mark_back();
+        self.asm.mov64(Reg::R0, Reg::R9);
+        self.asm.exit();
+        if self.bail_used {
+            self.asm.bind(self.bail);
+            self.asm.comment("what can't be: the safe return");
+            let code = return_code(self.target.attach, self.plan.place.mode, Verdict::Defer);
+            self.asm.mov32(Reg::R0, code);
+            self.asm.exit();
+        }
+    }
+
+    /// Adds the packet to a counter slot. `r0` to `r5` are lost.
+    fn bump(&mut self, slot: Operand) {
         let a = &mut self.asm;
         let done = a.label();
-        a.bind(self.count);
-        a.comment("count in slot r8, return r9");
-        a.store(Size::W, Reg::FP, abi::COUNTER_KEY, Reg::R8);
+        a.store(Size::W, Reg::FP, abi::COUNTER_KEY, slot);
         a.load_map(Reg::R1, self.counters);
         a.mov64(Reg::R2, Reg::FP);
         a.alu64(AluOp::Add, Reg::R2, i32::from(abi::COUNTER_KEY));
@@ -298,16 +331,6 @@ impl<'a> Emitter<'a> {
         a.alu64(AluOp::Add, Reg::R1, Reg::R2);
         a.store(Size::Dw, Reg::R0, 8, Reg::R1);
         a.bind(done);
-        self.write_mark_back();
-        self.asm.mov64(Reg::R0, Reg::R9);
-        self.asm.exit();
-        if self.bail_used {
-            self.asm.bind(self.bail);
-            self.asm.comment("what can't be: the safe return");
-            let code = return_code(self.target.attach, self.plan.place.mode, Verdict::Defer);
-            self.asm.mov32(Reg::R0, code);
-            self.asm.exit();
-        }
     }
 
     /// In replace mode at tc the mark that the rules leave is the packet's; elsewhere the kernel's rules write it.
@@ -333,11 +356,17 @@ impl<'a> Emitter<'a> {
 
     /// Ends with an ending's slot.
     fn end(&mut self, slot: u32) {
-        let verdict = self.plan.endings.get(slot as usize).map_or(Verdict::Defer, |ending| ending.verdict);
-        let code = return_code(self.target.attach, self.plan.place.mode, verdict);
+        let code = self.return_code(slot);
         self.asm.mov32(Reg::R8, slot as i32);
         self.asm.mov32(Reg::R9, code);
         self.asm.goto(self.count);
+    }
+
+    /// The return code of a slot's ending.
+    fn return_code(&self, slot: u32) -> i32 {
+        let ending = self.plan.traces.get(slot as usize).and_then(|trace| trace.ending);
+        let verdict = ending.map_or(Verdict::Defer, |ending| ending.verdict);
+        return_code(self.target.attach, self.plan.place.mode, verdict)
     }
 
     fn goto_bail(&mut self) {
@@ -434,6 +463,9 @@ fn step_of(target: PlanTarget) -> Option<polc_ir::entities::Step> {
 }
 
 fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
+    let mut counted: Vec<Count> = plan.traces.iter().flat_map(|trace| trace.counts.iter().copied()).collect();
+    counted.sort_unstable();
+    counted.dedup();
     Manifest {
         polc: env!("CARGO_PKG_VERSION").to_string(),
         attach: Some(target.attach),
@@ -441,7 +473,8 @@ fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
         mode: Some(plan.place.mode),
         family: Some(plan.family),
         semantics: Some(target.semantics),
-        counters: plan.endings.iter().map(|ending| counter_slot(ending, target)).collect(),
+        counters: plan.traces.iter().map(|trace| counter_slot(trace, &counted, target)).collect(),
+        counted: counted.iter().map(|count| counted_as(*count, target)).collect(),
         devices: plan.devices.devices.iter().map(|(device, _)| *device).collect(),
         needs: Needs::default(),
         // Direct access to the stack at a variable offset.
@@ -449,8 +482,21 @@ fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
     }
 }
 
-fn counter_slot(ending: &Ending, target: &Target<'_>) -> CounterSlot {
-    let kind = match (ending.by, ending.verdict) {
+fn counter_slot(trace: &Trace, counted: &[Count], target: &Target<'_>) -> CounterSlot {
+    let index = |count: &Count| counted.binary_search(count).expect("every trace's counts are listed") as u32;
+    let mut slot = CounterSlot {
+        kind: CounterKind::OnTheWay,
+        table: None,
+        chain: None,
+        rule: None,
+        file: None,
+        line: None,
+        text: "on the way".to_string(),
+        verdict: None,
+        counts: trace.counts.iter().map(index).collect(),
+    };
+    let Some(ending) = trace.ending else { return slot };
+    slot.kind = match (ending.by, ending.verdict) {
         (Decider::Frame(_), _) => CounterKind::Frame,
         (_, Verdict::Defer) => CounterKind::Defer,
         (Decider::Rule(_), _) => CounterKind::Rule,
@@ -458,35 +504,44 @@ fn counter_slot(ending: &Ending, target: &Target<'_>) -> CounterSlot {
         (Decider::Policy(_), _) => CounterKind::Policy,
         (Decider::Nothing, _) => CounterKind::Nothing,
     };
-    let mut slot = CounterSlot {
-        kind,
-        table: None,
-        chain: None,
-        rule: None,
-        file: None,
-        line: None,
-        text: ending.by.to_string(),
-        verdict: Some(ending.verdict.word().to_string()),
+    slot.text = ending.by.to_string();
+    slot.verdict = Some(ending.verdict.word().to_string());
+    let by = match ending.by {
+        Decider::Rule(rule) | Decider::Hotdrop(rule) => counted_as(Count::Rule(rule), target),
+        Decider::Policy(chain) => counted_as(Count::Policy(chain), target),
+        Decider::Frame(_) | Decider::Nothing => return slot,
     };
-    match ending.by {
-        Decider::Rule(rule) | Decider::Hotdrop(rule) => {
-            if let Some(found) = (target.rule)(rule) {
-                slot.table = Some(found.table);
-                slot.chain = Some(found.chain);
-                slot.rule = Some(found.number);
-                slot.file = Some(found.file);
-                slot.line = Some(found.line);
-                slot.text = found.text;
-            }
-        }
-        Decider::Policy(chain) => {
-            if let Some((table, chain)) = (target.chain)(chain) {
-                slot.text = format!("policy of {chain}");
-                slot.table = Some(table);
-                slot.chain = Some(chain);
-            }
-        }
-        Decider::Frame(_) | Decider::Nothing => {}
+    if !by.chain.is_empty() {
+        slot.text = by.text;
+        slot.table = Some(by.table);
+        slot.chain = Some(by.chain);
+        slot.rule = by.rule;
+        slot.file = by.file;
+        slot.line = by.line;
     }
     slot
+}
+
+fn counted_as(count: Count, target: &Target<'_>) -> Counted {
+    let mut counted = Counted { text: count.to_string(), ..Counted::default() };
+    match count {
+        Count::Rule(rule) => {
+            if let Some(found) = (target.rule)(rule) {
+                counted.table = found.table;
+                counted.chain = found.chain;
+                counted.rule = Some(found.number);
+                counted.file = Some(found.file);
+                counted.line = Some(found.line);
+                counted.text = found.text;
+            }
+        }
+        Count::Policy(chain) => {
+            if let Some((table, chain)) = (target.chain)(chain) {
+                counted.text = format!("policy of {chain}");
+                counted.table = table;
+                counted.chain = chain;
+            }
+        }
+    }
+    counted
 }

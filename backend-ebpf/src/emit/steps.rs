@@ -161,13 +161,15 @@ impl Emitter<'_> {
     fn exit(&mut self, exit: &PlanExit, labels: &mut StepLabels) {
         match exit {
             PlanExit::End(slot) => self.end(*slot),
-            PlanExit::Then { writes, next } => {
+            PlanExit::Then { count, writes, next } => {
+                self.count_on_the_way(*count);
                 for write in writes {
                     self.write(write);
                 }
                 self.go(*next, labels);
             }
-            PlanExit::Test { test, yes, no } => {
+            PlanExit::Test { count, test, yes, no } => {
+                self.count_on_the_way(*count);
                 let fails = self.asm.label();
                 if self.effect_test(*test, fails) {
                     self.go(*yes, labels);
@@ -175,6 +177,12 @@ impl Emitter<'_> {
                 self.asm.bind(fails);
                 self.go(*no, labels);
             }
+        }
+    }
+
+    fn count_on_the_way(&mut self, slot: Option<u32>) {
+        if let Some(slot) = slot {
+            self.bump(Operand::bits(slot));
         }
     }
 

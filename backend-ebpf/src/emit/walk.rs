@@ -16,11 +16,10 @@ use cranelift_entity::PrimaryMap;
 use polc_ir::diag::Diagnostic;
 use polc_ir::entities::Map;
 use polc_ir::limits::{VERIFIER_PROCESSED_MAX, WALK_TURNS_MAX};
-use polc_ir::outcome::Verdict;
 use polc_ir::plan::{PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
 use polc_ir::ruleset::EffectTestKind;
 
-use super::{EXITS_MAP, Emitter, WALK_MAP, WALK_TOO_DEEP, return_code};
+use super::{EXITS_MAP, Emitter, WALK_MAP, WALK_TOO_DEEP};
 use crate::abi::{self, KeyLayout, exit, node};
 use crate::asm::Asm;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
@@ -74,6 +73,10 @@ impl Emitter<'_> {
             self.goto_bail();
             return;
         }
+        let counts = self.plan.walk.exits.iter().any(|exit| match exit {
+            PlanExit::Then { count, .. } | PlanExit::Test { count, .. } => count.is_some(),
+            PlanExit::End(_) => false,
+        });
         let exits = self.exit_records();
         let nodes = self.node_records(exits.len());
         let nodes = Records::new(&mut self.maps, WALK_MAP, nodes);
@@ -122,7 +125,7 @@ impl Emitter<'_> {
 
         a.bind(resolve);
         a.comment("the stage is decided");
-        let (then, random, nth) = (a.label(), a.label(), a.label());
+        let (then, random, nth, counting) = (a.label(), a.label(), a.label(), a.label());
         a.load(Size::W, Reg::R7, Reg::FP, abi::BEST);
         a.jump32(Cond::Eq, Reg::R7, -1, bail);
         a.store(Size::W, Reg::FP, abi::BEST, -1);
@@ -131,6 +134,9 @@ impl Emitter<'_> {
         exits.address(a, Reg::R8);
         a.load(Size::W, Reg::R1, Reg::R8, exit::KIND);
         a.jump32(Cond::Eq, Reg::R1, exit::THEN as i32, then);
+        if counts {
+            a.jump32(Cond::Eq, Reg::R1, exit::COUNT as i32, counting);
+        }
         a.jump32(Cond::Eq, Reg::R1, exit::RANDOM as i32, random);
         if self.nth.is_some() {
             a.jump32(Cond::Eq, Reg::R1, exit::NTH as i32, nth);
@@ -166,6 +172,14 @@ impl Emitter<'_> {
         a.load(Size::W, Reg::R7, Reg::R8, exit::OTHER);
         a.goto(rejoin);
 
+        if counts {
+            a.bind(counting);
+            a.comment("count on the way");
+            a.load(Size::W, Reg::R1, Reg::R8, exit::OTHER);
+            self.bump(Operand::Reg(Reg::R1));
+            self.asm.goto(yes);
+        }
+        let a = &mut self.asm;
         a.bind(then);
         a.comment("changes of words");
         for write in 0..exit::WRITES as i16 {
@@ -227,13 +241,8 @@ impl Emitter<'_> {
         let mut records = vec![[0; 8]; exits.len()];
         for (index, from) in exits.iter().enumerate() {
             records[index] = match from {
-                PlanExit::End(slot) => {
-                    let verdict =
-                        self.plan.endings.get(*slot as usize).map_or(Verdict::Defer, |ending| ending.verdict);
-                    let code = return_code(self.target.attach, self.plan.place.mode, verdict);
-                    [exit::END, *slot, code as u32, 0, 0, 0, 0, 0]
-                }
-                PlanExit::Then { writes, next } => {
+                PlanExit::End(slot) => [exit::END, *slot, self.return_code(*slot) as u32, 0, 0, 0, 0, 0],
+                PlanExit::Then { count, writes, next } => {
                     let mut chunks: Vec<&[WordWrite]> = writes.chunks(exit::WRITES).collect();
                     let first = if chunks.is_empty() { &[] } else { chunks.remove(0) };
                     let mut next = self.target_reference(*next);
@@ -242,9 +251,16 @@ impl Emitter<'_> {
                         records.push(self.then_record(chunk, next));
                         next = self.reference(WalkRef::Exit(records.len() as u32 - 1));
                     }
-                    self.then_record(first, next)
+                    match count {
+                        Some(slot) if first.is_empty() => count_record(*slot, next),
+                        Some(slot) => {
+                            records.push(self.then_record(first, next));
+                            count_record(*slot, self.reference(WalkRef::Exit(records.len() as u32 - 1)))
+                        }
+                        None => self.then_record(first, next),
+                    }
                 }
-                PlanExit::Test { test, yes, no } => {
+                PlanExit::Test { count, test, yes, no } => {
                     let (kind, parameter) = match self.plan.effect_tests[*test] {
                         EffectTestKind::Random { probability } => (exit::RANDOM, probability),
                         EffectTestKind::Nth { every, .. } => (exit::NTH, every),
@@ -252,7 +268,14 @@ impl Emitter<'_> {
                         EffectTestKind::Limit { .. } => (exit::RANDOM, 0),
                     };
                     let (yes, no) = (self.target_reference(*yes), self.target_reference(*no));
-                    [kind, yes, no, parameter, 4 * test.as_u32(), 0, 0, 0]
+                    let record = [kind, yes, no, parameter, 4 * test.as_u32(), 0, 0, 0];
+                    match count {
+                        Some(slot) => {
+                            records.push(record);
+                            count_record(*slot, self.reference(WalkRef::Exit(records.len() as u32 - 1)))
+                        }
+                        None => record,
+                    }
                 }
             };
         }
@@ -330,9 +353,12 @@ impl Emitter<'_> {
                     }
                     (None, exit) => {
                         let more = match exit {
-                            Some(PlanExit::Then { writes, .. }) => {
-                                writes.len().div_ceil(exit::WRITES).saturating_sub(1) as u32
+                            Some(PlanExit::Then { count, writes, .. }) => {
+                                let records =
+                                    writes.len().div_ceil(exit::WRITES) + usize::from(count.is_some());
+                                records.saturating_sub(1) as u32
                             }
+                            Some(PlanExit::Test { count, .. }) => u32::from(count.is_some()),
                             _ => 0,
                         };
                         let after = |cost: Option<Turns>| cost.map_or(0, Turns::all);
@@ -367,6 +393,10 @@ impl Turns {
     fn all(self) -> u32 {
         self.until_decided().saturating_add(self.after)
     }
+}
+
+fn count_record(slot: u32, next: u32) -> [u32; 8] {
+    [exit::COUNT, next, slot, 0, 0, 0, 0, 0]
 }
 
 /// Follows the reference in `r7` by one test.

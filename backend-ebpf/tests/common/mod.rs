@@ -50,6 +50,7 @@ pub(crate) fn sample(kinds: &[ProgramKind]) -> Object {
             line: Some(4),
             text: "-A INPUT -p tcp --dport 22 -j DROP".to_string(),
             verdict: Some("drop".to_string()),
+            counts: Vec::new(),
         }],
         kernel_min: KernelVersion(5, 2),
         ..Manifest::default()

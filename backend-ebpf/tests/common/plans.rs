@@ -14,7 +14,7 @@ use polc_ir::field::Field;
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
 use polc_ir::plan::{
-    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget,
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget, Trace,
     WalkTable, WordTest,
 };
 
@@ -69,7 +69,7 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
         steps: PrimaryMap::new(),
         walk: WalkTable::default(),
         root: PlanTarget::Step(polc_ir::entities::Step::from_u32(0)),
-        endings,
+        traces: endings.into_iter().map(Trace::from).collect(),
         derived: PrimaryMap::new(),
         sets: PrimaryMap::new(),
         effect_tests: PrimaryMap::new(),
@@ -147,7 +147,7 @@ impl Pair {
         let object = object(&plan);
         let vm = Vm::new(&object).expect("the VM links it");
         let kind = object.programs[0].kind;
-        let slots = plan.endings.len();
+        let slots = plan.traces.len();
         let kernel = super::kernel::may_run(&format!("{name} in the kernel")).then(|| load(&object));
         Pair { plan, vm, kernel, kind, slots, mark: 0 }
     }
@@ -156,7 +156,7 @@ impl Pair {
     pub(crate) fn vm_only(plan: Plan) -> Pair {
         let object = object(&plan);
         let vm = Vm::new(&object).expect("the VM links it");
-        Pair { slots: plan.endings.len(), plan, vm, kernel: None, kind: object.programs[0].kind, mark: 0 }
+        Pair { slots: plan.traces.len(), plan, vm, kernel: None, kind: object.programs[0].kind, mark: 0 }
     }
 
     /// In the VM, with only the first bytes of the frame in the part that can be read directly.
@@ -168,6 +168,7 @@ impl Pair {
         let attach = self.plan.place.attach.unwrap();
         emit::ending_of(&self.plan, attach, &packets, returned as i32)
             .unwrap_or_else(|error| panic!("{error}"))
+            .0
     }
 
     /// The ending of a frame, on which VM and kernel agree, and the bytes that were counted.
@@ -207,7 +208,8 @@ impl Pair {
         self.mark = in_vm.mark;
         let packets: Vec<u64> = vm_grown.iter().map(|slot| slot[0]).collect();
         let bytes = vm_grown.iter().map(|slot| slot[1]).sum();
-        (emit::ending_of(&self.plan, attach, &packets, in_vm.return_value as i32), bytes)
+        let ending = emit::ending_of(&self.plan, attach, &packets, in_vm.return_value as i32);
+        (ending.map(|(ending, _)| ending), bytes)
     }
 
     pub(crate) fn run(&mut self, frame: &[u8], context: &Context) -> Ending {

@@ -46,7 +46,8 @@ impl Classifier {
                 .find(|&&entry| self.entries[entry].cube.holds(|field| fields.get(field)))
                 .expect("a stage's last entry always holds")
         });
-        Outcome { ending, mark: fields.get(Field::Mark) as u32 }
+        let counted = std::mem::take(&mut state.counted);
+        Outcome { ending, mark: fields.get(Field::Mark) as u32, counted }
     }
 
     /// Runs stages, each decided by `decide`, to the ending.
@@ -58,7 +59,9 @@ impl Classifier {
     ) -> Ending {
         let mut stage = self.root;
         loop {
-            match &self.entries[decide(stage, fields)].exit {
+            let entry = &self.entries[decide(stage, fields)];
+            state.counted.extend(&entry.counts);
+            match &entry.exit {
                 Exit::End(ending) => return *ending,
                 Exit::Then { writes, stage: next } => {
                     for write in writes {

@@ -17,7 +17,7 @@ use crate::derived::DerivedData;
 use crate::entities::{Chain, Derived, EffectTest, Entry, Rule, Set, Stage};
 use crate::env::Place;
 use crate::hook::Family;
-use crate::outcome::Ending;
+use crate::outcome::{Count, Ending};
 use crate::ruleset::{EffectTestData, Write};
 use crate::set::SetData;
 
@@ -59,9 +59,10 @@ pub struct EntryData {
     pub stage: Stage,
     /// When it applies.
     pub cube: Cube,
-    /// The rules that a packet which takes this entry has matched since the stage was entered, in order; the last one
-    /// is what the entry stands for. Empty for policies and fall-throughs.
-    pub rules: Vec<Rule>,
+    /// The rule whose clauses the cube comes from; none for policies and fall-throughs.
+    pub rule: Option<Rule>,
+    /// What a packet that takes this entry is counted for, in order: what it met since the stage was entered.
+    pub counts: Vec<Count>,
     /// What happens.
     pub exit: Exit,
 }
@@ -132,8 +133,11 @@ impl fmt::Display for Classifier {
             for &entry in &data.entries {
                 let data = &self.entries[entry];
                 write!(f, "    {entry}: {} => {}", data.cube, data.exit)?;
-                for (index, rule) in data.rules.iter().enumerate() {
-                    write!(f, "{}{rule}", if index == 0 { "  # " } else { " " })?;
+                if let Some(rule) = data.rule {
+                    write!(f, "  # {rule}")?;
+                }
+                for (index, count) in data.counts.iter().enumerate() {
+                    write!(f, "{}{count}", if index == 0 { "  counts " } else { ", " })?;
                 }
                 writeln!(f)?;
             }

@@ -14,7 +14,8 @@ impl Decision {
         let ending = classifier.eval_with(&mut fields, state, |stage, fields| {
             self.decide(classifier, stage, fields).expect("a stage's decision gives an entry")
         });
-        Outcome { ending, mark: fields.get(Field::Mark) as u32 }
+        let counted = std::mem::take(&mut state.counted);
+        Outcome { ending, mark: fields.get(Field::Mark) as u32, counted }
     }
 
     /// The entry of a stage that a packet takes.

@@ -66,16 +66,18 @@ impl Plan {
     pub fn eval(&self, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
         let mut key = match self.key(given) {
             Ok(key) => key,
-            Err(ending) => return Outcome { ending, mark: given(Field::Mark) as u32 },
+            Err(ending) => {
+                return Outcome { ending, mark: given(Field::Mark) as u32, counted: Vec::new() };
+            }
         };
-        let slot = self.run(&mut key, state);
+        let ending = self.run(&mut key, state);
         let mark = self.key.iter().find(|slot| slot.field == Field::Mark);
         let mark = mark.map_or_else(|| given(Field::Mark) as u32, |slot| key[usize::from(slot.word)]);
-        Outcome { ending: self.endings[slot as usize], mark }
+        Outcome { ending, mark, counted: std::mem::take(&mut state.counted) }
     }
 
-    /// Runs the steps on a key; gives the slot of the ending.
-    pub fn run(&self, key: &mut [u32], state: &mut State) -> u32 {
+    /// Runs the steps on a key.
+    fn run(&self, key: &mut [u32], state: &mut State) -> Ending {
         let mut target = self.root;
         loop {
             let exit = match target {
@@ -92,18 +94,30 @@ impl Plan {
                 Target::Walk(from) => &self.walk.exits[self.walk_from(from, key) as usize],
             };
             target = match exit {
-                PlanExit::End(slot) => return *slot,
-                PlanExit::Then { writes, next } => {
+                PlanExit::End(slot) => {
+                    let trace = &self.traces[*slot as usize];
+                    state.counted.extend(&trace.counts);
+                    return trace.ending.expect("an end's trace has an ending");
+                }
+                PlanExit::Then { count, writes, next } => {
+                    self.count(*count, state);
                     for write in writes {
                         write.apply(key);
                     }
                     *next
                 }
-                PlanExit::Test { test, yes, no } => {
+                PlanExit::Test { count, test, yes, no } => {
+                    self.count(*count, state);
                     let holds = state.effect_test(*test, self.effect_tests[*test]);
                     if holds.expect("only tests without a clock are compiled") { *yes } else { *no }
                 }
             };
+        }
+    }
+
+    fn count(&self, slot: Option<u32>, state: &mut State) {
+        if let Some(slot) = slot {
+            state.counted.extend(&self.traces[slot as usize].counts);
         }
     }
 
@@ -159,13 +173,18 @@ impl Plan {
             .iter()
             .chain(self.steps.values().flat_map(|step| step.entries.iter().map(|entry| &entry.exit)));
         for exit in exits {
-            if let PlanExit::End(slot) = exit
-                && *slot as usize >= self.endings.len()
+            let (slot, ends) = match exit {
+                PlanExit::End(slot) => (Some(*slot), true),
+                PlanExit::Then { count, .. } | PlanExit::Test { count, .. } => (*count, false),
+            };
+            if let Some(slot) = slot
+                && self.traces.get(slot as usize).is_none_or(|trace| trace.ending.is_some() != ends)
             {
-                wrong.push(format!("ending {slot} does not exist"));
+                wrong.push(format!("`{exit}` counts in a slot that is not for it"));
             }
         }
-        if self.endings.iter().any(|ending| matches!(ending.by, Decider::Frame(FrameKind::Fragment))) {
+        let endings = self.traces.iter().filter_map(|trace| trace.ending);
+        if endings.into_iter().any(|ending| matches!(ending.by, Decider::Frame(FrameKind::Fragment))) {
             wrong.push("fragments are decided by rules".into());
         }
         wrong

@@ -20,7 +20,7 @@ use crate::entities::{Derived, EffectTest, Rule, Set, Stage, Step};
 use crate::env::{Device, Place};
 use crate::field::Field;
 use crate::hook::Family;
-use crate::outcome::Ending;
+use crate::outcome::{Count, Ending};
 use crate::ruleset::EffectTestKind;
 use crate::set::SetData;
 
@@ -41,9 +41,9 @@ pub struct Plan {
     pub walk: WalkTable,
     /// Where packets enter.
     pub root: Target,
-    /// What can happen to a packet. An ending's index is its counter slot. Frame endings that parsing may give are
-    /// always among them.
-    pub endings: Vec<Ending>,
+    /// What packets are counted for. A trace's index is its counter slot. Those of frame endings that parsing may give
+    /// are always among them.
+    pub traces: Vec<Trace>,
     /// Definitions of derived fields in `key` that the program computes from the frame before the first stage.
     pub derived: PrimaryMap<Derived, DerivedData>,
     /// The sets that `derived` refers to, for people; membership itself is decided by stages.
@@ -131,13 +131,31 @@ pub enum Target {
     Walk(WalkRef),
 }
 
+/// What one counter slot stands for: a piece of a packet's way. A packet that is not lost is counted in any number of
+/// slots without an ending, and then in one that has one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Trace {
+    /// The packet's fate, for the last piece of the way.
+    pub ending: Option<Ending>,
+    /// What a packet counted here is counted for, in order.
+    pub counts: Vec<Count>,
+}
+
+impl From<Ending> for Trace {
+    fn from(ending: Ending) -> Trace {
+        Trace { ending: Some(ending), counts: Vec::new() }
+    }
+}
+
 /// What an exit does.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PlanExit {
-    /// Count in this slot of `endings` and return.
+    /// Count in this slot of `traces`, which has an ending, and return.
     End(u32),
     /// Change words and go on.
     Then {
+        /// The slot to count in, if any.
+        count: Option<u32>,
         /// The changes, in order.
         writes: Vec<WordWrite>,
         /// Where.
@@ -145,6 +163,8 @@ pub enum PlanExit {
     },
     /// Run a stateful or random test and go on.
     Test {
+        /// The slot to count in, if any, whether or not the test holds.
+        count: Option<u32>,
         /// The test.
         test: EffectTest,
         /// Where, if it holds.

@@ -1,8 +1,8 @@
-//! The text form of a plan: the key, the steps, the walk table and the endings.
+//! The text form of a plan: the key, the steps, the walk table and the traces.
 
 use std::fmt;
 
-use super::{LinearTest, Plan, PlanExit, Target, WalkNode, WalkRef, WordTest};
+use super::{LinearTest, Plan, PlanExit, Target, Trace, WalkNode, WalkRef, WordTest};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,9 +43,9 @@ impl fmt::Display for Plan {
                 writeln!(f, "    x{index}: {exit}")?;
             }
         }
-        writeln!(f, "endings:")?;
-        for (slot, ending) in self.endings.iter().enumerate() {
-            writeln!(f, "    {slot}: {ending}")?;
+        writeln!(f, "traces:")?;
+        for (slot, trace) in self.traces.iter().enumerate() {
+            writeln!(f, "    {slot}: {trace}")?;
         }
         Ok(())
     }
@@ -96,6 +96,20 @@ impl fmt::Display for WordTest {
     }
 }
 
+/// Prints as `drop by rule3; counts rule1, rule3`.
+impl fmt::Display for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ending {
+            Some(ending) => write!(f, "{ending}")?,
+            None => f.write_str("on the way")?,
+        }
+        for (index, count) in self.counts.iter().enumerate() {
+            write!(f, "{}{count}", if index == 0 { "; counts " } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for LinearTest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(")?;
@@ -113,13 +127,21 @@ impl fmt::Display for PlanExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             PlanExit::End(slot) => write!(f, "end {slot}"),
-            PlanExit::Then { writes, next } => {
+            PlanExit::Then { count, writes, next } => {
+                counting(f, *count)?;
                 for write in writes {
                     write!(f, "w{0} = w{0} & !{1:#x} ^ {2:#x}; ", write.word, write.clear, write.xor)?;
                 }
                 write!(f, "go {next}")
             }
-            PlanExit::Test { test, yes, no } => write!(f, "if {test} go {yes} else {no}"),
+            PlanExit::Test { count, test, yes, no } => {
+                counting(f, *count)?;
+                write!(f, "if {test} go {yes} else {no}")
+            }
         }
     }
+}
+
+fn counting(f: &mut fmt::Formatter<'_>, count: Option<u32>) -> fmt::Result {
+    count.map_or(Ok(()), |slot| write!(f, "count {slot}; "))
 }

@@ -197,6 +197,20 @@ pub fn action_deferral(place: &Place, action: &Action) -> Option<Deferral> {
     }
 }
 
+/// Whether a packet is left to the kernel by a rule that matches it.
+///
+/// Beside what the place does not offer, that is everything but a drop where it is not certain that the packet gets
+/// there: in a chain that was only possibly jumped to (`hypothetical`), or behind a rule that may have dropped it
+/// (`doubt`), where an answer might be sent twice.
+pub fn is_handed_over(place: &Place, action: &Action, hypothetical: bool, doubt: bool) -> bool {
+    action_deferral(place, action).is_some()
+        || match action {
+            Action::Accept | Action::Write(_) => hypothetical,
+            Action::Reject(_) => hypothetical || doubt,
+            _ => false,
+        }
+}
+
 /// The first thing about a rule that its place does not offer for whole packets, and where the user wrote it.
 pub fn rule_deferral(ruleset: &Ruleset, place: &Place, rule: &RuleData) -> Option<(Span, Deferral)> {
     let clause = rule.clauses.iter().find_map(|clause| match clause_ability(ruleset, place, clause, false) {

@@ -4,14 +4,14 @@
 //! may be unknown where it is evaluated ([`super::deferral`]). A packet is dropped only if every resolution of what is
 //! unknown drops it; what only the kernel can do ends in [`Verdict::Defer`].
 
-use super::deferral::{ClauseAbility, action_deferral, clause_ability};
+use super::deferral::{ClauseAbility, clause_ability, is_handed_over};
 use super::{Action, ClauseKind, Policy, Ruleset};
 use crate::cube::Test;
 use crate::derived::DerivedData;
 use crate::entities::{Chain, Rule};
 use crate::env::{Env, Fragments, Input, Place};
 use crate::field::Field;
-use crate::outcome::{Decider, Ending, Outcome, Verdict};
+use crate::outcome::{Count, Decider, Ending, Outcome, Verdict};
 use crate::packet::View;
 use crate::state::State;
 
@@ -79,11 +79,12 @@ impl Ruleset {
     ) -> Outcome {
         let view = match View::new(self.family, place, input) {
             Ok(view) => view,
-            Err(ending) => return Outcome { ending, mark: input.mark },
+            Err(ending) => return Outcome { ending, mark: input.mark, counted: Vec::new() },
         };
         let mut packet = Packet { ruleset: self, place, env, view: &view, written: Vec::new(), doubt: false };
         let ending = packet.path(state, trace);
-        Outcome { ending, mark: packet.get(Field::Mark) as u32 }
+        let counted = std::mem::take(&mut state.counted);
+        Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
 
     /// The base chains that a path runs: those that hold a rule or do not accept by policy.
@@ -209,15 +210,17 @@ impl Packet<'_, '_> {
                 }
                 Truth::True => {
                     trace(Event::Matched(rule));
-                    state.rules[rule].count(self.view.bytes());
                 }
             }
-            if action_deferral(self.place, &data.action).is_some() {
+            if is_handed_over(self.place, &data.action, hypothetical.is_some(), self.doubt) {
                 return defer(rule);
+            }
+            if hypothetical.is_none() {
+                state.counted.push(Count::Rule(rule));
+                state.rules[rule].count(self.view.bytes());
             }
             match &data.action {
                 Action::Continue => {}
-                Action::Accept if hypothetical.is_some() => return defer(rule),
                 Action::Accept => return end(Verdict::Accept, rule),
                 Action::Drop => match hypothetical {
                     Some(at) => {
@@ -227,7 +230,6 @@ impl Packet<'_, '_> {
                     }
                     None => return end(Verdict::Drop, rule),
                 },
-                Action::Reject(_) if hypothetical.is_some() || self.doubt => return defer(rule),
                 Action::Reject(with) => return end(Verdict::Reject(*with), rule),
                 Action::Jump(to) => {
                     stack.push(Frame { chain, next, hypothetical: false });
@@ -235,7 +237,6 @@ impl Packet<'_, '_> {
                 }
                 Action::Goto(to) => (chain, next) = (*to, 0),
                 Action::Return => next = usize::MAX,
-                Action::Write(_) if hypothetical.is_some() => return defer(rule),
                 Action::Write(write) => {
                     let value = write.apply(self.get(write.field));
                     self.written.push((write.field, value));
@@ -247,6 +248,7 @@ impl Packet<'_, '_> {
 
     fn policy(&self, base: Chain, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
         trace(Event::Policy(base));
+        state.counted.push(Count::Policy(base));
         state.policies[base].count(self.view.bytes());
         let drop = self.ruleset.chains[base].base.is_some_and(|base| base.policy == Policy::Drop);
         let verdict = if drop { Verdict::Drop } else { Verdict::Accept };

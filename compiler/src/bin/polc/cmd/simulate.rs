@@ -235,7 +235,7 @@ impl Decide {
             let ending = program
                 .run(&compiled.plan, packet)
                 .map_err(|error| Failure::Input(format!("the program went wrong: {error}")))?;
-            return Ok((ending, program.mark()));
+            return Ok((ending.0, program.mark()));
         }
         let outcome = run_level(self.level, &session.ruleset, compiled, &self.env, packet, &mut self.state);
         Ok((outcome.ending, outcome.mark))

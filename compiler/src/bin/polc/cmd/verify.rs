@@ -13,6 +13,7 @@ use polc::verify::{Disagreement, Said, Verified, verify};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::{Attach, Input, Mode, Place};
 use polc_ir::hook::Hook;
+use polc_ir::outcome::{Count, Decider, Outcome};
 use serde::Serialize;
 
 use super::check::{account, family_number, sort};
@@ -262,10 +263,32 @@ fn disagreement_text(session: &Session, result: &Verified, disagreement: &Disagr
 
 fn said_text(session: &Session, said: &Said) -> String {
     match said {
-        Said::Outcome(outcome) => format!("{}, mark {:#x}", describe(session, outcome.ending), outcome.mark),
-        Said::Ending(ending) => describe(session, *ending),
+        Said::Outcome(Outcome { ending, mark, counted }) => {
+            format!("{}, mark {mark:#x}{}", describe(session, *ending), counted_text(session, counted))
+        }
+        Said::Ending(ending, counted) => {
+            format!("{}{}", describe(session, *ending), counted_text(session, counted))
+        }
         Said::Wrong(error) => format!("failed: {error}"),
     }
+}
+
+/// What a packet was counted for, by line.
+fn counted_text(session: &Session, counted: &[Count]) -> String {
+    let mut text = String::new();
+    for (index, count) in counted.iter().enumerate() {
+        let by = match *count {
+            Count::Rule(rule) => Decider::Rule(rule),
+            Count::Policy(chain) => Decider::Policy(chain),
+        };
+        let what = match named(session, by) {
+            Some(Named { table, chain, number: Some(number), .. }) => format!("{table} {chain} {number}"),
+            Some(Named { table, chain, .. }) => format!("{table} {chain} policy"),
+            None => count.to_string(),
+        };
+        text += &format!("{}{what}", if index == 0 { ", counted for " } else { ", " });
+    }
+    text
 }
 
 /// A packet as `explain --packet` takes it.
@@ -310,7 +333,7 @@ fn disagreement_result(session: &Session, result: &Verified) -> Option<Disagreem
     let Disagreement { input, levels } = result.disagreement.as_ref()?;
     let rule = match &levels.first()?.1 {
         Said::Outcome(outcome) => named(session, outcome.ending.by),
-        Said::Ending(_) | Said::Wrong(_) => None,
+        Said::Ending(..) | Said::Wrong(_) => None,
     };
     Some(DisagreementResult {
         attach: result.place.attach,
