@@ -137,8 +137,24 @@ fn word(input: &str) -> IResult<&str, Cow<'_, str>> {
     Ok((rest, if start.is_empty() { text } else { Cow::Owned(format!("{start}{text}")) }))
 }
 
+/// What becomes of a quote that the line does not close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenQuote {
+    /// The line is not split.
+    Refuse,
+    /// The word takes the rest of the line and the newline behind it, as iptables-restore has it
+    /// (iptables/xshared.c, `add_param_to_argv`).
+    TakeNewline,
+}
+
 /// Splits `line`, whose first byte is at `start` of `file`, into words, appended to `words`.
-pub fn words<'a>(line: &'a str, file: File, start: u32, words: &mut Vec<Word<'a>>) -> Result<(), LexError> {
+pub fn words<'a>(
+    line: &'a str,
+    file: File,
+    start: u32,
+    open: OpenQuote,
+    words: &mut Vec<Word<'a>>,
+) -> Result<(), LexError> {
     let offset = |rest: &str| start + (line.len() - rest.len()) as u32;
     let mut rest = line;
     loop {
@@ -149,9 +165,17 @@ pub fn words<'a>(line: &'a str, file: File, start: u32, words: &mut Vec<Word<'a>
             return Ok(());
         }
         let from = offset(rest);
-        let Ok((after, text)) = word(rest) else {
-            let quote = from + rest.find('"').unwrap_or(0) as u32;
-            return Err(LexError::UnclosedQuote(Span::new(file, quote, start + line.len() as u32)));
+        let (after, text) = match word(rest) {
+            Ok(split) => split,
+            Err(_) if open == OpenQuote::TakeNewline => {
+                let closed = format!("{rest}\n\"");
+                let (_, text) = word(&closed).expect("the quote is closed now");
+                ("", Cow::Owned(text.into_owned()))
+            }
+            Err(_) => {
+                let quote = from + rest.find('"').unwrap_or(0) as u32;
+                return Err(LexError::UnclosedQuote(Span::new(file, quote, start + line.len() as u32)));
+            }
         };
         let span = Span::new(file, from, offset(after));
         if text.len() > polc_ir::limits::WORD_BYTES_MAX {
@@ -186,7 +210,7 @@ mod tests {
 
     fn split(line: &str) -> Vec<String> {
         let mut out = Vec::new();
-        words(line, File::from_index(0), 0, &mut out).expect("splits");
+        words(line, File::from_index(0), 0, OpenQuote::Refuse, &mut out).expect("splits");
         out.into_iter().map(|word| word.text.into_owned()).collect()
     }
 
@@ -201,8 +225,19 @@ mod tests {
     #[test]
     fn unclosed_quotes_point_at_the_quote() {
         let mut out = Vec::new();
-        let error = words(r#"-m "abc"#, File::from_index(0), 10, &mut out).unwrap_err();
+        let error = words(r#"-m "abc"#, File::from_index(0), 10, OpenQuote::Refuse, &mut out).unwrap_err();
         assert_eq!(error, LexError::UnclosedQuote(Span::new(File::from_index(0), 13, 17)));
+    }
+
+    #[test]
+    fn unclosed_quotes_may_take_the_newline() {
+        for (line, last) in [(r#"-m "abc d"#, "abc d\n"), (r#"-m "a\\b\"#, "a\\b\n"), (r#"-m x"y"#, "xy\n")] {
+            let mut out = Vec::new();
+            words(line, File::from_index(0), 10, OpenQuote::TakeNewline, &mut out).expect("splits");
+            assert_eq!(out.len(), 2);
+            assert_eq!(out[1].text, last);
+            assert_eq!(out[1].span, Span::new(File::from_index(0), 13, 10 + line.len() as u32));
+        }
     }
 
     #[test]

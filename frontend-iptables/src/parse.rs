@@ -17,13 +17,13 @@ use crate::ast::{
 };
 use crate::codes;
 use crate::ext::{Fault, Shelf};
-use crate::lexer::{self, Ending, LexError, Line, Word};
+use crate::lexer::{self, Ending, LexError, Line, OpenQuote, Word};
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
 
 /// How strictly a dump is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// As iptables-legacy-restore reads it.
+    /// As iptables-legacy-restore reads it, a quote left open included.
     Strict,
     /// Also with CRLF, stray blanks, no final newline and `--option ! value`, each with a warning.
     #[default]
@@ -384,7 +384,13 @@ impl Parser<'_> {
         }
         let start = span.start + (text.len() - rest.len()) as u32;
         words.clear();
-        lexer::words(rest, self.file, start, words).map_err(|error| match error {
+        // What iptables-restore reads across a line's end it saves so that it can't be restored: only strict reading
+        // goes along.
+        let open_quote = match self.mode {
+            Mode::Strict => OpenQuote::TakeNewline,
+            Mode::Tolerant => OpenQuote::Refuse,
+        };
+        lexer::words(rest, self.file, start, open_quote, words).map_err(|error| match error {
             LexError::UnclosedQuote(span) => {
                 Fault::new(codes::UNCLOSED_QUOTE, "this quote is not closed").at(span)
             }

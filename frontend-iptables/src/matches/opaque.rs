@@ -194,7 +194,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("timestart", Arg::Word(8)),
             Opt::new("timestop", Arg::Word(8)),
             Opt::not("monthdays", Arg::Word(128)),
-            Opt::not("weekdays", Arg::Word(64)).or(&["days"]),
+            Opt::not("weekdays", Arg::Word(64)),
             Opt::new("datestart", Arg::Word(32)),
             Opt::new("datestop", Arg::Word(32)),
             Opt::new("kerneltz", Arg::Flag),
