@@ -15,6 +15,7 @@ pub mod abi;
 pub mod asm;
 mod btf;
 pub mod budget;
+pub mod debug_info;
 pub mod disasm;
 mod elf;
 pub mod emit;

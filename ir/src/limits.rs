@@ -106,3 +106,6 @@ pub const IPV6_EXT_HEADERS_MAX: u32 = 48;
 
 /// Turns of a walk that the compiler plans with: it counts cautiously, and leaves room for what a turn may add.
 pub const WALK_TURNS_CAUTIOUS: u32 = 900;
+
+/// Longest log that is asked of the kernel's verifier, in bytes.
+pub const VERIFIER_LOG_BYTES_MAX: usize = 1 << 24;

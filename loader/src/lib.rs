@@ -1,16 +1,18 @@
-//! Makes a running kernel agree with a polc object.
+//! Makes a running kernel agree with a polc object, and takes it back.
 //!
-//! This crate will load, attach, swap and watch the objects that [`polc_backend_ebpf`] writes. It is to know objects
-//! only: what a rule is stays above it. It exports nothing yet, and no other crate calls it: polc's objects are
-//! standard BPF ELF files, so `bpftool`, `ip link set xdp`, `tc filter add` and aya load and attach them without it.
-//! What is planned, one room each:
+//! For whoever applies policies from a program; the command line is one such. This crate knows objects only: what a
+//! rule is stays above it. Start with [`load::load`].
 //!
-//! | room | what it is to own |
+//! | room | what it owns |
 //! | --- | --- |
-//! | `probe` | what the running kernel can do |
-//! | `sys` | the raw bpf(2) calls, the only `unsafe` code here, with a fake for tests |
-//! | `load`, `attach`, `pin` | an object into the kernel, onto a device, kept across restarts |
-//! | `tables` | filling and changing table contents |
-//! | `swap` | atomic replacement and roll-back |
-//! | `coexist` | living beside other programs on one device, and beside the kernel's own rules |
-//! | `status`, `counters`, `events` | reading back |
+//! | [`sys`] | every call to the kernel, the only `unsafe` code here, with a hook at which tests let calls fail |
+//! | [`probe`] | what the running kernel can do |
+//! | [`load`] | an object into the kernel |
+//! | [`error`] | why not, and what to do |
+
+pub mod error;
+pub mod load;
+pub mod probe;
+pub mod sys;
+
+pub use error::Error;

@@ -37,8 +37,8 @@ const MAP_ATTRIBUTES: [&str; 5] = ["type", "key_size", "value_size", "max_entrie
 const MAP_BYTES: u32 = MAP_ATTRIBUTES.len() as u32 * 8;
 
 /// Bytes of a record of function and of line information.
-const FUNC_INFO_BYTES: u32 = 8;
-const LINE_INFO_BYTES: u32 = 16;
+pub(crate) const FUNC_INFO_BYTES: u32 = 8;
+pub(crate) const LINE_INFO_BYTES: u32 = 16;
 
 /// Line numbers take 22 bits of a record, columns the lower 10 (include/uapi/linux/bpf.h).
 const LINE_SHIFT: u32 = 10;

@@ -200,7 +200,7 @@ fn file_slots(code: &Code) -> Vec<u64> {
 }
 
 /// A record for each change of line. The kernel wants one at each function's first instruction.
-fn add_lines(types: &mut btf::Builder, out: &mut Vec<[u32; 4]>, base: u32, code: &Code) {
+pub(crate) fn add_lines(types: &mut btf::Builder, out: &mut Vec<[u32; 4]>, base: u32, code: &Code) {
     let mut push = |slot: u32, line: Option<usize>| {
         let (file, text, number) = match line.map(|line| &code.lines[line]) {
             Some(line) => (code.files[line.file.index()].as_str(), line.text.as_str(), line.line),

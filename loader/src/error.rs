@@ -1,0 +1,319 @@
+//! What keeps polc from changing the running kernel, and what to do about it.
+//!
+//! One enum for the whole crate: whoever applies a policy has one question, "why not, and what now", and the answer has
+//! to be as good for a full disk as for the verifier's refusal. Each has a code of the 0800s, a sentence, and mostly a
+//! hint. Unless its text says otherwise, an error means that nothing was changed.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use polc_ir::diag::Code;
+
+use crate::probe::Missing;
+
+/// Why the kernel does not agree with an object.
+#[derive(Debug)]
+pub enum Error {
+    /// The process may not load programs.
+    NotRoot,
+    /// There is no bpffs where pins are to be kept, and none can be mounted.
+    NoBpffs {
+        /// The directory.
+        path: PathBuf,
+        /// Why none can be mounted.
+        source: io::Error,
+    },
+    /// The kernel lacks something that is needed.
+    Kernel(Vec<Missing>),
+    /// A device does not exist in this network namespace.
+    NoDevice(String),
+    /// A device went away.
+    DeviceGone(String),
+    /// The driver can't run XDP programs with the device's MTU.
+    MtuTooLarge {
+        /// The device.
+        device: String,
+        /// Its MTU, in bytes.
+        mtu: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The driver has no XDP, or not now.
+    NoNativeXdp {
+        /// The device.
+        device: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Somebody else's programs are where polc's would go.
+    Occupied {
+        /// Where.
+        place: String,
+        /// What is there.
+        by: Vec<String>,
+        /// Whether polc could go beside it.
+        may_chain: bool,
+    },
+    /// The device is part of another, whose name the rules see.
+    LowerDevice {
+        /// The device.
+        device: String,
+        /// The one it is part of.
+        upper: String,
+        /// What that is: `bridge`, `bond`.
+        kind: String,
+    },
+    /// A map does not fit what memory or limits allow.
+    MapMemory {
+        /// The map's name.
+        map: String,
+        /// Bytes it would take.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel's verifier refuses the program.
+    Verifier(Box<Refusal>),
+    /// The object has no program, or none for the attach point.
+    NoProgram(String),
+    /// A pinned object is not what its name says.
+    Pin {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// What polc wrote about an applied policy can't be understood.
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file can't be read or written.
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another polc is at work on the same place.
+    Locked(PathBuf),
+    /// No policy is applied there.
+    NotApplied(String),
+    /// The program attached is no longer the one that polc attached.
+    Replaced(String),
+    /// A packet of the user's was decided otherwise than the user wants.
+    Canary {
+        /// The packet.
+        packet: String,
+        /// The verdict wanted.
+        wanted: String,
+        /// The verdict given.
+        given: String,
+    },
+    /// The loaded program decides a packet otherwise than the object does in userspace.
+    TestRun {
+        /// The packet.
+        packet: String,
+        /// What the kernel's run returned.
+        kernel: i32,
+        /// What the check VM's run returned.
+        vm: i32,
+    },
+    /// The applied policy has no set of that name, or an element can't be in it.
+    Set(String),
+    /// Any other call that failed.
+    Call {
+        /// What polc was about to do.
+        what: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// What the verifier said.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The program's name.
+    pub program: String,
+    /// The verifier's last words.
+    pub message: String,
+    /// The user's line that the refused instruction comes from: file, line number, text.
+    pub rule: Option<(String, u32, String)>,
+    /// The end of its log.
+    pub log: String,
+    /// What the call gave.
+    pub source: io::Error,
+}
+
+impl Error {
+    /// For `map_err`: the failure of a call made to do `what`.
+    pub fn call(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+        let what = what.into();
+        move |source| Error::Call { what, source }
+    }
+
+    /// For `map_err`: the failure of an operation on a file of polc's state.
+    pub fn disk(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Disk { path, source }
+    }
+
+    /// The diagnostic's code.
+    pub const fn code(&self) -> Code {
+        Code(match self {
+            Error::NotRoot => 800,
+            Error::NoBpffs { .. } => 801,
+            Error::Kernel(_) => 802,
+            Error::NoDevice(_) => 803,
+            Error::DeviceGone(_) => 804,
+            Error::MtuTooLarge { .. } => 805,
+            Error::NoNativeXdp { .. } => 806,
+            Error::Occupied { .. } => 807,
+            Error::LowerDevice { .. } => 808,
+            Error::MapMemory { .. } => 809,
+            Error::Verifier(_) => 810,
+            Error::NoProgram(_) => 811,
+            Error::Pin { .. } => 812,
+            Error::Corrupt { .. } => 813,
+            Error::Disk { .. } => 814,
+            Error::Locked(_) => 815,
+            Error::NotApplied(_) => 816,
+            Error::Replaced(_) => 817,
+            Error::Canary { .. } => 818,
+            Error::TestRun { .. } => 819,
+            Error::Set(_) => 820,
+            Error::Call { .. } => 821,
+        })
+    }
+
+    /// What the user can do.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Error::NotRoot => "run it as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".into(),
+            Error::NoBpffs { path, .. } => {
+                format!("mount one: mount -t bpf bpf {}", path.display())
+            }
+            Error::Kernel(_) => "a newer kernel has it; `polc compile` writes an object without one".into(),
+            Error::NoDevice(_) => "`ip link` lists the devices of this network namespace".into(),
+            Error::DeviceGone(_) => "what was attached to it went with it; apply again once it is back".into(),
+            Error::MtuTooLarge { device, .. } => {
+                format!("lower it (`ip link set {device} mtu 1500`), or use --generic or --attach tc-ingress")
+            }
+            Error::NoNativeXdp { .. } => "use --generic (slower) or --attach tc-ingress".into(),
+            Error::Occupied { may_chain: true, .. } => {
+                "--order first or --order last puts polc's program beside it; polc never removes what is not its own"
+                    .into()
+            }
+            Error::Occupied { may_chain: false, .. } => {
+                "detach it first, or use another attach point; polc never removes what is not its own".into()
+            }
+            Error::LowerDevice { upper, .. } => format!("apply to `{upper}` with --attach tc-ingress"),
+            Error::MapMemory { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
+                "raise the limit on locked memory: ulimit -l unlimited".into()
+            }
+            Error::MapMemory { .. } => "free memory, raise the cgroup's limit, or split the rule set".into(),
+            Error::Verifier(_) => {
+                "the program was checked before; please report this rule set with the kernel's version".into()
+            }
+            Error::Pin { path, .. } => {
+                format!("remove it (`rm {}`) if it is not somebody else's, and apply again", path.display())
+            }
+            Error::Corrupt { path, .. } => format!(
+                "what is attached stays so; `polc flush` removes it, or remove {} by hand and apply again",
+                path.display()
+            ),
+            Error::Disk { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                "make room on the file system, or name another directory with --state".into()
+            }
+            Error::Locked(_) => "wait for the other polc to end".into(),
+            Error::NotApplied(_) => "`polc status` shows what is applied".into(),
+            Error::Replaced(_) => "`polc status` shows what is attached now".into(),
+            Error::Canary { .. } => "`polc explain` shows which rule decides the packet".into(),
+            Error::TestRun { .. } => {
+                "a fault of polc or of the kernel: please report this rule set with the kernel's version".into()
+            }
+            Error::NoProgram(_) | Error::Disk { .. } | Error::Set(_) | Error::Call { .. } => return None,
+        })
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::NotRoot => f.write_str("only root may load programs into the kernel"),
+            Error::NoBpffs { path, source } => {
+                write!(f, "`{}` is in no bpffs, and none can be mounted there: {source}", path.display())
+            }
+            Error::Kernel(missing) => {
+                f.write_str("this kernel lacks ")?;
+                for (index, missing) in missing.iter().enumerate() {
+                    write!(f, "{}{missing}", if index == 0 { "" } else { "; " })?;
+                }
+                Ok(())
+            }
+            Error::NoDevice(name) => write!(f, "there is no device `{name}`"),
+            Error::DeviceGone(name) => write!(f, "the device `{name}` is gone"),
+            Error::MtuTooLarge { device, mtu, source } => {
+                write!(f, "the driver of `{device}` runs no XDP program with an MTU of {mtu}: {source}")
+            }
+            Error::NoNativeXdp { device, source } => {
+                write!(f, "the driver of `{device}` runs no XDP program: {source}")
+            }
+            Error::Occupied { place, by, .. } => {
+                write!(f, "{place} is taken by {}", by.join(", "))
+            }
+            Error::LowerDevice { device, upper, kind } => {
+                write!(
+                    f,
+                    "`{device}` is part of the {kind} `{upper}`, so rules see its packets as that device's"
+                )
+            }
+            Error::MapMemory { map, bytes, source } => {
+                write!(f, "the map `{map}` of {bytes} bytes can't be made: {source}")
+            }
+            Error::Verifier(refusal) => {
+                let Refusal { program, message, rule, source, .. } = &**refusal;
+                write!(f, "the kernel refuses program `{program}`: {message} ({source})")?;
+                match rule {
+                    Some((file, line, text)) => write!(f, ", in the code of {file}:{line}: {text}"),
+                    None => Ok(()),
+                }
+            }
+            Error::NoProgram(what) => f.write_str(what),
+            Error::Pin { path, why } => write!(f, "`{}`: {why}", path.display()),
+            Error::Corrupt { path, why } => write!(f, "`{}` is damaged: {why}", path.display()),
+            Error::Disk { path, source } => write!(f, "`{}`: {source}", path.display()),
+            Error::Locked(path) => write!(f, "another polc is at work: `{}` is locked", path.display()),
+            Error::NotApplied(place) => write!(f, "no policy of polc's is applied {place}"),
+            Error::Replaced(place) => {
+                write!(f, "{place}: the program there is no longer the one that polc attached")
+            }
+            Error::Canary { packet, wanted, given } => {
+                write!(f, "canary `{packet}`: {wanted} was wanted, the verdict is {given}")
+            }
+            Error::TestRun { packet, kernel, vm } => {
+                write!(f, "the loaded program returns {kernel} for packet {packet}, and {vm} in userspace")
+            }
+            Error::Set(what) => f.write_str(what),
+            Error::Call { what, source } => write!(f, "can't {what}: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::NoBpffs { source, .. }
+            | Error::MtuTooLarge { source, .. }
+            | Error::NoNativeXdp { source, .. }
+            | Error::MapMemory { source, .. }
+            | Error::Disk { source, .. }
+            | Error::Call { source, .. } => Some(source),
+            Error::Verifier(refusal) => Some(&refusal.source),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The file operations that the loader's state rests on, each announced to the hook.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use super::Sys;
+
+impl Sys {
+    /// Writes a whole file: whoever opens `path` afterwards, a crash in between or not, finds the old bytes or the new
+    /// ones. The bytes are on the disk when this returns.
+    pub fn write_whole(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let beside = path.with_file_name(format!(".{name}.new"));
+        let written = (|| {
+            self.enter("create")?;
+            let mut file = File::create(&beside)?;
+            self.enter("write")?;
+            file.write_all(bytes)?;
+            self.enter("fsync")?;
+            file.sync_all()?;
+            self.enter("rename")?;
+            fs::rename(&beside, path)
+        })();
+        if written.is_err() {
+            // The failure to report is the first one; what is left is overwritten next time.
+            let _ = fs::remove_file(&beside);
+        }
+        written?;
+        self.enter("fsync_dir")?;
+        match path.parent() {
+            Some(parent) => File::open(parent)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a directory and those above it, if they aren't there.
+    pub fn make_dirs(&self, path: &Path) -> io::Result<()> {
+        self.enter("mkdir")?;
+        fs::create_dir_all(path)
+    }
+
+    /// Removes a file (a pin, too); nothing happens if there is none.
+    pub fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.enter("unlink")?;
+        absent_is_fine(fs::remove_file(path))
+    }
+
+    /// Removes an empty directory; nothing happens if there is none.
+    pub fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.enter("rmdir")?;
+        absent_is_fine(fs::remove_dir(path))
+    }
+
+    /// Removes a directory of state with all that is in it.
+    pub fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        self.enter("rmtree")?;
+        absent_is_fine(fs::remove_dir_all(path))
+    }
+
+    /// A file's bytes; `None` if there is none.
+    pub fn read(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
+        self.enter("read")?;
+        match fs::read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The names in a directory, sorted; none if it isn't there.
+    pub fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.enter("readdir")?;
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+}
+
+fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
