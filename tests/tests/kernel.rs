@@ -11,7 +11,7 @@ use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, run};
 use polc::select::Devices;
 use polc::witness::Witnesses;
-use polc_backend_ebpf::emit::{COUNTERS_MAP, RuleLine, Target, emit, ending_of};
+use polc_backend_ebpf::emit::{COUNTERS_MAP, GENERATOR_FAULT, RuleLine, Target, emit, ending_of};
 use polc_backend_ebpf::object::{Object, ProgramKind};
 use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::env::{Attach, Env, Input, Mode};
@@ -131,8 +131,14 @@ fn the_kernel_runs_every_dump() {
                 chain: &|_| None,
                 semantics: Semantics::Legacy,
             };
-            let Ok(object) = emit(&compiled.plan, &target) else { continue };
             let name = format!("{} {hook}", dump.name);
+            let object = match emit(&compiled.plan, &target) {
+                Ok(object) => object,
+                Err(found) => {
+                    assert_ne!(found[0].code, GENERATOR_FAULT, "{name}: {found:?}");
+                    continue;
+                }
+            };
             let mut loaded = match load(&object) {
                 Ok(loaded) => loaded,
                 Err(error) => {

@@ -22,7 +22,7 @@ use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Verdict};
 use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget, Trace};
 
 use crate::abi::{self, CTX, KeyLayout};
-use crate::asm::{Asm, Label, Line, PROGRAM_TOO_LONG};
+use crate::asm::{Asm, Label, Line};
 use crate::budget::Budget;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
 use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
@@ -55,6 +55,8 @@ pub const FIELD_UNAVAILABLE: DiagCode = DiagCode(562);
 pub const DEVICE_NUMBER: DiagCode = DiagCode(563);
 /// Diagnostic code: a search of the packet that programs have no form for.
 pub const DERIVED_UNAVAILABLE: DiagCode = DiagCode(564);
+/// Diagnostic code: the code generator made what can't be a program, whatever the rules: a fault of polc.
+pub const GENERATOR_FAULT: DiagCode = DiagCode(569);
 
 /// Device numbers the table has room for at least, so that a loader can add devices that appear later.
 const DEVICE_NUMBERS_MIN: usize = 1_024;
@@ -427,10 +429,13 @@ impl<'a> Emitter<'a> {
         let code = match self.asm.finish() {
             Ok(code) => code,
             Err(error) => {
-                // Anything but a size is a fault of the generator, which the user is told of like this too.
-                let diagnostic =
-                    Diagnostic::error(error.code().unwrap_or(PROGRAM_TOO_LONG), error.to_string(), None)
-                        .with_hint("fewer stages decided by code make a shorter program");
+                let diagnostic = match error.code() {
+                    Some(code) => Diagnostic::error(code, error.to_string(), None)
+                        .with_hint("fewer stages decided by code make a shorter program"),
+                    None => Diagnostic::error(GENERATOR_FAULT, error.to_string(), None)
+                        .with_note("this is a fault of polc, not of the rules")
+                        .with_hint("please report it with the rule set"),
+                };
                 return Err(vec![diagnostic]);
             }
         };

@@ -177,7 +177,9 @@ impl Emitter<'_> {
             a.comment("count on the way");
             a.load(Size::W, Reg::R1, Reg::R8, exit::OTHER);
             self.bump(Operand::Reg(Reg::R1));
-            self.asm.goto(yes);
+            let a = &mut self.asm;
+            a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+            a.goto(rejoin);
         }
         let a = &mut self.asm;
         a.bind(then);

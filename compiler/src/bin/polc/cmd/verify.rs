@@ -9,7 +9,8 @@ use polc::decider::{Named, describe, named};
 use polc::place::{attach_for, place as place_of};
 use polc::report::{Report, Scope};
 use polc::session::Session;
-use polc::verify::{Disagreement, Said, Verified, verify};
+use polc::verify::{Disagreement, NOT_RUN, Said, Verified, verify};
+use polc_backend_ebpf::emit::GENERATOR_FAULT;
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::{Attach, Input, Mode, Place};
 use polc_ir::hook::Hook;
@@ -106,12 +107,13 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         verified.push(result);
     }
     bar.finish_and_clear();
-    // Where no program can be made, the kernel's own rules go on deciding, unless there are none or the user asked for
-    // that very program.
+    // Where rules are too large for a program, the kernel's own go on deciding, unless there are none or the user asked
+    // for that very program.
     let may_defer = mode == Mode::Accelerate && args.attach.is_none();
     for result in &verified {
         for finding in &result.not_emitted {
-            let severity = if may_defer { Severity::Warning } else { finding.severity };
+            let excused = may_defer && finding.code != GENERATOR_FAULT && finding.code != NOT_RUN;
+            let severity = if excused { Severity::Warning } else { finding.severity };
             let note = format!("no program is made at {}", place::describe(&result.place));
             findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
         }
