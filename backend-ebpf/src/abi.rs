@@ -52,6 +52,18 @@ pub const BUFFER_BYTES: i16 = 48;
 pub const SAVED_END: i16 = BUFFER + 16;
 /// The network header, likewise.
 pub const SAVED_L3: i16 = BUFFER + 24;
+/// Reporting a packet: it is decided, so all places but [`LENGTH`] and [`COUNTER_KEY`] are free.
+pub mod trace {
+    /// The return code.
+    pub const RETURN: i16 = super::L3_OFFSET;
+    /// The record, [`crate::trace::record::BYTES`] long.
+    pub const RECORD: i16 = super::BUFFER;
+    /// Bytes of the frame, up to [`SCRATCH_BYTES`].
+    pub const SCRATCH: i16 = RECORD + crate::trace::record::BYTES as i16;
+    /// How many bytes [`SCRATCH`] has.
+    pub const SCRATCH_BYTES: i16 = 16;
+}
+
 /// Bytes of stack above the key. With the largest key 16 bytes are left at the stack's end, where the check VM keeps its
 /// watch over loops.
 pub const SCRATCH_BYTES: i16 = 112;
@@ -246,6 +258,7 @@ mod tests {
         const {
             assert!(SAVED_END % 8 == 0 && SAVED_L3 >= SAVED_END + 8 && SAVED_L3 + 8 <= BUFFER + BUFFER_BYTES);
             assert!(SCRATCH_BYTES == -BUFFER);
+            assert!(trace::SCRATCH + trace::SCRATCH_BYTES <= trace::RETURN && trace::RECORD % 8 == 0);
         };
     }
 }

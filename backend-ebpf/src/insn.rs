@@ -410,6 +410,8 @@ helpers! {
     SKB_PULL_DATA = 39, "skb_pull_data";
     /// `() -> ns since boot, suspend included`.
     KTIME_GET_BOOT_NS = 125, "ktime_get_boot_ns";
+    /// `(ring buffer, data, len, flags) -> 0 or -EAGAIN`: appends a record.
+    RINGBUF_OUTPUT = 130, "ringbuf_output";
     /// `(xdp, offset, to, len) -> 0 or -EINVAL`: copies packet bytes, fragments too.
     XDP_LOAD_BYTES = 189, "xdp_load_bytes";
 }

@@ -8,7 +8,7 @@
 //! The rooms, from the ground up: [`insn`] is the instruction set, [`asm`] turns instructions and labels into
 //! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`disasm`] prints it, [`vm`] runs it
 //! without a kernel, [`budget`] says whether the kernel's verifier will accept it. [`emit`] makes
-//! a plan an object, under the contract that [`abi`] writes down. Start with [`emit::emit`], or from below with
+//! a plan an object, under the contract that [`abi`] writes down; what its programs report of packets is [`trace`]'s. Start with [`emit::emit`], or from below with
 //! [`asm::Asm`].
 
 pub mod abi;
@@ -22,4 +22,5 @@ pub mod emit;
 pub mod insn;
 pub mod manifest;
 pub mod object;
+pub mod trace;
 pub mod vm;

@@ -4,6 +4,7 @@
 //! programs need to decide packets may be here alone. Fields are added, never renamed; readers ignore fields they
 //! don't know.
 
+use crate::trace::TraceManifest;
 use polc_ir::env::{Attach, Device, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,9 @@ pub struct Manifest {
     pub counted: Vec<Counted>,
     /// Devices that the object tells apart, with the numbers it was compiled for.
     pub devices: Vec<Device>,
+    /// How packets are reported, if they can be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceManifest>,
     /// What a loader has to be able to do beyond the common.
     pub needs: Needs,
     /// Oldest kernel with everything the object uses.

@@ -37,6 +37,22 @@ pub struct Built {
 /// # Panics
 /// If the place has no attach point.
 pub fn object(session: &Session, compiled: &Compiled) -> Result<(Object, Vec<Budget>), Vec<Diagnostic>> {
+    object_with(session, compiled, false)
+}
+
+/// The same; with `trace`, the object's program can report packets as it decides them
+/// ([`polc_backend_ebpf::trace`]).
+///
+/// # Errors
+/// As [`object`].
+///
+/// # Panics
+/// As [`object`].
+pub fn object_with(
+    session: &Session,
+    compiled: &Compiled,
+    trace: bool,
+) -> Result<(Object, Vec<Budget>), Vec<Diagnostic>> {
     let attach: Attach = compiled.plan.place.attach.expect("programs are made for an attach point");
     let target = Target {
         attach,
@@ -44,6 +60,7 @@ pub fn object(session: &Session, compiled: &Compiled) -> Result<(Object, Vec<Bud
         rule: &|rule| Some(rule_line(session, rule)),
         chain: &|chain: Chain| Some(chain_name(session, chain)),
         semantics: session.ruleset.semantics,
+        trace,
     };
     let object = emit(&compiled.plan, &target)?;
     let mut budgets = Vec::new();

@@ -130,6 +130,7 @@ fn the_kernel_runs_every_dump() {
                 rule: &line,
                 chain: &|_| None,
                 semantics: Semantics::Legacy,
+                trace: false,
             };
             let name = format!("{} {hook}", dump.name);
             let object = match emit(&compiled.plan, &target) {

@@ -53,6 +53,7 @@ fn levels_agree_on_every_dump() {
                 rule: &line,
                 chain: &name,
                 semantics: Semantics::Legacy,
+                trace: false,
             };
             let object = emit(&compiled.plan, &target);
             let mut program = match &object {

@@ -103,6 +103,7 @@ fn planted_miscompilations_are_caught() {
                     rule: &|_| None::<RuleLine>,
                     chain: &|_| None,
                     semantics: Semantics::Legacy,
+                    trace: false,
                 };
                 // What can't be emitted is caught before it runs.
                 let Ok(object) = emit(&mutant, &target) else { continue };

@@ -137,8 +137,14 @@ fn one(seed: u64, packets: usize) {
     let compiled = polc::compile(&ruleset, &place, &env, &devices);
     assert!(compiled.diagnostics.is_empty(), "seed {seed}: {:?}", compiled.diagnostics);
     let attach = attach_for(hook);
-    let target =
-        Target { attach, name: "polc".into(), rule: &|_| None::<RuleLine>, chain: &|_| None, semantics };
+    let target = Target {
+        attach,
+        name: "polc".into(),
+        rule: &|_| None::<RuleLine>,
+        chain: &|_| None,
+        semantics,
+        trace: false,
+    };
     let object = emit(&compiled.plan, &target).unwrap_or_else(|found| panic!("seed {seed}: {found:?}"));
     let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");
     program.set_random_seed(seed);

@@ -24,7 +24,7 @@ use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
 const PULL_BYTES: i32 = 2 * (14 + 8 + 60);
 
 /// EtherTypes of VLAN tags (IEEE 802.1Q, 802.1ad).
-const VLAN_TYPES: [i32; 2] = [0x8100, 0x88a8];
+pub(super) const VLAN_TYPES: [i32; 2] = [0x8100, 0x88a8];
 
 impl Emitter<'_> {
     /// From the start of the program to a complete key, derived words aside.

@@ -27,11 +27,13 @@ use crate::budget::Budget;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
 use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
 use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
+use crate::trace::TraceManifest;
 
 mod derived;
 mod headers;
 mod ipv6;
 mod steps;
+mod trace;
 mod walk;
 
 /// The counter map: packets and bytes as two 64-bit numbers, a slot for each of `Plan::traces`.
@@ -90,6 +92,8 @@ pub struct Target<'a> {
     pub chain: &'a dyn Fn(polc_ir::entities::Chain) -> Option<(String, String)>,
     /// Whose corner cases the rules were lowered for; for the manifest.
     pub semantics: Semantics,
+    /// Whether it can report packets as it decides them, see [`crate::trace`].
+    pub trace: bool,
 }
 
 impl std::fmt::Debug for Target<'_> {
@@ -173,6 +177,7 @@ struct Emitter<'a> {
     counters: Map,
     devices: Option<Map>,
     nth: Option<Map>,
+    trace: Option<trace::Trace>,
     /// Where the header parts jump to end a frame, with the kind that ends there.
     frame_ends: BTreeMap<FrameKind, Label>,
     /// Counts `r8` and returns `r9`.
@@ -210,6 +215,7 @@ impl<'a> Emitter<'a> {
             counters,
             devices: None,
             nth: None,
+            trace: None,
             frame_ends: BTreeMap::new(),
             count,
             bail,
@@ -232,6 +238,9 @@ impl<'a> Emitter<'a> {
             let mut contents: Vec<u8> = contents.flatten().collect();
             contents.resize((plan.effect_tests.len() * 4).next_power_of_two(), 0);
             emitter.nth = Some(emitter.maps.push(MapDef::data(NTH_MAP, DataSection::Data, contents)));
+        }
+        if target.trace {
+            emitter.add_trace();
         }
         if emitter.diagnostics.is_empty() { Ok(emitter) } else { Err(emitter.diagnostics) }
     }
@@ -304,6 +313,7 @@ impl<'a> Emitter<'a> {
         self.asm.comment("count in slot r8, return r9");
         self.bump(Operand::Reg(Reg::R8));
         self.write_mark_back();
+        self.trace_switch();
         self.asm.mov64(Reg::R0, Reg::R9);
         self.asm.exit();
         if self.bail_used {
@@ -313,6 +323,7 @@ impl<'a> Emitter<'a> {
             self.asm.mov32(Reg::R0, code);
             self.asm.exit();
         }
+        self.trace_report();
     }
 
     /// Adds the packet to a counter slot. `r0` to `r5` are lost.
@@ -481,6 +492,7 @@ fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
         counters: plan.traces.iter().map(|trace| counter_slot(trace, &counted, target)).collect(),
         counted: counted.iter().map(|count| counted_as(*count, target)).collect(),
         devices: plan.devices.devices.iter().map(|(device, _)| *device).collect(),
+        trace: target.trace.then(TraceManifest::current),
         needs: Needs::default(),
         // Direct access to the stack at a variable offset.
         kernel_min: KernelVersion(5, 18),

@@ -29,7 +29,7 @@ const EINVAL: i64 = 22;
 type Function = fn(u64, u64, u64, u64, u64) -> u64;
 
 /// All helpers, and whether they take pointers to a program's memory.
-pub(crate) const HELPERS: [(Helper, bool, Function); 13] = [
+pub(crate) const HELPERS: [(Helper, bool, Function); 14] = [
     (ENTER, false, enter),
     (STEP, false, step),
     (Helper::MAP_LOOKUP_ELEM, true, map_lookup_elem),
@@ -42,6 +42,7 @@ pub(crate) const HELPERS: [(Helper, bool, Function); 13] = [
     (Helper::TAIL_CALL, false, tail_call),
     (Helper::SKB_LOAD_BYTES, true, skb_load_bytes),
     (Helper::SKB_PULL_DATA, false, skb_pull_data),
+    (Helper::RINGBUF_OUTPUT, true, ringbuf_output),
     (Helper::XDP_LOAD_BYTES, true, xdp_load_bytes),
 ];
 
@@ -305,6 +306,21 @@ fn skb_pull_data(_: u64, len: u64, _: u64, _: u64, _: u64) -> u64 {
         state.write(state.context + at as u64, &wide[at..at + 3 * 8]);
         0
     })
+}
+
+/// kernel/bpf/ringbuf.c, `bpf_ringbuf_output`. Flags only say whether readers are woken.
+fn ringbuf_output(map: u64, data: u64, len: u64, flags: u64, _: u64) -> u64 {
+    with(|state| {
+        if flags > 3 {
+            return Some(error(EINVAL));
+        }
+        let record = state.read(data, usize::try_from(len).ok()?)?;
+        Some(match state.map(map)?.append(record) {
+            Ok(()) => 0,
+            Err(errno) => errno as u64,
+        })
+    })
+    .unwrap_or(error(EINVAL))
 }
 
 /// net/core/filter.c, `__bpf_xdp_load_bytes` and `bpf_xdp_pointer`: leaves the destination alone when it fails.

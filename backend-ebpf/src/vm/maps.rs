@@ -20,6 +20,10 @@ const ENOENT: i64 = 2;
 const E2BIG: i64 = 7;
 const EEXIST: i64 = 17;
 const EINVAL: i64 = 22;
+const EAGAIN: i64 = 11;
+
+/// What a ring buffer puts before each record (include/uapi/linux/bpf.h, `BPF_RINGBUF_HDR_SZ`).
+const RING_HEADER_BYTES: usize = 8;
 
 /// Bytes of bookkeeping for an entry of a hash table or program array, at most.
 const ENTRY_BYTES: usize = 64;
@@ -32,6 +36,8 @@ enum Lookup {
     Hash { slots: BTreeMap<Vec<u8>, u32>, free: Vec<u32> },
     /// No values: programs by index.
     Programs(Vec<Option<usize>>),
+    /// No values: records that nobody took yet, and the bytes they take.
+    Ring { records: Vec<Vec<u8>>, used: usize },
 }
 
 /// One emulated map.
@@ -58,6 +64,7 @@ impl MapState {
                 MapType::HASH | MapType::PERCPU_HASH => {
                     Lookup::Hash { slots: BTreeMap::new(), free: (0..entries).rev().collect() }
                 }
+                MapType::RINGBUF => Lookup::Ring { records: Vec::new(), used: 0 },
                 MapType::PROG_ARRAY => Lookup::Programs(vec![None; entries as usize]),
                 _ => return Err(unsupported()),
             },
@@ -76,9 +83,16 @@ impl MapState {
             Some(contents) => arena.copy_in(self.base, contents),
             None => arena.clear(self.base, self.stride * self.entries as usize),
         }
-        if let Lookup::Hash { slots, free } = &mut self.lookup {
-            slots.clear();
-            *free = (0..self.entries).rev().collect();
+        match &mut self.lookup {
+            Lookup::Hash { slots, free } => {
+                slots.clear();
+                *free = (0..self.entries).rev().collect();
+            }
+            Lookup::Ring { records, used } => {
+                records.clear();
+                *used = 0;
+            }
+            Lookup::Array | Lookup::Programs(_) => {}
         }
     }
 
@@ -93,7 +107,7 @@ impl MapState {
                 index(key).filter(|index| *index < self.entries).map(|index| self.value_at(index))
             }
             Lookup::Hash { slots, .. } => slots.get(key).map(|slot| self.value_at(*slot)),
-            Lookup::Programs(_) => None,
+            Lookup::Programs(_) | Lookup::Ring { .. } => None,
         }
     }
 
@@ -123,7 +137,7 @@ impl MapState {
                 };
                 Ok(base + u64::from(slot) * stride)
             }
-            Lookup::Programs(_) => Err(-EINVAL),
+            Lookup::Programs(_) | Lookup::Ring { .. } => Err(-EINVAL),
         }
     }
 
@@ -137,7 +151,32 @@ impl MapState {
                 }
                 None => -ENOENT,
             },
-            Lookup::Array | Lookup::Programs(_) => -EINVAL,
+            Lookup::Array | Lookup::Programs(_) | Lookup::Ring { .. } => -EINVAL,
+        }
+    }
+
+    /// Appends a record to a ring buffer, or gives `-errno`. Like the kernel's, the buffer is full when less than a
+    /// header of 8 bytes and the record, rounded up to 8, and one byte more are free (kernel/bpf/ringbuf.c,
+    /// `__bpf_ringbuf_reserve`).
+    pub(crate) fn append(&mut self, record: Vec<u8>) -> Result<(), i64> {
+        let Lookup::Ring { records, used } = &mut self.lookup else { return Err(-EINVAL) };
+        let bytes = RING_HEADER_BYTES + record.len().next_multiple_of(8);
+        if *used + bytes >= self.entries as usize {
+            return Err(-EAGAIN);
+        }
+        *used += bytes;
+        records.push(record);
+        Ok(())
+    }
+
+    /// Takes the records of a ring buffer, which is empty then.
+    pub(crate) fn take_records(&mut self) -> Vec<Vec<u8>> {
+        match &mut self.lookup {
+            Lookup::Ring { records, used } => {
+                *used = 0;
+                std::mem::take(records)
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -169,6 +208,7 @@ fn sizes(def: &MapDef) -> (usize, usize, u32) {
     match &def.kind {
         MapKind::Data { contents, .. } => (4, contents.len(), 1),
         MapKind::Declared { map_type: MapType::PROG_ARRAY, max_entries, .. } => (4, 0, *max_entries),
+        MapKind::Declared { map_type: MapType::RINGBUF, max_entries, .. } => (0, 0, *max_entries),
         MapKind::Declared { key_bytes, value_bytes, max_entries, .. } => {
             (*key_bytes as usize, *value_bytes as usize, *max_entries)
         }
@@ -185,9 +225,12 @@ pub(crate) fn arena_bytes(object: &Object) -> Result<usize, VmError> {
     for def in object.maps.values() {
         let (_, value, entries) = sizes(def);
         let values = value.next_multiple_of(8).saturating_mul(entries as usize);
-        let is_data = matches!(def.kind, MapKind::Data { .. });
-        let bookkeeping =
-            if is_data || is_array(def) { 0 } else { ENTRY_BYTES.saturating_mul(entries as usize) };
+        let bookkeeping = match def.kind {
+            MapKind::Data { .. } => 0,
+            MapKind::Declared { map_type: MapType::RINGBUF, .. } => 4 * entries as usize,
+            MapKind::Declared { .. } if is_array(def) => 0,
+            MapKind::Declared { .. } => ENTRY_BYTES.saturating_mul(entries as usize),
+        };
         all = all.saturating_add(values).saturating_add(bookkeeping);
         if all > VM_MAP_BYTES_MAX {
             return Err(VmError::TooLarge { map: def.name.clone() });

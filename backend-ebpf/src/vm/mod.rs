@@ -301,6 +301,14 @@ impl Vm {
         }
     }
 
+    /// Takes the records that programs wrote to a ring buffer since the last time, oldest first.
+    pub fn take_records(&mut self, map: Map) -> Vec<Vec<u8>> {
+        match self.state.get_mut().maps.get_mut(map.index()) {
+            Some(map) => map.take_records(),
+            None => Vec::new(),
+        }
+    }
+
     /// Puts `program` at `index` of a program array; whether there is such a place.
     pub fn set_program(&mut self, map: Map, index: u32, program: usize) -> bool {
         program < self.programs.len()

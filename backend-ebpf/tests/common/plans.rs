@@ -107,7 +107,16 @@ pub(crate) fn object(plan: &Plan) -> Object {
     try_object(plan).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
 }
 
+/// With reports of packets.
+pub(crate) fn traced(plan: &Plan) -> Object {
+    object_of(plan, true).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
+}
+
 pub(crate) fn try_object(plan: &Plan) -> Result<Object, Vec<polc_ir::diag::Diagnostic>> {
+    object_of(plan, false)
+}
+
+fn object_of(plan: &Plan, trace: bool) -> Result<Object, Vec<polc_ir::diag::Diagnostic>> {
     let rules = |rule: Rule| {
         Some(RuleLine {
             file: "rules.v4".into(),
@@ -124,6 +133,7 @@ pub(crate) fn try_object(plan: &Plan) -> Result<Object, Vec<polc_ir::diag::Diagn
         rule: &rules,
         chain: &|_| None,
         semantics: Semantics::Legacy,
+        trace,
     };
     emit(plan, &target)
 }
@@ -293,7 +303,7 @@ fn grown(before: &Counts, after: &Counts) -> Counts {
     before.iter().zip(after).map(|(b, a)| [a[0] - b[0], a[1] - b[1]]).collect()
 }
 
-fn load(object: &Object) -> aya::Ebpf {
+pub(crate) fn load(object: &Object) -> aya::Ebpf {
     let bytes = object.write().expect("writes");
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya loads it");
     for program in &object.programs {

@@ -334,6 +334,9 @@ pub(crate) struct CompileArgs {
     pub place: PlaceArgs,
     #[command(flatten)]
     pub devices: DeviceArgs,
+    /// Let the program report packets as it decides them, while somebody watches
+    #[arg(long)]
+    pub trace: bool,
     /// Print these levels on standard output
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LEVEL")]
     pub emit: Vec<Emit>,

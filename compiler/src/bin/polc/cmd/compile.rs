@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use polc::build::object;
+use polc::build::object_with;
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc_backend_ebpf::budget::Budget;
@@ -48,7 +48,7 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
     if args.output.is_none() && !args.emit.contains(&Emit::Asm) {
         return Ok(ExitCode::SUCCESS);
     }
-    let (object, budgets) = match object(&session, &compiled) {
+    let (object, budgets) = match object_with(&session, &compiled, args.trace) {
         Ok(made) => made,
         Err(findings) => {
             show(output, &session.sources, &findings);
