@@ -1,0 +1,135 @@
+//! Programs to compare with, emitted with polc's own assembler: nothing at all, reading the headers, and what others
+//! build classifiers of.
+
+use cranelift_entity::PrimaryMap;
+use polc_backend_ebpf::abi;
+use polc_backend_ebpf::asm::Asm;
+use polc_backend_ebpf::insn::{AluOp, Cond, Reg, Size};
+use polc_backend_ebpf::object::{Object, ProgramKind};
+use polc_ir::hook::Family;
+
+use crate::kernel::object;
+use crate::packet::L3;
+
+/// The return code that lets a packet on.
+pub(crate) const fn pass(kind: ProgramKind) -> i32 {
+    match kind {
+        ProgramKind::Xdp => abi::xdp::PASS,
+        ProgramKind::Classifier => abi::tc::UNSPEC,
+    }
+}
+
+/// The return code that drops a packet.
+pub(crate) const fn drop(kind: ProgramKind) -> i32 {
+    match kind {
+        ProgramKind::Xdp => abi::xdp::DROP,
+        ProgramKind::Classifier => abi::tc::SHOT,
+    }
+}
+
+/// The program that does nothing.
+///
+/// # Errors
+/// None but a mistake in it.
+pub(crate) fn empty(kind: ProgramKind) -> Result<Object, String> {
+    let mut a = Asm::new();
+    a.mov32(Reg::R0, pass(kind));
+    a.exit();
+    Ok(object(kind, PrimaryMap::new(), a.finish().map_err(|error| error.to_string())?))
+}
+
+/// The registers that hold a packet's fields after [`parse`].
+pub(crate) struct Fields {
+    /// The network header.
+    pub(crate) l3: Reg,
+    /// The transport header.
+    pub(crate) l4: Reg,
+    /// The protocol.
+    pub(crate) proto: Reg,
+}
+
+/// Emits what every filter of packets has to do first: bounds, Ethernet type, version, header length, fragments,
+/// protocol. What is not a whole packet of the family goes to `other`.
+pub(crate) fn parse(
+    a: &mut Asm,
+    kind: ProgramKind,
+    family: Family,
+    other: polc_backend_ebpf::asm::Label,
+) -> Fields {
+    let (data, data_end) = match kind {
+        ProgramKind::Xdp => (abi::xdp_md::DATA, abi::xdp_md::DATA_END),
+        ProgramKind::Classifier => (abi::sk_buff::DATA, abi::sk_buff::DATA_END),
+    };
+    let fields = Fields { l3: Reg::R7, l4: Reg::R8, proto: Reg::R9 };
+    let header = match family {
+        Family::V4 => 20,
+        Family::V6 => 40,
+    };
+    a.load_ctx_pointer(Reg::R2, Reg::R1, data);
+    a.load_ctx_pointer(Reg::R3, Reg::R1, data_end);
+    a.mov64(Reg::R4, Reg::R2);
+    a.alu64(AluOp::Add, Reg::R4, L3 as i32 + header);
+    a.jump64(Cond::Gt, Reg::R4, Reg::R3, other);
+    a.load(Size::H, Reg::R5, Reg::R2, 12);
+    let ethertype = match family {
+        Family::V4 => 0x0008,
+        Family::V6 => 0xdd86,
+    };
+    a.jump32(Cond::Ne, Reg::R5, ethertype, other);
+    a.mov64(fields.l3, Reg::R2);
+    a.alu64(AluOp::Add, fields.l3, L3 as i32);
+    a.load(Size::B, Reg::R5, fields.l3, 0);
+    a.mov32(Reg::R0, Reg::R5);
+    a.alu32(AluOp::Rsh, Reg::R0, 4);
+    match family {
+        Family::V4 => {
+            a.jump32(Cond::Ne, Reg::R0, 4, other);
+            a.alu32(AluOp::And, Reg::R5, 15);
+            a.alu32(AluOp::Lsh, Reg::R5, 2);
+            a.jump32(Cond::Lt, Reg::R5, 20, other);
+            a.load(Size::H, Reg::R0, fields.l3, 6);
+            a.alu32(AluOp::And, Reg::R0, 0xff3f);
+            a.jump32(Cond::Ne, Reg::R0, 0, other);
+            a.load(Size::B, fields.proto, fields.l3, 9);
+            a.mov64(fields.l4, fields.l3);
+            a.alu64(AluOp::Add, fields.l4, Reg::R5);
+        }
+        Family::V6 => {
+            a.jump32(Cond::Ne, Reg::R0, 6, other);
+            a.load(Size::B, fields.proto, fields.l3, 6);
+            a.mov64(fields.l4, fields.l3);
+            a.alu64(AluOp::Add, fields.l4, 40);
+        }
+    }
+    a.mov64(Reg::R4, fields.l4);
+    a.alu64(AluOp::Add, Reg::R4, 4);
+    a.jump64(Cond::Gt, Reg::R4, Reg::R3, other);
+    fields
+}
+
+/// The program that reads the five fields and lets the packet on.
+///
+/// # Errors
+/// None but a mistake in it.
+pub(crate) fn parse_only(kind: ProgramKind, family: Family) -> Result<Object, String> {
+    let mut a = Asm::new();
+    let other = a.label();
+    let fields = parse(&mut a, kind, family, other);
+    match family {
+        Family::V4 => {
+            a.load(Size::W, Reg::R0, fields.l3, 12);
+            a.load(Size::W, Reg::R1, fields.l3, 16);
+        }
+        Family::V6 => {
+            for (reg, at) in [(Reg::R0, 8), (Reg::R1, 16), (Reg::R2, 24), (Reg::R3, 32)] {
+                a.load(Size::Dw, reg, fields.l3, at);
+            }
+        }
+    }
+    a.load(Size::H, Reg::R4, fields.l4, 0);
+    a.load(Size::H, Reg::R5, fields.l4, 2);
+    a.bind(other);
+    a.mov32(Reg::R0, pass(kind));
+    a.exit();
+    Ok(object(kind, PrimaryMap::new(), a.finish().map_err(|error| error.to_string())?))
+}
