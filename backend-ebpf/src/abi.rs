@@ -40,6 +40,8 @@ pub const L4_OFFSET: i16 = -28;
 pub const L4_LENGTH: i16 = -36;
 /// Walk: the reference to follow once the current one came to an exit; [`NONE`] if there is none.
 pub const PENDING: i16 = -44;
+/// Before the walk: the transport protocol, where derived words need it.
+pub const PROTOCOL: i16 = PENDING;
 /// Walk: the smallest exit found so far, as a reference.
 pub const BEST: i16 = -52;
 /// Walk: where code hands over the first reference. Searches in headers: how far they are.

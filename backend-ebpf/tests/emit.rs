@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::frames::{Dice, ethernet, ipv4, tcp};
 use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
 use common::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule};
 use polc_backend_ebpf::vm::Context;
@@ -17,37 +18,6 @@ use polc_ir::plan::{
     WordWrite,
 };
 use polc_ir::ruleset::EffectTestKind;
-
-fn ethernet(ether_type: u16, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
-    frame.extend(ether_type.to_be_bytes());
-    frame.extend(payload);
-    frame
-}
-
-fn ipv4(proto: u8, frag: u16, options: &[u8], payload: &[u8]) -> Vec<u8> {
-    let ihl = 5 + options.len() / 4;
-    let total = ihl * 4 + payload.len();
-    let mut packet = vec![0x40 | ihl as u8, 0x12];
-    packet.extend((total as u16).to_be_bytes());
-    packet.extend([0, 7]);
-    packet.extend(frag.to_be_bytes());
-    packet.extend([63, proto, 0, 0, 192, 0, 2, 1, 198, 51, 100, 2]);
-    packet.extend(options);
-    packet.extend(payload);
-    packet
-}
-
-fn tcp(source: u16, destination: u16, options: &[u8]) -> Vec<u8> {
-    let mut header = source.to_be_bytes().to_vec();
-    header.extend(destination.to_be_bytes());
-    header.extend([0; 8]);
-    header.push(((5 + options.len() / 4) << 4) as u8);
-    header.push(0x12);
-    header.extend([0; 6]);
-    header.extend(options);
-    header
-}
 
 const ATTACHES: [Attach; 3] = [Attach::Xdp, Attach::TcIngress, Attach::TcEgress];
 
@@ -172,33 +142,14 @@ fn a_walk_with_forks_writes_and_tests() {
     }
 }
 
-/// A small generator of test bytes (xorshift); the same for every run.
-struct Dice(u64);
+/// Makes frames.
+trait Frames {
+    fn tcp(&mut self) -> Vec<u8>;
+    fn frame(&mut self, family: Family) -> Vec<u8>;
+    fn ipv6(&mut self, proto: u8, payload: Vec<u8>) -> Vec<u8>;
+}
 
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() >> 11) as usize % bound
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.next() as u8).collect()
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len())]
-    }
-
+impl Frames for Dice {
     fn tcp(&mut self) -> Vec<u8> {
         let mut options = Vec::new();
         for _ in 0..self.below(4) {

@@ -324,6 +324,7 @@ impl Flattener<'_> {
                         return false;
                     }
                 }
+                ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Beyond(_)) => {}
                 ClauseAbility::Unknown(_) => unknown = true,
                 ClauseAbility::Known => match &clause.kind {
                     ClauseKind::Any(tests) => {
@@ -353,6 +354,10 @@ impl Flattener<'_> {
                             None => Onward::end(Verdict::Drop, Decider::Hotdrop(rule)),
                         };
                         emit(entries, &dropped, rule, &onward);
+                    }
+                    ClauseKind::Beyond(test) => {
+                        let beyond = self.narrow(&cubes, std::slice::from_ref(test));
+                        emit(entries, &beyond, rule, &Onward::defer(rule));
                     }
                     ClauseKind::Effect(_) if unknown => {
                         emit(entries, &cubes, rule, &Onward::defer(rule));

@@ -104,6 +104,13 @@ pub const DEVICE_NUMBER_MAX: u32 = 65_535;
 /// Most IPv6 extension headers a program follows. The verifier processes about 1,800 instructions for each.
 pub const IPV6_EXT_HEADERS_MAX: u32 = 48;
 
+/// Most DCCP options that a search follows; a packet with more is left to the kernel. A header has room for 1,008 bytes
+/// of them, of which a stack that negotiates every feature uses about ten options.
+pub const DCCP_OPTIONS_MAX: u32 = 128;
+
+/// Most SCTP chunks that a search follows; a packet with more is left to the kernel.
+pub const SCTP_CHUNKS_MAX: u32 = 64;
+
 /// Turns of a walk that the compiler plans with: it counts cautiously, and leaves room for what a turn may add.
 pub const WALK_TURNS_CAUTIOUS: u32 = 900;
 

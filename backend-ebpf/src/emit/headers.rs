@@ -250,6 +250,8 @@ impl Emitter<'_> {
             a.mov64(Reg::R4, Reg::R9);
             a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
             a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+            a.load(Size::B, Reg::R4, Reg::R9, 9);
+            a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R4);
         }
         self.asm.alu64(AluOp::Add, Reg::R9, Reg::R0);
         self.transport();

@@ -158,6 +158,7 @@ impl Emitter<'_> {
         a.bind(bad);
         a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
         a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
+        a.store(Size::W, Reg::FP, abi::PROTOCOL, 0);
         if let Some(slot) = self.slot(Field::ExtHeaders) {
             self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
         }
@@ -167,6 +168,7 @@ impl Emitter<'_> {
         a.bind(found);
         self.store_field(Field::Proto, Reg::R8);
         let a = &mut self.asm;
+        a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R8);
         let there = a.label();
         a.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R7);
         a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);

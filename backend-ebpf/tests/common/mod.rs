@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod frames;
 pub(crate) mod kernel;
 pub(crate) mod plans;
 

@@ -65,7 +65,7 @@ pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
 /// Whether evaluating the rule's clauses neither drops packets nor leaves a trace.
 fn is_pure(rule: &RuleData) -> bool {
     rule.clauses.iter().all(|clause| match &clause.kind {
-        ClauseKind::Any(_) | ClauseKind::Hotdrop(_) => true,
+        ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Beyond(_) => true,
         ClauseKind::Effect(_) => false,
         ClauseKind::Opaque(opaque) => !opaque.observable,
     })

@@ -12,7 +12,9 @@ mod targets;
 pub(crate) mod transport;
 
 use polc_ir::cube::Test;
+use polc_ir::derived::{BEYOND, DerivedData};
 use polc_ir::entities::{Chain, Rule, Set};
+use polc_ir::field::Field;
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::interval::IntervalSet;
 use polc_ir::ruleset::{
@@ -158,12 +160,7 @@ impl Body<'_> {
     }
 
     /// The rule matches only if the whole field lies in `values`, or with `negated` outside.
-    pub(crate) fn require_values(
-        &mut self,
-        field: polc_ir::field::Field,
-        negated: bool,
-        values: IntervalSet,
-    ) {
+    pub(crate) fn require_values(&mut self, field: Field, negated: bool, values: IntervalSet) {
         let test = Test::new(field, self.family(), values);
         self.require_unless(negated, test);
     }
@@ -176,6 +173,16 @@ impl Body<'_> {
     /// The packet is dropped here if all the tests hold.
     pub(crate) fn hotdrop(&mut self, tests: Vec<Test>) {
         self.push(ClauseKind::Hotdrop(tests));
+    }
+
+    /// A search that may drop the packet, or go beyond what is searched here, and has to find (or with `negated` not
+    /// to find) what it looks for.
+    pub(crate) fn search(&mut self, data: DerivedData, negated: bool) {
+        let family = self.family();
+        let field = Field::Derived(self.ruleset.derive(data));
+        self.hotdrop(vec![Test::new(field, family, IntervalSet::point(2))]);
+        self.push(ClauseKind::Beyond(Test::new(field, family, IntervalSet::point(BEYOND.into()))));
+        self.require_values(field, negated, IntervalSet::point(1));
     }
 
     /// A stateful or random test.

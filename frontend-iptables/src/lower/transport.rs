@@ -161,10 +161,7 @@ pub(crate) fn sctp(
     guards::transport_header(size::SCTP, body);
     compare_ports(source, destination, body);
     if let Some(((rule, chunks, flags), negated)) = chunks {
-        let family = body.family();
-        let found = Field::Derived(body.ruleset.derive(DerivedData::SctpChunks { rule, chunks, flags }));
-        body.hotdrop(vec![Test::new(found, family, IntervalSet::point(2))]);
-        body.require_values(found, negated, IntervalSet::point(1));
+        body.search(DerivedData::SctpChunks { rule, chunks, flags }, negated);
     }
 }
 
@@ -185,10 +182,7 @@ pub(crate) fn dccp(
         body.require_unless(negated, test);
     }
     if let Some((kind, negated)) = option {
-        let family = body.family();
-        let option = Field::Derived(body.ruleset.derive(DerivedData::DccpOption { kind }));
-        body.hotdrop(vec![Test::new(option, family, IntervalSet::point(2))]);
-        body.require_values(option, negated, IntervalSet::point(1));
+        body.search(DerivedData::DccpOption { kind }, negated);
     }
 }
 

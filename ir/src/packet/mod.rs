@@ -152,6 +152,11 @@ impl<'a> View<'a> {
         self.packet.get(self.l4_offset..).unwrap_or(&[])
     }
 
+    /// The transport protocol; 0 if the extension headers lead to none.
+    pub fn protocol(&self) -> u8 {
+        self.proto
+    }
+
     /// Whether the packet is a fragment.
     pub fn is_fragment(&self) -> bool {
         self.fragment

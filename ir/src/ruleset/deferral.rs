@@ -97,8 +97,6 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
             }
             DerivedData::AddressType { .. } => None,
             DerivedData::Member { set, ends, .. } => set_deferral(ruleset, place, *set, ends, fragment),
-            DerivedData::DccpOption { .. } => missing("DCCP options are not searched here"),
-            DerivedData::SctpChunks { .. } => missing("SCTP chunks are not walked here"),
             DerivedData::Ipv6Header(_) => missing("the contents of extension headers are not read here"),
             // The rest are computed from the transport header or the IPv6 extension headers.
             _ if fragment && place.fragments == Fragments::Unresolved => {
@@ -151,6 +149,10 @@ pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragmen
     };
     match &clause.kind {
         ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => match fields_of(tests) {
+            Some(deferral) => ClauseAbility::Unknown(deferral),
+            None => ClauseAbility::Known,
+        },
+        ClauseKind::Beyond(test) => match fields_of(std::slice::from_ref(test)) {
             Some(deferral) => ClauseAbility::Unknown(deferral),
             None => ClauseAbility::Known,
         },

@@ -272,10 +272,11 @@ impl Packet<'_, '_> {
                     return observable;
                 }
                 ClauseAbility::Unknown(_) => {
-                    if matches!(clause.kind, ClauseKind::Hotdrop(_)) {
-                        self.doubt = true;
-                    } else {
-                        truth = Truth::Unknown;
+                    match clause.kind {
+                        ClauseKind::Hotdrop(_) => self.doubt = true,
+                        // The clause that tests what was found is unknown too.
+                        ClauseKind::Beyond(_) => continue,
+                        _ => truth = Truth::Unknown,
                     }
                     trace(Event::Clause(rule, index, Truth::Unknown));
                     continue;
@@ -293,6 +294,11 @@ impl Packet<'_, '_> {
                         }
                         continue;
                     }
+                    ClauseKind::Beyond(test) if self.holds(test) => {
+                        trace(Event::Clause(rule, index, Truth::Unknown));
+                        return observable;
+                    }
+                    ClauseKind::Beyond(_) => continue,
                     ClauseKind::Effect(_) if truth == Truth::Unknown => return observable,
                     ClauseKind::Effect(test) => {
                         let data = &ruleset.effect_tests[*test];

@@ -135,6 +135,9 @@ pub enum ClauseKind {
     /// Drops the packet here, whatever the rule's action is, if all the tests hold; holds otherwise. This is
     /// x_tables' hotdrop (include/linux/netfilter/x_tables.h, `struct xt_action_param`).
     Hotdrop(Vec<Test>),
+    /// Leaves the packet to the kernel if the test holds; holds otherwise. The test is of a derived field that was not
+    /// searched to its end, because the packet holds more than the bounds of [`crate::limits`] allow.
+    Beyond(Test),
     /// Holds if the stateful or random test does. Evaluated only if every earlier clause held.
     Effect(EffectTest),
     /// A condition that needs what no level here has. Its truth is unknown to everything but the kernel.

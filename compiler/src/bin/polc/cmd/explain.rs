@@ -226,6 +226,7 @@ impl<'a> Explanation<'a> {
         let (tests, dropped) = match &clause.kind {
             ClauseKind::Any(tests) => (tests, false),
             ClauseKind::Hotdrop(tests) => (tests, true),
+            ClauseKind::Beyond(_) => return BEYOND.into(),
             ClauseKind::Effect(_) => return "its turn, or its chance, did not come".into(),
             ClauseKind::Opaque(opaque) => return opaque.reason.clone(),
         };
@@ -255,10 +256,18 @@ impl<'a> Explanation<'a> {
         let fragment = self.view.as_ref().is_some_and(View::is_fragment);
         match clause_ability(ruleset, self.place, &ruleset.rules[rule].clauses[index], fragment) {
             ClauseAbility::Unknown(why) | ClauseAbility::Observable(why) => why.to_string(),
+            ClauseAbility::Known
+                if matches!(ruleset.rules[rule].clauses[index].kind, ClauseKind::Beyond(_)) =>
+            {
+                BEYOND.into()
+            }
             ClauseAbility::Known => "an earlier condition can't be told".into(),
         }
     }
 }
+
+/// Why a search gives up.
+const BEYOND: &str = "the packet holds more options, chunks or headers than are searched";
 
 /// A field's value as people write it.
 fn show_value(field: Field, family: Family, value: u128) -> String {

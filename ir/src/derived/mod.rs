@@ -7,6 +7,11 @@ use crate::hook::Family;
 use crate::interval::Interval;
 use crate::packet::View;
 
+mod program;
+mod transport;
+
+pub use transport::DCCP_TYPE_WORDS;
+
 /// How a derived field's value comes about. All are 32 bits wide.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DerivedData {
@@ -28,24 +33,26 @@ pub enum DerivedData {
         /// Only addresses of this device count as local.
         device: Option<DeviceLimit>,
     },
-    /// TCP options: 0 the option is absent, 1 present (net/netfilter/xt_tcpudp.c, `tcp_find_option`).
+    /// TCP options: 0 the option is absent, 1 present, 2 the options are cut short (net/netfilter/xt_tcpudp.c,
+    /// `tcp_find_option`).
     TcpOption {
         /// The option's kind.
         kind: u8,
     },
-    /// DCCP options: 0 the option is absent, 1 present, 2 the header is malformed (net/netfilter/xt_dccp.c).
+    /// DCCP options: 0 the option is absent, 1 present, 2 the header is malformed, [`BEYOND`] not among the first
+    /// [`crate::limits::DCCP_OPTIONS_MAX`] (net/netfilter/xt_dccp.c, `dccp_find_option`).
     DccpOption {
         /// The option's kind.
         kind: u8,
     },
-    /// SCTP chunks: 0 the condition fails, 1 holds, 2 the packet is malformed (net/netfilter/xt_sctp.c,
-    /// `match_packet`).
+    /// SCTP chunks: 0 the condition fails, 1 holds, 2 the packet is malformed, [`BEYOND`] the first
+    /// [`crate::limits::SCTP_CHUNKS_MAX`] do not tell (net/netfilter/xt_sctp.c, `match_packet`).
     SctpChunks {
         /// Which chunks, and how many of them, make it hold.
         rule: SctpRule,
         /// The chunk types, as a 256-bit map of eight words, type 0 the lowest bit of word 0.
         chunks: [u32; 8],
-        /// Flags to compare for some chunk types.
+        /// Flags to compare for some chunk types, each once.
         flags: Vec<SctpFlags>,
     },
     /// xt_u32: 1 if the program holds, 0 if not (net/netfilter/xt_u32.c).
@@ -191,64 +198,34 @@ pub enum Ipv6HeaderTest {
     },
 }
 
+/// What a search found that could not go on to its end: more than the bounds of [`crate::limits`] allow. Lowering leaves
+/// such packets to the kernel ([`crate::ruleset::ClauseKind::Beyond`]).
+pub const BEYOND: u32 = 3;
+
 /// The value of a derived field that depends on the packet's bytes alone. Membership and address types depend on more
-/// and are 0 here.
+/// and are 0 here. Transport headers are searched only in packets of their protocol; for others the value is 0.
 pub fn eval(data: &DerivedData, view: &View<'_>) -> u32 {
     match data {
         DerivedData::Member { .. } | DerivedData::AddressType { .. } => 0,
-        DerivedData::TcpOption { kind } => tcp_option(*kind, view.l4()).into(),
-        DerivedData::U32(program) => u32_program(program, view.packet()).into(),
-        DerivedData::DccpOption { .. } | DerivedData::SctpChunks { .. } | DerivedData::Ipv6Header(_) => 0,
+        DerivedData::TcpOption { .. } if view.protocol() != TCP => 0,
+        DerivedData::TcpOption { kind } => transport::tcp_option(*kind, view.l4()),
+        DerivedData::DccpOption { .. } if view.protocol() != DCCP => 0,
+        DerivedData::DccpOption { kind } => transport::dccp_option(*kind, view.l4()),
+        DerivedData::SctpChunks { .. } if view.protocol() != SCTP => 0,
+        DerivedData::SctpChunks { rule, chunks, flags } => {
+            transport::sctp_chunks(*rule, chunks, flags, view.l4())
+        }
+        DerivedData::U32(program) => program::u32_program(program, view.packet()).into(),
+        DerivedData::Ipv6Header(_) => 0,
     }
 }
 
-/// net/netfilter/xt_tcpudp.c, `tcp_find_option`: 1 present, 0 absent, 2 the options are cut short.
-fn tcp_option(kind: u8, header: &[u8]) -> u8 {
-    let Some(offset) = header.get(12).map(|byte| usize::from(byte >> 4) * 4) else { return 0 };
-    if offset <= 20 {
-        return 0;
-    }
-    let Some(options) = header.get(20..offset) else { return 2 };
-    let mut at = 0;
-    while at < options.len() {
-        if options[at] == kind {
-            return 1;
-        }
-        at += match options[at] {
-            0 | 1 => 1,
-            _ => options.get(at + 1).map_or(1, |&len| usize::from(len).max(1)),
-        };
-    }
-    0
-}
-
-/// net/netfilter/xt_u32.c, `u32_match_it`, on the packet from its network header on.
-fn u32_program(program: &U32Program, packet: &[u8]) -> bool {
-    let load = |at: u64| {
-        let at = usize::try_from(at).ok()?;
-        let bytes = packet.get(at..at.checked_add(4)?)?;
-        Some(u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-    };
-    program.tests.iter().all(|test| {
-        let mut at = 0u64;
-        let Some(mut value) = load(test.start.into()) else { return false };
-        for op in &test.ops {
-            match *op {
-                U32Op::And(mask) => value &= mask,
-                U32Op::ShiftLeft(by) => value = value.checked_shl(by).unwrap_or(0),
-                U32Op::ShiftRight(by) => value = value.checked_shr(by).unwrap_or(0),
-                U32Op::At(offset) => {
-                    at += u64::from(value);
-                    match load(at + u64::from(offset)) {
-                        Some(loaded) => value = loaded,
-                        None => return false,
-                    }
-                }
-            }
-        }
-        test.ranges.iter().any(|&(first, last)| first <= value && value <= last)
-    })
-}
+/// Protocol numbers of the transport headers that are searched.
+pub const TCP: u8 = 6;
+/// See [`TCP`].
+pub const DCCP: u8 = 33;
+/// See [`TCP`].
+pub const SCTP: u8 = 132;
 
 /// `RTN_*` of an address: multicast and the limited broadcast by themselves, local and broadcast by `env`.
 pub fn address_type(family: Family, env: &Env, address: u128) -> u8 {
