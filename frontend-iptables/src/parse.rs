@@ -137,7 +137,7 @@ struct Parser<'a> {
 impl Parser<'_> {
     fn report(&mut self, diagnostic: Diagnostic) {
         if self.diagnostics.len() < limits::DIAGNOSTICS_MAX {
-            self.diagnostics.push(diagnostic);
+            self.diagnostics.push(codes::with_hint(diagnostic));
         } else {
             self.dropped += 1;
         }
@@ -708,11 +708,8 @@ impl Parser<'_> {
         }
         if self.dropped > 0 {
             let message = format!("{} more findings are not shown", self.dropped);
-            self.diagnostics.push(Diagnostic::note(
-                codes::TOO_MANY_DIAGNOSTICS,
-                message,
-                Span::new(self.file, 0, 0),
-            ));
+            let note = Diagnostic::note(codes::TOO_MANY_DIAGNOSTICS, message, Span::new(self.file, 0, 0));
+            self.diagnostics.push(codes::with_hint(note));
         }
         (self.dump, self.diagnostics)
     }

@@ -776,7 +776,7 @@ impl<'a> LineParser<'a, '_> {
             Fault::new(codes::UNKNOWN_MATCH, format!("there is no match `{}`", name.text)).at(name.span);
         match nearest(name.text, matches::entries().map(|entry| entry.spec.name)) {
             Some(near) => fault.hint(format!("did you mean `{near}`?")),
-            None => fault.hint("see `polc check --help` for the matches there are"),
+            None => fault,
         }
     }
 

@@ -38,11 +38,7 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
     }
     for line in lexer::lines(text) {
         if let Err((code, message, span)) = parser.line(line.text, line.start, file) {
-            let diagnostic = Diagnostic::error(code, message, span);
-            parser.report(match hint(code) {
-                Some(hint) => diagnostic.with_hint(hint),
-                None => diagnostic,
-            });
+            parser.report(Diagnostic::error(code, message, span));
         }
     }
     let warnings: Vec<Diagnostic> = parser.sets.iter().flat_map(warnings).collect();
@@ -51,7 +47,11 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
     }
     if parser.suppressed > 0 {
         let message = format!("{} more findings are not shown", parser.suppressed);
-        parser.diagnostics.push(Diagnostic::note(codes::TOO_MANY_DIAGNOSTICS, message, None));
+        parser.diagnostics.push(codes::with_hint(Diagnostic::note(
+            codes::TOO_MANY_DIAGNOSTICS,
+            message,
+            None,
+        )));
     }
     (Sets { sets: parser.sets }, parser.diagnostics)
 }
@@ -77,15 +77,6 @@ fn warnings(set: &SetAst) -> Vec<Diagnostic> {
     warnings
 }
 
-fn hint(code: Code) -> Option<&'static str> {
-    match code {
-        codes::SET_LINE => Some("a save file holds lines `create NAME TYPE ...` and `add NAME ELEMENT ...`"),
-        codes::UNKNOWN_SET => Some("create the set before adding to it"),
-        codes::SET_DUPLICATE => Some("remove the line"),
-        _ => None,
-    }
-}
-
 #[derive(Default)]
 struct Parser {
     sets: Vec<SetAst>,
@@ -100,7 +91,7 @@ struct Parser {
 impl Parser {
     fn report(&mut self, diagnostic: Diagnostic) {
         if self.diagnostics.len() < limits::DIAGNOSTICS_MAX {
-            self.diagnostics.push(diagnostic);
+            self.diagnostics.push(codes::with_hint(diagnostic));
         } else {
             self.suppressed += 1;
         }
