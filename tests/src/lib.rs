@@ -4,3 +4,4 @@
 //! libraries; a property or a fuzz target only joins them.
 
 pub mod corpus;
+pub mod kernel;

@@ -3,8 +3,6 @@
 //! Programs are loaded and run on test packets (`BPF_PROG_TEST_RUN`), attached nowhere. Without root the test says that
 //! it is skipped.
 
-use std::os::unix::fs::MetadataExt;
-
 use aya::maps::PerCpuArray;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use polc::place::{attach_for, devices_of, place};
@@ -19,6 +17,7 @@ use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
+use polc_tests::kernel::{self, loopback_type, may_run};
 
 /// Packets for each program.
 const PACKETS: usize = 40;
@@ -34,10 +33,10 @@ fn load(object: &Object) -> Result<Loaded, String> {
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).map_err(|error| error.to_string())?;
     let kind = object.programs[0].kind;
     let program = ebpf.program_mut("polc").expect("named");
-    let loaded = match kind {
+    let loaded = kernel::load(|| match kind {
         ProgramKind::Xdp => <&mut Xdp>::try_from(&mut *program).expect("XDP").load(),
         ProgramKind::Classifier => <&mut SchedClassifier>::try_from(&mut *program).expect("tc").load(),
-    };
+    });
     loaded.map_err(|error| {
         let text = format!("{error:?}");
         let from = text.ceil_char_boundary(text.len().saturating_sub(600));
@@ -85,8 +84,7 @@ impl Loaded {
 
 #[test]
 fn the_kernel_runs_every_dump() {
-    if !std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0) {
-        eprintln!("skipped the_kernel_runs_every_dump: needs root");
+    if !may_run("the_kernel_runs_every_dump") {
         return;
     }
     let mut wrong = Vec::new();
@@ -157,11 +155,7 @@ fn the_kernel_runs_every_dump() {
                     devices.declared.iter().find(|device| device.ifindex == 1).map(|device| device.name);
                 (input.in_device, input.out_device) =
                     if attach == Attach::TcEgress { (None, here) } else { (here, None) };
-                input.packet_type = (attach != Attach::Xdp).then(|| match input.frame.get(..6) {
-                    Some([255, 255, 255, 255, 255, 255]) => 1,
-                    Some([first, ..]) if first & 1 == 1 => 2,
-                    _ => 3,
-                });
+                input.packet_type = (attach != Attach::Xdp).then(|| loopback_type(&input.frame));
                 let expected = run(Level::Plan, &ruleset, &compiled, &env, &input, &mut State::new(1));
                 let Some(returned) = loaded.run(&input) else { continue };
                 packets += 1;
