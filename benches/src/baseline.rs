@@ -10,6 +10,7 @@ use polc_ir::hook::Family;
 
 use crate::kernel::object;
 use crate::packet::L3;
+use crate::rules::{PORTS, RuleSet};
 
 /// The return code that lets a packet on.
 pub(crate) const fn pass(kind: ProgramKind) -> i32 {
@@ -128,6 +129,58 @@ pub(crate) fn parse_only(kind: ProgramKind, family: Family) -> Result<Object, St
     }
     a.load(Size::H, Reg::R4, fields.l4, 0);
     a.load(Size::H, Reg::R5, fields.l4, 2);
+    a.bind(other);
+    a.mov32(Reg::R0, pass(kind));
+    a.exit();
+    Ok(object(kind, PrimaryMap::new(), a.finish().map_err(|error| error.to_string())?))
+}
+
+/// A program that looks at one rule after another, each field loaded from the packet, masked, compared, and jumped on:
+/// the shape of what bpfilter emits (libbpfilter/cgen), without its counters and its calls.
+///
+/// # Errors
+/// The program is too long to be assembled.
+pub(crate) fn linear(kind: ProgramKind, set: &RuleSet) -> Result<Object, String> {
+    let mut a = Asm::new();
+    let other = a.label();
+    let fields = parse(&mut a, kind, Family::V4, other);
+    for rule in &set.rules {
+        let next = a.label();
+        for (prefix, at) in [(rule.src, 12), (rule.dst, 16)] {
+            if prefix.length == 0 {
+                continue;
+            }
+            a.load(Size::W, Reg::R0, fields.l3, at);
+            let wire = |bits: u32| u32::from_ne_bytes(bits.to_be_bytes()) as i32;
+            if prefix.length < 32 {
+                a.alu32(AluOp::And, Reg::R0, wire(u32::MAX << (32 - prefix.length)));
+            }
+            a.jump32(Cond::Ne, Reg::R0, wire(prefix.address as u32), next);
+        }
+        if let Some(proto) = rule.proto {
+            a.jump32(Cond::Ne, fields.proto, i32::from(proto), next);
+            for (ports, at) in [(rule.sport, 0), (rule.dport, 2)] {
+                if ports == PORTS {
+                    continue;
+                }
+                a.load(Size::H, Reg::R0, fields.l4, at);
+                a.be(16, Reg::R0);
+                if ports.0 == ports.1 {
+                    a.jump32(Cond::Ne, Reg::R0, i32::from(ports.0), next);
+                } else {
+                    a.jump32(Cond::Lt, Reg::R0, i32::from(ports.0), next);
+                    a.jump32(Cond::Gt, Reg::R0, i32::from(ports.1), next);
+                }
+            }
+        }
+        a.mov32(Reg::R0, if rule.accept { pass(kind) } else { drop(kind) });
+        a.exit();
+        if !a.is_bound(next) {
+            a.bind(next);
+        }
+    }
+    a.mov32(Reg::R0, if set.policy_accepts { pass(kind) } else { drop(kind) });
+    a.exit();
     a.bind(other);
     a.mov32(Reg::R0, pass(kind));
     a.exit();

@@ -8,6 +8,7 @@ use polc_ir::hook::Family;
 
 use crate::driver::Driver;
 use crate::machine::{Namespace, run};
+use crate::wire::Wire;
 
 /// Median over least time of the empty program above which a run's numbers are marked as noisy.
 pub(crate) const NOISY: f64 = 1.15;
@@ -37,7 +38,8 @@ pub(crate) struct Context {
     /// The worst spread seen so far.
     pub(crate) spread: f64,
     devices: usize,
-    _namespace: Namespace,
+    wire: Option<Wire>,
+    home: Namespace,
 }
 
 impl Context {
@@ -48,7 +50,14 @@ impl Context {
     pub(crate) fn new(options: Options) -> Result<Context, String> {
         let namespace = Namespace::new("driver")?;
         namespace.enter()?;
-        Ok(Context { options, drivers: BTreeMap::new(), spread: 1.0, devices: 0, _namespace: namespace })
+        Ok(Context {
+            options,
+            drivers: BTreeMap::new(),
+            spread: 1.0,
+            devices: 0,
+            wire: None,
+            home: namespace,
+        })
     }
 
     /// The driver of that kind and family.
@@ -64,6 +73,17 @@ impl Context {
             self.drivers.insert(key, Driver::new(kind, family, &device)?);
         }
         Ok(self.drivers.get_mut(&key).expect("inserted above"))
+    }
+
+    /// The injector, and the namespace that this thread is in.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn wire(&mut self) -> Result<(&mut Wire, &Namespace), String> {
+        if self.wire.is_none() {
+            self.wire = Some(Wire::new()?);
+        }
+        Ok((self.wire.as_mut().expect("made above"), &self.home))
     }
 
     /// Notes how noisy a measurement was.

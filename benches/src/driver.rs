@@ -12,7 +12,6 @@
 use std::time::Instant;
 
 use aya::maps::{Array, MapData, ProgramArray};
-use aya::programs::{Xdp, XdpMode};
 use cranelift_entity::PrimaryMap;
 use polc_backend_ebpf::abi;
 use polc_backend_ebpf::asm::Asm;
@@ -20,10 +19,13 @@ use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
 use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, ProgramKind};
 use polc_ir::hook::Family;
 
-use crate::kernel::{Loaded, NAME, object};
-use crate::packet::{Layout, frame, layout, record};
+use crate::kernel::{Loaded, object};
+use crate::packet::{CHECKSUM, L3, Layout, frame, layout, record};
 use crate::rules::Header;
 use crate::trace::POOL;
+
+/// `bpf_redirect(ifindex, flags)`, include/uapi/linux/bpf.h.
+const REDIRECT: Helper = Helper(23);
 
 /// Packets run before the clock starts, so that each program finds its own tables in the caches again.
 const WARM_UP: u32 = 16_384;
@@ -67,11 +69,9 @@ impl Driver {
     /// # Errors
     /// What the kernel says.
     pub(crate) fn new(kind: ProgramKind, family: Family, device: &str) -> Result<Driver, String> {
-        let mut loaded = load(kind, family)?;
+        let mut loaded = load(kind, family, Then::TailCall)?;
         if kind == ProgramKind::Xdp {
-            let program = loaded.ebpf.program_mut(NAME).ok_or("the driver is missing")?;
-            let program: &mut Xdp = program.try_into().map_err(|error| format!("{error}"))?;
-            program.attach(device, XdpMode::Driver).map_err(|error| format!("{device}: {error:?}"))?;
+            loaded.attach_xdp(device)?;
         }
         let programs = loaded.ebpf.take_map("programs").ok_or("the driver has no programs")?;
         let programs = ProgramArray::try_from(programs).map_err(|error| error.to_string())?;
@@ -136,22 +136,80 @@ fn fill<const N: usize>(map: &mut aya::maps::Map, bytes: &[u8]) -> Result<(), St
     array.set(0, *value, 0).map_err(|error| format!("{error:?}"))
 }
 
+/// Where the driver's state is: how many packets it has written, and the device it sends to.
+const STATE_MAP: &str = ".data.state";
+
+/// Bytes of the state: a counter of 64 bits, a device's number of 32, and 4 unused.
+const STATE_BYTES: usize = 16;
+
+/// What follows after a packet was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    /// The program under test.
+    TailCall,
+    /// The device of that number in the state.
+    Redirect,
+}
+
+/// A program that writes the next packet of a pool into the frame and sends it to a device.
+pub(crate) struct Injector {
+    loaded: Loaded,
+    frame: Vec<u8>,
+    context: Vec<u8>,
+}
+
+impl Injector {
+    /// Loads an injector of IPv4 packets and attaches it to `device`, whose number is `ifindex`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn new(device: &str, ifindex: u32) -> Result<Injector, String> {
+        let mut loaded = load(ProgramKind::Xdp, Family::V4, Then::Redirect)?;
+        loaded.attach_xdp(device)?;
+        let none = Header { src: 0, dst: 0, sport: 0, dport: 0, proto: 17 };
+        let frame = frame(Family::V4, &none);
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let mut context = vec![0; 24];
+        context[4..8].copy_from_slice(&(frame.len() as u32).to_ne_bytes());
+        context[12..16].copy_from_slice(&ifindex.to_ne_bytes());
+        Ok(Injector { loaded, frame, context })
+    }
+
+    /// Replaces the packets.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn fill(&mut self, pool: &Pool) -> Result<(), String> {
+        let map = self.loaded.ebpf.map_mut(".data.pool").ok_or("the injector has no pool")?;
+        fill::<{ 16 * POOL }>(map, &pool.bytes)
+    }
+
+    /// Sends the first `packets` of the pool to a device, from the pool's beginning, and returns ns a packet.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn send(&mut self, ifindex: u32, packets: u32) -> Result<f64, String> {
+        let map = self.loaded.ebpf.map_mut(STATE_MAP).ok_or("the injector has no state")?;
+        let mut state: Array<_, [u8; STATE_BYTES]> =
+            map.try_into().map_err(|error| format!("the state: {error}"))?;
+        let mut bytes = [0; STATE_BYTES];
+        bytes[8..12].copy_from_slice(&ifindex.to_ne_bytes());
+        state.set(0, bytes, 0).map_err(|error| format!("{error:?}"))?;
+        let start = Instant::now();
+        self.loaded.run(&self.frame, packets, Some((BATCH, &self.context)))?;
+        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(packets))
+    }
+}
+
+/// Packets that the kernel sends at once, as a driver's receive loop does (NAPI_POLL_WEIGHT).
+pub(crate) const BATCH: u32 = 64;
+
 /// Emits and loads the driver.
-fn load(kind: ProgramKind, family: Family) -> Result<Loaded, String> {
+fn load(kind: ProgramKind, family: Family, then: Then) -> Result<Loaded, String> {
     let Layout { frame, src, address, proto, l4, record } = layout(family);
     let mut maps = PrimaryMap::new();
     let pool = maps.push(MapDef::data("pool", DataSection::Data, vec![0; record * POOL]));
-    let state = maps.push(MapDef::data("state", DataSection::Data, vec![0; 8]));
-    let programs = maps.push(MapDef {
-        name: "programs".into(),
-        kind: MapKind::Declared {
-            map_type: MapType::PROG_ARRAY,
-            key_bytes: 4,
-            value_bytes: 4,
-            max_entries: 1,
-            flags: 0,
-        },
-    });
+    let state = maps.push(MapDef::data("state", DataSection::Data, vec![0; STATE_BYTES]));
     let (data, data_end) = match kind {
         ProgramKind::Xdp => (abi::xdp_md::DATA, abi::xdp_md::DATA_END),
         ProgramKind::Classifier => (abi::sk_buff::DATA, abi::sk_buff::DATA_END),
@@ -180,9 +238,33 @@ fn load(kind: ProgramKind, family: Family) -> Result<Loaded, String> {
     a.store(Size::W, Reg::R2, l4 as i16, Reg::R0);
     a.load(Size::B, Reg::R0, Reg::R4, 2 * address as i16 + 4);
     a.store(Size::B, Reg::R2, proto as i16, Reg::R0);
-    a.load_map(Reg::R2, programs);
-    a.mov32(Reg::R3, 0);
-    a.call(Helper::TAIL_CALL);
+    match then {
+        Then::TailCall => {
+            let programs = maps.push(MapDef {
+                name: "programs".into(),
+                kind: MapKind::Declared {
+                    map_type: MapType::PROG_ARRAY,
+                    key_bytes: 4,
+                    value_bytes: 4,
+                    max_entries: 1,
+                    flags: 0,
+                },
+            });
+            a.load_map(Reg::R2, programs);
+            a.mov32(Reg::R3, 0);
+            a.call(Helper::TAIL_CALL);
+        }
+        Then::Redirect => {
+            // The kernel's own stack looks at the checksum.
+            a.load(Size::H, Reg::R0, Reg::R4, CHECKSUM as i16);
+            a.store(Size::H, Reg::R2, L3 as i16 + 10, Reg::R0);
+            a.load_map_value(Reg::R4, state, 0);
+            a.load(Size::W, Reg::R1, Reg::R4, 8);
+            a.mov32(Reg::R2, 0);
+            a.call(REDIRECT);
+            a.exit();
+        }
+    }
     a.bind(short);
     a.mov32(Reg::R0, NOT_CALLED as i32);
     a.exit();

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use aya::programs::{ProgramFd, SchedClassifier, TestRun, TestRunAttrs, TestRunOptions, TestRunResult, Xdp};
+use aya::programs::{
+    ProgramFd, SchedClassifier, TcAttachType, TestRun, TestRunAttrs, TestRunOptions, TestRunResult, Xdp,
+    XdpMode,
+};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use polc_backend_ebpf::asm::Code;
 use polc_backend_ebpf::manifest::Manifest;
@@ -108,5 +111,30 @@ impl Loaded {
             }
         };
         result.and_then(|result| result).map_err(|error| format!("{error:?}"))
+    }
+
+    /// Attaches an XDP program to a device of this thread's namespace, in the driver's own receive path.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn attach_xdp(&mut self, device: &str) -> Result<(), String> {
+        let program = self.ebpf.program_mut(NAME).ok_or("the program is missing")?;
+        let program: &mut Xdp = program.try_into().map_err(|error| format!("{error}"))?;
+        program.attach(device, XdpMode::Driver).map_err(|error| format!("{device}: {error:?}"))?;
+        Ok(())
+    }
+
+    /// Attaches a program to a device of this thread's namespace.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn attach(&mut self, device: &str) -> Result<(), String> {
+        if self.kind == ProgramKind::Xdp {
+            return self.attach_xdp(device);
+        }
+        let program = self.ebpf.program_mut(NAME).ok_or("the program is missing")?;
+        let program: &mut SchedClassifier = program.try_into().map_err(|error| format!("{error}"))?;
+        program.attach(device, TcAttachType::Ingress).map_err(|error| format!("{device}: {error:?}"))?;
+        Ok(())
     }
 }

@@ -61,6 +61,22 @@ impl Namespace {
         Ok(Namespace { name })
     }
 
+    /// Runs a command in it, with that input.
+    ///
+    /// # Errors
+    /// As [`run_with`].
+    pub(crate) fn run(&self, command: &[&str], input: &str) -> Result<String, String> {
+        let net = format!("--net=/run/netns/{}", self.name);
+        let mut all = vec!["nsenter", net.as_str()];
+        all.extend(command);
+        run_with(&all, input)
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Moves this thread into it; commands and threads started from here on are in it, too.
     ///
     /// # Errors

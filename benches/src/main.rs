@@ -15,12 +15,14 @@ mod generator;
 mod kernel;
 mod machine;
 mod packet;
+mod peers;
 mod plot;
 mod random;
 mod report;
 mod rules;
 mod subject;
 mod trace;
+mod wire;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -33,7 +35,7 @@ use crate::context::{Context, NOISY, Options, progress};
 use crate::report::Section;
 
 /// The benchmarks, in the order of the document.
-const BENCHMARKS: [&str; 2] = ["classify", "ipv6"];
+const BENCHMARKS: [&str; 4] = ["classify", "ipv6", "small", "peers"];
 
 /// Measures compiled rule sets against what else one would use, in the kernel that runs here.
 #[derive(Parser)]
@@ -125,6 +127,8 @@ fn benchmark(context: &mut Context, name: &str) -> Result<Section, String> {
     match name {
         "classify" => classify::run(context, Family::V4),
         "ipv6" => classify::run(context, Family::V6),
+        "small" => peers::small(context),
+        "peers" => peers::run(context),
         _ => Err(format!("no benchmark `{name}`")),
     }
 }

@@ -10,6 +10,9 @@ use crate::rules::Header;
 /// Offset of the network header.
 pub(crate) const L3: usize = 14;
 
+/// Where an IPv4 packet's record holds the header's checksum.
+pub(crate) const CHECKSUM: usize = 14;
+
 /// Where a family's headers are in a frame.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
@@ -23,7 +26,7 @@ pub(crate) struct Layout {
     pub(crate) proto: usize,
     /// The transport header.
     pub(crate) l4: usize,
-    /// Bytes of a packet's record in the pool: both addresses, ports, protocol, zeros.
+    /// Bytes of a packet's record in the pool: both addresses, ports, protocol, zeros, and in IPv4 the checksum.
     pub(crate) record: usize,
 }
 
@@ -37,6 +40,15 @@ pub(crate) const fn layout(family: Family) -> Layout {
 
 /// What the driver copies into the frame.
 pub(crate) fn record(family: Family, header: &Header) -> Vec<u8> {
+    let mut out = fields(family, header);
+    if family == Family::V4 {
+        out[CHECKSUM..CHECKSUM + 2].copy_from_slice(&frame(family, header)[L3 + 10..L3 + 12]);
+    }
+    out
+}
+
+/// A record without the checksum.
+fn fields(family: Family, header: &Header) -> Vec<u8> {
     let layout = layout(family);
     let mut out = Vec::with_capacity(layout.record);
     for address in [header.src, header.dst] {
@@ -71,7 +83,7 @@ pub(crate) fn frame(family: Family, header: &Header) -> Vec<u8> {
     // TCP: a header of 20 bytes, ACK. Other protocols don't look there.
     frame[layout.l4 + 12] = 0x50;
     frame[layout.l4 + 13] = 0x10;
-    let record = record(family, header);
+    let record = fields(family, header);
     let addresses = 2 * layout.address;
     frame[layout.src..layout.src + addresses].copy_from_slice(&record[..addresses]);
     frame[layout.l4..layout.l4 + 4].copy_from_slice(&record[addresses..addresses + 4]);

@@ -151,6 +151,59 @@ impl RuleSet {
         out
     }
 
+    /// The rules in the raw table's PREROUTING, the earliest chain there is.
+    pub(crate) fn raw_text(&self) -> String {
+        let policy = if self.policy_accepts { "ACCEPT" } else { "DROP" };
+        let mut out = format!("*raw\n:PREROUTING {policy} [0:0]\n:OUTPUT ACCEPT [0:0]\n");
+        for rule in &self.rules {
+            self.rule_text(&mut out, "PREROUTING", rule, if rule.accept { "ACCEPT" } else { "DROP" });
+        }
+        out.push_str("COMMIT\n");
+        out
+    }
+
+    /// The rules for nft, in a chain at the same place as [`RuleSet::raw_text`]'s, without counters.
+    pub(crate) fn nft_text(&self) -> String {
+        let policy = if self.policy_accepts { "accept" } else { "drop" };
+        let mut out = format!(
+            "table ip bench {{\nchain pre {{\ntype filter hook prerouting priority raw; policy {policy};\n"
+        );
+        for rule in &self.rules {
+            for (field, prefix) in [("saddr", rule.src), ("daddr", rule.dst)] {
+                if prefix.length != 0 {
+                    _ = write!(out, "ip {field} {}/{} ", self.address_text(prefix.address), prefix.length);
+                }
+            }
+            match rule.proto {
+                Some(proto @ (6 | 17)) if rule.sport != PORTS || rule.dport != PORTS => {
+                    let name = if proto == 6 { "tcp" } else { "udp" };
+                    for (field, (lo, hi)) in [("sport", rule.sport), ("dport", rule.dport)] {
+                        match (lo, hi) {
+                            PORTS => {}
+                            _ if lo == hi => _ = write!(out, "{name} {field} {lo} "),
+                            _ => _ = write!(out, "{name} {field} {lo}-{hi} "),
+                        }
+                    }
+                }
+                Some(proto) => _ = write!(out, "ip protocol {proto} "),
+                None => {}
+            }
+            out.push_str(if rule.accept { "accept\n" } else { "drop\n" });
+        }
+        out.push_str("}\n}\n");
+        out
+    }
+
+    /// `count` of the rules, evenly spaced.
+    pub(crate) fn thinned(&self, count: usize) -> RuleSet {
+        let step = (self.rules.len() / count).max(1);
+        RuleSet {
+            name: format!("{}/{count}", self.name),
+            rules: self.rules.iter().copied().step_by(step).take(count).collect(),
+            ..self.clone()
+        }
+    }
+
     /// One rule as iptables-save writes it.
     pub(crate) fn rule_text(&self, out: &mut String, chain: &str, rule: &Rule, target: &str) {
         _ = write!(out, "-A {chain}");
