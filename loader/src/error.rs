@@ -102,6 +102,8 @@ pub enum Error {
     Locked(PathBuf),
     /// No policy is applied there.
     NotApplied(String),
+    /// A change waits for its confirmation.
+    Unconfirmed(String),
     /// The program attached is no longer the one that polc attached.
     Replaced(String),
     /// A packet of the user's was decided otherwise than the user wants.
@@ -186,6 +188,7 @@ impl Error {
             Error::TestRun { .. } => 819,
             Error::Set(_) => 820,
             Error::Call { .. } => 821,
+            Error::Unconfirmed(_) => 822,
         })
     }
 
@@ -230,6 +233,7 @@ impl Error {
             }
             Error::Locked(_) => "wait for the other polc to end".into(),
             Error::NotApplied(_) => "`polc status` shows what is applied".into(),
+            Error::Unconfirmed(_) => "`polc confirm` keeps it; without it, it goes back by itself".into(),
             Error::Replaced(_) => "`polc status` shows what is attached now".into(),
             Error::Canary { .. } => "`polc explain` shows which rule decides the packet".into(),
             Error::TestRun { .. } => {
@@ -290,6 +294,9 @@ impl fmt::Display for Error {
             Error::NotApplied(place) => write!(f, "no policy of polc's is applied {place}"),
             Error::Replaced(place) => {
                 write!(f, "{place}: the program there is no longer the one that polc attached")
+            }
+            Error::Unconfirmed(place) => {
+                write!(f, "{place}: the last change has not been confirmed yet")
             }
             Error::Canary { packet, wanted, given } => {
                 write!(f, "canary `{packet}`: {wanted} was wanted, the verdict is {given}")

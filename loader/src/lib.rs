@@ -1,18 +1,36 @@
 //! Makes a running kernel agree with a polc object, and takes it back.
 //!
 //! For whoever applies policies from a program; the command line is one such. This crate knows objects only: what a
-//! rule is stays above it. Start with [`load::load`].
+//! rule is stays above it. Start with [`swap::apply`]; [`load::load`] is for programs that are to run without being
+//! attached.
 //!
 //! | room | what it owns |
 //! | --- | --- |
 //! | [`sys`] | every call to the kernel, the only `unsafe` code here, with a hook at which tests let calls fail |
 //! | [`probe`] | what the running kernel can do |
+//! | [`net`] | devices and the host's addresses |
 //! | [`load`] | an object into the kernel |
+//! | [`attach`], [`clsact`] | a program onto its attach point, off it, and in place of another |
+//! | [`coexist`] | others' programs |
+//! | [`state`] | what is kept about applied policies, on disk and in bpffs |
+//! | [`swap`] | applying, confirming, flushing, repairing |
+//! | [`carry`] | counters over generations |
+//! | [`status`] | reading back what is applied |
+//! | [`tables`] | contents of maps |
 //! | [`error`] | why not, and what to do |
 
+pub mod attach;
+pub mod carry;
+pub mod clsact;
+pub mod coexist;
 pub mod error;
 pub mod load;
+pub mod net;
 pub mod probe;
+pub mod state;
+pub mod status;
+pub mod swap;
 pub mod sys;
+pub mod tables;
 
 pub use error::Error;

@@ -30,6 +30,7 @@ const PROG_QUERY: i32 = 16;
 const BTF_LOAD: i32 = 18;
 const MAP_FREEZE: i32 = 22;
 const MAP_LOOKUP_BATCH: i32 = 24;
+const MAP_UPDATE_BATCH: i32 = 26;
 const LINK_CREATE: i32 = 28;
 const LINK_UPDATE: i32 = 29;
 const LINK_GET_FD_BY_ID: i32 = 30;
@@ -694,6 +695,22 @@ impl Sys {
         }
         values.truncate(attr.count as usize * map.stride);
         Ok(values)
+    }
+
+    /// Sets `count` keys and values, which follow each other without gaps. Some of them may be set if it fails.
+    pub fn map_update_batch(&self, map: &Map, keys: &[u8], values: &[u8], count: usize) -> io::Result<()> {
+        if keys.len() != count * map.info.key_bytes as usize || values.len() != count * map.stride {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let mut attr = BatchAttr {
+            keys: ptr(keys),
+            values: ptr(values),
+            count: count as u32,
+            map_fd: fd(map),
+            ..BatchAttr::default()
+        };
+        // SAFETY: both slices live and hold `count` keys and values.
+        unsafe { self.bpf("map_update_batch", MAP_UPDATE_BATCH, &mut attr) }.map(|_| ())
     }
 
     /// Keeps userspace from changing a map from now on.

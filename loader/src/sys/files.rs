@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::Sys;
@@ -31,6 +32,28 @@ impl Sys {
         match path.parent() {
             Some(parent) => File::open(parent)?.sync_all(),
             None => Ok(()),
+        }
+    }
+
+    /// Opens a file, made if it isn't there, and locks it (flock(2)) until it is closed, by a crash if need be.
+    /// `WouldBlock` if another holds the lock and `wait` is not given.
+    pub fn lock_file(&self, path: &Path, wait: bool) -> io::Result<File> {
+        loop {
+            self.enter("open_lock")?;
+            let file = File::options().create(true).truncate(false).write(true).open(path)?;
+            self.enter("flock")?;
+            if wait {
+                file.lock()?;
+            } else {
+                file.try_lock()?;
+            }
+            // Whoever held it may have removed the file; a lock on a file without a name keeps nobody out.
+            let named = fs::metadata(path).is_ok_and(|named| {
+                file.metadata().is_ok_and(|own| (own.dev(), own.ino()) == (named.dev(), named.ino()))
+            });
+            if named {
+                return Ok(file);
+            }
         }
     }
 

@@ -30,6 +30,25 @@ impl Sys {
         Ok(stat.f_type as i64 == BPF_FS_MAGIC)
     }
 
+    /// Mounts a bpffs on a directory.
+    pub fn mount_bpffs(&self, path: &Path) -> io::Result<()> {
+        self.enter("mount")?;
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: all strings end in NUL; a bpffs takes no data.
+        let result =
+            unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+        checked(result.into()).map(|_| ())
+    }
+
+    /// Milliseconds since boot, suspend included, so that no change of the clock moves a deadline.
+    pub fn uptime_ms(&self) -> io::Result<u64> {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is a structure of the right type.
+        checked(unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) }.into())?;
+        Ok(time.tv_sec as u64 * 1_000 + time.tv_nsec as u64 / 1_000_000)
+    }
+
     /// Lifts the limit on locked memory, which kernels before 5.11 count maps against.
     pub fn raise_memlock(&self) -> io::Result<()> {
         self.enter("setrlimit")?;

@@ -1,0 +1,335 @@
+//! A program onto its attach point, off it, and in place of another.
+//!
+//! Each way keeps one promise: at any moment, and after a crash at any moment, a packet meets the old program or the new
+//! one. Links that can be updated are swapped by compare-and-swap; filters are replaced in place by the kernel; netfilter
+//! links take no other program (net/netfilter/nf_bpf_link.c, `bpf_nf_link_update`), so there the new link comes before
+//! the old one goes, and in between a packet meets both, whose stricter verdict is that of one of the two.
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use polc_ir::env::Attach;
+use polc_ir::hook::{Family, Hook};
+
+use crate::clsact;
+use crate::coexist::{self, Order};
+use crate::error::Error;
+use crate::net::Device;
+use crate::probe::{Feature, missing};
+use crate::state::{Slot, SlotState, Via};
+use crate::sys::{LinkKind, LinkSpec, Sys};
+
+/// The way to attach at a place of this kernel.
+///
+/// # Errors
+/// [`Error::Kernel`] if there is none.
+pub fn choose(sys: &Sys, attach: Attach, force_clsact: bool) -> Result<Via, Error> {
+    match attach {
+        Attach::Xdp => match missing(sys, &[Feature::XdpLink]) {
+            missing if missing.is_empty() => Ok(Via::Link),
+            missing => Err(Error::Kernel(missing)),
+        },
+        Attach::TcIngress | Attach::TcEgress => {
+            let old = force_clsact || !missing(sys, &[Feature::Tcx]).is_empty();
+            Ok(if old { Via::Clsact { priority: 0, own_qdisc: false } } else { Via::Link })
+        }
+    }
+}
+
+/// Number of the program that a slot's generations have attached, if any of them is.
+pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>, Error> {
+    let ask = || Error::call(format!("ask what is attached {}", slot.name));
+    match state.via {
+        Via::Link => match open_pin(sys, &slot.link())? {
+            Some(link) => {
+                let info = sys.link_info(&link).map_err(ask())?;
+                Ok(is_attached(info.kind).then_some(info.program_id))
+            }
+            None => Ok(None),
+        },
+        Via::OwnLink => {
+            for &generation in state.generations.keys().rev() {
+                if let Some(link) = open_pin(sys, &slot.own_link(generation))? {
+                    return Ok(Some(sys.link_info(&link).map_err(ask())?.program_id));
+                }
+            }
+            Ok(None)
+        }
+        Via::Clsact { priority, .. } => {
+            let egress = slot.name.attach == Attach::TcEgress;
+            let filters = match clsact::filters(sys, state.ifindex, egress) {
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Vec::new(),
+                filters => filters.map_err(ask())?,
+            };
+            let own = filters.iter().find(|filter| filter.priority == priority && filter.name == "polc");
+            Ok(own.map(|filter| filter.program_id))
+        }
+    }
+}
+
+/// Whether a link's device is still there.
+fn is_attached(kind: LinkKind) -> bool {
+    match kind {
+        LinkKind::Xdp { ifindex } | LinkKind::Tcx { ifindex, .. } => ifindex != 0,
+        LinkKind::Netfilter { .. } | LinkKind::Other(_) => true,
+    }
+}
+
+/// What is pinned at a path, if anything is.
+pub(crate) fn open_pin(sys: &Sys, path: &std::path::Path) -> Result<Option<OwnedFd>, Error> {
+    match sys.obj_get(path) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::Pin { path: path.to_path_buf(), why: format!("can't be opened: {error}") }),
+    }
+}
+
+/// How a first program is attached.
+#[derive(Clone, Copy, Debug)]
+pub struct How<'d> {
+    /// The device.
+    pub device: &'d Device,
+    /// XDP in generic mode.
+    pub generic: bool,
+    /// Where among tcx programs.
+    pub order: Order,
+}
+
+/// Attaches a program where none of polc's is.
+pub fn first(
+    sys: &Sys,
+    slot: &Slot,
+    state: &SlotState,
+    generation: u32,
+    program: BorrowedFd<'_>,
+    how: How<'_>,
+) -> Result<(), Error> {
+    let device = how.device;
+    let fail = |source: io::Error| refused(slot, device, how.generic, source);
+    match (state.via, slot.name.attach) {
+        (Via::Link, attach) => {
+            let spec = match attach {
+                Attach::Xdp => LinkSpec::Xdp { ifindex: device.ifindex, generic: how.generic },
+                Attach::TcIngress | Attach::TcEgress => LinkSpec::Tcx {
+                    ifindex: device.ifindex,
+                    egress: attach == Attach::TcEgress,
+                    first: how.order == Order::First,
+                },
+            };
+            // The pin of a link whose device is gone is in the way.
+            let pin = slot.link();
+            sys.remove_file(&pin).map_err(Error::disk(&pin))?;
+            let link = sys.link_create(program, &spec).map_err(fail)?;
+            // Unpinned it would go with this process, and so it does if pinning fails.
+            sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
+        }
+        (Via::Clsact { priority, own_qdisc }, attach) => {
+            if own_qdisc && !clsact::has_qdisc(sys, device.ifindex).map_err(Error::call("list the qdiscs"))? {
+                clsact::add_qdisc(sys, device.ifindex)
+                    .map_err(Error::call(format!("add a clsact qdisc to `{}`", device.name)))?;
+            }
+            let egress = attach == Attach::TcEgress;
+            clsact::set_filter(sys, device.ifindex, egress, priority, program, false).map_err(fail)
+        }
+        (Via::OwnLink, _) => own_link(sys, slot, generation, program),
+    }
+}
+
+/// Attaches a program to the slot's hook by a link of its own, at the place right before the filter table's that is
+/// free.
+fn own_link(sys: &Sys, slot: &Slot, generation: u32, program: BorrowedFd<'_>) -> Result<(), Error> {
+    let Some(hook) = slot.name.hook else {
+        return Err(Error::NoProgram(format!("no hook is named {}", slot.name)));
+    };
+    let family = match slot.name.family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    };
+    let mut priority = FILTER_PRIORITY - 1;
+    let link = loop {
+        let spec = LinkSpec::Netfilter { family, hook: hook_number(hook), priority, defrag: false };
+        match sys.link_create(program, &spec) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && priority > FILTER_PRIORITY - 32 => {
+                priority -= 1;
+            }
+            result => {
+                break result.map_err(Error::call(format!("attach the program {}", slot.name)))?;
+            }
+        }
+    };
+    let pin = slot.own_link(generation);
+    sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
+}
+
+/// `NF_IP_PRI_FILTER` and `NF_IP6_PRI_FILTER`.
+const FILTER_PRIORITY: i32 = 0;
+const NFPROTO_IPV4: u32 = 2;
+const NFPROTO_IPV6: u32 = 10;
+
+/// A hook's number (include/uapi/linux/netfilter.h, `enum nf_inet_hooks`).
+const fn hook_number(hook: Hook) -> u32 {
+    match hook {
+        Hook::Prerouting => 0,
+        Hook::Input => 1,
+        Hook::Forward => 2,
+        Hook::Output => 3,
+        Hook::Postrouting => 4,
+    }
+}
+
+/// Puts the program of generation `to` in place of that of generation `from`, which is attached.
+///
+/// # Errors
+/// [`Error::Replaced`] if another program is there by now.
+pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Result<(), Error> {
+    let new = program(sys, slot, to)?;
+    match state.via {
+        Via::Link => {
+            let old = program(sys, slot, from)?;
+            let link =
+                open_pin(sys, &slot.link())?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
+            let updated = sys.link_update(&link, &new, Some(old.as_fd()));
+            updated.map_err(|source| match source.raw_os_error() {
+                Some(libc::EPERM | libc::ENOENT) => Error::Replaced(slot.name.to_string()),
+                Some(libc::ENOLINK | libc::ENODEV) => {
+                    Error::DeviceGone(slot.name.device.clone().unwrap_or_default())
+                }
+                _ => Error::Call { what: format!("replace the program {}", slot.name), source },
+            })
+        }
+        Via::OwnLink => {
+            if open_pin(sys, &slot.own_link(to))?.is_none() {
+                own_link(sys, slot, to, new.as_fd())?;
+            }
+            detach_own(sys, slot, from)
+        }
+        Via::Clsact { priority, .. } => {
+            let egress = slot.name.attach == Attach::TcEgress;
+            clsact::set_filter(sys, state.ifindex, egress, priority, &new, true)
+                .map_err(Error::call(format!("replace the program {}", slot.name)))
+        }
+    }
+}
+
+fn detach_own(sys: &Sys, slot: &Slot, generation: u32) -> Result<(), Error> {
+    let pin = slot.own_link(generation);
+    if let Some(link) = open_pin(sys, &pin)? {
+        sys.link_detach(&link).map_err(Error::call(format!("detach the program {}", slot.name)))?;
+    }
+    sys.remove_file(&pin).map_err(Error::disk(&pin))
+}
+
+/// Detaches what the slot has attached. Nothing happens if nothing is.
+pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
+    let fail = || Error::call(format!("detach the program {}", slot.name));
+    match state.via {
+        Via::Link => {
+            let pin = slot.link();
+            if let Some(link) = open_pin(sys, &pin)? {
+                match sys.link_detach(&link) {
+                    // The device is gone already.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+                    result => result.map_err(fail())?,
+                }
+            }
+            sys.remove_file(&pin).map_err(Error::disk(&pin))
+        }
+        Via::OwnLink => {
+            for &generation in state.generations.keys() {
+                detach_own(sys, slot, generation)?;
+            }
+            Ok(())
+        }
+        Via::Clsact { priority, own_qdisc } => {
+            let ifindex = state.ifindex;
+            let absent = |result: io::Result<()>| match result {
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) =>
+                {
+                    Ok(())
+                }
+                result => result,
+            };
+            if current(sys, slot, state)?.is_some() {
+                let egress = slot.name.attach == Attach::TcEgress;
+                absent(clsact::remove_filter(sys, ifindex, egress, priority)).map_err(fail())?;
+            }
+            if own_qdisc {
+                let mut left = 0;
+                for egress in [false, true] {
+                    left += clsact::filters(sys, ifindex, egress).map_or(0, |filters| filters.len());
+                }
+                if left == 0 {
+                    absent(clsact::remove_qdisc(sys, ifindex)).map_err(fail())?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The priority for a filter of polc's that no other filter has, and whether polc has to make the qdisc.
+pub fn clsact_place(sys: &Sys, device: &Device, egress: bool) -> Result<Via, Error> {
+    let ask = || Error::call(format!("list the filters of `{}`", device.name));
+    let own_qdisc = !clsact::has_qdisc(sys, device.ifindex).map_err(ask())?;
+    let taken =
+        if own_qdisc { Vec::new() } else { clsact::filters(sys, device.ifindex, egress).map_err(ask())? };
+    let free = (1..u16::MAX).find(|priority| taken.iter().all(|filter| filter.priority != *priority));
+    Ok(Via::Clsact { priority: free.unwrap_or(u16::MAX), own_qdisc })
+}
+
+fn refused(slot: &Slot, device: &Device, generic: bool, source: io::Error) -> Error {
+    let xdp = slot.name.attach == Attach::Xdp;
+    match source.raw_os_error() {
+        Some(libc::ENODEV) => Error::DeviceGone(device.name.clone()),
+        Some(libc::EBUSY | libc::EEXIST) => Error::Occupied {
+            place: format!("{} of `{}`", slot.name.attach, device.name),
+            by: vec!["another program".to_string()],
+            may_chain: !xdp,
+        },
+        // veth says ERANGE (drivers/net/veth.c, `veth_xdp_set`), most others EINVAL or EOPNOTSUPP.
+        Some(libc::ERANGE) if xdp => {
+            Error::MtuTooLarge { device: device.name.clone(), mtu: device.mtu, source }
+        }
+        Some(libc::EINVAL) if xdp && !generic && device.mtu > ETHERNET_MTU => {
+            Error::MtuTooLarge { device: device.name.clone(), mtu: device.mtu, source }
+        }
+        Some(libc::EINVAL | libc::EOPNOTSUPP) if xdp && !generic => {
+            Error::NoNativeXdp { device: device.name.clone(), source }
+        }
+        _ => Error::Call { what: format!("attach the program {}", slot.name), source },
+    }
+}
+
+/// The MTU that every driver with XDP takes.
+const ETHERNET_MTU: u32 = 1_500;
+
+/// Refuses an attach point that others have, unless the user chose an order.
+pub fn check_occupants(
+    sys: &Sys,
+    slot: &Slot,
+    via: Via,
+    device: &Device,
+    order: Order,
+    own: &std::collections::BTreeSet<u32>,
+) -> Result<(), Error> {
+    let (by, may_chain) = match (slot.name.attach, via) {
+        (Attach::Xdp, _) => (coexist::xdp(sys, device, own), false),
+        (Attach::TcIngress | Attach::TcEgress, Via::Link) => {
+            let by = coexist::tcx(sys, device, slot.name.attach == Attach::TcEgress, own)?;
+            (if order == Order::Alone { by } else { Vec::new() }, true)
+        }
+        // Filters form a list by priority; none is ever displaced.
+        (Attach::TcIngress | Attach::TcEgress, _) => (Vec::new(), true),
+    };
+    if by.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Occupied { place: format!("{} of `{}`", slot.name.attach, device.name), by, may_chain })
+}
+
+/// A program, by its pin.
+pub(crate) fn program(sys: &Sys, slot: &Slot, generation: u32) -> Result<OwnedFd, Error> {
+    let path = slot.program(generation);
+    open_pin(sys, &path)?.ok_or_else(|| Error::Pin { path, why: "it is not there".to_string() })
+}

@@ -1,0 +1,57 @@
+//! Living beside others: what is attached where polc would go, by name.
+//!
+//! polc changes nothing that it did not make. At XDP a device has room for one program, so another's is a reason to
+//! refuse; at tcx programs form a list, and the user may say at which end polc's goes. Filters on `clsact` and rules of
+//! iptables or nft never conflict: they run beside polc's program.
+
+use std::collections::BTreeSet;
+
+use crate::error::Error;
+use crate::net::Device;
+use crate::sys::{QueryPoint, Sys};
+
+/// Where polc's program goes if others are at the same attach point.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// Nowhere: it is applied only if it is alone.
+    #[default]
+    Alone,
+    /// Before all others.
+    First,
+    /// After all others.
+    Last,
+}
+
+/// Others' XDP programs on a device.
+pub fn xdp(sys: &Sys, device: &Device, own: &BTreeSet<u32>) -> Vec<String> {
+    device.xdp.iter().filter(|id| !own.contains(id)).map(|&id| name(sys, id)).collect()
+}
+
+/// Others' tcx programs on one side of a device.
+pub fn tcx(sys: &Sys, device: &Device, egress: bool, own: &BTreeSet<u32>) -> Result<Vec<String>, Error> {
+    let point = if egress { QueryPoint::TcxEgress } else { QueryPoint::TcxIngress };
+    let attached = sys
+        .prog_query(device.ifindex, point)
+        .map_err(Error::call(format!("ask what is attached to `{}`", device.name)))?;
+    Ok(attached.iter().filter(|(id, _)| !own.contains(id)).map(|&(id, _)| name(sys, id)).collect())
+}
+
+/// Refuses a device whose packets rules see as another's: bridges, bonds, teams and VRFs take the packets of their ports
+/// over before IP sees them. `mode` is not asked: it would be wrong in both.
+pub fn refuse_lower(device: &Device, devices: &[Device]) -> Result<(), Error> {
+    let Some(master) = device.master else { return Ok(()) };
+    let upper = devices.iter().find(|upper| upper.ifindex == master);
+    Err(Error::LowerDevice {
+        device: device.name.clone(),
+        upper: upper.map_or_else(|| format!("device {master}"), |upper| upper.name.clone()),
+        kind: upper.and_then(|upper| upper.kind.clone()).unwrap_or_else(|| "device".to_string()),
+    })
+}
+
+fn name(sys: &Sys, id: u32) -> String {
+    let name = sys.prog_by_id(id).and_then(|program| sys.prog_info(&program)).map(|info| info.name);
+    match name {
+        Ok(name) if !name.is_empty() => format!("program `{name}` (id {id})"),
+        _ => format!("program {id}"),
+    }
+}
