@@ -16,6 +16,8 @@
 //! | [`swap`] | applying, confirming, flushing, repairing |
 //! | [`carry`] | counters over generations |
 //! | [`status`] | reading back what is applied |
+//! | [`counters`], [`events`] | packets by rule, packets as they are decided |
+//! | [`jited`] | a loaded program's code, beside the rules it comes from |
 //! | [`tables`] | contents of maps |
 //! | [`error`] | why not, and what to do |
 
@@ -23,7 +25,10 @@ pub mod attach;
 pub mod carry;
 pub mod clsact;
 pub mod coexist;
+pub mod counters;
 pub mod error;
+pub mod events;
+pub mod jited;
 pub mod load;
 pub mod net;
 pub mod probe;

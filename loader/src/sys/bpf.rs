@@ -14,6 +14,10 @@ use polc_ir::limits::BPF_NAME_BYTES_MAX;
 
 use super::{Sys, checked};
 
+mod dump;
+
+pub use dump::{LineInfo, ProgramCode};
+
 const MAP_CREATE: i32 = 0;
 const MAP_LOOKUP_ELEM: i32 = 1;
 const MAP_UPDATE_ELEM: i32 = 2;

@@ -71,6 +71,14 @@ impl Sys {
         checked(unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) }).map(|_| ())
     }
 
+    /// Nanoseconds since boot, suspend excluded: what `bpf_ktime_get_ns` gives programs.
+    pub fn monotonic_ns(&self) -> u64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is a structure of the right type. The call fails for unknown clocks only.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    }
+
     /// How many CPUs there may be: per-CPU maps have a value for each.
     pub fn possible_cpus(&self) -> io::Result<usize> {
         let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;

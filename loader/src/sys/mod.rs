@@ -11,16 +11,18 @@ mod bpf;
 mod files;
 mod misc;
 mod netlink;
+mod ring;
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 pub use bpf::{
-    BtfBlob, LinkInfo, LinkKind, LinkSpec, Map, MapFlags, MapInfo, MapSpec, ProgramInfo, ProgramSpec,
-    ProgramType, QueryPoint, TestRun, TestRunResult,
+    BtfBlob, LineInfo, LinkInfo, LinkKind, LinkSpec, Map, MapFlags, MapInfo, MapSpec, ProgramCode,
+    ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
 pub use netlink::{Message, NetlinkRequest};
+pub use ring::Ring;
 
 /// Asked before every system call, with its name. An error is returned in place of the call's result.
 pub type Hook = dyn Fn(&'static str) -> io::Result<()> + Send + Sync;

@@ -1,0 +1,142 @@
+//! Watching an applied policy: switches a program's reports on, reads them, and switches them off again.
+//!
+//! What a report is and how filters are encoded is [`polc_backend_ebpf::trace`]'s. A program has one switch and one
+//! filter, so one watcher at a time: a second takes the first one's filter away. The switch goes off when a
+//! [`Watch`] is dropped; if the process is killed first, the program goes on reporting, at the cost of the reports,
+//! until the ring buffer is full, and then at that of reading packets' headers, until the next watcher leaves.
+
+use std::time::Duration;
+
+use polc_backend_ebpf::manifest::Manifest;
+use polc_backend_ebpf::trace::{Config, Event, Tally, TraceManifest, state};
+
+use crate::error::Error;
+use crate::sys::{Map, Ring, Sys};
+
+/// The maps of a program that reports.
+#[derive(Debug)]
+pub struct TraceMaps {
+    /// The switch and the filter.
+    pub config: Map,
+    /// Wanted slots.
+    pub wanted: Map,
+    /// Token buckets and counts, for each CPU.
+    pub state: Map,
+    /// The ring buffer.
+    pub events: Map,
+}
+
+impl TraceMaps {
+    /// Finds the maps by their names in the object; `None` if the program was compiled without reports.
+    ///
+    /// # Errors
+    /// What `open` gives.
+    pub fn open<E>(
+        manifest: &Manifest,
+        mut open: impl FnMut(&str) -> Result<Map, E>,
+    ) -> Result<Option<TraceMaps>, E> {
+        let Some(TraceManifest { events, config, wanted, state, .. }) = &manifest.trace else {
+            return Ok(None);
+        };
+        Ok(Some(TraceMaps {
+            config: open(config)?,
+            wanted: open(wanted)?,
+            state: open(state)?,
+            events: open(events)?,
+        }))
+    }
+}
+
+/// Reports that are being read.
+#[derive(Debug)]
+pub struct Watch<'a> {
+    sys: &'a Sys,
+    maps: &'a TraceMaps,
+    ring: Ring<'a>,
+    start: Tally,
+}
+
+impl<'a> Watch<'a> {
+    /// Switches reports on: of packets counted in a slot that is `wanted` and that `config` lets through. Reports that
+    /// an earlier watcher left behind are thrown away.
+    ///
+    /// # Errors
+    /// A call failed.
+    pub fn start(
+        sys: &'a Sys,
+        maps: &'a TraceMaps,
+        config: &Config,
+        wanted: impl Fn(usize) -> bool,
+    ) -> Result<Watch<'a>, Error> {
+        let what = || Error::call("switch reports on");
+        let slots = maps.wanted.info().value_bytes as usize;
+        set(sys, &maps.config, &Config::OFF.encode()).map_err(what())?;
+        let mut ring = Ring::new(sys, &maps.events).map_err(what())?;
+        while ring.take(|_| ()).is_some() {}
+        let start = tally(sys, maps)?;
+        let wanted: Vec<u8> = (0..slots).map(|slot| u8::from(wanted(slot))).collect();
+        set(sys, &maps.wanted, &wanted).map_err(what())?;
+        // From here on the switch goes off again, whatever happens.
+        let watch = Watch { sys, maps, ring, start };
+        set(sys, &maps.config, &config.encode()).map_err(what())?;
+        Ok(watch)
+    }
+
+    /// The next report, if one is there. Records of another length are skipped.
+    pub fn take(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.ring.take(Event::decode)? {
+                return Some(event);
+            }
+        }
+    }
+
+    /// Waits until there is a report, for at most `timeout`; whether there may be one.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn wait(&self, timeout: Duration) -> Result<bool, Error> {
+        self.ring.wait(timeout).map_err(Error::call("wait for reports"))
+    }
+
+    /// What was reported and what was not since the start.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub fn tally(&self) -> Result<Tally, Error> {
+        let now = tally(self.sys, self.maps)?;
+        Ok(Tally {
+            reported: now.reported.saturating_sub(self.start.reported),
+            limited: now.limited.saturating_sub(self.start.limited),
+            full: now.full.saturating_sub(self.start.full),
+        })
+    }
+
+    /// Switches reports off. What is in the ring buffer can still be read.
+    ///
+    /// # Errors
+    /// The call failed: reports go on.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        set(self.sys, &self.maps.config, &Config::OFF.encode()).map_err(Error::call("switch reports off"))
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        // Nobody is left to tell.
+        let _ = self.stop();
+    }
+}
+
+/// The only value of a data map.
+fn set(sys: &Sys, map: &Map, value: &[u8]) -> std::io::Result<()> {
+    sys.map_update(map, &0u32.to_ne_bytes(), value)
+}
+
+/// What all CPUs counted since the program was loaded.
+fn tally(sys: &Sys, maps: &TraceMaps) -> Result<Tally, Error> {
+    let found =
+        sys.map_lookup(&maps.state, &0u32.to_ne_bytes()).map_err(Error::call("read what was reported"))?;
+    let bytes = found.unwrap_or_default();
+    Ok(bytes.chunks_exact(state::BYTES).filter_map(Tally::decode).fold(Tally::default(), |a, b| a + b))
+}

@@ -1,0 +1,151 @@
+//! Reading a BPF ring buffer: its pages mapped into the process, and a wait for more.
+//!
+//! The layout is that of kernel/bpf/ringbuf.c: a page with the consumer's position, which the reader writes, a page with
+//! the producers', and the records, mapped twice in a row so that none is ever cut in two. A record starts with its
+//! length, whose top bits say that it is still being written or was given up, and is padded to 8 bytes. This file is
+//! the one consumer of a map, so positions only grow.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::bpf::Map;
+use super::{Sys, checked};
+
+/// `BPF_MAP_TYPE_RINGBUF` of `enum bpf_map_type`.
+const RINGBUF: u32 = 27;
+/// `BPF_RINGBUF_BUSY_BIT`: the record is being written.
+const BUSY: u32 = 1 << 31;
+/// `BPF_RINGBUF_DISCARD_BIT`: the record was given up.
+const DISCARD: u32 = 1 << 30;
+/// `BPF_RINGBUF_HDR_SZ`: bytes before a record.
+const HEADER_BYTES: u64 = 8;
+
+/// Memory that a file is mapped to.
+struct Mapped {
+    at: NonNull<libc::c_void>,
+    bytes: usize,
+}
+
+impl Mapped {
+    fn new(map: &Map, bytes: usize, offset: usize, protection: i32) -> io::Result<Mapped> {
+        let fd = map.as_fd().as_raw_fd();
+        // SAFETY: the kernel picks the address, so nothing that is in use is mapped over.
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd, offset as libc::off_t)
+        };
+        match NonNull::new(at) {
+            Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Mapped { at, bytes }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the memory was mapped by `new`, and references into it live no longer than `self`.
+        unsafe { libc::munmap(self.at.as_ptr(), self.bytes) };
+    }
+}
+
+/// A ring buffer that is being read.
+pub struct Ring<'a> {
+    sys: &'a Sys,
+    map: &'a Map,
+    consumer: Mapped,
+    /// The producers' page and, twice, the records.
+    producer: Mapped,
+    page: usize,
+    /// The buffer's bytes, less one.
+    mask: u64,
+}
+
+impl std::fmt::Debug for Ring<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("map", self.map.info()).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Ring<'a> {
+    /// Maps a ring buffer. There must be no other reader.
+    pub fn new(sys: &'a Sys, map: &'a Map) -> io::Result<Ring<'a>> {
+        sys.enter("ring")?;
+        let bytes = map.info().max_entries as usize;
+        if map.info().map_type != RINGBUF || !bytes.is_power_of_two() {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        // SAFETY: the call touches no memory.
+        let page = checked(unsafe { libc::sysconf(libc::_SC_PAGESIZE) })? as usize;
+        Ok(Ring {
+            sys,
+            map,
+            consumer: Mapped::new(map, page, 0, libc::PROT_READ | libc::PROT_WRITE)?,
+            producer: Mapped::new(map, page + 2 * bytes, page, libc::PROT_READ)?,
+            page,
+            mask: bytes as u64 - 1,
+        })
+    }
+
+    fn consumer_position(&self) -> &AtomicU64 {
+        // SAFETY: the page starts with the position, aligned, and lives as long as `self`; the kernel too accesses it
+        // atomically.
+        unsafe { self.consumer.at.cast::<AtomicU64>().as_ref() }
+    }
+
+    fn producer_position(&self) -> u64 {
+        // SAFETY: as above, for the second page.
+        unsafe { self.producer.at.cast::<AtomicU64>().as_ref() }.load(Ordering::Acquire)
+    }
+
+    /// The next record, if one is there; it is taken out of the buffer when `read` returns.
+    pub fn take<T>(&mut self, mut read: impl FnMut(&[u8]) -> T) -> Option<T> {
+        loop {
+            let position = self.consumer_position().load(Ordering::Relaxed);
+            if position >= self.producer_position() {
+                return None;
+            }
+            let at = self.page + (position & self.mask) as usize;
+            // SAFETY: records start at multiples of 8 within the first copy of the buffer, so their length is inside
+            // the mapping and aligned.
+            let header = unsafe { self.producer.at.byte_add(at).cast::<AtomicU32>().as_ref() };
+            let header = header.load(Ordering::Acquire);
+            if header & BUSY != 0 {
+                return None;
+            }
+            let bytes = u64::from(header & !(BUSY | DISCARD));
+            let next = position + (HEADER_BYTES + bytes).next_multiple_of(8);
+            let record = (header & DISCARD == 0 && bytes <= self.mask).then(|| {
+                let start = at + HEADER_BYTES as usize;
+                // SAFETY: the record starts in the first copy and is shorter than a copy, so it ends in the second at
+                // the latest. No program writes to it before the position below passes it.
+                unsafe {
+                    std::slice::from_raw_parts(
+                        self.producer.at.byte_add(start).cast::<u8>().as_ptr(),
+                        bytes as usize,
+                    )
+                }
+            });
+            let result = record.map(&mut read);
+            self.consumer_position().store(next, Ordering::Release);
+            if result.is_some() {
+                return result;
+            }
+        }
+    }
+
+    /// Waits until there is a record, for at most `timeout`; whether there is one.
+    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
+        self.sys.enter("poll")?;
+        let mut poll = libc::pollfd { fd: self.map.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: `poll` is one structure of the right type.
+        match checked(unsafe { libc::poll(&raw mut poll, 1, millis) }.into()) {
+            Ok(ready) => Ok(ready > 0),
+            // A signal is no failure; the caller looks at what it means.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
