@@ -4,8 +4,8 @@
 use cranelift_entity::PrimaryMap;
 use polc_backend_ebpf::abi;
 use polc_backend_ebpf::asm::Asm;
-use polc_backend_ebpf::insn::{AluOp, Cond, Reg, Size};
-use polc_backend_ebpf::object::{Object, ProgramKind};
+use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
+use polc_backend_ebpf::object::{MapDef, MapKind, MapType, Object, ProgramKind};
 use polc_ir::hook::Family;
 
 use crate::kernel::object;
@@ -185,4 +185,79 @@ pub(crate) fn linear(kind: ProgramKind, set: &RuleSet) -> Result<Object, String>
     a.mov32(Reg::R0, pass(kind));
     a.exit();
     Ok(object(kind, PrimaryMap::new(), a.finish().map_err(|error| error.to_string())?))
+}
+
+/// What a set's program looks up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lookup {
+    /// The source address in a hash table.
+    Hash,
+    /// Source address and destination port in a hash table.
+    HashPort,
+    /// The source address's longest prefix in a trie.
+    Trie,
+}
+
+/// Name of the map of [`member`].
+pub(crate) const SET_MAP: &str = "set";
+
+/// A program that drops what is in a set of `max_entries`: parse, one lookup in one of the kernel's own maps.
+/// Keys are the address, then the port and two bytes of zero, or before it the prefix length, all as in
+/// include/uapi/linux/bpf.h (struct bpf_lpm_trie_key_u8).
+///
+/// # Errors
+/// None but a mistake in it.
+pub(crate) fn member(
+    kind: ProgramKind,
+    family: Family,
+    lookup: Lookup,
+    max_entries: u32,
+) -> Result<Object, String> {
+    /// BPF_F_NO_PREALLOC, which tries must have.
+    const NO_PREALLOC: u32 = 1;
+    let (source, words) = match family {
+        Family::V4 => (12, 1),
+        Family::V6 => (8, 4),
+    };
+    let more = if lookup == Lookup::Hash { 0 } else { 4 };
+    let key_bytes = 4 * words + more;
+    let mut maps = PrimaryMap::new();
+    let set = maps.push(MapDef {
+        name: SET_MAP.into(),
+        kind: MapKind::Declared {
+            map_type: if lookup == Lookup::Trie { MapType::LPM_TRIE } else { MapType::HASH },
+            key_bytes: key_bytes as u32,
+            value_bytes: 4,
+            max_entries,
+            flags: if lookup == Lookup::Trie { NO_PREALLOC } else { 0 },
+        },
+    });
+    let mut a = Asm::new();
+    let other = a.label();
+    let fields = parse(&mut a, kind, family, other);
+    let key = -24;
+    let address = if lookup == Lookup::Trie { key + 4 } else { key };
+    for word in 0..words {
+        a.load(Size::W, Reg::R0, fields.l3, source + 4 * word);
+        a.store(Size::W, Reg::FP, address + 4 * word, Reg::R0);
+    }
+    match lookup {
+        Lookup::Hash => {}
+        Lookup::HashPort => {
+            a.load(Size::H, Reg::R0, fields.l4, 2);
+            a.store(Size::W, Reg::FP, key + 4 * words, Reg::R0);
+        }
+        Lookup::Trie => a.store(Size::W, Reg::FP, key, i32::from(32 * words)),
+    }
+    a.load_map(Reg::R1, set);
+    a.mov64(Reg::R2, Reg::FP);
+    a.alu64(AluOp::Add, Reg::R2, i32::from(key));
+    a.call(Helper::MAP_LOOKUP_ELEM);
+    a.jump64(Cond::Eq, Reg::R0, 0, other);
+    a.mov32(Reg::R0, drop(kind));
+    a.exit();
+    a.bind(other);
+    a.mov32(Reg::R0, pass(kind));
+    a.exit();
+    Ok(object(kind, maps, a.finish().map_err(|error| error.to_string())?))
 }

@@ -20,6 +20,7 @@ mod plot;
 mod random;
 mod report;
 mod rules;
+mod sets;
 mod subject;
 mod trace;
 mod wire;
@@ -35,7 +36,7 @@ use crate::context::{Context, NOISY, Options, progress};
 use crate::report::Section;
 
 /// The benchmarks, in the order of the document.
-const BENCHMARKS: [&str; 4] = ["classify", "ipv6", "small", "peers"];
+const BENCHMARKS: [&str; 5] = ["classify", "ipv6", "small", "peers", "sets"];
 
 /// Measures compiled rule sets against what else one would use, in the kernel that runs here.
 #[derive(Parser)]
@@ -115,7 +116,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     }
     if context.spread > NOISY || load > 1.0 {
         eprintln!(
-            "noisy: {load} processes ran when this started, and the empty program's median was {:.2} times its least",
+            "noisy: {load} processes ran when this started, and a program's median round took {:.2} times its least",
             context.spread
         );
     }
@@ -129,6 +130,7 @@ fn benchmark(context: &mut Context, name: &str) -> Result<Section, String> {
         "ipv6" => classify::run(context, Family::V6),
         "small" => peers::small(context),
         "peers" => peers::run(context),
+        "sets" => sets::run(context),
         _ => Err(format!("no benchmark `{name}`")),
     }
 }
