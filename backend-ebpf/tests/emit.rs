@@ -14,8 +14,8 @@ use polc_ir::hook::Family;
 use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
 use polc_ir::plan::{
-    KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget, WalkNode, WalkRef,
-    WordWrite,
+    KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, StepData, Target as PlanTarget, WalkNode,
+    WalkRef, WordWrite,
 };
 use polc_ir::ruleset::EffectTestKind;
 
@@ -436,13 +436,17 @@ fn marks_are_written_back_in_replace_mode() {
         } else {
             linear(&mut plan, vec![vec![all(&[eq(1, 0x1235)])], vec![]]);
             let PlanTarget::Step(next) = plan.root else { unreachable!("linear makes a step") };
-            plan.steps[next].entries[0].exit = PlanExit::End(FIRST + 1);
+            if let StepData::Linear(step) = &mut plan.steps[next] {
+                step.entries[0].exit = PlanExit::End(FIRST + 1);
+            }
             let entry = LinearEntry {
                 tests: vec![],
                 exit: PlanExit::Then { count: None, writes, next: plan.root },
                 rule: Some(rule(0)),
             };
-            let step = plan.steps.push(LinearStep { stage: Stage::from_u32(1), entries: vec![entry] });
+            let step = plan
+                .steps
+                .push(StepData::Linear(LinearStep { stage: Stage::from_u32(1), entries: vec![entry] }));
             plan.root = PlanTarget::Step(step);
         }
         let mut pair = Pair::new("marks", plan);
@@ -502,7 +506,9 @@ fn with_everything(attach: Attach) -> Plan {
             },
             rule: Some(rule(1)),
         };
-        let step = plan.steps.push(LinearStep { stage: Stage::from_u32(0), entries: vec![tested, other] });
+        let step = plan
+            .steps
+            .push(StepData::Linear(LinearStep { stage: Stage::from_u32(0), entries: vec![tested, other] }));
         plan.root = PlanTarget::Step(step);
     }
     plan

@@ -278,7 +278,7 @@ fn marks_are_those_after_the_rules() {
     linear(&mut plan, vec![vec![]]);
     let step = plan.steps.keys().next().unwrap();
     let first = plan.steps.push(plan.steps[step].clone());
-    plan.steps[first].entries[0].exit = PlanExit::Then {
+    plan.steps[first].linear_mut().expect("it compares").entries[0].exit = PlanExit::Then {
         count: None,
         writes: vec![WordWrite { word: 0, clear: 0xff, xor: 0x21 }],
         next: Target::Step(step),
@@ -434,7 +434,12 @@ fn the_largest_key_leaves_room() {
         }
         let first = polc_ir::limits::KEY_WORDS_MAX as u8 - 3;
         for step in plan.steps.values_mut() {
-            for test in step.entries.iter_mut().flat_map(|entry| &mut entry.tests) {
+            for test in step
+                .linear_mut()
+                .into_iter()
+                .flat_map(|step| &mut step.entries)
+                .flat_map(|entry| &mut entry.tests)
+            {
                 test.any.iter_mut().flatten().for_each(|test| test.word = first + test.word - 4);
             }
         }

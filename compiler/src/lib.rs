@@ -23,4 +23,4 @@ pub mod session;
 pub mod verify;
 pub mod witness;
 
-pub use pipeline::{Compiled, compile};
+pub use pipeline::{Compiled, compile, compile_with};

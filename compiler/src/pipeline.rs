@@ -10,7 +10,7 @@ use polc_ir::ruleset::Ruleset;
 use crate::bound::bound;
 use crate::decide::decide;
 use crate::flatten::flatten;
-use crate::select::{Devices, select};
+use crate::select::{Devices, Prefer, select_with};
 
 /// A rule set at every level down to the plan.
 #[derive(Clone, Debug)]
@@ -30,6 +30,20 @@ pub struct Compiled {
 /// # Panics
 /// If a pass breaks an invariant of its level: that is a bug of this crate.
 pub fn compile(ruleset: &Ruleset, place: &Place, env: &Env, devices: &Devices) -> Compiled {
+    compile_with(ruleset, place, env, devices, Prefer::Cheapest)
+}
+
+/// Like [`compile`], with a preference for how stages are decided.
+///
+/// # Panics
+/// As [`compile`].
+pub fn compile_with(
+    ruleset: &Ruleset,
+    place: &Place,
+    env: &Env,
+    devices: &Devices,
+    prefer: Prefer,
+) -> Compiled {
     let mut diagnostics = Vec::new();
     let mut classifier = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
@@ -39,7 +53,7 @@ pub fn compile(ruleset: &Ruleset, place: &Place, env: &Env, devices: &Devices) -
         decision = decide(&classifier);
     }
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
-    let plan = select(&classifier, &decision, devices);
+    let plan = select_with(&classifier, &decision, devices, prefer);
     assert_eq!(plan.verify(), Vec::<String>::new(), "select makes a well-formed plan");
     Compiled { classifier, decision, plan, diagnostics }
 }

@@ -40,6 +40,10 @@ entities! {
     Node, "node";
     /// A step of a plan. Prints as `step4`.
     Step, "step";
-    /// A table of a plan, a BPF map in the object. Prints as `map3`.
+    /// A BPF map in the object. Prints as `map3`.
     Map, "map";
+    /// A value that a look-up step computes. Prints as `v7`.
+    Value, "v";
+    /// A table that look-up steps read. Prints as `data2`.
+    Data, "data";
 }

@@ -116,3 +116,6 @@ pub const WALK_TURNS_CAUTIOUS: u32 = 900;
 
 /// Longest log that is asked of the kernel's verifier, in bytes.
 pub const VERIFIER_LOG_BYTES_MAX: usize = 1 << 24;
+
+/// Most operations of one look-up step: each becomes up to five instructions of a program's 32,767.
+pub const LOOKUP_OPS_MAX: usize = 4_096;

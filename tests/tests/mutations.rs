@@ -13,7 +13,7 @@ use polc_ir::entities::Step;
 use polc_ir::env::{Env, Input, Mode};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::outcome::Outcome;
-use polc_ir::plan::{Plan, PlanExit, WordTest};
+use polc_ir::plan::{Plan, PlanExit, StepData, WordTest};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
@@ -33,7 +33,8 @@ fn mutate(plan: &Plan, random: &mut Random) -> Option<Plan> {
     let mut plan = plan.clone();
     let step = Step::from_u32(random.below(plan.steps.len().max(1)) as u32);
     let endings = plan.traces.len() as u32;
-    let entries = &mut plan.steps.get_mut(step)?.entries;
+    let StepData::Linear(step) = plan.steps.get_mut(step)? else { return None };
+    let entries = &mut step.entries;
     let at = random.below(entries.len());
     let kind = random.below(4);
     let count = entries.len();

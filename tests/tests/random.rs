@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
-use polc::select::Devices;
+use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
 use polc_backend_ebpf::emit::{RuleLine, Target, emit};
 use polc_frontend_iptables::{ParseOptions, lower, parse};
@@ -134,7 +134,10 @@ fn one(seed: u64, packets: usize) {
     let place = place(&[hook], attach_for(hook), mode, false);
     let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
     let env = Env::default();
-    let compiled = polc::compile(&ruleset, &place, &env, &devices);
+    // Every structure gets its share of small rule sets, whatever the cost model thinks of it.
+    let prefer =
+        [Prefer::Matrix, Prefer::Linear, Prefer::Cheapest, Prefer::Matrix, Prefer::Walk][seed as usize % 5];
+    let compiled = polc::compile_with(&ruleset, &place, &env, &devices, prefer);
     assert!(compiled.diagnostics.is_empty(), "seed {seed}: {:?}", compiled.diagnostics);
     let attach = attach_for(hook);
     let target = Target {

@@ -1,8 +1,8 @@
 //! `emit`: a plan becomes an object.
 //!
 //! One program is emitted, in the order a packet meets its parts: the context and the frame's headers (`headers`),
-//! fields that take more than a load (`derived`), stages decided by code (`steps`), the loop that reads tables
-//! (`walk`), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
+//! fields that take more than a load (`derived`), stages decided by code (`steps`, `lookup`), the loop that reads
+//! tables (`walk`), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
 //! and stack slot holds is written in [`crate::abi`].
 //!
 //! The program fails safe: where it finds what can't be (a reference out of a table, a read that fails although the
@@ -13,13 +13,13 @@ use std::collections::BTreeMap;
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::{Code as DiagCode, Diagnostic};
-use polc_ir::entities::{Map, Rule};
+use polc_ir::entities::{Map, Rule, Step};
 use polc_ir::env::{Attach, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Verdict};
-use polc_ir::plan::{KeySlot, Plan, PlanExit, Target as PlanTarget, Trace};
+use polc_ir::plan::{KeySlot, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
 
 use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line};
@@ -32,6 +32,7 @@ use crate::trace::TraceManifest;
 mod derived;
 mod headers;
 mod ipv6;
+mod lookup;
 mod steps;
 mod trace;
 mod walk;
@@ -46,6 +47,8 @@ pub const NTH_MAP: &str = "nth";
 pub const WALK_MAP: &str = "walk";
 /// The data map of walk exits.
 pub const EXITS_MAP: &str = "exits";
+/// The data map of all tables that look-up steps read.
+pub const TABLES_MAP: &str = "tables";
 
 /// Diagnostic code: the rules test more fields than a program's stack holds.
 pub const KEY_TOO_LARGE: DiagCode = DiagCode(560);
@@ -178,6 +181,10 @@ struct Emitter<'a> {
     devices: Option<Map>,
     nth: Option<Map>,
     trace: Option<trace::Trace>,
+    /// The map of all tables, where each of the plan's tables begins in it, and where the exit words of look-up steps do.
+    tables: Option<Map>,
+    table_offsets: Vec<u32>,
+    exit_words: BTreeMap<Step, u32>,
     /// Where the header parts jump to end a frame, with the kind that ends there.
     frame_ends: BTreeMap<FrameKind, Label>,
     /// Counts `r8` and returns `r9`.
@@ -216,6 +223,9 @@ impl<'a> Emitter<'a> {
             devices: None,
             nth: None,
             trace: None,
+            tables: None,
+            table_offsets: Vec::new(),
+            exit_words: BTreeMap::new(),
             frame_ends: BTreeMap::new(),
             count,
             bail,
@@ -239,6 +249,7 @@ impl<'a> Emitter<'a> {
             contents.resize((plan.effect_tests.len() * 4).next_power_of_two(), 0);
             emitter.nth = Some(emitter.maps.push(MapDef::data(NTH_MAP, DataSection::Data, contents)));
         }
+        emitter.add_tables();
         if target.trace {
             emitter.add_trace();
         }
@@ -361,10 +372,7 @@ impl<'a> Emitter<'a> {
 
     fn exits(&self) -> impl Iterator<Item = &'a PlanExit> {
         let plan = self.plan;
-        plan.steps
-            .values()
-            .flat_map(|step| step.entries.iter().map(|entry| &entry.exit))
-            .chain(&plan.walk.exits)
+        plan.steps.values().flat_map(StepData::exits).chain(&plan.walk.exits)
     }
 
     /// Ends with an ending's slot.
@@ -471,7 +479,7 @@ impl<'a> Emitter<'a> {
 }
 
 /// Whether a target of the plan is in code.
-fn step_of(target: PlanTarget) -> Option<polc_ir::entities::Step> {
+fn step_of(target: PlanTarget) -> Option<Step> {
     match target {
         PlanTarget::Step(step) => Some(step),
         PlanTarget::Walk(_) => None,

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use polc_ir::entities::{EffectTest, Step};
-use polc_ir::plan::{LinearEntry, LinearTest, PlanExit, Target as PlanTarget, WordTest, WordWrite};
+use polc_ir::plan::{LinearEntry, LinearTest, PlanExit, StepData, Target as PlanTarget, WordTest, WordWrite};
 use polc_ir::ruleset::EffectTestKind;
 
 use super::{Emitter, step_of};
@@ -23,6 +23,14 @@ pub(super) struct StepLabels {
     walk_used: bool,
 }
 
+impl StepLabels {
+    /// Where the walk begins.
+    pub(super) fn use_walk(&mut self) -> Label {
+        self.walk_used = true;
+        self.walk
+    }
+}
+
 impl Emitter<'_> {
     /// All steps that packets can reach, from the root down, then the walk.
     pub(super) fn steps(&mut self) {
@@ -32,9 +40,17 @@ impl Emitter<'_> {
         for step in steps {
             self.asm.set_line(None);
             self.asm.bind(labels.steps[&step]);
-            self.asm.comment(format!("{step}: {}", self.plan.steps[step].stage));
             let plan = self.plan;
-            for entry in &plan.steps[step].entries {
+            let data = match &plan.steps[step] {
+                StepData::Linear(data) => data,
+                StepData::Lookup(data) => {
+                    self.asm.comment(format!("{step}: {}, {}", data.stage, data.structure));
+                    self.lookup(step, data, &mut labels);
+                    continue;
+                }
+            };
+            self.asm.comment(format!("{step}: {}", data.stage));
+            for entry in &data.entries {
                 self.entry(entry, &mut labels);
                 if simplify(&entry.tests).is_some_and(|(all, any)| all.is_empty() && any.is_empty()) {
                     break;
@@ -57,8 +73,8 @@ impl Emitter<'_> {
                 continue;
             }
             found.insert(step, self.asm.label());
-            for entry in &self.plan.steps[step].entries {
-                match &entry.exit {
+            for exit in self.plan.steps[step].exits() {
+                match exit {
                     PlanExit::End(_) => {}
                     PlanExit::Then { next, .. } => todo.extend(step_of(*next)),
                     PlanExit::Test { yes, no, .. } => {
@@ -76,11 +92,11 @@ impl Emitter<'_> {
         match target {
             PlanTarget::Step(step) => self.asm.goto(labels.steps[&step]),
             PlanTarget::Walk(reference) => {
-                labels.walk_used = true;
+                let walk = labels.use_walk();
                 // Through memory that the verifier does not follow, so that the walk is the same from everywhere.
                 let reference = self.reference(reference);
                 self.asm.store(Size::W, Reg::FP, abi::HANDOVER, Operand::bits(reference));
-                self.asm.goto(labels.walk);
+                self.asm.goto(walk);
             }
         }
     }
@@ -158,7 +174,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn exit(&mut self, exit: &PlanExit, labels: &mut StepLabels) {
+    pub(super) fn exit(&mut self, exit: &PlanExit, labels: &mut StepLabels) {
         match exit {
             PlanExit::End(slot) => self.end(*slot),
             PlanExit::Then { count, writes, next } => {

@@ -14,8 +14,8 @@ use polc_ir::field::Field;
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
 use polc_ir::plan::{
-    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, Target as PlanTarget, Trace,
-    WalkTable, WordTest,
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, Plan, PlanExit, StepData,
+    Target as PlanTarget, Trace, WalkTable, WordTest,
 };
 
 /// Frame endings come first in the plans built here; rules' endings start at this slot.
@@ -67,6 +67,7 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
         key,
         devices: DeviceClasses::default(),
         steps: PrimaryMap::new(),
+        tables: PrimaryMap::new(),
         walk: WalkTable::default(),
         root: PlanTarget::Step(polc_ir::entities::Step::from_u32(0)),
         traces: endings.into_iter().map(Trace::from).collect(),
@@ -99,7 +100,7 @@ pub(crate) fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
             rule: Some(rule(number as u32)),
         })
         .collect();
-    let step = plan.steps.push(LinearStep { stage: Stage::from_u32(0), entries });
+    let step = plan.steps.push(StepData::Linear(LinearStep { stage: Stage::from_u32(0), entries }));
     plan.root = PlanTarget::Step(step);
 }
 

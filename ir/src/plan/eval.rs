@@ -1,6 +1,6 @@
 //! `Plan::eval`: the steps as a program takes them, on key words.
 
-use super::{DeviceClasses, Plan, PlanExit, Target, WalkNode, WalkRef, WordTest, WordWrite};
+use super::{DeviceClasses, Plan, PlanExit, StepData, Target, WalkNode, WalkRef, WordTest, WordWrite};
 use crate::field::{DeviceName, Field};
 use crate::outcome::{Decider, Ending, FrameKind, Outcome};
 use crate::packet::frame_ending;
@@ -81,16 +81,21 @@ impl Plan {
         let mut target = self.root;
         loop {
             let exit = match target {
-                Target::Step(step) => {
-                    let entries = &self.steps[step].entries;
-                    let entry = entries.iter().find(|entry| {
-                        entry
-                            .tests
-                            .iter()
-                            .all(|test| test.any.iter().any(|all| all.iter().all(|test| test.holds(key))))
-                    });
-                    &entry.expect("a stage's last entry has no tests").exit
-                }
+                Target::Step(step) => match &self.steps[step] {
+                    StepData::Linear(step) => {
+                        let entry = step.entries.iter().find(|entry| {
+                            entry
+                                .tests
+                                .iter()
+                                .all(|test| test.any.iter().any(|all| all.iter().all(|test| test.holds(key))))
+                        });
+                        &entry.expect("a stage's last entry has no tests").exit
+                    }
+                    StepData::Lookup(step) => {
+                        let exit = step.eval(&self.tables, key) as usize;
+                        step.exits.get(exit).expect("a look-up step gives one of its exits")
+                    }
+                },
                 Target::Walk(from) => &self.walk.exits[self.walk_from(from, key) as usize],
             };
             target = match exit {
@@ -162,17 +167,34 @@ impl Plan {
                 }
             }
         }
+        let words = self.key.iter().map(|slot| usize::from(slot.word + slot.words)).max().unwrap_or(0);
         for (step, data) in self.steps.iter() {
-            if !data.entries.last().is_some_and(|entry| entry.tests.is_empty()) {
-                wrong.push(format!("{step} does not decide every packet"));
+            match data {
+                StepData::Linear(data) => {
+                    if !data.entries.last().is_some_and(|entry| entry.tests.is_empty()) {
+                        wrong.push(format!("{step} does not decide every packet"));
+                    }
+                }
+                StepData::Lookup(data) => {
+                    wrong.extend(data.verify(&step.to_string(), &self.tables, words));
+                }
+            }
+            let upwards = |target: &Target| matches!(target, Target::Step(next) if *next >= step);
+            for exit in data.exits() {
+                let leads_up = match exit {
+                    PlanExit::End(_) => false,
+                    PlanExit::Then { next, .. } => upwards(next),
+                    PlanExit::Test { yes, no, .. } => upwards(yes) || upwards(no),
+                };
+                if leads_up {
+                    wrong.push(format!("{step} leads upwards"));
+                }
             }
         }
-        let exits = self
-            .walk
-            .exits
-            .iter()
-            .chain(self.steps.values().flat_map(|step| step.entries.iter().map(|entry| &entry.exit)));
-        for exit in exits {
+        for (table, data) in self.tables.iter() {
+            wrong.extend(data.verify(table));
+        }
+        for exit in self.walk.exits.iter().chain(self.steps.values().flat_map(StepData::exits)) {
             let (slot, ends) = match exit {
                 PlanExit::End(slot) => (Some(*slot), true),
                 PlanExit::Then { count, .. } | PlanExit::Test { count, .. } => (*count, false),

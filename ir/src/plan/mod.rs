@@ -1,8 +1,9 @@
 //! `Plan`: the steps a program takes and the tables it reads. The backend sees nothing above it.
 //!
 //! A program first parses the frame into a *key*, an array of 32-bit words on its stack; everything after reads and
-//! writes that key alone. Each stage is then decided in one of two ways: as branch-light code (`Linear`), or by walking
-//! a table of nodes (`Walk`), whose code is the same whatever the table's size. Both end in exits.
+//! writes that key alone. Each stage is then decided in one of three ways: as branch-light code (`Linear`), as a
+//! straight line of arithmetic and table reads (`Lookup`), or by walking a table of nodes (`Walk`), whose code is the
+//! same whatever the table's size. All end in exits.
 //!
 //! ```text
 //! frame ─▶ key words ─▶ derived words ─▶ stage ─▶ exit ─┬▶ ending (slot)
@@ -11,12 +12,15 @@
 //! ```
 
 mod eval;
+mod lookup;
 mod print;
+
+pub use lookup::{AluKind, DataTable, Known, LookupStep, Op, Operand, PRESSURE_MAX};
 
 use cranelift_entity::PrimaryMap;
 
 use crate::derived::DerivedData;
-use crate::entities::{Derived, EffectTest, Rule, Set, Stage, Step};
+use crate::entities::{Data, Derived, EffectTest, Rule, Set, Stage, Step};
 use crate::env::{Device, Place};
 use crate::field::Field;
 use crate::hook::Family;
@@ -36,7 +40,9 @@ pub struct Plan {
     /// Device names that the rules tell apart. The key holds a device's class in place of its name.
     pub devices: DeviceClasses,
     /// Steps that code takes, one for each stage decided by code; a step refers only to steps with a smaller number.
-    pub steps: PrimaryMap<Step, LinearStep>,
+    pub steps: PrimaryMap<Step, StepData>,
+    /// The tables that look-up steps read.
+    pub tables: PrimaryMap<Data, DataTable>,
     /// The table that `Walk` reads.
     pub walk: WalkTable,
     /// Where packets enter.
@@ -100,6 +106,42 @@ pub struct WordTest {
 pub struct LinearTest {
     /// Holds if all word tests of any alternative hold.
     pub any: Vec<Vec<WordTest>>,
+}
+
+/// A stage that code decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StepData {
+    /// By comparing.
+    Linear(LinearStep),
+    /// By looking up.
+    Lookup(LookupStep),
+}
+
+impl StepData {
+    /// The stage it decides.
+    pub fn stage(&self) -> Stage {
+        match self {
+            StepData::Linear(step) => step.stage,
+            StepData::Lookup(step) => step.stage,
+        }
+    }
+
+    /// The step, if it compares.
+    pub fn linear_mut(&mut self) -> Option<&mut LinearStep> {
+        match self {
+            StepData::Linear(step) => Some(step),
+            StepData::Lookup(_) => None,
+        }
+    }
+
+    /// What may happen then.
+    pub fn exits(&self) -> impl Iterator<Item = &PlanExit> {
+        let (entries, exits): (&[LinearEntry], &[PlanExit]) = match self {
+            StepData::Linear(step) => (&step.entries, &[]),
+            StepData::Lookup(step) => (&[], &step.exits),
+        };
+        entries.iter().map(|entry| &entry.exit).chain(exits)
+    }
 }
 
 /// A stage as code: entries tried in order. The last one has no tests.

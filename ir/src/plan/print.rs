@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{LinearTest, Plan, PlanExit, Target, Trace, WalkNode, WalkRef, WordTest};
+use super::{LinearTest, Plan, PlanExit, StepData, Target, Trace, WalkNode, WalkRef, WordTest};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -21,6 +21,20 @@ impl fmt::Display for Plan {
             }
         }
         for (step, data) in self.steps.iter().rev() {
+            let data = match data {
+                StepData::Linear(data) => data,
+                StepData::Lookup(data) => {
+                    writeln!(f, "{step}: # {}: {}", data.stage, data.structure)?;
+                    for (value, op) in data.ops.iter() {
+                        writeln!(f, "    {value} = {op}")?;
+                    }
+                    writeln!(f, "    exit {}", data.result)?;
+                    for (index, exit) in data.exits.iter().enumerate() {
+                        writeln!(f, "    x{index}: {exit}")?;
+                    }
+                    continue;
+                }
+            };
             writeln!(f, "{step}: # {}", data.stage)?;
             for entry in &data.entries {
                 f.write_str("    ")?;
@@ -33,6 +47,10 @@ impl fmt::Display for Plan {
                     None => writeln!(f)?,
                 }
             }
+        }
+        for (table, data) in self.tables.iter() {
+            let (bytes, width) = (data.bytes.len(), data.width);
+            writeln!(f, "{table}: {} elements of {width} bytes, {bytes} bytes", bytes / usize::from(width))?;
         }
         if !self.walk.exits.is_empty() {
             writeln!(f, "walk: at most {} visits", self.walk.visits_max)?;

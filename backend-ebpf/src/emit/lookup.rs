@@ -1,0 +1,294 @@
+//! Look-up steps: a line of operations becomes a line of instructions, one register a value.
+//!
+//! All tables of a plan are one read-only map, each table at its own offset, so that an address is one instruction and
+//! an addition. An offset is masked to its table unless it follows from the operations before it that it can't lead
+//! out, by the same reasoning as the kernel's verifier. The last read turns the exit's number into a word that says
+//! what to do; all exits that only end share the code that counts and returns.
+
+use polc_ir::entities::{Data, Value};
+use polc_ir::outcome::Verdict;
+use polc_ir::plan::{AluKind, LookupStep, Op, Operand as OpOperand, PlanExit, Target as PlanTarget};
+
+use super::steps::StepLabels;
+use super::{Emitter, TABLES_MAP, return_code};
+use crate::abi;
+use crate::asm::Label;
+use crate::insn::{AluOp, Cond, Operand, Reg, Size};
+use crate::object::{DataSection, MapDef};
+
+/// Registers that hold values. `r0` is scratch, `r6` the context.
+const REGISTERS: [Reg; 8] = [Reg::R1, Reg::R2, Reg::R3, Reg::R4, Reg::R5, Reg::R7, Reg::R8, Reg::R9];
+
+/// Tables begin at multiples of a cache line.
+const ALIGN: usize = 64;
+
+/// Where an exit word has its kind.
+const KIND_SHIFT: i32 = 30;
+/// Count in the slot of the lower bits and let the packet on.
+const PASS: u32 = 0;
+/// Count in the slot of the lower bits and drop the packet.
+const DROP: u32 = 1;
+/// Go on in the walk table. The lower bits are a reference, its two highest bits moved down to follow the index.
+const WALK: u32 = 2;
+/// Take the exit that the lower bits number.
+const CODE: u32 = 3;
+
+impl Emitter<'_> {
+    /// Lays the plan's tables and the exit words of its look-up steps out in one map.
+    pub(super) fn add_tables(&mut self) {
+        let plan = self.plan;
+        if plan.steps.values().all(|step| !matches!(step, polc_ir::plan::StepData::Lookup(_))) {
+            return;
+        }
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut place = |contents: &[u8]| -> u32 {
+            let at = bytes.len().next_multiple_of(ALIGN);
+            bytes.resize(at, 0);
+            bytes.extend_from_slice(contents);
+            at as u32
+        };
+        for table in plan.tables.values() {
+            self.table_offsets.push(place(&table.bytes));
+        }
+        for (step, data) in plan.steps.iter() {
+            if let polc_ir::plan::StepData::Lookup(data) = data {
+                let mut words: Vec<u8> = (0..)
+                    .zip(&data.exits)
+                    .flat_map(|(index, exit)| self.exit_word(index, exit).to_le_bytes())
+                    .collect();
+                // Padding is read by no packet; the verifier must not see a number that leads nowhere.
+                let last: [u8; 4] = words[words.len() - 4..].try_into().expect("an exit word has four bytes");
+                while !(words.len() / 4).is_power_of_two() {
+                    words.extend_from_slice(&last);
+                }
+                let offset = place(&words);
+                self.exit_words.insert(step, offset);
+            }
+        }
+        self.tables = Some(self.maps.push(MapDef::data(TABLES_MAP, DataSection::Rodata, bytes)));
+    }
+
+    fn exit_word(&self, index: u32, exit: &PlanExit) -> u32 {
+        match exit {
+            PlanExit::End(slot) => {
+                let [pass, drop] = self.codes();
+                let code = self.return_code(*slot);
+                debug_assert!(code == pass || code == drop, "there are two return codes");
+                slot | (if code == drop { DROP } else { PASS }) << KIND_SHIFT
+            }
+            PlanExit::Then { count: None, writes, next: PlanTarget::Walk(reference) }
+                if writes.is_empty() =>
+            {
+                let reference = self.reference(*reference);
+                // The index, then the two bits that say what it is an index of.
+                (reference & 0x0fff_ffff) | reference >> 30 << 28 | WALK << KIND_SHIFT
+            }
+            _ => index | CODE << KIND_SHIFT,
+        }
+    }
+
+    /// The return codes that let on and drop.
+    fn codes(&self) -> [i32; 2] {
+        let mode = polc_ir::env::Mode::Accelerate;
+        [Verdict::Accept, Verdict::Drop].map(|verdict| return_code(self.target.attach, mode, verdict))
+    }
+
+    pub(super) fn lookup(
+        &mut self,
+        step: polc_ir::entities::Step,
+        data: &LookupStep,
+        labels: &mut StepLabels,
+    ) {
+        let Some(map) = self.tables else {
+            self.goto_bail();
+            return;
+        };
+        let Some(result) = self.operations(data, map) else {
+            // A plan that `Plan::verify` accepts has no more values at a time than there are registers.
+            self.goto_bail();
+            return;
+        };
+        let words = data.exits.len().next_power_of_two();
+        let a = &mut self.asm;
+        a.comment("what the exit's word says");
+        a.alu64(AluOp::And, result, (words - 1) as i32);
+        a.alu64(AluOp::Lsh, result, 2);
+        a.load_map_value(Reg::R0, map, self.exit_words[&step]);
+        a.alu64(AluOp::Add, Reg::R0, result);
+        a.load(Size::W, Reg::R8, Reg::R0, 0);
+        let words: Vec<u32> =
+            (0..).zip(&data.exits).map(|(index, exit)| self.exit_word(index, exit)).collect();
+        let has = |kind: u32| words.iter().any(|word| word >> KIND_SHIFT == kind);
+        let ends = has(PASS) || has(DROP);
+        let [pass, drop] = self.codes();
+        let other = self.asm.label();
+        if ends {
+            let a = &mut self.asm;
+            a.mov64(Reg::R9, Reg::R8);
+            a.alu64(AluOp::Rsh, Reg::R9, KIND_SHIFT);
+            if has(WALK) || has(CODE) {
+                a.jump32(Cond::Gt, Reg::R9, DROP as i32, other);
+            }
+            // The return code from the kind: 0 lets on, 1 drops.
+            a.alu32(AluOp::Mul, Reg::R9, drop - pass);
+            a.alu32(AluOp::Add, Reg::R9, pass);
+            a.alu64(AluOp::And, Reg::R8, (1 << KIND_SHIFT) - 1);
+            a.goto(self.count);
+        }
+        self.asm.bind(other);
+        if has(WALK) {
+            let code = self.asm.label();
+            let walk = labels.use_walk();
+            let a = &mut self.asm;
+            if has(CODE) {
+                a.mov64(Reg::R9, Reg::R8);
+                a.alu64(AluOp::Rsh, Reg::R9, KIND_SHIFT);
+                a.jump32(Cond::Eq, Reg::R9, CODE as i32, code);
+            }
+            a.comment("on in the walk table");
+            a.mov64(Reg::R9, Reg::R8);
+            a.alu64(AluOp::Rsh, Reg::R9, 28);
+            a.alu64(AluOp::Lsh, Reg::R9, 30);
+            a.alu64(AluOp::And, Reg::R8, 0x0fff_ffff);
+            a.alu64(AluOp::Or, Reg::R8, Reg::R9);
+            a.store(Size::W, Reg::FP, abi::HANDOVER, Reg::R8);
+            a.goto(walk);
+            a.bind(code);
+        }
+        let by_code: Vec<u32> = (0..)
+            .zip(&words)
+            .filter(|(_, word)| *word >> KIND_SHIFT == CODE)
+            .map(|(index, _)| index)
+            .collect();
+        if !by_code.is_empty() {
+            self.asm.alu64(AluOp::And, Reg::R8, (1 << KIND_SHIFT) - 1);
+            self.dispatch(data, &by_code, labels);
+        }
+    }
+
+    /// Goes to the exit whose number is in `r8`, by halving the numbers.
+    fn dispatch(&mut self, data: &LookupStep, exits: &[u32], labels: &mut StepLabels) {
+        let mut pending: Vec<(&[u32], Option<Label>)> = vec![(exits, None)];
+        while let Some((mut exits, label)) = pending.pop() {
+            if let Some(label) = label {
+                self.asm.bind(label);
+            }
+            while exits.len() > 1 {
+                let (low, high) = exits.split_at(exits.len() / 2);
+                let above = self.asm.label();
+                self.asm.jump32(Cond::Ge, Reg::R8, high[0] as i32, above);
+                pending.push((high, Some(above)));
+                exits = low;
+            }
+            self.exit(&data.exits[exits[0] as usize], labels);
+        }
+    }
+
+    /// The operations; gives the register of the result. `None` if there are too few registers.
+    fn operations(&mut self, data: &LookupStep, map: polc_ir::entities::Map) -> Option<Reg> {
+        let known = data.known(&self.plan.tables);
+        let last = data.last_uses();
+        let mut registers: Vec<Option<Reg>> = vec![None; data.ops.len()];
+        let mut free: Vec<Reg> = REGISTERS.iter().rev().copied().collect();
+        for (value, op) in data.ops.iter() {
+            let at = value.as_u32() as usize;
+            let register = |of: Value| registers[of.as_u32() as usize];
+            let dies = |of: Value| last[of.as_u32() as usize] == at;
+            // A register is free again once the last operation that uses it has read it.
+            let into = match *op {
+                Op::Word(_) | Op::Const(_) => free.pop()?,
+                Op::Alu(_, a, OpOperand::Value(b)) if dies(a) && a != b => register(a)?,
+                Op::Alu(_, a, OpOperand::Const(_)) | Op::Read(_, a) if dies(a) => register(a)?,
+                _ => free.pop()?,
+            };
+            let asm = &mut self.asm;
+            match *op {
+                Op::Word(word) => asm.load(Size::W, into, Reg::FP, self.layout.word(word)),
+                Op::Const(value) => match i32::try_from(value) {
+                    Ok(value) => asm.mov64(into, value),
+                    Err(_) => match u32::try_from(value) {
+                        Ok(value) => asm.mov32(into, Operand::bits(value)),
+                        Err(_) => asm.load_imm64(into, value),
+                    },
+                },
+                Op::Alu(kind, a, b) => {
+                    let source = register(a)?;
+                    let b: Operand = match b {
+                        OpOperand::Value(b) => register(b)?.into(),
+                        OpOperand::Const(b) => (b as i32).into(),
+                    };
+                    if into != source {
+                        asm.mov64(into, source);
+                    }
+                    let op = match kind {
+                        AluKind::Add => AluOp::Add,
+                        AluKind::Sub => AluOp::Sub,
+                        AluKind::Mul => AluOp::Mul,
+                        AluKind::And => AluOp::And,
+                        AluKind::Or => AluOp::Or,
+                        AluKind::Xor => AluOp::Xor,
+                        AluKind::Shl => AluOp::Lsh,
+                        AluKind::Shr => AluOp::Rsh,
+                        AluKind::Sar => AluOp::Arsh,
+                    };
+                    asm.alu64(op, into, b);
+                }
+                Op::Read(table, offset) => {
+                    let source = register(offset)?;
+                    let known = known[offset.as_u32() as usize];
+                    self.read(map, table, into, source, known.max, known.zeros);
+                }
+            }
+            for operand in op.operands() {
+                let register = registers[operand.as_u32() as usize];
+                if dies(operand)
+                    && let Some(register) = register
+                    && register != into
+                    && !free.contains(&register)
+                {
+                    free.push(register);
+                }
+            }
+            registers[at] = Some(into);
+            // A value that nothing uses.
+            if last[at] == at && value != data.result {
+                free.push(into);
+            }
+        }
+        registers[data.result.as_u32() as usize]
+    }
+
+    fn read(
+        &mut self,
+        map: polc_ir::entities::Map,
+        table: Data,
+        into: Reg,
+        offset: Reg,
+        max: u64,
+        zeros: u32,
+    ) {
+        let table_data = &self.plan.tables[table];
+        let (width, mask) = (table_data.width, table_data.mask());
+        let size = match width {
+            1 => Size::B,
+            2 => Size::H,
+            4 => Size::W,
+            _ => Size::Dw,
+        };
+        let base = self.table_offsets[table.as_u32() as usize];
+        let inside = max <= mask && zeros >= u32::from(width).trailing_zeros();
+        let a = &mut self.asm;
+        let mut scaled = offset;
+        if !inside {
+            if into != offset {
+                a.mov64(into, offset);
+            }
+            scaled = into;
+            // Object data is at most 2^29 bytes.
+            a.alu64(AluOp::And, into, mask as i32);
+        }
+        a.load_map_value(Reg::R0, map, base);
+        a.alu64(AluOp::Add, Reg::R0, scaled);
+        a.load(size, into, Reg::R0, 0);
+    }
+}

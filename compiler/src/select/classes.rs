@@ -1,0 +1,150 @@
+//! Sets of entries, interned: values of a field that the entries do not tell apart are one class.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// A hasher for keys that are hashes already.
+#[derive(Debug, Default)]
+pub(super) struct Same(u64);
+
+impl Hasher for Same {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = mix(self.0, value);
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(value.into());
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.write_u64(value as u64);
+    }
+
+    fn write_u128(&mut self, value: u128) {
+        self.write_u64(value as u64);
+        self.write_u64((value >> 64) as u64);
+    }
+}
+
+/// A map whose keys hash by one multiplication a word. Not for keys that an adversary would make collide at length:
+/// what goes in is the compiler's own numbering.
+pub(super) type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<Same>>;
+
+fn mix(hash: u64, value: u64) -> u64 {
+    let wide = u128::from(hash ^ value ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
+    (wide ^ (wide >> 64)) as u64
+}
+
+/// Distinct sets over numbers below `64 * words`, numbered from 0 in the order they came.
+#[derive(Clone, Debug)]
+pub(super) struct Sets {
+    words: usize,
+    flat: Vec<u64>,
+    /// By hash, the last set that has it.
+    last: FastMap<u64, u32>,
+    /// For each set, the one before it with the same hash.
+    before: Vec<u32>,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl Sets {
+    /// No sets, of numbers below `size`.
+    pub(super) fn new(size: usize) -> Sets {
+        Sets {
+            words: size.div_ceil(64).max(1),
+            flat: Vec::new(),
+            last: FastMap::default(),
+            before: Vec::new(),
+        }
+    }
+
+    /// Words of a set.
+    pub(super) fn words(&self) -> usize {
+        self.words
+    }
+
+    /// How many sets there are.
+    pub(super) fn len(&self) -> usize {
+        self.before.len()
+    }
+
+    /// The set of a number.
+    pub(super) fn get(&self, set: u32) -> &[u64] {
+        let at = set as usize * self.words;
+        &self.flat[at..at + self.words]
+    }
+
+    /// The number of a set.
+    pub(super) fn intern(&mut self, set: &[u64]) -> u32 {
+        let hash = set.iter().fold(0, |hash, &word| mix(hash, word));
+        let last = self.last.get(&hash).copied().unwrap_or(NONE);
+        let mut at = last;
+        while at != NONE {
+            if self.get(at) == set {
+                return at;
+            }
+            at = self.before[at as usize];
+        }
+        let number = self.before.len() as u32;
+        self.flat.extend_from_slice(set);
+        self.before.push(last);
+        self.last.insert(hash, number);
+        number
+    }
+}
+
+/// The smallest number in both sets.
+pub(super) fn first_of_both(a: &[u64], b: &[u64]) -> Option<usize> {
+    a.iter().zip(b).enumerate().find_map(|(index, (&a, &b))| {
+        let both = a & b;
+        (both != 0).then(|| 64 * index + both.trailing_zeros() as usize)
+    })
+}
+
+/// Adds a number to a set.
+pub(super) fn insert(set: &mut [u64], number: usize) {
+    set[number / 64] |= 1 << (number % 64);
+}
+
+/// Takes the numbers above `last` out of a set.
+pub(super) fn cut_after(set: &mut [u64], last: usize) {
+    let word = last / 64;
+    set[word] &= u64::MAX >> (63 - last % 64);
+    set[word + 1..].fill(0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_are_numbered_once() {
+        let mut sets = Sets::new(130);
+        assert_eq!(sets.words(), 3);
+        let mut a = vec![0; 3];
+        insert(&mut a, 129);
+        insert(&mut a, 3);
+        assert_eq!(sets.intern(&a), 0);
+        let mut b = a.clone();
+        cut_after(&mut b, 3);
+        assert_eq!(b, [8, 0, 0]);
+        assert_eq!([sets.intern(&b), sets.intern(&a), sets.intern(&b)], [1, 0, 1]);
+        assert_eq!(first_of_both(sets.get(0), &[0, 0, 2]), Some(129));
+        assert_eq!(first_of_both(sets.get(1), &[0, 0, 2]), None);
+        cut_after(&mut a, 129);
+        assert_eq!(a, sets.get(0));
+        cut_after(&mut a, 128);
+        assert_eq!(a, [8, 0, 0]);
+    }
+}

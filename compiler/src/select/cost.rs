@@ -1,0 +1,79 @@
+//! What a line of operations takes, in tenths of a nanosecond.
+//!
+//! The model is that of a processor that executes out of order: every instruction takes a share of its width, and the
+//! longest chain of operations that wait for each other takes its latencies. A read waits as long as a table of its
+//! size does when packets come in random order. The constants were fitted to measurements on x86-64 (`./bench` prints
+//! what the model predicts beside what it measures).
+
+use cranelift_entity::PrimaryMap;
+use polc_ir::entities::{Data, Value};
+use polc_ir::plan::{DataTable, LinearTest, Op, Operand};
+
+/// Hundredths of a nanosecond that an instruction takes of the processor's width.
+const INSN: u64 = 6;
+
+/// Hundredths of a nanosecond from an arithmetic operation's inputs to its result.
+const ALU: u64 = 30;
+
+/// What starting and ending a look-up takes, in hundredths: from its result to the return code.
+const LOOKUP_ENDS: u64 = 150;
+
+/// Hundredths of a nanosecond for each word test of code that compares.
+const WORD_TEST: u64 = 20;
+
+/// Hundredths of a nanosecond that code which compares loses to a branch that went another way than foreseen, at
+/// most once a packet.
+const MISPREDICTED: u64 = 350;
+
+/// Hundredths of a nanosecond from an offset to the element of a table of so many bytes.
+pub(super) fn read(bytes: usize) -> u64 {
+    match bytes {
+        0..=0x4000 => 170,
+        0x4001..=0x1_0000 => 220,
+        0x1_0001..=0x4_0000 => 350,
+        0x4_0001..=0x10_0000 => 600,
+        0x10_0001..=0x40_0000 => 1_500,
+        0x40_0001..=0x200_0000 => 4_000,
+        _ => 9_000,
+    }
+}
+
+/// What a line takes up to its result.
+pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
+    let mut ready: Vec<u64> = Vec::with_capacity(ops.len());
+    let mut instructions = 0;
+    for op in ops.values() {
+        let at = |value: Value| ready[value.as_u32() as usize];
+        let when = match *op {
+            Op::Word(_) | Op::Const(_) => {
+                instructions += 1;
+                0
+            }
+            Op::Alu(_, a, b) => {
+                instructions += 2;
+                let b = match b {
+                    Operand::Value(b) => at(b),
+                    Operand::Const(_) => 0,
+                };
+                at(a).max(b) + ALU
+            }
+            Op::Read(table, offset) => {
+                instructions += 4;
+                at(offset) + 2 * ALU + read(tables[table].bytes.len())
+            }
+        };
+        ready.push(when);
+    }
+    ((LOOKUP_ENDS + ready[result.as_u32() as usize] + INSN * instructions) / 10) as u32
+}
+
+/// What entries tried one after another take, if packets match any of them alike.
+pub(super) fn linear<'a>(entries: impl Iterator<Item = &'a [LinearTest]>) -> u32 {
+    let (mut tests, mut count) = (0, 0);
+    for entry in entries {
+        count += 1;
+        tests += 1 + entry.iter().flat_map(|test| &test.any).map(Vec::len).sum::<usize>() as u64;
+    }
+    let mispredicted = if count > 1 { MISPREDICTED } else { 0 };
+    ((mispredicted + WORD_TEST * tests) / 10) as u32
+}

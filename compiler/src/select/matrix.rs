@@ -1,0 +1,284 @@
+//! Classes and matrices: every column's values become classes, and classes are combined pair by pair.
+//!
+//! A class stands for the set of entries that are still possible. Two classes together stand for the entries in both,
+//! of which all after the first that needs nothing else are forgotten: they can't win. So a table of two dimensions
+//! turns two classes into one, and the last table gives the exit. The order of the combinations is chosen by the size
+//! of the tables that come out.
+
+use polc_ir::entities::Value;
+use polc_ir::plan::{AluKind, DataTable};
+
+use super::classes::{Sets, cut_after, first_of_both, insert};
+use super::column::look_up;
+use super::line::Line;
+use super::problem::{Column, Problem, Run};
+
+/// Entries that bit sets are good for.
+const ENTRIES_MAX: usize = 1 << 13;
+
+/// Sets that a column's entries may ask for.
+const PREDICATES_MAX: usize = 1 << 12;
+
+/// Cells of a table.
+const CELLS_MAX: usize = 1 << 21;
+
+/// Words of bit sets that combining may look at.
+const WORDS_MAX: usize = 1 << 26;
+
+/// A stage as tables.
+#[derive(Debug)]
+pub(super) struct Matrix<'a> {
+    problem: &'a Problem,
+    nodes: Vec<Node>,
+    /// For each class of the last node, its exit.
+    exits: Vec<u32>,
+}
+
+#[derive(Clone, Debug)]
+enum Node {
+    /// The classes of a column's values.
+    Column { column: usize, runs: Vec<Run> },
+    /// The class of two classes is `cells[left * width + right]`.
+    Pair { left: usize, right: usize, width: usize, cells: Vec<u32> },
+}
+
+/// Something that gives classes, while tables are chosen.
+#[derive(Clone, Debug)]
+struct Partial {
+    node: usize,
+    sets: Sets,
+    /// Which columns it looked at.
+    columns: Vec<bool>,
+}
+
+/// Makes the tables, if they are small enough.
+pub(super) fn matrix(problem: &Problem) -> Option<Matrix<'_>> {
+    if problem.entries.len() > ENTRIES_MAX
+        || problem.columns.iter().any(|column| column.predicates.len() > PREDICATES_MAX)
+    {
+        return None;
+    }
+    let mut builder = Builder { problem, nodes: Vec::new(), work: 0 };
+    let mut partials: Vec<Partial> =
+        (0..problem.columns.len()).map(|column| builder.column(column)).collect();
+    // A column that tells nothing apart is not looked at; one has to be.
+    while partials.len() > 1
+        && let Some(idle) = partials.iter().position(|partial| partial.sets.len() == 1)
+    {
+        let idle = partials.remove(idle);
+        for partial in &mut partials {
+            for (mine, its) in partial.columns.iter_mut().zip(&idle.columns) {
+                *mine |= its;
+            }
+        }
+    }
+    if partials.is_empty() {
+        return None;
+    }
+    while partials.len() > 3 {
+        let (left, right) = smallest(&partials)?;
+        let right = partials.remove(right);
+        let left = partials.remove(left);
+        let pair = builder.pair(&left, &right)?;
+        partials.push(pair);
+    }
+    if partials.len() == 3 {
+        // Every order of three is tried, the one with the smallest tables kept.
+        let mut best: Option<(usize, Vec<Node>, Partial)> = None;
+        for (a, b, c) in [(0, 1, 2), (0, 2, 1), (1, 2, 0)] {
+            let nodes = builder.nodes.len();
+            let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
+            let known = best.as_ref().map_or(usize::MAX, |(known, ..)| *known);
+            let first = size(&partials[a], &partials[b]);
+            if first < known
+                && let Some(pair) = builder.pair(&partials[a], &partials[b])
+                && first + size(&pair, &partials[c]) < known
+                && let Some(last) = builder.last(&pair, &partials[c])
+            {
+                best = Some((first + size(&pair, &partials[c]), builder.nodes[nodes..].to_vec(), last));
+            }
+            builder.nodes.truncate(nodes);
+        }
+        let (_, nodes, last) = best?;
+        builder.nodes.extend(nodes);
+        partials = vec![last];
+    } else if partials.len() == 2 {
+        partials = vec![builder.last(&partials[0].clone(), &partials[1].clone())?];
+    }
+    let last = &partials[0];
+    let exits = (0..last.sets.len() as u32)
+        .map(|class| {
+            let entry = first_of_both(last.sets.get(class), last.sets.get(class));
+            // A combination that no packet has may have no entry.
+            entry.map_or(0, |entry| problem.exit_of[entry])
+        })
+        .collect();
+    Some(Matrix { problem, nodes: builder.nodes, exits })
+}
+
+/// The two that make the smallest table.
+fn smallest(partials: &[Partial]) -> Option<(usize, usize)> {
+    let pairs =
+        (0..partials.len()).flat_map(|left| (left + 1..partials.len()).map(move |right| (left, right)));
+    pairs.min_by_key(|&(left, right)| partials[left].sets.len() * partials[right].sets.len())
+}
+
+struct Builder<'a> {
+    problem: &'a Problem,
+    nodes: Vec<Node>,
+    /// Words looked at so far.
+    work: usize,
+}
+
+impl Builder<'_> {
+    /// Entries that test nothing but these columns.
+    fn done(&self, columns: &[bool]) -> Vec<u64> {
+        let mut done = vec![0; self.problem.entries.len().div_ceil(64).max(1)];
+        for (entry, tests) in self.problem.entries.iter().enumerate() {
+            if tests.iter().all(|&(column, _)| columns[column as usize]) {
+                insert(&mut done, entry);
+            }
+        }
+        done
+    }
+
+    fn column(&mut self, column: usize) -> Partial {
+        let problem = self.problem;
+        let mut sets = Sets::new(problem.entries.len());
+        let words = sets.words();
+        let mut untested = vec![0; words];
+        let mut testing: Vec<Vec<u64>> = vec![vec![0; words]; problem.columns[column].predicates.len()];
+        for (entry, tests) in problem.entries.iter().enumerate() {
+            match tests.iter().find(|test| test.0 as usize == column) {
+                None => insert(&mut untested, entry),
+                Some(&(_, predicate)) => insert(&mut testing[predicate as usize], entry),
+            }
+        }
+        let mut columns = vec![false; problem.columns.len()];
+        columns[column] = true;
+        let done = self.done(&columns);
+        let mut runs: Vec<Run> = Vec::new();
+        // Every entry tests for one set of a column, so that the entries of sets are apart.
+        let mut now = untested;
+        let mut kept = vec![0; words];
+        for (start, changes) in problem.columns[column].changes() {
+            for (predicate, begins) in changes {
+                for (word, entries) in now.iter_mut().zip(&testing[predicate as usize]) {
+                    *word = if begins { *word | entries } else { *word & !entries };
+                }
+            }
+            kept.copy_from_slice(&now);
+            if let Some(first) = first_of_both(&kept, &done) {
+                cut_after(&mut kept, first);
+            }
+            let class = sets.intern(&kept);
+            if runs.last().is_none_or(|run| run.class != class) {
+                runs.push(Run { start, class });
+            }
+        }
+        self.nodes.push(Node::Column { column, runs });
+        Partial { node: self.nodes.len() - 1, sets, columns }
+    }
+
+    /// The table of two.
+    fn pair(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
+        let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
+        let done = self.done(&columns);
+        let mut sets = Sets::new(self.problem.entries.len());
+        let words = sets.words();
+        let (height, width) = (left.sets.len(), right.sets.len());
+        self.afford(height * width, words)?;
+        let mut cells = Vec::with_capacity(height * width);
+        let mut both = vec![0; words];
+        for a in 0..height as u32 {
+            let a = left.sets.get(a);
+            for b in 0..width as u32 {
+                let b = right.sets.get(b);
+                let mut ended = false;
+                for at in 0..words {
+                    if ended {
+                        both[at] = 0;
+                        continue;
+                    }
+                    let word = a[at] & b[at];
+                    let finished = word & done[at];
+                    if finished == 0 {
+                        both[at] = word;
+                    } else {
+                        // Up to the lowest that is finished.
+                        both[at] = word & (finished ^ (finished - 1));
+                        ended = true;
+                    }
+                }
+                cells.push(sets.intern(&both));
+            }
+        }
+        self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
+        Some(Partial { node: self.nodes.len() - 1, sets, columns })
+    }
+
+    /// The table of two that gives the first entry.
+    fn last(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
+        let exits = self.problem.exits.len();
+        let mut sets = Sets::new(self.problem.entries.len());
+        let (height, width) = (left.sets.len(), right.sets.len());
+        self.afford(height * width, 1 + sets.words() / 4)?;
+        let mut class_of: Vec<Option<u32>> = vec![None; exits];
+        let mut cells = Vec::with_capacity(height * width);
+        for a in 0..height as u32 {
+            for b in 0..width as u32 {
+                let first = first_of_both(left.sets.get(a), right.sets.get(b)).unwrap_or(0);
+                let class = &mut class_of[self.problem.exit_of[first] as usize];
+                cells.push(*class.get_or_insert_with(|| {
+                    let mut one = vec![0; sets.words()];
+                    insert(&mut one, first);
+                    sets.intern(&one)
+                }));
+            }
+        }
+        self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
+        Some(Partial { node: self.nodes.len() - 1, sets, columns: Vec::new() })
+    }
+
+    /// Whether so many cells of so many words can be looked at.
+    fn afford(&mut self, cells: usize, words: usize) -> Option<()> {
+        self.work += cells * words;
+        (cells <= CELLS_MAX && self.work <= WORDS_MAX).then_some(())
+    }
+}
+
+impl Matrix<'_> {
+    /// Writes the look-up; the value is the index of the problem's exit.
+    pub(super) fn write(&self, line: &mut Line<'_>) -> Value {
+        let exits = &self.exits;
+        self.node(line, self.nodes.len() - 1, &|class| exits[class as usize].into())
+    }
+
+    /// What this is, for people.
+    pub(super) fn describe(&self) -> String {
+        match self.nodes.last() {
+            Some(Node::Pair { width, cells, .. }) => format!("matrix {} x {width}", cells.len() / width),
+            Some(Node::Column { runs, .. }) => format!("search of {} runs", runs.len()),
+            None => "nothing".to_string(),
+        }
+    }
+
+    /// Writes a node, a class of which stands for what `map` gives. Depth is bounded by the number of columns.
+    fn node(&self, line: &mut Line<'_>, node: usize, map: &dyn Fn(u32) -> u64) -> Value {
+        match &self.nodes[node] {
+            Node::Column { column, runs } => {
+                let column: &Column = &self.problem.columns[*column];
+                look_up(line, column, runs, map)
+            }
+            Node::Pair { left, right, width, cells } => {
+                let cells: Vec<u64> = cells.iter().map(|&class| map(class)).collect();
+                let table = DataTable::new(&cells);
+                let (bytes, width) = (u64::from(table.width), *width as u64);
+                let left = self.node(line, *left, &|class| u64::from(class) * width * bytes);
+                let right = self.node(line, *right, &|class| u64::from(class) * bytes);
+                let offset = line.alu(AluKind::Add, left, right);
+                line.read(table, offset)
+            }
+        }
+    }
+}

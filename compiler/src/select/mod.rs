@@ -1,0 +1,442 @@
+//! `select`: fields get words of the key, devices get classes, and each stage becomes code, tables or both.
+//!
+//! A structure takes a stage or hands it back. Comparing (`linear`) takes short stages, matrices of classes
+//! (`matrix`) all whose tables stay small; of two that take a stage the cost model (`cost`) chooses. The walk table
+//! takes anything, and everything behind it.
+
+use std::collections::BTreeMap;
+
+use cranelift_entity::{PrimaryMap, SecondaryMap};
+use polc_ir::classifier::{Classifier, EntryData, Exit};
+use polc_ir::cube::Test;
+use polc_ir::decision::Decision;
+use polc_ir::entities::{Entry, Stage, Step, Value};
+use polc_ir::env::{Attach, Device};
+use polc_ir::field::{DeviceName, Field};
+use polc_ir::interval::{Interval, max_value};
+use polc_ir::limits::LOOKUP_OPS_MAX;
+use polc_ir::outcome::FrameKind;
+use polc_ir::packet::frame_ending;
+use polc_ir::plan::{
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
+    PlanExit, StepData, Target, Trace, WordTest, WordWrite,
+};
+
+use self::line::{Line, Tables};
+use self::matrix::matrix;
+use self::problem::Problem;
+use self::words::word_ranges;
+
+mod classes;
+mod column;
+mod cost;
+mod line;
+mod matrix;
+mod problem;
+mod search;
+mod walk;
+mod words;
+
+/// The devices a program is made for.
+#[derive(Clone, Debug, Default)]
+pub struct Devices {
+    /// Devices by number.
+    pub declared: Vec<Device>,
+    /// The program sits where every packet comes in by this device.
+    pub fixed_in: Option<DeviceName>,
+    /// The program sits where every packet leaves by this device.
+    pub fixed_out: Option<DeviceName>,
+}
+
+/// How stages may be decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefer {
+    /// What the cost model likes best.
+    #[default]
+    Cheapest,
+    /// Code that compares, where it is small.
+    Linear,
+    /// Matrices of classes, where they are small.
+    Matrix,
+    /// The walk table.
+    Walk,
+}
+
+/// Word tests that a stage decided by comparing may have: what is more, tables decide faster.
+const LINEAR_TESTS_MAX: usize = 400;
+
+/// Instructions of a program that stages decided by code may take, of the 32,767 that it may have: the rest is for
+/// headers, searches of the packet and the walk.
+const CODE_INSNS_MAX: usize = 24_000;
+
+/// Instructions that an operation of a look-up becomes.
+const INSNS_PER_OP: usize = 4;
+
+/// Instructions that a word test becomes, and an exit.
+const INSNS_PER_TEST: usize = 4;
+
+/// Bytes that the tables of one stage may have.
+const TABLE_BYTES_MAX: usize = 64 << 20;
+
+/// Chooses how every stage is decided.
+pub fn select(classifier: &Classifier, decision: &Decision, devices: &Devices) -> Plan {
+    select_with(classifier, decision, devices, Prefer::Cheapest)
+}
+
+/// Chooses how every stage is decided, by preference.
+pub fn select_with(classifier: &Classifier, decision: &Decision, devices: &Devices, prefer: Prefer) -> Plan {
+    let selector = Selector::new(classifier, devices);
+    let mut tables = Tables::default();
+    let mut shapes: SecondaryMap<Stage, Option<Shape>> = SecondaryMap::new();
+    // Where packets may come from: the root comes first, stages lead to smaller numbers.
+    let (mut by_code, mut by_walk) = (SecondaryMap::new(), SecondaryMap::new());
+    by_code[classifier.root] = true;
+    let mut insns = 0;
+    for stage in classifier.stages.keys().rev() {
+        if by_code[stage] {
+            let shape =
+                if insns < CODE_INSNS_MAX { selector.shape(stage, prefer, &mut tables) } else { None };
+            let shape = shape.filter(|shape| insns + shape.insns() <= CODE_INSNS_MAX);
+            match shape {
+                Some(shape) => {
+                    insns += shape.insns();
+                    shapes[stage] = Some(shape);
+                }
+                None => by_walk[stage] = true,
+            }
+        }
+        for &entry in &classifier.stages[stage].entries {
+            for next in classifier.entries[entry].exit.successors() {
+                by_code[next] |= shapes[stage].is_some();
+                by_walk[next] |= by_walk[stage];
+            }
+        }
+    }
+    let (walk, walk_roots) = selector.walk(decision, &by_walk);
+    let mut steps: PrimaryMap<Step, StepData> = PrimaryMap::new();
+    let mut targets: SecondaryMap<Stage, Option<Target>> = SecondaryMap::new();
+    for stage in classifier.stages.keys() {
+        targets[stage] = match shapes[stage].take() {
+            Some(shape) => {
+                let target = |next: Stage| targets[next].expect("what code leads to comes before it");
+                Some(Target::Step(steps.push(selector.step(stage, shape, target))))
+            }
+            None => walk_roots[stage].map(Target::Walk),
+        };
+    }
+    Plan {
+        family: classifier.family,
+        place: classifier.place.clone(),
+        root: targets[classifier.root].expect("the root is decided"),
+        key: selector.key,
+        devices: selector.devices,
+        steps,
+        tables: tables.finish(),
+        walk,
+        traces: selector.traces,
+        derived: classifier.derived.clone(),
+        sets: classifier.sets.clone(),
+        effect_tests: classifier.effect_tests.iter().map(|(_, test)| test.kind).collect(),
+    }
+}
+
+/// How a stage is decided by code, its exits still those of the classifier.
+#[derive(Clone, Debug)]
+enum Shape {
+    /// By comparing: for each entry that can hold, its tests.
+    Linear(Vec<(Entry, Vec<LinearTest>)>),
+    /// By looking up: the operations, the result, what they are, and the exits, each by an entry that has it.
+    Lookup { ops: PrimaryMap<Value, Op>, result: Value, structure: String, exits: Vec<Entry>, modelled: u32 },
+}
+
+impl Shape {
+    /// Most instructions that it becomes, its exits included.
+    fn insns(&self) -> usize {
+        match self {
+            Shape::Linear(entries) => entries
+                .iter()
+                .map(|(_, tests)| {
+                    let tests = tests.iter().flat_map(|test| &test.any);
+                    INSNS_PER_TEST * (2 + tests.map(|all| all.len() + 1).sum::<usize>())
+                })
+                .sum(),
+            Shape::Lookup { ops, exits, .. } => INSNS_PER_OP * (ops.len() + exits.len().min(8)) + 40,
+        }
+    }
+
+    fn modelled(&self) -> u32 {
+        match self {
+            Shape::Linear(entries) => cost::linear(entries.iter().map(|(_, tests)| tests.as_slice())),
+            Shape::Lookup { modelled, .. } => *modelled,
+        }
+    }
+}
+
+struct Selector<'a> {
+    classifier: &'a Classifier,
+    key: Vec<KeySlot>,
+    devices: DeviceClasses,
+    /// For each class the value (a device's name) that stands for it, to evaluate tests on.
+    class_values: Vec<u128>,
+    traces: Vec<Trace>,
+    slots: BTreeMap<Trace, u32>,
+}
+
+impl<'a> Selector<'a> {
+    fn new(classifier: &'a Classifier, devices: &Devices) -> Selector<'a> {
+        let family = classifier.family;
+        let mut fields: Vec<Field> = classifier
+            .entries
+            .values()
+            .flat_map(|entry| {
+                let writes = match &entry.exit {
+                    Exit::Then { writes, .. } => writes.as_slice(),
+                    _ => &[],
+                };
+                let tested = entry.cube.tests().iter().map(|test| test.field);
+                tested.chain(writes.iter().map(|write| write.field))
+            })
+            .collect();
+        fields.sort_unstable();
+        fields.dedup();
+        let mut key = Vec::new();
+        let mut word = 0;
+        for field in fields {
+            let words = match field {
+                Field::InDevice | Field::OutDevice => 1,
+                field => field.bits(family).div_ceil(32),
+            };
+            key.push(KeySlot { field, word, words });
+            word += words;
+        }
+        let mut selector = Selector {
+            classifier,
+            key,
+            devices: DeviceClasses::default(),
+            class_values: Vec::new(),
+            traces: Vec::new(),
+            slots: BTreeMap::new(),
+        };
+        selector.classes(devices);
+        let frames = [
+            FrameKind::Runt,
+            FrameKind::NotIp,
+            FrameKind::OtherFamily,
+            FrameKind::Vlan,
+            FrameKind::Malformed,
+            FrameKind::UnknownDevice,
+        ];
+        let mut traces: Vec<Trace> = classifier
+            .entries
+            .values()
+            .filter_map(trace)
+            .chain(frames.map(|kind| frame_ending(kind, classifier.place.mode).into()))
+            .collect();
+        traces.sort_unstable();
+        traces.dedup();
+        selector.slots = traces.iter().cloned().zip(0..).collect();
+        selector.traces = traces;
+        selector
+    }
+
+    /// Groups devices that no test tells apart.
+    fn classes(&mut self, devices: &Devices) {
+        let tests: Vec<&Test> = {
+            let mut tests: Vec<&Test> = self
+                .classifier
+                .entries
+                .values()
+                .flat_map(|entry| entry.cube.tests())
+                .filter(|test| matches!(test.field, Field::InDevice | Field::OutDevice))
+                .collect();
+            tests.sort_unstable();
+            tests.dedup();
+            tests
+        };
+        let signature = |value: u128| -> Vec<bool> { tests.iter().map(|test| test.holds(value)).collect() };
+        // Class 0 is nobody, class 1 is no device.
+        let mut signatures: Vec<Vec<bool>> = vec![Vec::new(), signature(0)];
+        self.class_values = vec![0, 0];
+        self.devices.names = vec![Vec::new(), Vec::new()];
+        let mut class = |value: u128, values: &mut Vec<u128>, names: &mut Vec<Vec<String>>| -> u16 {
+            let wanted = signature(value);
+            let known = signatures.iter().skip(1).position(|have| *have == wanted);
+            let index = match known {
+                Some(index) => index + 1,
+                None => {
+                    signatures.push(wanted);
+                    values.push(value);
+                    names.push(Vec::new());
+                    signatures.len() - 1
+                }
+            };
+            if value != 0 {
+                names[index].push(DeviceName::from_value(value).to_string());
+            }
+            index as u16
+        };
+        let (values, names) = (&mut self.class_values, &mut self.devices.names);
+        let mut declared = Vec::new();
+        if self.classifier.place.attach == Some(Attach::TcEgress) {
+            // A packet of this host's own has no input device: number 0.
+            declared.push((Device { ifindex: 0, name: DeviceName::default() }, 1));
+        }
+        for device in &devices.declared {
+            declared.push((*device, class(device.name.value(), values, names)));
+        }
+        declared.sort_by_key(|(device, _)| device.ifindex);
+        self.devices.fixed_in = devices.fixed_in.map(|name| class(name.value(), values, names));
+        self.devices.fixed_out = devices.fixed_out.map(|name| class(name.value(), values, names));
+        self.devices.devices = declared;
+    }
+
+    fn slot(&self, field: Field) -> KeySlot {
+        let at = self.key.binary_search_by_key(&field, |slot| slot.field);
+        self.key[at.expect("every tested or written field has a slot")]
+    }
+
+    /// A test as alternatives of word tests; none means that it never holds.
+    fn word_tests(&self, test: &Test) -> Vec<Vec<WordTest>> {
+        let slot = self.slot(test.field);
+        if matches!(test.field, Field::InDevice | Field::OutDevice) {
+            let classes = self.device_classes(test);
+            return classes
+                .intervals()
+                .iter()
+                .map(|range| {
+                    vec![WordTest {
+                        word: slot.word,
+                        mask: u32::MAX,
+                        lo: range.lo() as u32,
+                        hi: range.hi() as u32,
+                    }]
+                })
+                .collect();
+        }
+        let top = max_value(test.field.bits(self.classifier.family)) & test.mask;
+        test.values
+            .intervals()
+            .iter()
+            .filter_map(|range| range.intersect(Interval::new(0, top)?))
+            .flat_map(|range| word_ranges(slot, test.mask, range))
+            .collect()
+    }
+
+    fn exit(&self, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
+        let count = trace(entry).map(|trace| self.slots[&trace]);
+        match &entry.exit {
+            Exit::End(_) => PlanExit::End(count.expect("an end is a trace")),
+            Exit::Then { writes, stage } => PlanExit::Then {
+                count,
+                writes: writes
+                    .iter()
+                    .map(|write| WordWrite {
+                        word: self.slot(write.field).word,
+                        clear: write.clear as u32,
+                        xor: write.xor as u32,
+                    })
+                    .collect(),
+                next: target(*stage),
+            },
+            Exit::Test { test, yes, no } => {
+                PlanExit::Test { count, test: *test, yes: target(*yes), no: target(*no) }
+            }
+        }
+    }
+
+    /// The best way to decide a stage by code, if there is one.
+    fn shape(&self, stage: Stage, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
+        let linear = self.linear(stage);
+        match prefer {
+            Prefer::Walk => return None,
+            Prefer::Linear => return linear,
+            Prefer::Cheapest | Prefer::Matrix => {}
+        }
+        let few = linear.as_ref().is_some_and(|shape| match shape {
+            Shape::Linear(entries) => entries.len() <= 1,
+            Shape::Lookup { .. } => false,
+        });
+        if few {
+            return linear;
+        }
+        let before = tables.len();
+        let lookup = self.lookup(stage, tables);
+        match (linear, lookup) {
+            (Some(linear), Some(lookup)) => {
+                if prefer == Prefer::Cheapest && linear.modelled() <= lookup.modelled() {
+                    tables.truncate(before);
+                    Some(linear)
+                } else {
+                    Some(lookup)
+                }
+            }
+            (linear, lookup) => lookup.or(linear),
+        }
+    }
+
+    /// A stage as comparisons, if they are few.
+    fn linear(&self, stage: Stage) -> Option<Shape> {
+        let classifier = self.classifier;
+        let mut entries = Vec::new();
+        let mut total = 0;
+        for &entry in &classifier.stages[stage].entries {
+            let data = &classifier.entries[entry];
+            let tests: Vec<LinearTest> =
+                data.cube.tests().iter().map(|test| LinearTest { any: self.word_tests(test) }).collect();
+            total += 1 + tests.iter().flat_map(|test| &test.any).map(Vec::len).sum::<usize>();
+            if total > LINEAR_TESTS_MAX {
+                return None;
+            }
+            if tests.iter().any(|test| test.any.is_empty()) {
+                continue;
+            }
+            entries.push((entry, tests));
+        }
+        Some(Shape::Linear(entries))
+    }
+
+    /// A stage as a look-up, if a structure takes it.
+    fn lookup(&self, stage: Stage, tables: &mut Tables) -> Option<Shape> {
+        let problem = Problem::new(self, stage);
+        let before = tables.len();
+        let matrix = matrix(&problem)?;
+        let mut line = Line::new(tables);
+        let result = matrix.write(&mut line);
+        let ops = line.finish();
+        let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
+        let step =
+            LookupStep { stage, structure: matrix.describe(), ops, result, exits: Vec::new(), modelled: 0 };
+        if bytes > TABLE_BYTES_MAX || step.ops.len() > LOOKUP_OPS_MAX || step.pressure() > PRESSURE_MAX {
+            tables.truncate(before);
+            return None;
+        }
+        let modelled = cost::line(&step.ops, tables.all(), result);
+        let LookupStep { ops, structure, .. } = step;
+        Some(Shape::Lookup { ops, result, structure, exits: problem.exits, modelled })
+    }
+
+    /// A stage's step, once the stages it leads to have theirs.
+    fn step(&self, stage: Stage, shape: Shape, target: impl Fn(Stage) -> Target) -> StepData {
+        let entries = &self.classifier.entries;
+        match shape {
+            Shape::Linear(shape) => {
+                let entries = shape.into_iter().map(|(entry, tests)| LinearEntry {
+                    tests,
+                    exit: self.exit(&entries[entry], &target),
+                    rule: entries[entry].rule,
+                });
+                StepData::Linear(LinearStep { stage, entries: entries.collect() })
+            }
+            Shape::Lookup { ops, result, structure, exits, modelled } => {
+                let exits = exits.into_iter().map(|entry| self.exit(&entries[entry], &target)).collect();
+                StepData::Lookup(LookupStep { stage, structure, ops, result, exits, modelled })
+            }
+        }
+    }
+}
+
+/// What a packet that takes the entry is counted in; `None` if in nothing.
+fn trace(entry: &EntryData) -> Option<Trace> {
+    let ending = if let Exit::End(ending) = entry.exit { Some(ending) } else { None };
+    (ending.is_some() || !entry.counts.is_empty()).then(|| Trace { ending, counts: entry.counts.clone() })
+}

@@ -1,0 +1,188 @@
+//! A stage as columns: for each field and mask that its entries test, the distinct sets they test for.
+//!
+//! Columns are independent of each other, and of how they will be looked up. A device's column holds classes of
+//! devices, so that names under several masks are one column.
+
+use std::collections::BTreeMap;
+
+use polc_ir::classifier::Exit;
+use polc_ir::entities::{Entry, Stage};
+use polc_ir::field::Field;
+use polc_ir::interval::{Interval, IntervalSet, max_value};
+use polc_ir::outcome::Count;
+use polc_ir::plan::KeySlot;
+
+use super::Selector;
+use super::classes::FastMap;
+
+/// What entries test one field under one mask for.
+#[derive(Clone, Debug)]
+pub(super) struct Column {
+    /// Where the field is in the key.
+    pub(super) slot: KeySlot,
+    /// The bits that count.
+    pub(super) mask: u128,
+    /// How many bits values have.
+    pub(super) bits: u8,
+    /// The distinct sets, over masked values.
+    pub(super) predicates: Vec<IntervalSet>,
+}
+
+/// A stage as columns.
+#[derive(Clone, Debug)]
+pub(super) struct Problem {
+    /// The columns.
+    pub(super) columns: Vec<Column>,
+    /// For each entry that can hold, the columns it tests and the set of each, ascending by column.
+    pub(super) entries: Vec<Vec<(u32, u32)>>,
+    /// For each entry, its exit as an index into `exits`.
+    pub(super) exit_of: Vec<u32>,
+    /// The distinct exits, what is counted there included, each by an entry that has it.
+    pub(super) exits: Vec<Entry>,
+}
+
+/// A run of values, from `start` to before the next run's, that no set tells apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// The first value.
+    pub(super) start: u128,
+    /// The class.
+    pub(super) class: u32,
+}
+
+impl Problem {
+    /// The stage's entries as columns.
+    pub(super) fn new(selector: &Selector<'_>, stage: Stage) -> Problem {
+        let classifier = selector.classifier;
+        let mut problem =
+            Problem { columns: Vec::new(), entries: Vec::new(), exit_of: Vec::new(), exits: Vec::new() };
+        let mut column_of: BTreeMap<(Field, u128), u32> = BTreeMap::new();
+        let mut predicate_of: Vec<FastMap<IntervalSet, u32>> = Vec::new();
+        let mut exit_of: BTreeMap<(&Exit, &[Count]), u32> = BTreeMap::new();
+        for &entry in &classifier.stages[stage].entries {
+            let data = &classifier.entries[entry];
+            let mut tests: Vec<(u32, u32)> = Vec::with_capacity(data.cube.tests().len());
+            let mut possible = true;
+            let mut devices: Vec<(Field, IntervalSet)> = Vec::new();
+            for test in data.cube.tests() {
+                let bits = test.field.bits(classifier.family);
+                let device = matches!(test.field, Field::InDevice | Field::OutDevice);
+                let (mask, values) = if device {
+                    let classes = selector.device_classes(test);
+                    if let Some((_, known)) = devices.iter_mut().find(|(field, _)| *field == test.field) {
+                        *known = known.intersect(&classes);
+                    } else {
+                        devices.push((test.field, classes));
+                    }
+                    continue;
+                } else {
+                    let mask = test.mask & max_value(bits);
+                    (mask, test.values.intersect(&IntervalSet::range(0, mask)))
+                };
+                possible &= !values.is_empty();
+                tests.push(problem.predicate(
+                    selector,
+                    &mut column_of,
+                    &mut predicate_of,
+                    test.field,
+                    mask,
+                    values,
+                ));
+            }
+            for (field, classes) in devices {
+                possible &= !classes.is_empty();
+                let mask = u128::from(u16::MAX);
+                tests.push(problem.predicate(
+                    selector,
+                    &mut column_of,
+                    &mut predicate_of,
+                    field,
+                    mask,
+                    classes,
+                ));
+            }
+            if !possible {
+                continue;
+            }
+            tests.sort_unstable();
+            let exit = *exit_of.entry((&data.exit, &data.counts)).or_insert_with(|| {
+                problem.exits.push(entry);
+                problem.exits.len() as u32 - 1
+            });
+            problem.exit_of.push(exit);
+            problem.entries.push(tests);
+            if data.cube.is_all() {
+                break;
+            }
+        }
+        problem
+    }
+
+    fn predicate(
+        &mut self,
+        selector: &Selector<'_>,
+        column_of: &mut BTreeMap<(Field, u128), u32>,
+        predicate_of: &mut Vec<FastMap<IntervalSet, u32>>,
+        field: Field,
+        mask: u128,
+        values: IntervalSet,
+    ) -> (u32, u32) {
+        let column = *column_of.entry((field, mask)).or_insert_with(|| {
+            let slot = selector.slot(field);
+            let bits = (128 - mask.leading_zeros()) as u8;
+            self.columns.push(Column { slot, mask, bits: bits.max(1), predicates: Vec::new() });
+            predicate_of.push(FastMap::default());
+            self.columns.len() as u32 - 1
+        });
+        let predicates = &mut self.columns[column as usize].predicates;
+        let known = &mut predicate_of[column as usize];
+        let predicate = match known.get(&values) {
+            Some(&predicate) => predicate,
+            None => {
+                known.insert(values.clone(), predicates.len() as u32);
+                predicates.push(values);
+                predicates.len() as u32 - 1
+            }
+        };
+        (column, predicate)
+    }
+}
+
+impl Column {
+    /// Where the sets that hold change: a value, and the sets that begin or end there. Starts at 0.
+    pub(super) fn changes(&self) -> Vec<(u128, Vec<(u32, bool)>)> {
+        let mut events: Vec<(u128, u32, bool)> = Vec::new();
+        for (predicate, set) in (0..).zip(&self.predicates) {
+            for interval in set.intervals() {
+                events.push((interval.lo(), predicate, true));
+                if interval.hi() < self.top() {
+                    events.push((interval.hi() + 1, predicate, false));
+                }
+            }
+        }
+        events.sort_unstable();
+        let mut changes: Vec<(u128, Vec<(u32, bool)>)> = vec![(0, Vec::new())];
+        for (at, predicate, begins) in events {
+            if changes.last().is_none_or(|(last, _)| *last != at) {
+                changes.push((at, Vec::new()));
+            }
+            changes.last_mut().expect("it is not empty").1.push((predicate, begins));
+        }
+        changes
+    }
+
+    /// The largest value.
+    pub(super) fn top(&self) -> u128 {
+        max_value(self.bits)
+    }
+}
+
+impl Selector<'_> {
+    /// The classes of devices for which a test of a device's name holds.
+    pub(super) fn device_classes(&self, test: &polc_ir::cube::Test) -> IntervalSet {
+        (1..self.class_values.len())
+            .filter(|&class| test.holds(self.class_values[class]))
+            .map(|class| Interval::point(class as u128))
+            .collect()
+    }
+}

@@ -1,0 +1,329 @@
+//! From a number to what its run of values stands for: the structures that search one column.
+//!
+//! Each is a straight line. Few runs are counted by subtraction; more are searched by halving, in a table laid out so
+//! that the search goes from an element to one at twice its place (the order of a breadth-first walk, which keeps the
+//! first elements together); or the number's bits are taken a few at a time through a trie. An element of a trie says
+//! where the next level's elements begin and which bits of the number count there: where a whole range stands for one
+//! thing no bits count, so that every path is equally long and nothing has to be asked on the way.
+
+use polc_ir::entities::Value;
+use polc_ir::plan::{AluKind, DataTable};
+
+use super::classes::FastMap;
+use super::cost;
+use super::line::{Line, Tables};
+
+/// Runs of values of a number: a first value each, ascending from 0, and what it stands for. No two neighbours stand
+/// for the same.
+pub(super) type Runs = [(u64, u64)];
+
+/// Runs that are counted by subtraction.
+const COUNTED_MAX: usize = 5;
+
+/// Runs that are searched by halving: more take longer than any trie.
+const HALVED_MAX: usize = 1 << 21;
+
+/// Bytes of a trie that is worth trying.
+const TRIE_BYTES_MAX: usize = 1 << 26;
+
+/// How to search.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Search {
+    /// Count the runs that begin at or below the number.
+    Count,
+    /// Halve.
+    Halve,
+    /// Take so many bits at a time.
+    Trie(Vec<u32>),
+}
+
+/// The tries worth trying for numbers of `bits` bits.
+fn strides(bits: u32) -> &'static [&'static [u32]] {
+    match bits {
+        0..=8 => &[&[8]],
+        9..=16 => &[&[8, 8], &[10, 6], &[16]],
+        17..=32 => &[&[8, 8, 8, 8], &[12, 8, 6, 6], &[13, 7, 6, 6], &[14, 6, 6, 6], &[16, 8, 8], &[20, 6, 6]],
+        _ => &[],
+    }
+}
+
+/// Writes the structure that the cost model likes best, and gives the value that a number's run stands for. `number`
+/// writes the number, below 2^`bits`; `bits` is at most 63.
+pub(super) fn search(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+) -> Value {
+    let mut best: Option<(u32, Search)> = None;
+    let mut consider = |how: Search| {
+        let mut tables = Tables::default();
+        let mut trial = Line::new(&mut tables);
+        // What the number is made of costs every structure alike.
+        let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
+        let ops = trial.finish();
+        let cost = cost::line(&ops, tables.all(), result);
+        if best.as_ref().is_none_or(|(known, _)| cost < *known) {
+            best = Some((cost, how));
+        }
+    };
+    if runs.len() <= COUNTED_MAX {
+        consider(Search::Count);
+    }
+    if runs.len() <= HALVED_MAX {
+        consider(Search::Halve);
+    }
+    if runs.len() > 2 {
+        for strides in strides(bits) {
+            consider(Search::Trie(strides.to_vec()));
+        }
+    }
+    let (_, how) = best.expect("there is a search for every number of runs");
+    write(line, number, bits, runs, &how).expect("it was written before")
+}
+
+/// Writes one structure; `None` if it grows too large.
+pub(super) fn write(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+    how: &Search,
+) -> Option<Value> {
+    match how {
+        Search::Count => Some(count(line, number, runs)),
+        Search::Halve => Some(halve(line, number, runs)),
+        Search::Trie(strides) => trie(line, number, bits, runs, strides),
+    }
+}
+
+/// `first + Σ (difference where the number reached the next run)`.
+fn count(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Runs) -> Value {
+    let mut sum: Option<Value> = None;
+    for pair in runs.windows(2) {
+        let ((_, before), (start, after)) = (pair[0], pair[1]);
+        let x = number(line);
+        // Below the start: all ones; from it on: 0. Numbers are below 2^63.
+        let below = line.with(AluKind::Sub, x, start);
+        let below = line.with(AluKind::Sar, below, 63);
+        let term = line.with(AluKind::And, below, before.wrapping_sub(after));
+        sum = Some(match sum {
+            None => term,
+            Some(sum) => line.alu(AluKind::Add, sum, term),
+        });
+    }
+    let last = runs.last().map_or(0, |&(_, value)| value);
+    match sum {
+        None => line.constant(last),
+        Some(sum) => line.with(AluKind::Add, sum, last),
+    }
+}
+
+/// Searches by halving.
+fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Runs) -> Value {
+    let values: Vec<u64> = runs.iter().map(|&(_, value)| value).collect();
+    let starts = &runs[1..];
+    if starts.is_empty() {
+        return line.constant(values[0]);
+    }
+    let levels = usize::BITS - starts.len().leading_zeros();
+    let size = 1usize << levels;
+    // The k-th smallest start goes where a breadth-first walk of the search tree has it. Starts that pad are beyond
+    // every number.
+    let last = starts.last().map_or(0, |&(start, _)| start);
+    let width = DataTable::new(&[last]).width;
+    let beyond = if width == 8 { i64::MAX as u64 } else { (1u64 << (8 * u32::from(width))) - 1 };
+    let mut laid_out = vec![beyond; size];
+    for (place, slot) in laid_out.iter_mut().enumerate().skip(1) {
+        let level = place.ilog2();
+        let across = place - (1 << level);
+        // Numbers of starts below this one in the full tree.
+        let rank = (2 * across + 1) * (size >> (level + 1)) - 1;
+        if let Some(&(start, _)) = starts.get(rank) {
+            *slot = start;
+        }
+    }
+    // A number equal to `beyond` would count as at or above the padding: "below" is then 0 as it should be for a
+    // number that no start exceeds, and the values that follow are those of the last run.
+    let table = DataTable::new(&laid_out);
+    let shift = u64::from(table.width.trailing_zeros());
+    let mut place = line.constant(1);
+    for _ in 0..levels {
+        let offset = line.with(AluKind::Shl, place, shift);
+        let start = line.read(table.clone(), offset);
+        let x = number(line);
+        // 1 where the number is below the start.
+        let below = line.alu(AluKind::Sub, x, start);
+        let below = line.with(AluKind::Shr, below, 63);
+        let twice = line.with(AluKind::Shl, place, 1);
+        let twice = line.with(AluKind::Add, twice, 1);
+        place = line.alu(AluKind::Sub, twice, below);
+    }
+    // At the end the place is 2^levels and the number of starts at or below the number.
+    let mut leaves: Vec<u64> = values;
+    let last = *leaves.last().expect("there is a run");
+    leaves.resize(size, last);
+    let leaves = DataTable::new(&leaves);
+    let index = line.with(AluKind::Sub, place, size as u64);
+    let shift = u64::from(leaves.width.trailing_zeros());
+    let offset = line.with(AluKind::Shl, index, shift);
+    line.read(leaves, offset)
+}
+
+/// A node of a level of a trie while it is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Part {
+    /// All numbers stand for this.
+    Same(u64),
+    /// The node of the next level with this number.
+    Node(u32),
+}
+
+/// Takes bits from the top.
+fn trie(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+    strides: &[u32],
+) -> Option<Value> {
+    let total: u32 = strides.iter().sum();
+    let levels = build(total, runs, strides)?;
+    // The last level first: an element needs to know where its node begins below.
+    let mut tables: Vec<(DataTable, u64)> = Vec::new();
+    let mut places: FastMap<Part, u64> = FastMap::default();
+    for (level, nodes) in levels.iter().enumerate().rev() {
+        let below =
+            tables.last().map(|(table, _): &(DataTable, u64)| u64::from(table.width.trailing_zeros()));
+        let element = |part: Part, places: &FastMap<Part, u64>| match (below, part) {
+            (None, Part::Same(value)) => value,
+            (None, Part::Node(_)) => unreachable!("the last level has no nodes below"),
+            (Some(width), part) => {
+                let stride = strides[level + 1];
+                let mask = match part {
+                    Part::Same(_) => 0,
+                    Part::Node(_) => ((1u64 << stride) - 1) << width,
+                };
+                (places[&part] << (u64::from(stride) + 2 * width)) | mask
+            }
+        };
+        let mut elements: Vec<u64> = Vec::new();
+        let mut own: FastMap<Part, u64> = FastMap::default();
+        for (node, parts) in nodes.nodes.iter().enumerate() {
+            own.insert(Part::Node(node as u32), elements.len() as u64);
+            elements.extend(parts.iter().map(|&part| element(part, &places)));
+        }
+        for &value in &nodes.same {
+            own.insert(Part::Same(value), elements.len() as u64);
+            elements.push(element(Part::Same(value), &places));
+        }
+        if elements.len() * 8 > TRIE_BYTES_MAX {
+            return None;
+        }
+        let table = DataTable::new(&elements);
+        let mask_bits = below.map_or(0, |width| u64::from(strides[level + 1]) + width);
+        tables.push((table, mask_bits));
+        places = own;
+    }
+    tables.reverse();
+    let mut shift = i64::from(total) - i64::from(strides[0]);
+    let mut element: Option<(Value, u64)> = None;
+    for (level, (table, mask_bits)) in tables.into_iter().enumerate() {
+        let width = i64::from(table.width.trailing_zeros());
+        let x = number(line);
+        // The bits of this level, as an offset.
+        let by = shift - width;
+        let part = if by >= 0 {
+            line.with(AluKind::Shr, x, by as u64)
+        } else {
+            line.with(AluKind::Shl, x, (-by) as u64)
+        };
+        let offset = match element {
+            None if width > 0 || total > bits => {
+                let mask = ((1u64 << strides[level]) - 1) << width;
+                line.with(AluKind::And, part, mask)
+            }
+            None => part,
+            Some((element, bits_below)) => {
+                let mask = ((1u64 << strides[level]) - 1) << width;
+                let part = line.with(AluKind::And, part, mask);
+                let part = line.alu(AluKind::And, part, element);
+                let base = line.with(AluKind::Shr, element, bits_below);
+                line.alu(AluKind::Add, base, part)
+            }
+        };
+        element = Some((line.read(table, offset), mask_bits));
+        shift -= strides.get(level + 1).map_or(0, |&stride| i64::from(stride));
+    }
+    element.map(|(value, _)| value)
+}
+
+/// A level of a trie: its nodes, and the values that stand alone.
+#[derive(Debug, Default)]
+struct Level {
+    nodes: Vec<Vec<Part>>,
+    same: Vec<u64>,
+}
+
+/// Nodes of all levels, equal ones once. `None` if they are too many.
+fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
+    let mut levels: Vec<Level> = strides.iter().map(|_| Level::default()).collect();
+    let mut known: Vec<FastMap<Vec<Part>, u32>> = strides.iter().map(|_| FastMap::default()).collect();
+    let mut same: Vec<FastMap<u64, ()>> = strides.iter().map(|_| FastMap::default()).collect();
+    let mut elements = 0usize;
+    // A node being filled: its level, the shift of its bits, its first number, the run that has it, its parts so far.
+    struct Open {
+        level: usize,
+        shift: u32,
+        low: u64,
+        run: usize,
+        parts: Vec<Part>,
+    }
+    let mut open = vec![Open { level: 0, shift: bits - strides[0], low: 0, run: 0, parts: Vec::new() }];
+    loop {
+        let node = open.last_mut().expect("the root is open until the end");
+        if node.parts.len() == 1 << strides[node.level] {
+            let done = open.pop().expect("it is the last");
+            let level = &mut levels[done.level];
+            let number = match known[done.level].get(&done.parts) {
+                Some(&number) => number,
+                None => {
+                    let number = level.nodes.len() as u32;
+                    elements += done.parts.len();
+                    if elements * 8 > TRIE_BYTES_MAX {
+                        return None;
+                    }
+                    known[done.level].insert(done.parts.clone(), number);
+                    level.nodes.push(done.parts);
+                    number
+                }
+            };
+            match open.last_mut() {
+                None => return Some(levels),
+                Some(above) => above.parts.push(Part::Node(number)),
+            }
+            continue;
+        }
+        let low = node.low + ((node.parts.len() as u64) << node.shift);
+        let high = low + ((1u64 << node.shift) - 1);
+        while node.run + 1 < runs.len() && runs[node.run + 1].0 <= low {
+            node.run += 1;
+        }
+        if node.run + 1 == runs.len() || runs[node.run + 1].0 > high {
+            let value = runs[node.run].1;
+            for (level, same) in same.iter_mut().enumerate().skip(node.level + 1) {
+                if same.insert(value, ()).is_none() {
+                    levels[level].same.push(value);
+                }
+            }
+            // As many parts as the run covers whole.
+            let until = runs.get(node.run + 1).map_or(1 << bits, |&(start, _)| start);
+            let covered =
+                ((until - low) >> node.shift).min((1 << strides[node.level]) - node.parts.len() as u64);
+            node.parts.extend(std::iter::repeat_n(Part::Same(value), covered as usize));
+        } else {
+            let (level, shift, run) = (node.level + 1, node.shift - strides[node.level + 1], node.run);
+            open.push(Open { level, shift, low, run, parts: Vec::new() });
+        }
+    }
+}
