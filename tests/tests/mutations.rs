@@ -5,7 +5,7 @@
 
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
-use polc::select::Devices;
+use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
 use polc_backend_ebpf::emit::{RuleLine, Target, emit};
 use polc_frontend_iptables::{ParseOptions, lower, parse};
@@ -84,7 +84,7 @@ fn planted_miscompilations_are_caught() {
         for hook in Hook::ALL {
             let attach = attach_for(hook);
             let place = place(&[hook], attach, Mode::Accelerate, false);
-            let compiled = polc::compile(&ruleset, &place, &env, &devices);
+            let compiled = polc::compile_with(&ruleset, &place, &env, &devices, Prefer::Linear);
             if compiled.plan.steps.is_empty() || ruleset.path_chains(&place).is_empty() {
                 continue;
             }

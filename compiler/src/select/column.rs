@@ -19,7 +19,7 @@ pub(super) fn look_up(line: &mut Line<'_>, column: &Column, runs: &[Run], map: &
     let word = |line: &mut Line<'_>, index: u8| {
         let value = line.word(column.slot.word + index);
         // A word holds no bits above the field's own, so a mask of all of those changes nothing.
-        let whole = u32::from(column.bits.saturating_sub(32 * (words - 1 - index)).min(32));
+        let whole = u32::from(column.field_bits.saturating_sub(32 * (words - 1 - index)).min(32));
         let all = u64::from(u32::MAX) >> (32 - whole.max(1));
         if u64::from(mask(index)) == all { value } else { line.with(AluKind::And, value, mask(index).into()) }
     };

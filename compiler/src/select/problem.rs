@@ -22,7 +22,9 @@ pub(super) struct Column {
     pub(super) slot: KeySlot,
     /// The bits that count.
     pub(super) mask: u128,
-    /// How many bits values have.
+    /// How many bits the field has.
+    pub(super) field_bits: u8,
+    /// How many bits masked values have.
     pub(super) bits: u8,
     /// The distinct sets, over masked values.
     pub(super) predicates: Vec<IntervalSet>,
@@ -130,7 +132,11 @@ impl Problem {
         let column = *column_of.entry((field, mask)).or_insert_with(|| {
             let slot = selector.slot(field);
             let bits = (128 - mask.leading_zeros()) as u8;
-            self.columns.push(Column { slot, mask, bits: bits.max(1), predicates: Vec::new() });
+            let field_bits = match field {
+                Field::InDevice | Field::OutDevice => 16,
+                field => field.bits(selector.classifier.family),
+            };
+            self.columns.push(Column { slot, mask, field_bits, bits: bits.max(1), predicates: Vec::new() });
             predicate_of.push(FastMap::default());
             self.columns.len() as u32 - 1
         });
