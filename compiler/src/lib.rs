@@ -18,9 +18,11 @@ mod pipeline;
 pub mod place;
 pub mod report;
 pub mod runner;
+pub mod save;
 pub mod select;
 pub mod session;
 pub mod verify;
+pub mod watch;
 pub mod witness;
 
 pub use pipeline::{Compiled, compile, compile_with};

@@ -5,45 +5,38 @@
 //! [`Watch`] is dropped; if the process is killed first, the program goes on reporting, at the cost of the reports,
 //! until the ring buffer is full, and then at that of reading packets' headers, until the next watcher leaves.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::trace::{Config, Event, Tally, TraceManifest, state};
 
 use crate::error::Error;
-use crate::sys::{Map, Ring, Sys};
+use crate::sys::{Map, Ring, Signals, Sys};
 
 /// The maps of a program that reports.
-#[derive(Debug)]
-pub struct TraceMaps {
+#[derive(Clone, Copy, Debug)]
+pub struct TraceMaps<'a> {
     /// The switch and the filter.
-    pub config: Map,
+    pub config: &'a Map,
     /// Wanted slots.
-    pub wanted: Map,
+    pub wanted: &'a Map,
     /// Token buckets and counts, for each CPU.
-    pub state: Map,
+    pub state: &'a Map,
     /// The ring buffer.
-    pub events: Map,
+    pub events: &'a Map,
 }
 
-impl TraceMaps {
+impl<'a> TraceMaps<'a> {
     /// Finds the maps by their names in the object; `None` if the program was compiled without reports.
-    ///
-    /// # Errors
-    /// What `open` gives.
-    pub fn open<E>(
-        manifest: &Manifest,
-        mut open: impl FnMut(&str) -> Result<Map, E>,
-    ) -> Result<Option<TraceMaps>, E> {
-        let Some(TraceManifest { events, config, wanted, state, .. }) = &manifest.trace else {
-            return Ok(None);
-        };
-        Ok(Some(TraceMaps {
-            config: open(config)?,
-            wanted: open(wanted)?,
-            state: open(state)?,
-            events: open(events)?,
-        }))
+    pub fn of(manifest: &Manifest, map: impl Fn(&str) -> Option<&'a Map>) -> Option<TraceMaps<'a>> {
+        let TraceManifest { events, config, wanted, state, .. } = manifest.trace.as_ref()?;
+        Some(TraceMaps {
+            config: map(config)?,
+            wanted: map(wanted)?,
+            state: map(state)?,
+            events: map(events)?,
+        })
     }
 }
 
@@ -51,7 +44,7 @@ impl TraceMaps {
 #[derive(Debug)]
 pub struct Watch<'a> {
     sys: &'a Sys,
-    maps: &'a TraceMaps,
+    maps: TraceMaps<'a>,
     ring: Ring<'a>,
     start: Tally,
 }
@@ -64,21 +57,21 @@ impl<'a> Watch<'a> {
     /// A call failed.
     pub fn start(
         sys: &'a Sys,
-        maps: &'a TraceMaps,
+        maps: TraceMaps<'a>,
         config: &Config,
         wanted: impl Fn(usize) -> bool,
     ) -> Result<Watch<'a>, Error> {
         let what = || Error::call("switch reports on");
         let slots = maps.wanted.info().value_bytes as usize;
-        set(sys, &maps.config, &Config::OFF.encode()).map_err(what())?;
-        let mut ring = Ring::new(sys, &maps.events).map_err(what())?;
+        set(sys, maps.config, &Config::OFF.encode()).map_err(what())?;
+        let mut ring = Ring::new(sys, maps.events).map_err(what())?;
         while ring.take(|_| ()).is_some() {}
         let start = tally(sys, maps)?;
         let wanted: Vec<u8> = (0..slots).map(|slot| u8::from(wanted(slot))).collect();
-        set(sys, &maps.wanted, &wanted).map_err(what())?;
+        set(sys, maps.wanted, &wanted).map_err(what())?;
         // From here on the switch goes off again, whatever happens.
         let watch = Watch { sys, maps, ring, start };
-        set(sys, &maps.config, &config.encode()).map_err(what())?;
+        set(sys, maps.config, &config.encode()).map_err(what())?;
         Ok(watch)
     }
 
@@ -89,14 +82,6 @@ impl<'a> Watch<'a> {
                 return Some(event);
             }
         }
-    }
-
-    /// Waits until there is a report, for at most `timeout`; whether there may be one.
-    ///
-    /// # Errors
-    /// The call failed.
-    pub fn wait(&self, timeout: Duration) -> Result<bool, Error> {
-        self.ring.wait(timeout).map_err(Error::call("wait for reports"))
     }
 
     /// What was reported and what was not since the start.
@@ -117,7 +102,7 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// The call failed: reports go on.
     pub fn stop(&mut self) -> Result<(), Error> {
-        set(self.sys, &self.maps.config, &Config::OFF.encode()).map_err(Error::call("switch reports off"))
+        set(self.sys, self.maps.config, &Config::OFF.encode()).map_err(Error::call("switch reports off"))
     }
 }
 
@@ -128,15 +113,31 @@ impl Drop for Watch<'_> {
     }
 }
 
+/// Waits until one of the watches has a report or a signal asks to end, for at most `timeout`; whether to end.
+///
+/// # Errors
+/// The call failed.
+pub fn wait(
+    sys: &Sys,
+    watches: &[Watch<'_>],
+    signals: Option<&Signals>,
+    timeout: Duration,
+) -> Result<bool, Error> {
+    let mut files: Vec<BorrowedFd<'_>> = watches.iter().map(|watch| watch.ring.as_fd()).collect();
+    files.extend(signals.map(AsFd::as_fd));
+    let ready = sys.wait_readable(&files, timeout).map_err(Error::call("wait for reports"))?;
+    Ok(signals.is_some() && ready.last() == Some(&true))
+}
+
 /// The only value of a data map.
 fn set(sys: &Sys, map: &Map, value: &[u8]) -> std::io::Result<()> {
     sys.map_update(map, &0u32.to_ne_bytes(), value)
 }
 
 /// What all CPUs counted since the program was loaded.
-fn tally(sys: &Sys, maps: &TraceMaps) -> Result<Tally, Error> {
+fn tally(sys: &Sys, maps: TraceMaps<'_>) -> Result<Tally, Error> {
     let found =
-        sys.map_lookup(&maps.state, &0u32.to_ne_bytes()).map_err(Error::call("read what was reported"))?;
+        sys.map_lookup(maps.state, &0u32.to_ne_bytes()).map_err(Error::call("read what was reported"))?;
     let bytes = found.unwrap_or_default();
     Ok(bytes.chunks_exact(state::BYTES).filter_map(Tally::decode).fold(Tally::default(), |a, b| a + b))
 }

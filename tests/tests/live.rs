@@ -7,18 +7,18 @@ use polc::select::Devices;
 use polc::session::{ReadOptions, Session};
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
-use polc_backend_ebpf::trace::{Config, EventTransport, Pattern, Tally, TraceManifest};
+use polc_backend_ebpf::trace::{Config, EventTransport, Pattern, Tally};
 use polc_ir::env::{Attach, Env, Mode};
 use polc_ir::hook::Hook;
 use polc_ir::source::SourceMap;
 use polc_loader::carry;
 use polc_loader::counters::{self, Counter};
-use polc_loader::events::{TraceMaps, Watch};
+use polc_loader::events::{self, TraceMaps, Watch};
+use polc_loader::jited;
 use polc_loader::load::{Loaded, load};
 use polc_loader::sys::{Sys, TestRun};
-use polc_loader::{Error, jited};
 use std::os::fd::AsFd as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const RULES: &str = "\
 *filter
@@ -68,21 +68,18 @@ fn run(sys: &Sys, loaded: &Loaded, frame: &[u8]) {
 fn packets_are_reported_while_somebody_watches() {
     let sys = Sys::new();
     let Some((object, loaded)) = loaded("reports", &sys, true) else { return };
-    let open = |name: &str| {
-        let id = loaded.map(name).expect("named").info().id;
-        sys.map_by_id(id).map_err(Error::call("open a map"))
-    };
-    let maps = TraceMaps::open(&object.manifest, open).unwrap().expect("compiled with reports");
+    let maps = TraceMaps::of(&object.manifest, |name| loaded.map(name)).expect("compiled with reports");
     let ssh = frame(6, [192, 0, 2, 9], 22);
     let dns = frame(17, [203, 0, 113, 1], 53);
     run(&sys, &loaded, &ssh);
     let config = Config { on: true, patterns: vec![Pattern::default()], rate: 0, burst: 1 };
-    let mut watch = Watch::start(&sys, &maps, &config, |_| true).unwrap();
+    let mut watch = Watch::start(&sys, maps, &config, |_| true).unwrap();
     assert_eq!(watch.take(), None);
-    assert!(!watch.wait(Duration::from_millis(1)).unwrap());
     run(&sys, &loaded, &ssh);
     run(&sys, &loaded, &dns);
-    assert!(watch.wait(Duration::from_secs(5)).unwrap());
+    let waited = Instant::now();
+    assert!(!events::wait(&sys, std::slice::from_ref(&watch), None, Duration::from_secs(60)).unwrap());
+    assert!(waited.elapsed() < Duration::from_secs(60), "there was something to read");
     let events: Vec<_> = std::iter::from_fn(|| watch.take()).collect();
     assert_eq!(events.len(), 2);
     let slots: Vec<_> = events.iter().map(|event| &object.manifest.counters[event.slot as usize]).collect();
@@ -96,7 +93,7 @@ fn packets_are_reported_while_somebody_watches() {
     run(&sys, &loaded, &ssh);
     // Only what line 6 decides, and what the first watcher was told is not told again.
     let wanted = |slot: usize| object.manifest.counters.get(slot).is_some_and(|slot| slot.line == Some(6));
-    let mut watch = Watch::start(&sys, &maps, &config, wanted).unwrap();
+    let mut watch = Watch::start(&sys, maps, &config, wanted).unwrap();
     run(&sys, &loaded, &ssh);
     run(&sys, &loaded, &dns);
     let events: Vec<_> = std::iter::from_fn(|| watch.take()).collect();
@@ -117,10 +114,8 @@ fn packets_are_reported_while_somebody_watches() {
 #[test]
 fn a_program_without_reports_says_so() {
     let sys = Sys::new();
-    let Some((object, _)) = loaded("no reports", &sys, false) else { return };
-    let open = |name: &str| -> Result<_, String> { Err(format!("map {name} was asked for")) };
-    assert!(TraceMaps::open(&object.manifest, open).unwrap().is_none());
-    assert_ne!(TraceManifest::current().events, COUNTERS_MAP);
+    let Some((object, loaded)) = loaded("no reports", &sys, false) else { return };
+    assert!(TraceMaps::of(&object.manifest, |name| loaded.map(name)).is_none());
 }
 
 #[test]

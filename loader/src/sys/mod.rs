@@ -11,6 +11,7 @@ mod bpf;
 mod files;
 mod misc;
 mod netlink;
+mod poll;
 mod ring;
 
 use std::fmt;
@@ -22,6 +23,7 @@ pub use bpf::{
     ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
 pub use netlink::{Message, NetlinkRequest};
+pub use poll::Signals;
 pub use ring::Ring;
 
 /// Asked before every system call, with its name. An error is returned in place of the call's result.

@@ -1,4 +1,4 @@
-//! Reading a BPF ring buffer: its pages mapped into the process, and a wait for more.
+//! Reading a BPF ring buffer: its pages mapped into the process.
 //!
 //! The layout is that of kernel/bpf/ringbuf.c: a page with the consumer's position, which the reader writes, a page with
 //! the producers', and the records, mapped twice in a row so that none is ever cut in two. A record starts with its
@@ -6,10 +6,9 @@
 //! the one consumer of a map, so positions only grow.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 use super::bpf::Map;
 use super::{Sys, checked};
@@ -52,7 +51,6 @@ impl Drop for Mapped {
 
 /// A ring buffer that is being read.
 pub struct Ring<'a> {
-    sys: &'a Sys,
     map: &'a Map,
     consumer: Mapped,
     /// The producers' page and, twice, the records.
@@ -70,7 +68,7 @@ impl std::fmt::Debug for Ring<'_> {
 
 impl<'a> Ring<'a> {
     /// Maps a ring buffer. There must be no other reader.
-    pub fn new(sys: &'a Sys, map: &'a Map) -> io::Result<Ring<'a>> {
+    pub fn new(sys: &Sys, map: &'a Map) -> io::Result<Ring<'a>> {
         sys.enter("ring")?;
         let bytes = map.info().max_entries as usize;
         if map.info().map_type != RINGBUF || !bytes.is_power_of_two() {
@@ -79,7 +77,6 @@ impl<'a> Ring<'a> {
         // SAFETY: the call touches no memory.
         let page = checked(unsafe { libc::sysconf(libc::_SC_PAGESIZE) })? as usize;
         Ok(Ring {
-            sys,
             map,
             consumer: Mapped::new(map, page, 0, libc::PROT_READ | libc::PROT_WRITE)?,
             producer: Mapped::new(map, page + 2 * bytes, page, libc::PROT_READ)?,
@@ -134,18 +131,11 @@ impl<'a> Ring<'a> {
             }
         }
     }
+}
 
-    /// Waits until there is a record, for at most `timeout`; whether there is one.
-    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
-        self.sys.enter("poll")?;
-        let mut poll = libc::pollfd { fd: self.map.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: `poll` is one structure of the right type.
-        match checked(unsafe { libc::poll(&raw mut poll, 1, millis) }.into()) {
-            Ok(ready) => Ok(ready > 0),
-            // A signal is no failure; the caller looks at what it means.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            Err(error) => Err(error),
-        }
+impl AsFd for Ring<'_> {
+    /// What can be read once there is a record.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.map.as_fd()
     }
 }

@@ -1,0 +1,79 @@
+//! Waiting: for descriptors that can be read, and for the signals that ask a process to end.
+//!
+//! A command that watches has to undo what it switched on, so it takes the signals as one more thing to wait for
+//! (signalfd(2)) and leaves its loop as if it had been told to on a terminal.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::time::Duration;
+
+use super::{Sys, checked};
+
+/// Signals that ask to end.
+const ENDING: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+/// The signals that ask the process to end, as something to wait for. They do nothing else while this lives.
+#[derive(Debug)]
+pub struct Signals(OwnedFd);
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn ending() -> libc::sigset_t {
+    // SAFETY: all zeros is a valid signal set, which `sigemptyset` makes an empty one; the signals are known.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in ENDING {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        set
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        let set = ending();
+        // SAFETY: the set lives; the old one is not asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) };
+    }
+}
+
+impl Sys {
+    /// Makes the signals that ask to end something to wait for, for this thread and those that it starts.
+    pub fn signals(&self) -> io::Result<Signals> {
+        self.enter("signalfd")?;
+        let set = ending();
+        // SAFETY: the set lives; the old one is not asked for.
+        let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        if failed != 0 {
+            return Err(io::Error::from_raw_os_error(failed));
+        }
+        // SAFETY: the set lives.
+        let fd = checked(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) }.into())?;
+        // SAFETY: the descriptor is new and nobody else has it.
+        Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    /// Waits until one of `files` can be read, for at most `timeout`; for each, whether it can.
+    pub fn wait_readable(&self, files: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Vec<bool>> {
+        self.enter("poll")?;
+        let mut polls: Vec<libc::pollfd> = files
+            .iter()
+            .map(|file| libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+            .collect();
+        let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: the structures live and are as many as said.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
+        match checked(ready.into()) {
+            Ok(_) => {}
+            // Another signal is no failure.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(vec![false; files.len()]),
+            Err(error) => return Err(error),
+        }
+        Ok(polls.iter().map(|poll| poll.revents != 0).collect())
+    }
+}
