@@ -13,6 +13,7 @@ pub mod build;
 pub mod decide;
 pub mod decider;
 pub mod flatten;
+pub mod guard;
 pub mod lint;
 mod pipeline;
 pub mod place;

@@ -18,6 +18,7 @@ const RTM_GETROUTE: u16 = 26;
 const RTM_NEWROUTE: u16 = 24;
 const LINK_HEADER_BYTES: usize = 16;
 const ROUTE_HEADER_BYTES: usize = 12;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
@@ -47,6 +48,8 @@ pub struct Device {
     pub master: Option<u32>,
     /// What kind of device it is, where the kernel says: `bridge`, `bond`, `veth`.
     pub kind: Option<String>,
+    /// Its hardware address.
+    pub address: Vec<u8>,
     /// Numbers of the XDP programs on it.
     pub xdp: Vec<u32>,
 }
@@ -116,6 +119,7 @@ fn device(body: &[u8]) -> Option<Device> {
     let mut device = Device { ifindex, ..Device::default() };
     for (kind, value) in attributes(body.get(LINK_HEADER_BYTES..)?) {
         match kind {
+            IFLA_ADDRESS => device.address = value.to_vec(),
             IFLA_IFNAME => device.name = text(value),
             IFLA_MTU => device.mtu = u32_at(value, 0)?,
             IFLA_MASTER => device.master = u32_at(value, 0),

@@ -197,6 +197,9 @@ impl Store {
     pub fn slots(&self, sys: &Sys) -> Result<Vec<(Slot, SlotState)>, Error> {
         let mut found = Vec::new();
         for name in sys.list(&self.state).map_err(Error::disk(&self.state))? {
+            if name.ends_with(LOCK_SUFFIX) {
+                continue;
+            }
             let path = self.state.join(&name).join(STATE_FILE);
             if let Some(state) = read_state(sys, &path)? {
                 found.push((self.slot(&state.slot), state));
@@ -216,6 +219,8 @@ impl Store {
 }
 
 const STATE_FILE: &str = "state.json";
+/// Slots' directories have no dots in their names.
+const LOCK_SUFFIX: &str = ".lock";
 
 /// A slot's directories.
 #[derive(Clone, Debug)]

@@ -10,8 +10,9 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
 use polc_ir::env::Attach;
 
@@ -112,45 +113,50 @@ pub fn apply(
     store.prepare(sys)?;
     let slot = store.slot(request.slot);
     let _lock = slot.lock(sys, false)?;
+    let applied = change(sys, store, &slot, request, watch);
+    if applied.is_err() {
+        // What is attached tells what is left over. If even that fails, the next polc has another try.
+        if repair(sys, &slot).is_ok_and(|left| left.is_none()) {
+            let _ = slot.remove(sys);
+            store.tidy(sys);
+        }
+    }
+    applied
+}
+
+fn change(
+    sys: &Sys,
+    store: &Store,
+    slot: &Slot,
+    request: &Request<'_>,
+    watch: &mut dyn FnMut(&Confirm) -> Result<(), Error>,
+) -> Result<Applied, Error> {
     let device = device(sys, request)?;
-    let before = repair(sys, &slot)?;
-    let (mut state, from) = match before {
+    let (mut state, from) = match repair(sys, slot)? {
         Some(Repaired { state, unconfirmed: Some(_), .. }) => {
             return Err(Error::Unconfirmed(state.slot.to_string()));
         }
         Some(Repaired { state, current, .. }) => (state, Some(current)),
-        None => (fresh(sys, store, &slot, &device, request)?, None),
+        None => (fresh(sys, store, slot, &device, request)?, None),
     };
     let present = slot.generations_present(sys)?;
     let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
-    let outcome = install(sys, &slot, &mut state, from, to, request, watch).and_then(|()| {
-        let began = std::time::Instant::now();
-        match from {
-            Some(from) => attach::swap(sys, &slot, &state, to, from)?,
-            None => {
-                let program = attach::program(sys, &slot, to)?;
-                let how = How { device: &device, generic: request.generic, order: request.order };
-                attach::first(sys, &slot, &state, to, program.as_fd(), how)?;
-            }
+    install(sys, slot, &mut state, from, to, request, watch)?;
+    let began = Instant::now();
+    match from {
+        Some(from) => attach::swap(sys, slot, &state, to, from)?,
+        None => {
+            let program = attach::program(sys, slot, to)?;
+            let how = How { device: &device, generic: request.generic, order: request.order };
+            attach::first(sys, slot, &state, to, program.as_fd(), how)?;
         }
-        Ok(began.elapsed())
-    });
-    let attach_time = match outcome {
-        Ok(time) => time,
-        Err(error) => {
-            // What is attached tells what is left over. If even that fails, the next polc has another try.
-            if repair(sys, &slot).is_ok_and(|left| left.is_none()) {
-                let _ = slot.remove(sys);
-                store.tidy(sys);
-            }
-            return Err(error);
-        }
-    };
+    }
+    let attach_time = began.elapsed();
     let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.clone());
     let (program_id, via) = (state.generations[&to].program_id, state.via);
     // The change is made; from here on nothing fails it.
     let untidy =
-        settle(sys, &slot, &mut state, to, from).and_then(|()| prune(sys, &slot, &mut state, to)).err();
+        settle(sys, slot, &mut state, to, from).and_then(|()| prune(sys, slot, &mut state, to)).err();
     Ok(Applied { generation: to, program_id, replaced: from, via, confirm, untidy, attach_time })
 }
 
@@ -206,6 +212,9 @@ fn install(
     let loaded = load(sys, request.object)?;
     fill(sys, &loaded, request.contents)?;
     check(sys, &loaded, request.checks)?;
+    if let Some(counters) = loaded.map(COUNTERS_MAP).filter(|_| !request.checks.is_empty()) {
+        crate::tables::clear_array(sys, counters)?;
+    }
     let program = loaded.program().ok_or_else(|| Error::NoProgram("the object has no program".into()))?;
     let info = sys.prog_info(&program.fd).map_err(Error::call("ask about the loaded program"))?;
 
@@ -268,7 +277,11 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
     let Some(program) = loaded.program() else { return Ok(()) };
     for check in checks {
         let run = TestRun { frame: &check.frame, context: &check.context, repeat: 1 };
-        let result = sys.test_run(&program.fd, &run).map_err(Error::call("run the loaded program"))?;
+        let result = match sys.test_run(&program.fd, &run) {
+            // A frame that the kernel makes no packet of for this kind of program.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+            result => result.map_err(Error::call("run the loaded program"))?,
+        };
         if result.return_value as i32 != check.returns {
             return Err(Error::TestRun {
                 packet: check.text.clone(),
@@ -497,4 +510,69 @@ pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error>
             Err(Error::NotApplied(name.to_string()))
         }
     }
+}
+
+/// What a watchdog holds, so that it can take a change back whatever happens to files and pins.
+#[derive(Debug)]
+pub struct Held {
+    slot: Slot,
+    store: Store,
+    link: Option<std::os::fd::OwnedFd>,
+    old: Option<std::os::fd::OwnedFd>,
+}
+
+impl Held {
+    /// Opens what taking the slot's change back needs. The change has been written down, and not been made yet.
+    pub fn new(sys: &Sys, store: &Store, name: &SlotName) -> Result<Held, Error> {
+        let slot = store.slot(name);
+        let from = slot.read(sys)?.and_then(|state| state.intent).and_then(|intent| intent.from);
+        let old = from.map(|from| attach::program(sys, &slot, from)).transpose()?;
+        let link = attach::open_pin(sys, &slot.link())?;
+        Ok(Held { slot, store: store.clone(), link, old })
+    }
+
+    /// Whether the change still waits for its confirmation. What can't be read does.
+    pub fn waits(&self, sys: &Sys, token: &str) -> bool {
+        match self.slot.read(sys) {
+            Ok(Some(state)) => is_of(&state, token),
+            Ok(None) => false,
+            Err(_) => true,
+        }
+    }
+
+    /// Takes the change back if it has not been confirmed.
+    pub fn go_back(&self, sys: &Sys, token: &str) -> Result<(), Error> {
+        let _lock = self.slot.lock(sys, true)?;
+        let repaired = match self.slot.read(sys) {
+            Ok(Some(state)) if is_of(&state, token) => repair(sys, &self.slot),
+            Ok(_) => return Ok(()),
+            Err(error) => Err(error),
+        };
+        match repaired {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => {
+                self.slot.remove(sys)?;
+                self.store.tidy(sys);
+                Ok(())
+            }
+            // The files are of no use; the link and the old program are.
+            Err(error) => {
+                let pinned = attach::open_pin(sys, &self.slot.link())?;
+                match (self.link.as_ref().or(pinned.as_ref()), &self.old) {
+                    (Some(link), Some(old)) => {
+                        sys.link_update(link, old, None).map_err(Error::call("go back to the old program"))
+                    }
+                    (Some(link), None) => {
+                        sys.link_detach(link).map_err(Error::call("detach the new program"))
+                    }
+                    (None, _) => Err(error),
+                }
+            }
+        }
+    }
+}
+
+fn is_of(state: &SlotState, token: &str) -> bool {
+    let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.as_ref());
+    confirm.is_some_and(|confirm| confirm.token == token)
 }

@@ -43,6 +43,14 @@ const ENOTSUPP: i32 = 524;
 /// Elements that one call takes.
 const BATCH: usize = 4_096;
 
+/// Sets every value of an array, or of a per-CPU array, to zeros.
+pub fn clear_array(sys: &Sys, map: &Map) -> Result<(), Error> {
+    let zeros = vec![0u8; map.stride()];
+    let elements: Vec<Element> =
+        (0..map.info().max_entries).map(|index| (index.to_ne_bytes().to_vec(), zeros.clone())).collect();
+    fill(sys, map, &elements)
+}
+
 /// The keys and values in a map, in its own order.
 pub fn list(sys: &Sys, map: &Map) -> Result<Vec<Element>, Error> {
     let fail = || Error::call(format!("read map `{}`", map.info().name));

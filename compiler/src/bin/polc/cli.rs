@@ -9,14 +9,14 @@ use polc_ir::hook::{Family, Hook, Semantics};
 
 /// Compiles iptables rule sets to eBPF objects, and shows that they decide every packet as the rules say.
 ///
-/// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. Nothing here needs root or touches the
-/// running kernel.
+/// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. What changes or reads the running kernel
+/// needs root: apply, restore, confirm, flush, status.
 #[derive(Debug, Parser)]
 #[command(
     name = "polc",
     version,
     max_term_width = 110,
-    after_help = "Exit status: 0 if all is well, 1 if something was found or differs, 2 for bad usage or unreadable input."
+    after_help = "Exit status: 0 if all is well, 1 if something was found or differs, 2 for bad usage or unreadable input, 3 if the\nkernel or the system refuses; nothing is changed then."
 )]
 pub(crate) struct Cli {
     /// When to colour what is printed
@@ -53,6 +53,25 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Print bytecode beside the rules it comes from
     Dump(DumpArgs),
+    /// Compile a rule set, verify it, and put it in force in the running kernel
+    #[cfg(feature = "kernel")]
+    Apply(ApplyArgs),
+    /// As apply in replace mode, for rules on standard input, as iptables-restore takes them
+    #[cfg(feature = "kernel")]
+    Restore(RestoreArgs),
+    /// Keep what apply --confirm put in force
+    #[cfg(feature = "kernel")]
+    Confirm(SlotArgs),
+    /// Take applied policies away, and leave the host as it was before
+    #[cfg(feature = "kernel")]
+    Flush(SlotArgs),
+    /// Show what is applied where, since when, and what it does
+    #[cfg(feature = "kernel")]
+    Status(StatusArgs),
+    /// Go back to the policy before unless confirmed (started by apply --confirm)
+    #[cfg(feature = "kernel")]
+    #[command(hide = true)]
+    Watchdog(WatchdogArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -441,4 +460,148 @@ pub(crate) struct DumpArgs {
     pub devices: DeviceArgs,
     #[command(flatten)]
     pub input: InputArgs,
+}
+
+/// Where polc keeps what it knows about applied policies.
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct StoreArgs {
+    /// The bpffs that maps, programs and links are pinned in; one is mounted if there is none
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::state::DEFAULT_BPFFS, help_heading = "State")]
+    pub bpffs: PathBuf,
+    /// Where the rest is kept; it need not outlive the machine
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::state::DEFAULT_STATE, help_heading = "State")]
+    pub state: PathBuf,
+}
+
+/// Where among the programs of others.
+#[cfg(feature = "kernel")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OrderChoice {
+    /// Before all others.
+    First,
+    /// After all others.
+    Last,
+}
+
+/// Traffic that accelerate mode leaves to the kernel whatever the rules say.
+#[cfg(feature = "kernel")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KeepChoice {
+    /// UDP to ports 67 and 68, or 546 and 547: DHCP clients read it with packet sockets.
+    Dhcp,
+    /// Nothing.
+    None,
+}
+
+/// How a policy is put in force: common to apply and restore.
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct ApplyOptions {
+    /// Where the program sits
+    #[arg(long, value_enum, value_name = "WHERE", default_value_t = AttachChoice::Xdp, help_heading = "Place")]
+    pub attach: AttachChoice,
+    /// The device
+    #[arg(long, value_name = "NAME", help_heading = "Place")]
+    pub dev: Option<String>,
+    /// Run XDP without the driver's help, on every device; slower
+    #[arg(long, help_heading = "Place")]
+    pub generic: bool,
+    /// Use the clsact qdisc even where the kernel has tcx
+    #[arg(long, help_heading = "Place")]
+    pub clsact: bool,
+    /// Go beside others' tcx programs, before or after them [default: refuse, and name them]
+    #[arg(long, value_enum, value_name = "ORDER", help_heading = "Place")]
+    pub order: Option<OrderChoice>,
+    /// Go back to what was in force before, unless `polc confirm` follows within this time
+    #[arg(long, value_name = "SECONDS", help_heading = "Safety", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub confirm: Option<u32>,
+    /// Put nothing in force unless this packet is decided so, such as 'tcp 10.0.0.1:5000 > 10.0.0.2:22 => accept';
+    /// repeat for several. The verdict is accept, drop, reject or defer; a packet that is left to the kernel fits accept
+    #[arg(long, value_name = "PACKET => VERDICT", help_heading = "Safety")]
+    pub canary: Vec<String>,
+    /// Do everything but attach: compile, verify, load, test
+    #[arg(long, help_heading = "Safety")]
+    pub dry_run: bool,
+    /// Traffic that accelerate mode leaves to the kernel whatever the rules say
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = KeepChoice::Dhcp, help_heading = "Safety")]
+    pub keep: KeepChoice,
+    /// Let the program report packets as it decides them, while somebody watches
+    #[arg(long)]
+    pub trace: bool,
+    #[command(flatten)]
+    pub input: InputArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// The rule set
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub place: PlaceArgs,
+    #[command(flatten)]
+    pub options: ApplyOptions,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// Start with the counters that the rules give
+    #[arg(long, short)]
+    pub counters: bool,
+    /// The same as --dry-run
+    #[arg(long, short)]
+    pub test: bool,
+    /// The rule set [default: standard input]
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+    #[command(flatten)]
+    pub options: ApplyOptions,
+}
+
+/// Which applied policies.
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct SlotArgs {
+    /// Only policies at this attach point
+    #[arg(long, value_enum, value_name = "WHERE")]
+    pub attach: Option<AttachChoice>,
+    /// Only policies of this device
+    #[arg(long, value_name = "NAME")]
+    pub dev: Option<String>,
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub slots: SlotArgs,
+    /// How it is written
+    #[arg(long, value_enum, default_value_t = TextFormat::Human, value_name = "FORMAT")]
+    pub format: TextFormat,
+    /// Watch for so many milliseconds to tell packets a second; 0: don't
+    #[arg(long, default_value_t = 200, value_name = "MS", value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    pub sample: u32,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct WatchdogArgs {
+    /// The slot, as JSON
+    #[arg(long)]
+    pub slot: String,
+    /// Which change
+    #[arg(long)]
+    pub token: String,
+    /// When, in milliseconds since boot
+    #[arg(long)]
+    pub deadline: u64,
+    #[command(flatten)]
+    pub store: StoreArgs,
 }

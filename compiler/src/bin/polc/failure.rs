@@ -17,6 +17,9 @@ pub(crate) enum Failure {
     Usage(String),
     /// The input is readable, and not what it has to be.
     Input(String),
+    /// The kernel or the system refuses.
+    #[cfg(feature = "kernel")]
+    Kernel(Box<polc_loader::Error>),
 }
 
 impl Failure {
@@ -30,7 +33,11 @@ impl Failure {
 
     /// The exit status it gives.
     pub(crate) fn exit_status(&self) -> u8 {
-        2
+        match self {
+            #[cfg(feature = "kernel")]
+            Failure::Kernel(_) => 3,
+            _ => 2,
+        }
     }
 }
 
@@ -46,6 +53,26 @@ impl fmt::Display for Failure {
             ),
             Failure::Write(path, error) => write!(f, "cannot write `{}`: {error}", path.display()),
             Failure::Usage(message) | Failure::Input(message) => f.write_str(message),
+            #[cfg(feature = "kernel")]
+            Failure::Kernel(error) => {
+                write!(f, "[E{}] {error}", error.code())?;
+                if let polc_loader::Error::Verifier(refusal) = &**error {
+                    for line in refusal.log.lines() {
+                        write!(f, "\n  | {line}")?;
+                    }
+                }
+                match error.hint() {
+                    Some(hint) => write!(f, "\n  help: {hint}"),
+                    None => Ok(()),
+                }
+            }
         }
+    }
+}
+
+#[cfg(feature = "kernel")]
+impl From<polc_loader::Error> for Failure {
+    fn from(error: polc_loader::Error) -> Failure {
+        Failure::Kernel(Box::new(error))
     }
 }

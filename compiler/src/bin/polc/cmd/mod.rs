@@ -1,14 +1,20 @@
 //! The commands, a file each.
 
+#[cfg(feature = "kernel")]
+mod apply;
 mod check;
 mod compile;
 mod completions;
 mod dump;
 mod explain;
 mod fmt;
+#[cfg(feature = "kernel")]
+mod live;
 mod man;
 mod place;
 mod simulate;
+#[cfg(feature = "kernel")]
+mod status;
 mod verify;
 
 use std::process::ExitCode;
@@ -34,6 +40,18 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::Simulate(args) => simulate::run(args, output),
         Command::Explain(args) => explain::run(args, output),
         Command::Dump(args) => dump::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Apply(args) => apply::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Restore(args) => apply::restore(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Confirm(args) => live::confirm(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Flush(args) => live::flush(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Status(args) => status::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Watchdog(args) => live::watchdog(args),
         Command::Completions { shell } => completions::run(*shell, output),
         Command::Man { folder } => man::run(folder),
     }

@@ -1,0 +1,399 @@
+//! `polc apply` and `polc restore`: a rule set into force.
+//!
+//! Everything that may fail is done before anything is changed: read, compile, verify under rbpf, load, run the loaded
+//! program on the same packets, decide the user's canaries. The swap is the last step.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use polc::build::object_with;
+use polc::place::{default_path, place as place_of};
+use polc::runner::Program;
+use polc::select::Devices;
+use polc::session::Session;
+use polc::verify::verify;
+use polc::{Compiled, guard};
+use polc_backend_ebpf::emit::return_code;
+use polc_backend_ebpf::object::Object;
+use polc_ir::env::{Attach, Device as IrDevice, Env, Input, Mode, Place};
+use polc_ir::field::DeviceName;
+use polc_ir::hook::{Family, Hook};
+use polc_ir::outcome::Verdict;
+use polc_ir::packet::text;
+use polc_ir::state::State;
+use polc_loader::coexist::Order;
+use polc_loader::state::{Confirm, SlotName};
+use polc_loader::swap::{Applied, Check, Request, apply, check};
+use polc_loader::sys::Sys;
+use polc_loader::{Error, load, net};
+
+use super::compile::{accept, refuse};
+use super::{FOUND, counted, live, place, show};
+use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, RestoreArgs};
+use crate::failure::Failure;
+use crate::input;
+use crate::output::Output;
+
+/// Packets that a program decides under rbpf before it is loaded, and in the kernel before it is attached.
+const CHECKED_PACKETS: usize = 200;
+
+pub(super) fn run(args: &ApplyArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let job = Job {
+        file: &args.file,
+        mode: args.place.mode(),
+        path: args.place.path(),
+        options: &args.options,
+        dry_run: args.options.dry_run,
+        counters: false,
+    };
+    job.run(output)
+}
+
+pub(super) fn restore(args: &RestoreArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let stdin = std::path::PathBuf::from("-");
+    let job = Job {
+        file: args.file.as_ref().unwrap_or(&stdin),
+        mode: Mode::Replace,
+        path: None,
+        options: &args.options,
+        dry_run: args.test || args.options.dry_run,
+        counters: args.counters,
+    };
+    job.run(output)
+}
+
+struct Job<'a> {
+    file: &'a std::path::Path,
+    mode: Mode,
+    path: Option<Vec<Hook>>,
+    options: &'a ApplyOptions,
+    dry_run: bool,
+    counters: bool,
+}
+
+/// A program to be put in force, and where.
+struct Part {
+    slot: SlotName,
+    object: Object,
+    checks: Vec<Check>,
+}
+
+impl Job<'_> {
+    fn run(&self, output: &Output) -> Result<ExitCode, Failure> {
+        let sys = Sys::new();
+        if !sys.is_root() {
+            return Err(Error::NotRoot.into());
+        }
+        let began = Instant::now();
+        let mut session = input::session(self.file, &self.options.input)?;
+        let attach: Attach = self.options.attach.into();
+        let devices = net::devices(&sys)?;
+        let device = match &self.options.dev {
+            Some(name) => net::find(&devices, name)?,
+            None => {
+                return Err(Failure::Usage(format!("--attach {attach} needs --dev NAME")));
+            }
+        };
+        let env = self.env(&sys, session.family())?;
+        let place = place_of(&self.hooks(attach), attach, self.mode, true);
+        let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
+        if self.mode == Mode::Accelerate && self.options.keep == KeepChoice::Dhcp {
+            guard::keep_dhcp(&mut session.ruleset, &place);
+        }
+        if attach != Attach::TcEgress {
+            guard::split_local(&mut session.ruleset, &place, &env);
+        }
+        let names = self.names(&devices, attach)?;
+        let compiled = polc::compile(&session.ruleset, &place, &env, &names);
+        if refuse(&session, &compiled.diagnostics, place.mode, output) {
+            return Ok(FOUND.into());
+        }
+        report.defer_bounded(&session, &compiled.diagnostics);
+        let (object, _) = match object_with(&session, &compiled, self.options.trace) {
+            Ok(made) => made,
+            Err(findings) => {
+                show(output, &session.sources, &findings);
+                return Ok(FOUND.into());
+            }
+        };
+        let verified = verify(&session, &place, &env, &names, 1, CHECKED_PACKETS, &mut |_, _| {});
+        if let Some(wrong) = &verified.disagreement {
+            return Err(Failure::Input(format!(
+                "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
+                hex(&wrong.input.frame)
+            )));
+        }
+        let mut checks = checks(&session, &compiled, &object, device)?;
+        for canary in &self.options.canary {
+            checks.push(self.canary(canary, &session, &place, &env, &compiled, &object, device)?);
+        }
+        let slot =
+            SlotName { device: Some(device.name.clone()), attach, hook: None, family: session.family() };
+        let part = Part { slot, object, checks };
+        let compiled_in = began.elapsed();
+        let account = super::check::account(&report);
+        if self.dry_run {
+            let loaded = load::load(&sys, &part.object)?;
+            check(&sys, &loaded, &part.checks)?;
+            output.remark(&format!(
+                "{account} at {}; loaded and tested with {}, nothing attached\n",
+                place::describe(&place),
+                counted(part.checks.len(), "packet")
+            ));
+            return Ok(ExitCode::SUCCESS);
+        }
+        let applied = self.put_in_force(&sys, &session, &part)?;
+        let mut text = format!("{account} at {}\n", place::describe(&place));
+        let _ = writeln!(
+            text,
+            "in force {} as program {} ({}), in {:.1} ms: {:.1} ms to compile and verify, {:.1} ms of the kernel's to attach",
+            part.slot,
+            applied.program_id,
+            match applied.replaced {
+                Some(old) => format!("generation {}, in place of {old}", applied.generation),
+                None => format!("generation {}", applied.generation),
+            },
+            millis(began.elapsed()),
+            millis(compiled_in),
+            millis(applied.attach_time),
+        );
+        if self.options.confirm.is_some() {
+            text += "it goes back by itself unless `polc confirm` follows\n";
+        }
+        if let Some(error) = &applied.untidy {
+            let _ = writeln!(text, "not everything old could be removed ({error}); the next polc does it");
+        }
+        output.remark(&text);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn put_in_force(&self, sys: &Sys, session: &Session, part: &Part) -> Result<Applied, Failure> {
+        let store = live::store(&self.options.store)?;
+        let rules = session.sources.file(session.rules_file);
+        let mut files: Vec<(String, Vec<u8>)> =
+            vec![(live::RULES_FILE.into(), rules.text().as_bytes().to_vec())];
+        for (index, path) in self.options.input.ipset.iter().enumerate() {
+            let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
+            files.push((format!("{}{index}", live::SETS_PREFIX), bytes));
+        }
+        let files: Vec<(&str, &[u8])> =
+            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        let initial = if self.counters { initial(session, &part.object) } else { Vec::new() };
+        let request = Request {
+            slot: &part.slot,
+            object: &part.object,
+            source: rules.name(),
+            files: &files,
+            contents: &[],
+            checks: &part.checks,
+            generic: self.options.generic,
+            clsact: self.options.clsact,
+            order: match self.options.order {
+                None => Order::Alone,
+                Some(OrderChoice::First) => Order::First,
+                Some(OrderChoice::Last) => Order::Last,
+            },
+            confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
+            initial: &initial,
+        };
+        let mut watch = |confirm: &Confirm| live::start_watchdog(&self.options.store, &part.slot, confirm);
+        Ok(apply(sys, &store, &request, &mut watch)?)
+    }
+
+    /// The hooks whose chains are compiled. A host that arriving packets may leave again has FORWARD beside INPUT; in
+    /// accelerate mode the kernel's own rules see to it.
+    fn hooks(&self, attach: Attach) -> Vec<Hook> {
+        self.path.clone().unwrap_or_else(|| {
+            let mut path = default_path(attach);
+            if self.mode == Mode::Replace && attach != Attach::TcEgress {
+                path.push(Hook::Forward);
+            }
+            path
+        })
+    }
+
+    /// The host's addresses: those the user gives, else the kernel's.
+    fn env(&self, sys: &Sys, family: Family) -> Result<Env, Failure> {
+        let given = input::env(&self.options.input, family);
+        if given.local.is_some() {
+            return Ok(given);
+        }
+        let found = net::addresses(sys, family)?;
+        Ok(Env { local: Some(found.local), broadcast: found.broadcast, ..given })
+    }
+
+    /// The devices, by which packets come and go. What runs on a device knows which one it is.
+    fn names(&self, devices: &[net::Device], attach: Attach) -> Result<Devices, Failure> {
+        let mut declared = Vec::new();
+        for device in devices {
+            // Names of other network namespaces' devices may be longer than rules can name; none of this one's is.
+            if let Some(name) = DeviceName::new(&device.name) {
+                declared.push(IrDevice { ifindex: device.ifindex, name });
+            }
+        }
+        let own = self.options.dev.as_deref().map(place::device_name).transpose()?;
+        Ok(match attach {
+            Attach::TcEgress => Devices { declared, fixed_in: None, fixed_out: own },
+            _ => Devices { declared, fixed_in: own, fixed_out: None },
+        })
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn canary(
+        &self,
+        canary: &str,
+        session: &Session,
+        place: &Place,
+        env: &Env,
+        compiled: &Compiled,
+        object: &Object,
+        device: &net::Device,
+    ) -> Result<Check, Failure> {
+        let usage = |why: String| Failure::Usage(format!("canary `{canary}`: {why}"));
+        let (packet, wanted) = canary.rsplit_once("=>").ok_or_else(|| {
+            usage("expected `PACKET => VERDICT`, such as `tcp 10.0.0.1:5000 > 10.0.0.2:22 => accept`".into())
+        })?;
+        let (packet, wanted) = (packet.trim(), wanted.trim());
+        if !["accept", "drop", "reject", "defer"].contains(&wanted) {
+            return Err(usage(format!("`{wanted}` is none of accept, drop, reject, defer")));
+        }
+        let spec = text::parse(packet).map_err(|error| usage(error.message))?;
+        let mut input = spec.input().map_err(usage)?;
+        let name = place::device_name(&device.name)?;
+        match place.attach {
+            Some(Attach::TcEgress) => input.out_device = Some(name),
+            _ => input.in_device = Some(name),
+        }
+        let outcome = session.ruleset.eval(place, env, &input, &mut State::new(1));
+        let given = outcome.ending.verdict;
+        let fits = given.word() == wanted || (wanted == "accept" && given == Verdict::Defer);
+        if !fits {
+            return Err(Error::Canary {
+                packet: packet.into(),
+                wanted: wanted.into(),
+                given: polc::decider::describe(session, outcome.ending),
+            }
+            .into());
+        }
+        let mut program = vm(compiled, object)?;
+        one_check(&mut program, compiled, object, &input, device)
+            .ok_or_else(|| usage("the kernel tests no such packet".into()))?
+    }
+}
+
+fn vm(compiled: &Compiled, object: &Object) -> Result<Program, Failure> {
+    let attach = compiled.plan.place.attach.expect("programs are made for an attach point");
+    Program::new(&compiled.plan, attach, object)
+        .map_err(|error| Failure::Input(format!("the program can't be run in userspace: {error}")))
+}
+
+/// What the loaded program has to return for packets like those that rbpf was tried with.
+fn checks(
+    session: &Session,
+    compiled: &Compiled,
+    object: &Object,
+    device: &net::Device,
+) -> Result<Vec<Check>, Failure> {
+    // The kernel draws other random numbers.
+    if !compiled.plan.effect_tests.is_empty() {
+        return Ok(Vec::new());
+    }
+    let _ = session;
+    let mut program = vm(compiled, object)?;
+    let devices: Vec<IrDevice> = compiled
+        .plan
+        .devices
+        .devices
+        .iter()
+        .map(|(declared, _)| *declared)
+        .filter(|declared| declared.ifindex == device.ifindex)
+        .collect();
+    let mut found = Vec::new();
+    for input in polc::witness::Witnesses::new(&compiled.classifier, &devices, 1).take(CHECKED_PACKETS) {
+        if let Some(check) = one_check(&mut program, compiled, object, &input, device) {
+            found.push(check?);
+        }
+    }
+    Ok(found)
+}
+
+/// A packet as a test run has it, and what the VM returns for it; `None` for packets that the kernel tests no program
+/// with.
+fn one_check(
+    program: &mut Program,
+    compiled: &Compiled,
+    object: &Object,
+    input: &Input,
+    device: &net::Device,
+) -> Option<Result<Check, Failure>> {
+    let plan = &compiled.plan;
+    let attach = plan.place.attach.expect("programs are made for an attach point");
+    // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags and types of packets
+    // can't be given.
+    if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() {
+        return None;
+    }
+    let mut input = input.clone();
+    let mut context;
+    if attach == Attach::Xdp {
+        context = vec![0; object.programs[0].kind.context_bytes() as usize];
+        context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes());
+        context[12..16].copy_from_slice(&device.ifindex.to_ne_bytes());
+        input.mark = 0;
+    } else {
+        context = vec![0; object.programs[0].kind.context_bytes() as usize];
+        context[8..12].copy_from_slice(&input.mark.to_ne_bytes());
+        context[40..44].copy_from_slice(&device.ifindex.to_ne_bytes());
+        // `eth_type_trans` works the type out from the device's address.
+        let own = device.address.get(..6).is_some_and(|own| own == &input.frame[..6]);
+        input.packet_type = Some(match input.frame[..6] {
+            [255, 255, 255, 255, 255, 255] => 1,
+            [first, ..] if first & 1 == 1 => 2,
+            _ if own => 0,
+            _ => 3,
+        });
+    }
+    let name = DeviceName::new(&device.name);
+    match attach {
+        Attach::TcEgress => (input.in_device, input.out_device) = (None, name),
+        _ => (input.in_device, input.out_device) = (name, None),
+    }
+    let (ending, _) = match program.run(plan, &input) {
+        Ok(ending) => ending,
+        Err(error) => return Some(Err(Failure::Input(format!("the program fails in userspace: {error}")))),
+    };
+    let returns = return_code(attach, plan.place.mode, ending.verdict);
+    Some(Ok(Check { text: hex(&input.frame), frame: input.frame, context, returns }))
+}
+
+/// The counters that the dump gives, by the manifest's `counted`.
+fn initial(session: &Session, object: &Object) -> Vec<(u64, u64)> {
+    let ruleset = &session.ruleset;
+    let of = |counted: &polc_backend_ebpf::manifest::Counted| {
+        let (_, chain) = ruleset.chains.iter().find(|(_, chain)| {
+            chain.name == counted.chain && ruleset.tables[chain.table].kind.to_string() == counted.table
+        })?;
+        let counters = match counted.rule {
+            Some(number) => {
+                let rule = chain
+                    .rules
+                    .iter()
+                    .map(|rule| &ruleset.rules[*rule])
+                    .find(|rule| rule.number == number)?;
+                rule.counters
+            }
+            None => chain.counters,
+        };
+        Some((counters.packets, counters.bytes))
+    };
+    object.manifest.counted.iter().map(|counted| of(counted).unwrap_or_default()).collect()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

@@ -1,0 +1,128 @@
+//! What the commands on applied policies share, and the short ones among them: `confirm`, `flush`, the watchdog.
+
+use std::io::Read as _;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use polc_loader::Error;
+use polc_loader::state::{Confirm, SlotName, Store};
+use polc_loader::swap::{self, Held};
+use polc_loader::sys::Sys;
+
+use crate::cli::{SlotArgs, StoreArgs, WatchdogArgs};
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Name of the file that the applied rules are kept in.
+pub(super) const RULES_FILE: &str = "rules";
+/// What names of the files of sets start with.
+pub(super) const SETS_PREFIX: &str = "sets-";
+
+/// The store that options name.
+pub(super) fn store(args: &StoreArgs) -> Result<Store, Failure> {
+    Ok(Store::new(&args.bpffs, &args.state)?)
+}
+
+/// The slots with state that options name.
+pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure> {
+    if !sys.is_root() {
+        return Err(Error::NotRoot.into());
+    }
+    let found = store(&args.store)?.slots(sys)?;
+    let wanted = |slot: &SlotName| {
+        args.attach.is_none_or(|attach| slot.attach == attach.into())
+            && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
+    };
+    Ok(found.into_iter().map(|(slot, _)| slot.name).filter(wanted).collect())
+}
+
+fn nothing(args: &SlotArgs) -> Failure {
+    let mut place = String::from("here");
+    if let Some(attach) = args.attach {
+        place = format!("at {}", polc_ir::env::Attach::from(attach));
+    }
+    if let Some(dev) = &args.dev {
+        place += &format!(" of `{dev}`");
+    }
+    Error::NotApplied(place).into()
+}
+
+pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    let store = store(&args.store)?;
+    let slots = slots(&sys, args)?;
+    if slots.is_empty() {
+        return Err(nothing(args));
+    }
+    for slot in slots {
+        if swap::confirm(&sys, &store, &slot)? {
+            output.remark(&format!("kept {slot}\n"));
+        } else {
+            output.remark(&format!("nothing to confirm {slot}\n"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn flush(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    let store = store(&args.store)?;
+    for slot in slots(&sys, args)? {
+        if swap::flush(&sys, &store, &slot)? {
+            output.remark(&format!("removed {slot}\n"));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts the process that takes a change back, and waits until it holds what it needs.
+pub(super) fn start_watchdog(args: &StoreArgs, slot: &SlotName, confirm: &Confirm) -> Result<(), Error> {
+    let fail = || Error::call("start the process that takes the change back");
+    let program = std::env::current_exe().map_err(fail())?;
+    let mut child = Command::new(program)
+        .arg("watchdog")
+        .args(["--slot", &serde_json::to_string(slot).expect("plain data serializes")])
+        .args(["--token", &confirm.token])
+        .args(["--deadline", &confirm.deadline_ms.to_string()])
+        .arg("--bpffs")
+        .arg(&args.bpffs)
+        .arg("--state")
+        .arg(&args.state)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(fail())?;
+    let mut ready = [0];
+    let told = child.stdout.take().map(|mut out| out.read(&mut ready));
+    match told {
+        Some(Ok(1)) => Ok(()),
+        _ => Err(fail()(std::io::Error::other("it ended at once"))),
+    }
+}
+
+pub(super) fn watchdog(args: &WatchdogArgs) -> Result<ExitCode, Failure> {
+    use std::io::Write as _;
+    let sys = Sys::new();
+    let slot: SlotName =
+        serde_json::from_str(&args.slot).map_err(|error| Failure::Usage(format!("--slot: {error}")))?;
+    let store = store(&args.store)?;
+    // Whoever started this may hang up or be killed with its whole session.
+    let _ = sys.new_session();
+    let held = Held::new(&sys, &store, &slot)?;
+    let mut out = std::io::stdout();
+    let _ = out.write_all(b"\n").and_then(|()| out.flush());
+    loop {
+        let left = args.deadline.saturating_sub(sys.uptime_ms().map_err(Error::call("read the clock"))?);
+        if left == 0 {
+            break;
+        }
+        if !held.waits(&sys, &args.token) {
+            return Ok(ExitCode::SUCCESS);
+        }
+        std::thread::sleep(Duration::from_millis(left.min(500)));
+    }
+    held.go_back(&sys, &args.token)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,81 @@
+//! `guard`: rules that a running host adds in front of the user's, before anything is compiled.
+//!
+//! They are ordinary rules of the rule set's meaning, so every level treats them like the others and nothing below knows
+//! of them. They stand at the head of a base chain with number 0, which no rule of the user's has.
+
+use polc_ir::cube::Test;
+use polc_ir::entities::{Chain, Rule};
+use polc_ir::env::{Env, Place};
+use polc_ir::field::Field;
+use polc_ir::hook::{Family, Hook, TableKind};
+use polc_ir::interval::{Interval, IntervalSet};
+use polc_ir::ruleset::{Action, Clause, ClauseKind, Opaque, RuleData, Ruleset};
+
+/// The number of rules added here.
+pub const GUARD_NUMBER: u32 = 0;
+
+const UDP: u128 = 17;
+/// Ports of DHCP and DHCPv6, servers and clients (RFC 2131, section 4.1; RFC 8415, section 7.2).
+const DHCP_PORTS: (u128, u128) = (67, 68);
+const DHCPV6_PORTS: (u128, u128) = (546, 547);
+
+/// Leaves DHCP to the kernel. Packet sockets, which DHCP clients read, see frames before any rule of the kernel's, so a
+/// rule that drops DHCP harms no client; a program at XDP or tc that does so would.
+pub fn keep_dhcp(ruleset: &mut Ruleset, place: &Place) {
+    // Chains of nat drop nothing, and a rule there that leaves a packet to the kernel is taken for a translation.
+    let is_nat = |chain: &Chain| ruleset.tables[ruleset.chains[*chain].table].kind == TableKind::Nat;
+    let Some(chain) = ruleset.path_chains(place).into_iter().find(|chain| !is_nat(chain)) else { return };
+    let (lo, hi) = match ruleset.family {
+        Family::V4 => DHCP_PORTS,
+        Family::V6 => DHCPV6_PORTS,
+    };
+    let tests = [
+        Test::new(Field::Proto, ruleset.family, IntervalSet::point(UDP)),
+        Test::new(Field::DstPort, ruleset.family, IntervalSet::range(lo, hi)),
+    ];
+    let what = Opaque {
+        name: "keep".into(),
+        reason: "is DHCP, which packet sockets read".into(),
+        observable: false,
+    };
+    add(ruleset, chain, tests.into(), Action::Steal(what));
+}
+
+/// Lets only packets for this host meet the rules on INPUT, and only others those on FORWARD, as routing does
+/// (net/ipv4/route.c, `ip_route_input_rcu`; net/ipv6/route.c). A destination is for this host if it is a local, broadcast
+/// or multicast address. `env` gives the host's addresses; without them nothing is done.
+pub fn split_local(ruleset: &mut Ruleset, place: &Place, env: &Env) {
+    let Some(local) = &env.local else { return };
+    let multicast = match ruleset.family {
+        // 224.0.0.0/4, and the limited broadcast address.
+        Family::V4 => [Interval::new(0xe000_0000, 0xefff_ffff), Interval::new(0xffff_ffff, 0xffff_ffff)],
+        // ff00::/8; IPv6 has no broadcast.
+        Family::V6 => [Interval::new(0xff << 120, u128::MAX), None],
+    };
+    let own: IntervalSet =
+        local.iter().chain(&env.broadcast).copied().chain(multicast.into_iter().flatten()).collect();
+    let to_host = Test::new(Field::DstAddr, ruleset.family, own);
+    let to_others = to_host.negated(ruleset.family);
+    for chain in ruleset.path_chains(place) {
+        match ruleset.chains[chain].base.map(|base| base.hook) {
+            Some(Hook::Input) => add(ruleset, chain, vec![to_others.clone()], Action::Accept),
+            Some(Hook::Forward) => add(ruleset, chain, vec![to_host.clone()], Action::Accept),
+            _ => {}
+        }
+    }
+}
+
+fn add(ruleset: &mut Ruleset, chain: Chain, tests: Vec<Test>, action: Action) {
+    let span = ruleset.chains[chain].span;
+    let clauses = tests.into_iter().map(|test| Clause { kind: ClauseKind::Any(vec![test]), span }).collect();
+    let rule: Rule = ruleset.rules.push(RuleData {
+        chain,
+        number: GUARD_NUMBER,
+        span,
+        clauses,
+        action,
+        action_span: span,
+        counters: Default::default(),
+    });
+    ruleset.chains[chain].rules.insert(0, rule);
+}
