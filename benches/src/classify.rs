@@ -11,6 +11,7 @@ use crate::baseline::{empty, parse_only};
 use crate::context::{Context, NOISY, progress};
 use crate::driver::Pool;
 use crate::kernel::Loaded;
+use crate::packet::Form;
 use crate::plot::Plot;
 use crate::random::Random;
 use crate::report::{Section, Table, geometric_mean, mb, ms, ns};
@@ -167,7 +168,7 @@ fn row(context: &mut Context, kind: ProgramKind, input: &Input) -> Result<Row, S
     let (nothing, parser) = (Loaded::load(&empty(kind)?)?, Loaded::load(&parse_only(kind, family)?)?);
     let pools = pools(input, context.options.seed);
     let rounds = context.options.rounds;
-    let driver = context.driver(kind, family)?;
+    let driver = context.driver(kind, Form::Fields(family))?;
     let times = driver.measure(&[&nothing, &parser, &subject.loaded], &pools, rounds)?;
     context.note(times.spread);
     let over = |pool: usize| times.ns[2][pool] - times.ns[1][pool];

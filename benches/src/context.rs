@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use polc_backend_ebpf::object::ProgramKind;
-use polc_ir::hook::Family;
 
 use crate::driver::Driver;
 use crate::machine::{Namespace, run};
+use crate::packet::Form;
 use crate::wire::Wire;
 
 /// Median over least time of the empty program above which a run's numbers are marked as noisy.
@@ -34,7 +34,7 @@ pub(crate) struct Options {
 pub(crate) struct Context {
     /// How to measure.
     pub(crate) options: Options,
-    drivers: BTreeMap<(u8, u8), Driver>,
+    drivers: BTreeMap<(u8, Form), Driver>,
     /// The worst spread seen so far.
     pub(crate) spread: f64,
     devices: usize,
@@ -60,17 +60,17 @@ impl Context {
         })
     }
 
-    /// The driver of that kind and family.
+    /// The driver of that kind, for pools of that form.
     ///
     /// # Errors
     /// What the kernel says.
-    pub(crate) fn driver(&mut self, kind: ProgramKind, family: Family) -> Result<&mut Driver, String> {
-        let key = (kind as u8, family as u8);
+    pub(crate) fn driver(&mut self, kind: ProgramKind, form: Form) -> Result<&mut Driver, String> {
+        let key = (kind as u8, form);
         if !self.drivers.contains_key(&key) {
             let device = format!("drv{}", self.devices);
             self.devices += 1;
             run(&["ip", "link", "add", &device, "type", "veth", "peer", "name", &format!("{device}p")])?;
-            self.drivers.insert(key, Driver::new(kind, family, &device)?);
+            self.drivers.insert(key, Driver::new(kind, form, &device)?);
         }
         Ok(self.drivers.get_mut(&key).expect("inserted above"))
     }

@@ -20,7 +20,7 @@ use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, ProgramKi
 use polc_ir::hook::Family;
 
 use crate::kernel::{Loaded, object};
-use crate::packet::{CHECKSUM, L3, Layout, frame, layout, record};
+use crate::packet::{CHECKSUM, FRAME, Form, L3, Layout, frame, layout, record};
 use crate::rules::Header;
 use crate::trace::POOL;
 
@@ -44,6 +44,12 @@ impl Pool {
         let bytes = order.iter().flat_map(|&index| record(family, &headers[index as usize]));
         Pool { bytes: bytes.collect() }
     }
+
+    /// The pool of those indices into frames of [`FRAME`] bytes.
+    pub(crate) fn of_frames(frames: &[Vec<u8>], order: &[u32]) -> Pool {
+        let bytes = order.iter().flat_map(|&index| frames[index as usize].iter().copied());
+        Pool { bytes: bytes.collect() }
+    }
 }
 
 /// The least times of a program, and how the empty program's times varied.
@@ -59,7 +65,7 @@ pub(crate) struct Times {
 pub(crate) struct Driver {
     loaded: Loaded,
     programs: ProgramArray<MapData>,
-    family: Family,
+    form: Form,
     frame: Vec<u8>,
 }
 
@@ -68,22 +74,27 @@ impl Driver {
     ///
     /// # Errors
     /// What the kernel says.
-    pub(crate) fn new(kind: ProgramKind, family: Family, device: &str) -> Result<Driver, String> {
-        let mut loaded = load(kind, family, Then::TailCall)?;
+    pub(crate) fn new(kind: ProgramKind, form: Form, device: &str) -> Result<Driver, String> {
+        let mut loaded = load(kind, form, Then::TailCall)?;
         if kind == ProgramKind::Xdp {
             loaded.attach_xdp(device)?;
         }
         let programs = loaded.ebpf.take_map("programs").ok_or("the driver has no programs")?;
         let programs = ProgramArray::try_from(programs).map_err(|error| error.to_string())?;
         let none = Header { src: 0, dst: 0, sport: 0, dport: 0, proto: 17 };
-        Ok(Driver { loaded, programs, family, frame: frame(family, &none) })
+        let frame = match form {
+            Form::Fields(family) => frame(family, &none),
+            Form::Frames => vec![0; FRAME],
+        };
+        Ok(Driver { loaded, programs, form, frame })
     }
 
     fn fill(&mut self, pool: &Pool) -> Result<(), String> {
         let map = self.loaded.ebpf.map_mut(".data.pool").ok_or("the driver has no pool")?;
-        match self.family {
-            Family::V4 => fill::<{ 16 * POOL }>(map, &pool.bytes),
-            Family::V6 => fill::<{ 40 * POOL }>(map, &pool.bytes),
+        match self.form {
+            Form::Fields(Family::V4) => fill::<{ 16 * POOL }>(map, &pool.bytes),
+            Form::Fields(Family::V6) => fill::<{ 40 * POOL }>(map, &pool.bytes),
+            Form::Frames => fill::<{ FRAME * POOL }>(map, &pool.bytes),
         }
     }
 
@@ -164,7 +175,7 @@ impl Injector {
     /// # Errors
     /// What the kernel says.
     pub(crate) fn new(device: &str, ifindex: u32) -> Result<Injector, String> {
-        let mut loaded = load(ProgramKind::Xdp, Family::V4, Then::Redirect)?;
+        let mut loaded = load(ProgramKind::Xdp, Form::Fields(Family::V4), Then::Redirect)?;
         loaded.attach_xdp(device)?;
         let none = Header { src: 0, dst: 0, sport: 0, dport: 0, proto: 17 };
         let frame = frame(Family::V4, &none);
@@ -205,8 +216,12 @@ impl Injector {
 pub(crate) const BATCH: u32 = 64;
 
 /// Emits and loads the driver.
-fn load(kind: ProgramKind, family: Family, then: Then) -> Result<Loaded, String> {
-    let Layout { frame, src, address, proto, l4, record } = layout(family);
+fn load(kind: ProgramKind, form: Form, then: Then) -> Result<Loaded, String> {
+    let record = form.record();
+    let frame = match form {
+        Form::Fields(family) => layout(family).frame,
+        Form::Frames => FRAME,
+    };
     let mut maps = PrimaryMap::new();
     let pool = maps.push(MapDef::data("pool", DataSection::Data, vec![0; record * POOL]));
     let state = maps.push(MapDef::data("state", DataSection::Data, vec![0; STATE_BYTES]));
@@ -230,14 +245,25 @@ fn load(kind: ProgramKind, family: Family, then: Then) -> Result<Loaded, String>
     a.alu64(AluOp::Mul, Reg::R5, record as i32);
     a.load_map_value(Reg::R4, pool, 0);
     a.alu64(AluOp::Add, Reg::R4, Reg::R5);
-    for at in (0..2 * address).step_by(8) {
-        a.load(Size::Dw, Reg::R0, Reg::R4, at as i16);
-        a.store(Size::Dw, Reg::R2, (src + at) as i16, Reg::R0);
+    match form {
+        Form::Fields(family) => {
+            let Layout { src, address, proto, l4, .. } = layout(family);
+            for at in (0..2 * address).step_by(8) {
+                a.load(Size::Dw, Reg::R0, Reg::R4, at as i16);
+                a.store(Size::Dw, Reg::R2, (src + at) as i16, Reg::R0);
+            }
+            a.load(Size::W, Reg::R0, Reg::R4, 2 * address as i16);
+            a.store(Size::W, Reg::R2, l4 as i16, Reg::R0);
+            a.load(Size::B, Reg::R0, Reg::R4, 2 * address as i16 + 4);
+            a.store(Size::B, Reg::R2, proto as i16, Reg::R0);
+        }
+        Form::Frames => {
+            for at in (0..FRAME as i16).step_by(8) {
+                a.load(Size::Dw, Reg::R0, Reg::R4, at);
+                a.store(Size::Dw, Reg::R2, at, Reg::R0);
+            }
+        }
     }
-    a.load(Size::W, Reg::R0, Reg::R4, 2 * address as i16);
-    a.store(Size::W, Reg::R2, l4 as i16, Reg::R0);
-    a.load(Size::B, Reg::R0, Reg::R4, 2 * address as i16 + 4);
-    a.store(Size::B, Reg::R2, proto as i16, Reg::R0);
     match then {
         Then::TailCall => {
             let programs = maps.push(MapDef {

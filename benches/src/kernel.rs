@@ -1,7 +1,5 @@
 //! Programs in the kernel: loaded with aya, run with `BPF_PROG_TEST_RUN`.
 
-use std::time::{Duration, Instant};
-
 use aya::programs::{
     ProgramFd, SchedClassifier, TcAttachType, TestRun, TestRunAttrs, TestRunOptions, TestRunResult, Xdp,
     XdpMode,
@@ -22,8 +20,6 @@ pub(crate) struct Loaded {
     /// Maps and program.
     pub(crate) ebpf: Ebpf,
     kind: ProgramKind,
-    /// From the object file's bytes to a program that can be attached.
-    pub(crate) load_time: Duration,
 }
 
 /// An object of one program.
@@ -47,7 +43,6 @@ impl Loaded {
     pub(crate) fn load(object: &Object) -> Result<Loaded, String> {
         let bytes = object.write().map_err(|error| error.to_string())?;
         let kind = object.programs[0].kind;
-        let start = Instant::now();
         let mut ebpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::STATS)
             .load(&bytes)
@@ -60,8 +55,7 @@ impl Loaded {
             }
         };
         loaded.and_then(|result| result).map_err(|error| tail(&format!("{error:?}")))?;
-        let load_time = start.elapsed();
-        Ok(Loaded { ebpf, kind, load_time })
+        Ok(Loaded { ebpf, kind })
     }
 
     /// The program's file descriptor, for tail calls.

@@ -11,6 +11,7 @@ mod classbench;
 mod classify;
 mod context;
 mod driver;
+mod dumps;
 mod generator;
 mod kernel;
 mod machine;
@@ -36,7 +37,7 @@ use crate::context::{Context, NOISY, Options, progress};
 use crate::report::Section;
 
 /// The benchmarks, in the order of the document.
-const BENCHMARKS: [&str; 5] = ["classify", "ipv6", "small", "peers", "sets"];
+const BENCHMARKS: [&str; 6] = ["classify", "ipv6", "small", "peers", "sets", "dumps"];
 
 /// Measures compiled rule sets against what else one would use, in the kernel that runs here.
 #[derive(Parser)]
@@ -131,6 +132,7 @@ fn benchmark(context: &mut Context, name: &str) -> Result<Section, String> {
         "small" => peers::small(context),
         "peers" => peers::run(context),
         "sets" => sets::run(context),
+        "dumps" => dumps::run(context),
         _ => Err(format!("no benchmark `{name}`")),
     }
 }

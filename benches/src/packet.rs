@@ -10,6 +10,28 @@ use crate::rules::Header;
 /// Offset of the network header.
 pub(crate) const L3: usize = 14;
 
+/// Length of the frames that [`Form::Frames`] is of.
+pub(crate) const FRAME: usize = 96;
+
+/// What differs from packet to packet in a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Form {
+    /// The fields of [`record`].
+    Fields(Family),
+    /// Everything: frames of [`FRAME`] bytes.
+    Frames,
+}
+
+impl Form {
+    /// Bytes of a packet in a pool.
+    pub(crate) const fn record(self) -> usize {
+        match self {
+            Form::Fields(family) => layout(family).record,
+            Form::Frames => FRAME,
+        }
+    }
+}
+
 /// Where an IPv4 packet's record holds the header's checksum.
 pub(crate) const CHECKSUM: usize = 14;
 

@@ -31,6 +31,9 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 0, 0),
 ];
 
+/// Pixels on the right, for the lines' names.
+const NAMES_WIDTH: i32 = 220;
+
 /// The smallest value that is drawn: times below it are nothing on this scale.
 const Y_LEAST: f64 = 1.0;
 
@@ -58,9 +61,9 @@ impl Plot {
         let mut chart = ChartBuilder::on(&root)
             .caption(&self.title, ("sans-serif", 18))
             .margin(10)
+            .margin_right(NAMES_WIDTH)
             .x_label_area_size(42)
             .y_label_area_size(64)
-            .right_y_label_area_size(210)
             .build_cartesian_2d((left..right).log_scale(), (Y_LEAST..top * 1.5).log_scale())?;
         chart
             .configure_mesh()

@@ -16,6 +16,7 @@ use crate::classify::noise;
 use crate::context::{Context, NOISY, progress};
 use crate::driver::Pool;
 use crate::kernel::Loaded;
+use crate::packet::Form;
 use crate::plot::Plot;
 use crate::random::Random;
 use crate::report::{Section, Table, mb, ms, ns};
@@ -366,7 +367,7 @@ fn measure(
                 }
                 let load = subject.cost.read + subject.cost.compile + subject.cost.load;
                 rows.push(Row {
-                    name: "polc".into(),
+                    name: "polc, XDP".into(),
                     bytes: Some(subject.cost.table_bytes),
                     load: Some(load),
                     ..Row::default()
@@ -381,7 +382,7 @@ fn measure(
         lookups.push(Lookup::Trie);
     }
     for lookup in lookups {
-        let map = if lookup == Lookup::Trie { "BPF LPM_TRIE" } else { "BPF HASH" };
+        let map = if lookup == Lookup::Trie { "BPF LPM_TRIE, XDP" } else { "BPF HASH, XDP" };
         match input.kernel_map(lookup) {
             Ok((program, load, bytes)) => {
                 rows.push(Row { name: map.into(), bytes: Some(bytes), load: Some(load), ..Row::default() });
@@ -402,7 +403,7 @@ fn measure(
     let rounds = context.options.rounds;
     let mut all = vec![&nothing, &parser];
     all.extend(&programs);
-    let times = context.driver(ProgramKind::Xdp, family)?.measure(&all, &pools, rounds)?;
+    let times = context.driver(ProgramKind::Xdp, Form::Fields(family))?.measure(&all, &pools, rounds)?;
     context.note(times.spread);
     for (row, ns) in rows.iter_mut().zip(&times.ns[2..]) {
         row.scattered = Some(ns[0] - times.ns[1][0]);
@@ -430,7 +431,6 @@ fn wire(
     let (wire, home) = context.wire()?;
     let mut lanes: Vec<(Lane, usize)> = Vec::new();
     for (at, program) in programs.into_iter().enumerate() {
-        rows[at].name += ", XDP";
         let mut lane = wire.lane(&rows[at].name)?;
         lane.attach(program, home)?;
         lanes.push((lane, at));

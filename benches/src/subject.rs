@@ -13,6 +13,7 @@ use polc_ir::hook::Family;
 use polc_ir::outcome::Verdict;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
+use polc_loader::sys::Sys;
 
 use crate::baseline;
 use crate::kernel::Loaded;
@@ -40,7 +41,7 @@ pub(crate) struct Cost {
     pub(crate) read: Duration,
     /// From a rule set to an object in memory.
     pub(crate) compile: Duration,
-    /// From an object in memory to a loaded program: writing and reading ELF, maps, verification, JIT.
+    /// From an object in memory to a loaded program by polc's own loader: maps, verification, JIT.
     pub(crate) load: Duration,
     /// Bytes of tables.
     pub(crate) table_bytes: usize,
@@ -123,12 +124,16 @@ impl Subject {
         if mode == Mode::Replace && !built.compiled.diagnostics.is_empty() {
             return Err(explain(&built.compiled.diagnostics));
         }
+        let start = Instant::now();
+        let placed = polc_loader::load::load(&Sys::new(), &built.object);
+        let load = start.elapsed();
+        placed.map_err(|error| error.to_string())?;
         let loaded = Loaded::load(&built.object)?;
         let (table_bytes, counter_bytes) = map_bytes(&built.object);
         let cost = Cost {
             read,
             compile,
-            load: loaded.load_time,
+            load,
             table_bytes,
             counter_bytes,
             insns: built.object.programs[0].code.slots.len(),
