@@ -6,7 +6,7 @@
 //!
 //! Around them: [`session::Session`] reads a rule set, [`report`] accounts for each of its rules at a [`place`],
 //! [`mod@lint`] looks for rules that can't be meant, [`runner`] runs packets through every level. The library does no I/O
-//! and never names the loader.
+//! and never names the loader, but for `netfilter`, which asks the running kernel (feature `kernel`).
 
 pub mod bound;
 pub mod build;
@@ -15,6 +15,8 @@ pub mod decider;
 pub mod flatten;
 pub mod guard;
 pub mod lint;
+#[cfg(feature = "kernel")]
+pub mod netfilter;
 mod pipeline;
 pub mod place;
 pub mod report;

@@ -19,6 +19,8 @@
 //! | [`counters`], [`events`] | packets by rule, packets as they are decided |
 //! | [`jited`] | a loaded program's code, beside the rules it comes from |
 //! | [`tables`] | contents of maps |
+//! | [`kernel_types`] | where the kernel's own structures have their fields |
+//! | [`netfilter`] | the kernel's own packet filter in a namespace of its own, asked what it does with packets |
 //! | [`error`] | why not, and what to do |
 
 pub mod attach;
@@ -29,8 +31,10 @@ pub mod counters;
 pub mod error;
 pub mod events;
 pub mod jited;
+pub mod kernel_types;
 pub mod load;
 pub mod net;
+pub mod netfilter;
 pub mod probe;
 pub mod state;
 pub mod status;

@@ -239,6 +239,7 @@ pub fn address_types(family: Family, env: &Env) -> Vec<(Interval, u8)> {
     types.extend(env.local.iter().flatten().map(|&range| (range, 2)));
     let fixed: &[(u128, u128, u8)] = match family {
         Family::V4 => &[
+            (0x7fff_ffff, 0x7fff_ffff, 3),
             (0x7f00_0000, 0x7fff_ffff, 2),
             (0xffff_ffff, 0xffff_ffff, 3),
             (0, 0, 3),

@@ -10,6 +10,7 @@
 mod bpf;
 mod files;
 mod misc;
+mod namespace;
 mod netlink;
 mod poll;
 mod ring;
@@ -22,6 +23,7 @@ pub use bpf::{
     BtfBlob, LineInfo, LinkInfo, LinkKind, LinkSpec, Map, MapFlags, MapInfo, MapSpec, ProgramCode,
     ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
+pub use namespace::{LiveFrames, Namespace};
 pub use netlink::{Message, NetlinkRequest};
 pub use poll::Signals;
 pub use ring::Ring;

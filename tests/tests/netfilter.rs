@@ -1,0 +1,127 @@
+//! The running kernel's own packet filter does with every packet what the rules' meaning says: verdicts, marks, and the
+//! counters of every rule and policy.
+//!
+//! Every IPv4 dump that the tools restore goes through, forwarded and delivered. Without root the test says that it is
+//! skipped. `POLC_PACKETS` changes the number of packets for each dump and route.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use polc::netfilter::{Comparison, compare};
+use polc::session::{ReadOptions, Session};
+use polc_ir::hook::Semantics;
+use polc_ir::source::SourceMap;
+use polc_loader::netfilter::{NetfilterError, Route};
+use polc_tests::corpus::{self, Dump};
+
+/// Packets for each dump and route.
+const PACKETS: usize = 20_000;
+
+/// What all dumps gave.
+#[derive(Default)]
+struct Totals {
+    compared: usize,
+    packets: usize,
+    left_out: usize,
+    counters: usize,
+    counters_hit: usize,
+    wrong: Vec<String>,
+    /// Dumps that the tools refuse, and what they say.
+    refused: Vec<String>,
+}
+
+fn may_run(name: &str) -> bool {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
+    if !root {
+        eprintln!("skipped {name}: needs root");
+    }
+    root
+}
+
+fn session(dump: &Dump, semantics: Semantics) -> (Session, Vec<String>) {
+    let mut sources = SourceMap::new();
+    let rules = sources.add(dump.name.as_str(), dump.text());
+    let sets: Vec<String> = dump.ipset_text().into_iter().collect();
+    let files: Vec<_> = sets.iter().map(|text| sources.add("sets", text.as_str())).collect();
+    let options = ReadOptions { semantics: Some(semantics), ..ReadOptions::default() };
+    (Session::read(sources, rules, &files, &options), sets)
+}
+
+/// Compares one dump, forwarded and delivered.
+fn one(dump: &Dump, semantics: Semantics, packets: usize, totals: &Mutex<Totals>) {
+    let (session, sets) = session(dump, semantics);
+    for route in [Route::Forward, Route::Local] {
+        let comparison = Comparison { session: &session, sets: &sets, route, packets, seed: 7 };
+        let result = compare(&comparison, &mut |_| ());
+        let mut totals = totals.lock().expect("no test thread panics while it counts");
+        match result {
+            Ok(compared) => {
+                totals.compared += 1;
+                totals.packets += compared.packets;
+                totals.left_out += compared.left_out.values().sum::<usize>();
+                totals.counters += compared.counters;
+                totals.counters_hit += compared.counters_hit;
+                if let Some((sample, difference)) = compared.difference {
+                    let frame: String = sample
+                        .map(|sample| sample.input)
+                        .map(|input| {
+                            let hex: String = input.frame.iter().map(|byte| format!("{byte:02x}")).collect();
+                            format!("{:?} {hex}", input.in_device)
+                        })
+                        .unwrap_or_default();
+                    totals.wrong.push(format!("{} {route:?}: {difference:?}\n    {frame}", dump.name));
+                }
+            }
+            Err(NetfilterError::Refused(command, said)) if !dump.valid => {
+                totals.refused.push(format!("{}: {command}: {said}", dump.name));
+                return;
+            }
+            Err(NetfilterError::Refused(command, said)) if said.contains("doesn't exist") => {
+                totals.refused.push(format!("{}: {command}: {said}", dump.name));
+                return;
+            }
+            Err(error) => totals.wrong.push(format!("{} {route:?}: {error}", dump.name)),
+        }
+    }
+}
+
+fn all(name: &str, semantics: Semantics) {
+    if !may_run(name) {
+        return;
+    }
+    let packets = std::env::var("POLC_PACKETS").ok().and_then(|text| text.parse().ok()).unwrap_or(PACKETS);
+    let dumps: Vec<Dump> = corpus::all().into_iter().filter(|dump| dump.name.contains(".v4.")).collect();
+    let totals = Mutex::new(Totals::default());
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(dump) = dumps.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    one(dump, semantics, packets, &totals);
+                }
+            });
+        }
+    });
+    let totals = totals.into_inner().expect("no test thread panics while it counts");
+    eprintln!(
+        "{semantics:?}: {} routes of {} dumps, {} packets, {} left out, {} counters of which {} not zero",
+        totals.compared,
+        dumps.len(),
+        totals.packets,
+        totals.left_out,
+        totals.counters,
+        totals.counters_hit
+    );
+    for refused in &totals.refused {
+        eprintln!("refused by the tools: {refused}");
+    }
+    let (count, wrong) = (totals.wrong.len(), &totals.wrong[..totals.wrong.len().min(12)]);
+    assert!(wrong.is_empty(), "{count} wrong:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn iptables_legacy_does_as_the_rules_say() {
+    all("iptables_legacy_does_as_the_rules_say", Semantics::Legacy);
+}
