@@ -44,6 +44,8 @@ pub const PENDING: i16 = -44;
 pub const PROTOCOL: i16 = PENDING;
 /// Walk: the smallest exit found so far, as a reference.
 pub const BEST: i16 = -52;
+/// Before the walk: where a header that was searched for is.
+pub const FOUND: i16 = BEST;
 /// Walk: where code hands over the first reference. Searches in headers: how far they are.
 pub const HANDOVER: i16 = -60;
 /// Bytes copied from the packet.

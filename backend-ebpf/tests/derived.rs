@@ -1,13 +1,13 @@
 //! Derived fields: emitted searches find what `polc_ir::derived` says, in the check VM and in the kernel, in packets
 //! that are as they should be and in damaged ones.
 
-use polc_ir::derived::{self, DerivedData, SctpFlags, SctpRule};
+use polc_ir::derived::{self, DerivedData, Ipv6HeaderTest, SctpFlags, SctpRule};
 use polc_ir::entities::Derived;
 use polc_ir::env::{Attach, Input};
-use polc_ir::field::Field;
+use polc_ir::field::{EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, Field};
 use polc_ir::hook::Family;
-use polc_ir::limits::{DCCP_OPTIONS_MAX, SCTP_CHUNKS_MAX};
-use polc_ir::outcome::Decider;
+use polc_ir::limits::{DCCP_OPTIONS_MAX, IPV6_EXT_HEADERS_MAX, SCTP_CHUNKS_MAX};
+use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
 
 mod common;
@@ -127,6 +127,189 @@ fn compare(
         assert_eq!(pair.decides(&frame), expected, "{name} {family} {attach} {data:?}: {hex}");
     }
     seen
+}
+
+/// A chain of extension headers, many of them as tests ask, some damaged.
+fn chain(dice: &mut Dice) -> Vec<u8> {
+    let (mut next, mut packet) = (dice.pick(&[6, 17, 58, 59, 50, 0]), dice.bytes(24));
+    let many = match dice.below(30) {
+        0 => IPV6_EXT_HEADERS_MAX as usize - 2 + dice.below(4),
+        _ => dice.below(5),
+    };
+    for _ in 0..many {
+        let kind = dice.pick(&[0, 43, 43, 44, 51, 51, 60, 60]);
+        let mut header = match kind {
+            44 => [0, dice.pick(&[0, 0, 1]), 0, dice.pick(&[0, 1, 1, 6, 8, 9]), 0, 0, 0, dice.pick(&[7, 8])]
+                .to_vec(),
+            51 => {
+                let words = dice.pick(&[1u8, 1, 2, 4]);
+                let reserved = dice.pick(&[0, 0, 1]);
+                let mut header =
+                    vec![0, words, 0, reserved, 0, 0, dice.pick(&[0, 1]), dice.pick(&[5, 9, 10])];
+                header.resize((usize::from(words) + 2) * 4, 3);
+                header
+            }
+            43 => {
+                let addresses = dice.pick(&[0usize, 1, 2, 2, 3, 5]);
+                let odd = usize::from(dice.one_in(8));
+                let units = 2 * addresses + odd;
+                let kind = dice.pick(&[0, 0, 0, 2, 4]);
+                let mut header =
+                    vec![0, units as u8, kind, dice.pick(&[0, 1, 2, 3]), dice.pick(&[0, 0, 0, 1]), 0, 0, 0];
+                for _ in 0..addresses {
+                    header.extend(dice.pick(&[[1; 16], [1; 16], [2; 16], [2; 16], [3; 16]]));
+                }
+                header.resize(8 * (units + 1), 0);
+                header
+            }
+            _ => {
+                let units = dice.pick(&[0usize, 0, 1, 2]);
+                let mut header = vec![0, units as u8];
+                while header.len() < 8 * (units + 1) {
+                    match dice.below(6) {
+                        0 | 1 => header.push(0),
+                        2 => header.extend([1, 0]),
+                        3 => header.extend([1, 1, 0]),
+                        4 => header.extend([5, dice.pick(&[2, 2, 3]), 0, 0]),
+                        _ => header.extend([dice.next() as u8, dice.pick(&[0, 1, 4, 60])]),
+                    }
+                }
+                header.truncate(8 * (units + 1));
+                header
+            }
+        };
+        header[0] = next;
+        header.extend(packet);
+        packet = header;
+        next = kind;
+    }
+    if dice.one_in(5) && !packet.is_empty() {
+        packet.truncate(dice.below(packet.len().min(80)));
+    }
+    if dice.one_in(6) && !packet.is_empty() {
+        let at = dice.below(packet.len());
+        packet[at] = dice.pick(&[0, 1, 2, 43, 44, 59, 60, 255]);
+    }
+    let mut all = vec![0x60, 0, 0, 0];
+    all.extend((packet.len() as u16).to_be_bytes());
+    all.extend([next, 64]);
+    all.extend(dice.bytes(32));
+    all.extend(packet);
+    let mut frame = ethernet(0x86dd, &all);
+    if dice.one_in(6) {
+        let padding = dice.below(20);
+        frame.extend(dice.bytes(padding));
+    }
+    frame
+}
+
+/// What the walks over headers say of the packet as a whole.
+#[test]
+fn extension_header_fields() {
+    let fields = [Field::ExtHeaderMask, Field::ExtHeaders, Field::Fragment, Field::FragOffset, Field::Proto];
+    for attach in [Attach::Xdp, Attach::TcEgress] {
+        let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+        let place = plan(Family::V6, attach, &fields, 0).place;
+        let frames: Vec<Vec<u8>> = (0..1500).map(|_| chain(&mut dice)).collect();
+        // A rule for each combination of values.
+        let mut values: Vec<Vec<u32>> = Vec::new();
+        let mut expected = Vec::new();
+        for frame in &frames {
+            let input = Input { frame: frame.clone(), ..Input::default() };
+            expected.push(match View::new(Family::V6, &place, &input) {
+                Ok(view) => {
+                    let found: Vec<u32> = fields.iter().map(|field| view.get(*field) as u32).collect();
+                    let known = values.iter().position(|values| *values == found);
+                    let number = known.unwrap_or(values.len());
+                    if known.is_none() {
+                        values.push(found);
+                    }
+                    Decider::Rule(rule(number as u32))
+                }
+                Err(ending) => ending.by,
+            });
+        }
+        assert!(values.len() > 100 && expected.contains(&Decider::Frame(FrameKind::ManyHeaders)));
+        for bit in [EXT_HEADERS_CUT, EXT_HEADERS_BEYOND] {
+            assert!(values.iter().any(|values| values[0] == u32::from(bit)), "{bit:#x}");
+        }
+        let mut plan = plan(Family::V6, attach, &fields, values.len() as u32);
+        let tests =
+            |values: &Vec<u32>| (0..).zip(values).map(|(word, value)| all(&[eq(word, *value)])).collect();
+        linear(&mut plan, values.iter().map(tests).collect());
+        let mut pair = Pair::new("extension header fields", plan);
+        for (frame, expected) in frames.iter().zip(expected) {
+            let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(pair.decides(frame), expected, "{attach}: {hex}");
+        }
+    }
+}
+
+#[test]
+fn extension_headers() {
+    let frag = |id_negate, reserved, first, more, last| Ipv6HeaderTest::Frag {
+        id: (7, 7),
+        id_negate,
+        len: Some(8),
+        reserved,
+        first,
+        more,
+        last,
+    };
+    let ah = |spi, spi_negate, len, len_negate, reserved| Ipv6HeaderTest::Ah {
+        spi,
+        spi_negate,
+        len,
+        len_negate,
+        reserved,
+    };
+    let options = |destination, len, options: &[(u8, Option<u8>)]| Ipv6HeaderTest::Options {
+        destination,
+        len,
+        len_negate: len == Some(16),
+        options: options.to_vec(),
+    };
+    let rt = |kind, segments_left, len, addresses: &[u8], not_strict| Ipv6HeaderTest::Rt {
+        kind,
+        kind_negate: kind == Some(2),
+        segments_left,
+        segments_left_negate: segments_left.1 == 3,
+        len,
+        len_negate: len == Some(8),
+        reserved: kind == Some(0),
+        addresses: addresses.iter().map(|&byte| u128::from_be_bytes([byte; 16])).collect(),
+        not_strict,
+    };
+    let all = (0, u32::MAX);
+    let tests = [
+        ah(all, false, 0, false, false),
+        ah((5, 9), false, 12, false, true),
+        ah((0x105, 0x109), true, 12, true, false),
+        ah((9, 5), false, 0, false, false),
+        ah((9, 5), true, 0, false, false),
+        frag(false, false, false, false, false),
+        frag(true, true, false, false, true),
+        frag(false, false, true, true, false),
+        options(false, None, &[]),
+        options(false, Some(8), &[(5, Some(2))]),
+        options(true, Some(16), &[(0, None), (1, None)]),
+        options(true, None, &[(1, Some(1)), (0, None), (5, None), (0, None)]),
+        rt(None, all, None, &[], false),
+        rt(Some(0), (1, 2), Some(40), &[], false),
+        rt(Some(2), (2, 3), Some(8), &[], false),
+        rt(Some(0), all, None, &[1, 2], false),
+        rt(Some(0), all, None, &[1, 2], true),
+        rt(Some(0), all, None, &[1, 1, 2], true),
+    ];
+    for attach in [Attach::Xdp, Attach::TcIngress] {
+        let mut seen = [0; 4];
+        for test in &tests {
+            let data = DerivedData::Ipv6Header(test.clone());
+            let now = compare("extension headers", Family::V6, attach, &data, 400, chain);
+            seen.iter_mut().zip(now).for_each(|(sum, now)| *sum += now);
+        }
+        assert!(seen[..3].iter().all(|&count| count > 50), "{seen:?}");
+    }
 }
 
 const WHERE: [(Family, Attach); 3] =

@@ -28,8 +28,8 @@ pub enum End {
 /// A number that a rule can test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Field {
-    /// Whether the packet is a fragment (1) or whole (0): IPv4 MF set or offset not 0; IPv6 with a Fragment header
-    /// of which the same holds. Never tested by a rule; passes use it to treat fragments apart.
+    /// Whether reassembly may change the packet (1) or not (0): IPv4 MF set or offset not 0; IPv6 any Fragment header,
+    /// which reassembly takes out. Never tested by a rule; passes use it to treat fragments apart.
     Fragment,
     /// Name of the input device: 16 bytes, padded with NUL, as one number; 0 where there is none. `eth+` is a masked
     /// test.
@@ -51,11 +51,13 @@ pub enum Field {
     Proto,
     /// Offset of a fragment's data in units of 8 bytes; 0 for first fragments and whole packets.
     FragOffset,
-    /// How the walk over IPv6 extension headers ended: 0 at a transport header; 1 malformed or cut short. Always 0
-    /// for IPv4.
+    /// How the walk over IPv6 extension headers went: bit 0 if it came to one that is malformed or cut short, bit 1 if
+    /// it came past an authentication header before. Always 0 for IPv4.
     ExtHeaders,
-    /// Which IPv6 extension headers the packet has, as bits of `MASK_*` in
-    /// include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h. 0 for IPv4.
+    /// Which IPv6 extension headers the packet has, as xt_ipv6header sees them (net/ipv6/netfilter/ip6t_ipv6header.c):
+    /// bits of `MASK_*` in include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h. [`EXT_HEADERS_CUT`] alone if one is cut
+    /// short, so that no test holds; [`EXT_HEADERS_BEYOND`] alone if there are more than
+    /// [`crate::limits::IPV6_EXT_HEADERS_MAX`]. 0 for IPv4.
     ExtHeaderMask,
     /// Length in bytes from the network header on, as xt_length sees it: IPv4 total length; IPv6 payload length + 40.
     Length,
@@ -109,13 +111,8 @@ impl Field {
             Field::ExtHeaders => 2,
             Field::PacketType => 3,
             Field::TcpDataOffset => 4,
-            Field::Proto
-            | Field::ExtHeaderMask
-            | Field::Tos
-            | Field::Ttl
-            | Field::TcpFlags
-            | Field::IcmpType
-            | Field::IcmpCode => 8,
+            Field::ExtHeaderMask => 10,
+            Field::Proto | Field::Tos | Field::Ttl | Field::TcpFlags | Field::IcmpType | Field::IcmpCode => 8,
             Field::FragOffset => 13,
             Field::SrcPort | Field::DstPort | Field::CtState | Field::L4Len => 16,
             Field::Length => 17,
@@ -164,6 +161,11 @@ impl Field {
         }
     }
 }
+
+/// [`Field::ExtHeaderMask`]: a header is cut short.
+pub const EXT_HEADERS_CUT: u16 = 0x100;
+/// [`Field::ExtHeaderMask`]: there are more headers than are followed.
+pub const EXT_HEADERS_BEYOND: u16 = 0x200;
 
 /// Prints as the text form of the levels writes it: `dst_port`, `l4[4..8]`, `derived2`.
 impl fmt::Display for Field {

@@ -64,6 +64,9 @@ pub enum FrameKind {
     UnknownDevice,
     /// Fragments whose fate depends on what reassembly brings, in replace mode. Dropped.
     Fragment,
+    /// It has more IPv6 extension headers than [`crate::limits::IPV6_EXT_HEADERS_MAX`], which no packet with a purpose
+    /// has. Deferred in accelerate mode, dropped in replace mode.
+    ManyHeaders,
 }
 
 impl fmt::Display for FrameKind {
@@ -76,6 +79,7 @@ impl fmt::Display for FrameKind {
             FrameKind::Malformed => "malformed network header",
             FrameKind::UnknownDevice => "undeclared device",
             FrameKind::Fragment => "undecidable fragment",
+            FrameKind::ManyHeaders => "too many extension headers",
         })
     }
 }

@@ -2,12 +2,14 @@
 //!
 //! The walk is `ipv6_find_hdr(skb, .., -1, ..)` (net/ipv6/exthdrs_core.c), which is what ip6tables goes by. The kernel
 //! follows headers to the packet's end; a program needs a bound, [`IPV6_EXT_HEADERS_MAX`], which no packet with a purpose
-//! comes near (RFC 8200, section 4.1, has six kinds, all but one at most once). Beyond it the program fails safe.
+//! comes near (RFC 8200, section 4.1, has six kinds, all but one at most once). A packet beyond it ends as a frame of its
+//! own kind, at every level, so every packet is walked, whether rules ask for what follows or not.
 
 use polc_ir::env::Fragments;
-use polc_ir::field::Field;
+use polc_ir::field::{EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, Field};
 use polc_ir::limits::IPV6_EXT_HEADERS_MAX;
 use polc_ir::outcome::FrameKind;
+use polc_ir::packet::extension::{EXTENSIONS, kind};
 
 use super::Emitter;
 use crate::abi;
@@ -16,12 +18,6 @@ use crate::insn::{AluOp, Cond, Reg, Size, Width};
 
 /// Largest offset of a transport header that is read directly; the verifier bounds packet offsets by 65,535.
 const L4_OFFSET_MAX: i32 = 0x7fff;
-
-/// Protocol numbers of extension headers that carry a next header: hop-by-hop, routing, fragment, authentication,
-/// destination options (net/ipv6/exthdrs_core.c, `ipv6_ext_hdr`, without "none").
-const EXT_HEADERS: [u8; 5] = [0, 43, FRAGMENT, AUTH, 60];
-const FRAGMENT: u8 = 44;
-const AUTH: u8 = 51;
 
 impl Emitter<'_> {
     /// The IPv6 header (net/ipv6/ip6_input.c, `ip6_rcv_core`) and what follows.
@@ -68,30 +64,13 @@ impl Emitter<'_> {
             self.asm.alu32(AluOp::And, Reg::R4, 0xff);
             self.store_field(Field::Tos, Reg::R4);
         }
-        let beyond = self.plan.key.iter().any(|slot| {
-            !matches!(
-                slot.field,
-                Field::SrcAddr
-                    | Field::DstAddr
-                    | Field::Ttl
-                    | Field::Tos
-                    | Field::Length
-                    | Field::Mark
-                    | Field::InDevice
-                    | Field::OutDevice
-                    | Field::SrcMac
-                    | Field::DstMac
-                    | Field::PacketType
-            )
-        });
-        if beyond {
-            self.extension_headers();
-        }
+        self.extension_headers();
     }
 
     /// From the network header in `r9` and the next header in `r2` to the transport header and its fields.
     fn extension_headers(&mut self) {
         let bail = self.bail_label();
+        let many = self.frame_end(FrameKind::ManyHeaders);
         let a = &mut self.asm;
         a.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
         a.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
@@ -110,20 +89,15 @@ impl Emitter<'_> {
         a.mov64(Reg::R7, 40);
         a.mov64(Reg::R8, Reg::R2);
         a.mov64(Reg::R9, 0);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, 0);
         a.bind(top);
         self.jump_unless_extension(Reg::R8, found);
         self.copy_header_bytes(0, 2, 0, bad);
-        self.asm.jump32(Cond::Ne, Reg::R8, i32::from(FRAGMENT), not_fragment);
+        self.asm.jump32(Cond::Ne, Reg::R8, i32::from(kind::FRAGMENT), not_fragment);
         self.copy_header_bytes(2, 2, 2, bad);
         self.load_be(Reg::R1, Reg::FP, abi::BUFFER + 2, 2);
         if let Some(slot) = self.slot(Field::Fragment) {
-            let none = self.asm.label();
-            // The offset or "more fragments", bit 0.
-            self.asm.mov64(Reg::R2, Reg::R1);
-            self.asm.alu32(AluOp::And, Reg::R2, 0xfff9);
-            self.asm.jump32(Cond::Eq, Reg::R2, 0, none);
             self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
-            self.asm.bind(none);
         }
         let a = &mut self.asm;
         a.alu64(AluOp::Rsh, Reg::R1, 3);
@@ -146,6 +120,13 @@ impl Emitter<'_> {
         a.mov64(Reg::R1, 8);
         a.goto(advance);
         a.bind(not_fragment);
+        if self.slot(Field::ExtHeaders).is_some() {
+            let next = self.asm.label();
+            self.asm.jump32(Cond::Ne, Reg::R8, i32::from(kind::AUTHENTICATION), next);
+            self.asm.store(Size::W, Reg::FP, abi::HANDOVER, 2);
+            self.asm.bind(next);
+        }
+        self.routing_header(bad);
         self.header_length(advance);
         let a = &mut self.asm;
         a.bind(advance);
@@ -153,19 +134,25 @@ impl Emitter<'_> {
         a.alu64(AluOp::Add, Reg::R7, Reg::R1);
         a.alu64(AluOp::Add, Reg::R9, 1);
         a.loop_jump(Width::W64, Cond::Lt, Reg::R9, IPV6_EXT_HEADERS_MAX as i32, top, IPV6_EXT_HEADERS_MAX);
-        a.goto(bail);
+        a.goto(many);
 
         a.bind(bad);
         a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
         a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
         a.store(Size::W, Reg::FP, abi::PROTOCOL, 0);
-        if let Some(slot) = self.slot(Field::ExtHeaders) {
-            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
+        if self.slot(Field::ExtHeaders).is_some() {
+            self.asm.load(Size::W, Reg::R1, Reg::FP, abi::HANDOVER);
+            self.asm.alu64(AluOp::Or, Reg::R1, 1);
+            self.store_field(Field::ExtHeaders, Reg::R1);
         }
         let a = &mut self.asm;
         a.goto(done);
 
         a.bind(found);
+        if self.slot(Field::ExtHeaders).is_some() {
+            self.asm.load(Size::W, Reg::R1, Reg::FP, abi::HANDOVER);
+            self.store_field(Field::ExtHeaders, Reg::R1);
+        }
         self.store_field(Field::Proto, Reg::R8);
         let a = &mut self.asm;
         a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R8);
@@ -189,8 +176,8 @@ impl Emitter<'_> {
     }
 
     /// Jumps unless `reg` is the number of an extension header with a next header. `r1` is lost.
-    fn jump_unless_extension(&mut self, reg: Reg, label: Label) {
-        let bits = EXT_HEADERS.iter().fold(0u64, |bits, header| bits | 1 << header);
+    pub(super) fn jump_unless_extension(&mut self, reg: Reg, label: Label) {
+        let bits = EXTENSIONS.iter().fold(0u64, |bits, header| bits | 1 << header);
         self.jump_unless_in(reg, bits, label);
     }
 
@@ -205,7 +192,7 @@ impl Emitter<'_> {
     }
 
     /// Copies bytes at `offset` of the header at `r7` to the buffer, or jumps if the packet does not have them.
-    fn copy_header_bytes(&mut self, offset: i32, bytes: i32, at: i16, absent: Label) {
+    pub(super) fn copy_header_bytes(&mut self, offset: i32, bytes: i32, at: i16, absent: Label) {
         let a = &mut self.asm;
         a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
         a.mov64(Reg::R2, Reg::R7);
@@ -217,11 +204,11 @@ impl Emitter<'_> {
 
     /// `r1` = length in bytes of the header of kind `r8` whose first two bytes are in the buffer; goes to `advance` or
     /// falls through to it.
-    fn header_length(&mut self, advance: Label) {
+    pub(super) fn header_length(&mut self, advance: Label) {
         let a = &mut self.asm;
         let options = a.label();
         a.load(Size::B, Reg::R1, Reg::FP, abi::BUFFER + 1);
-        a.jump32(Cond::Ne, Reg::R8, i32::from(AUTH), options);
+        a.jump32(Cond::Ne, Reg::R8, i32::from(kind::AUTHENTICATION), options);
         a.alu64(AluOp::Add, Reg::R1, 2);
         a.alu64(AluOp::Lsh, Reg::R1, 2);
         a.goto(advance);
@@ -230,10 +217,22 @@ impl Emitter<'_> {
         a.alu64(AluOp::Lsh, Reg::R1, 3);
     }
 
+    /// `ipv6_find_hdr` reads 4 bytes of a routing header: jumps if the packet does not have them. `r1` and `r2` are
+    /// lost.
+    pub(super) fn routing_header(&mut self, absent: Label) {
+        let a = &mut self.asm;
+        let next = a.label();
+        a.jump32(Cond::Ne, Reg::R8, i32::from(kind::ROUTING), next);
+        a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
+        a.mov64(Reg::R2, Reg::R7);
+        a.alu64(AluOp::Add, Reg::R2, 4);
+        a.jump64(Cond::Gt, Reg::R2, Reg::R1, absent);
+        a.bind(next);
+    }
+
     /// Which extension headers there are, as xt_ipv6header sees them
     /// (net/ipv6/netfilter/ip6t_ipv6header.c, `ipv6header_mt6`). The next header is in `r2`.
     fn header_mask(&mut self) {
-        let bail = self.bail_label();
         let Some(slot) = self.slot(Field::ExtHeaderMask) else { return };
         let word = self.layout.word(slot.word);
         let a = &mut self.asm;
@@ -244,11 +243,11 @@ impl Emitter<'_> {
         a.mov64(Reg::R8, Reg::R2);
         a.mov64(Reg::R9, 0);
         a.bind(top);
-        self.jump_unless_extension(Reg::R8, last);
+        let seen = EXTENSIONS.iter().chain([&kind::ESP]).fold(0u64, |bits, header| bits | 1 << header);
+        self.jump_unless_in(Reg::R8, seen, last);
         self.copy_header_bytes(0, 2, 0, cut);
         self.asm.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
-        // `MASK_*` of include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h.
-        for (header, bit) in [(0, 128), (60, 64), (43, 32), (FRAGMENT, 16), (AUTH, 8)] {
+        for (header, bit) in MASKS {
             let next = self.asm.label();
             self.asm.jump32(Cond::Ne, Reg::R8, i32::from(header), next);
             self.asm.alu64(AluOp::Or, Reg::R2, bit);
@@ -257,34 +256,56 @@ impl Emitter<'_> {
         let a = &mut self.asm;
         let lengths = a.label();
         a.store(Size::W, Reg::FP, abi::HANDOVER, Reg::R2);
-        a.jump32(Cond::Ne, Reg::R8, i32::from(FRAGMENT), lengths);
+        a.jump32(Cond::Eq, Reg::R8, i32::from(kind::ESP), done);
+        a.jump32(Cond::Ne, Reg::R8, i32::from(kind::FRAGMENT), lengths);
         a.mov64(Reg::R1, 8);
         a.goto(advance);
         a.bind(lengths);
         self.header_length(advance);
         let a = &mut self.asm;
+        let on = a.label();
         a.bind(advance);
         a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
         a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+        a.comment("beyond the packet's end only what ends a chain by itself is known");
+        a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
+        a.jump64(Cond::Le, Reg::R7, Reg::R1, on);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
+        a.jump32(Cond::Eq, Reg::R8, i32::from(kind::ESP), done);
+        a.jump32(Cond::Eq, Reg::R8, i32::from(kind::NONE), done);
+        a.alu64(AluOp::Or, Reg::R2, 1);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, Reg::R2);
+        a.goto(done);
+        a.bind(on);
         a.alu64(AluOp::Add, Reg::R9, 1);
         a.loop_jump(Width::W64, Cond::Lt, Reg::R9, IPV6_EXT_HEADERS_MAX as i32, top, IPV6_EXT_HEADERS_MAX);
-        a.goto(bail);
-        a.bind(last);
-        let (esp, none) = (a.label(), a.label());
-        a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
-        a.jump32(Cond::Eq, Reg::R8, 50, esp);
-        a.jump32(Cond::Eq, Reg::R8, 59, none);
-        a.alu64(AluOp::Or, Reg::R2, 1);
-        a.goto(done);
-        a.bind(esp);
-        a.alu64(AluOp::Or, Reg::R2, 4);
-        a.goto(done);
-        a.bind(none);
-        a.alu64(AluOp::Or, Reg::R2, 2);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, i32::from(EXT_HEADERS_BEYOND));
         a.goto(done);
         a.bind(cut);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, i32::from(EXT_HEADERS_CUT));
+        a.goto(done);
+        a.bind(last);
+        let (none, ended) = (a.label(), a.label());
         a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
+        a.jump32(Cond::Eq, Reg::R8, i32::from(kind::NONE), none);
+        a.alu64(AluOp::Or, Reg::R2, 1);
+        a.goto(ended);
+        a.bind(none);
+        a.alu64(AluOp::Or, Reg::R2, 2);
+        a.bind(ended);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, Reg::R2);
         a.bind(done);
+        a.load(Size::W, Reg::R2, Reg::FP, abi::HANDOVER);
         a.store(Size::W, Reg::FP, word, Reg::R2);
     }
 }
+
+/// `MASK_*` of include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h.
+const MASKS: [(u8, i32); 6] = [
+    (kind::HOP_BY_HOP, 128),
+    (kind::DESTINATION, 64),
+    (kind::ROUTING, 32),
+    (kind::FRAGMENT, 16),
+    (kind::AUTHENTICATION, 8),
+    (kind::ESP, 4),
+];

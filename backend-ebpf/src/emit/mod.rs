@@ -58,8 +58,6 @@ pub const WALK_TOO_DEEP: DiagCode = DiagCode(561);
 pub const FIELD_UNAVAILABLE: DiagCode = DiagCode(562);
 /// Diagnostic code: a device number is too large for the table of devices.
 pub const DEVICE_NUMBER: DiagCode = DiagCode(563);
-/// Diagnostic code: a search of the packet that programs have no form for.
-pub const DERIVED_UNAVAILABLE: DiagCode = DiagCode(564);
 /// Diagnostic code: the code generator made what can't be a program, whatever the rules: a fault of polc.
 pub const GENERATOR_FAULT: DiagCode = DiagCode(569);
 

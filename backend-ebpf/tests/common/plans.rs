@@ -19,7 +19,7 @@ use polc_ir::plan::{
 };
 
 /// Frame endings come first in the plans built here; rules' endings start at this slot.
-pub(crate) const FIRST: u32 = 6;
+pub(crate) const FIRST: u32 = 7;
 
 pub(crate) fn rule(number: u32) -> Rule {
     Rule::from_u32(number)
@@ -35,6 +35,7 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
         frame(Verdict::Defer, FrameKind::Vlan),
         frame(Verdict::Drop, FrameKind::Malformed),
         frame(Verdict::Defer, FrameKind::UnknownDevice),
+        frame(Verdict::Defer, FrameKind::ManyHeaders),
     ];
     assert_eq!(endings.len(), FIRST as usize);
     endings.extend((0..rules).map(|number| Ending {

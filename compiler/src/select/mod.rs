@@ -13,6 +13,7 @@ use polc_ir::decision::Decision;
 use polc_ir::entities::{Entry, Stage, Step, Value};
 use polc_ir::env::{Attach, Device};
 use polc_ir::field::{DeviceName, Field};
+use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, max_value};
 use polc_ir::limits::LOOKUP_OPS_MAX;
 use polc_ir::outcome::FrameKind;
@@ -226,11 +227,17 @@ impl<'a> Selector<'a> {
             FrameKind::Malformed,
             FrameKind::UnknownDevice,
         ];
+        let many_headers = (classifier.family == Family::V6).then_some(FrameKind::ManyHeaders);
         let mut traces: Vec<Trace> = classifier
             .entries
             .values()
             .filter_map(trace)
-            .chain(frames.map(|kind| frame_ending(kind, classifier.place.mode).into()))
+            .chain(
+                frames
+                    .into_iter()
+                    .chain(many_headers)
+                    .map(|kind| frame_ending(kind, classifier.place.mode).into()),
+            )
             .collect();
         traces.sort_unstable();
         traces.dedup();

@@ -29,6 +29,8 @@ pub(super) mod size {
     pub(crate) const ESP: u16 = 8;
     /// `struct ip_auth_hdr`.
     pub(crate) const AH: u16 = 12;
+    /// `struct ip6_mh`.
+    pub(crate) const MH: u16 = 6;
     /// Two ports.
     pub(crate) const PORTS: u16 = 4;
 }

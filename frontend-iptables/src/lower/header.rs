@@ -41,10 +41,13 @@ pub(super) fn lower(ast: &RuleAst, body: &mut Body<'_>) {
 /// `-p` walks the extension headers. x_tables drops a packet whose chain is malformed (`ip6_packet_match`, hotdrop);
 /// nft_meta has no value for it, so the rule does not match (net/netfilter/nft_meta.c, `NFT_META_L4PROTO`).
 fn readable_extension_headers(body: &mut Body<'_>) {
-    let malformed = Test::new(Field::ExtHeaders, Family::V6, IntervalSet::point(1));
     match body.semantics() {
-        Semantics::Legacy => body.hotdrop(vec![malformed]),
-        Semantics::Nft => body.require_unless(true, malformed),
+        Semantics::Legacy => {
+            let malformed = Test { field: Field::ExtHeaders, mask: 1, values: IntervalSet::point(1) };
+            body.hotdrop(vec![malformed]);
+        }
+        // What comes after an authentication header is not looked at.
+        Semantics::Nft => body.require_values(Field::ExtHeaders, true, IntervalSet::point(1)),
     }
 }
 
@@ -52,7 +55,7 @@ fn readable_extension_headers(body: &mut Body<'_>) {
 /// (include/net/netfilter/nf_tables_ipv6.h, `__nft_set_pktinfo_ipv6_validate`, with `IP6_FH_F_AUTH`).
 fn nft_protocol(protocol: u16, negated: bool, body: &mut Body<'_>) {
     const AUTHENTICATION: u16 = 51;
-    let authenticated = Test { field: Field::ExtHeaderMask, mask: 8, values: IntervalSet::point(8) };
+    let authenticated = Test { field: Field::ExtHeaders, mask: 2, values: IntervalSet::point(2) };
     let equal = Test::new(Field::Proto, Family::V6, IntervalSet::point(protocol.into()));
     match (protocol == AUTHENTICATION, negated) {
         (true, _) => body.require_unless(negated, authenticated),

@@ -5,8 +5,9 @@
 
 use polc_ir::cube::Test;
 use polc_ir::derived::{DerivedData, DeviceLimit, Ipv6HeaderTest};
-use polc_ir::field::{End, Field};
+use polc_ir::field::{EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, End, Field};
 use polc_ir::interval::{Interval, IntervalSet};
+use polc_ir::ruleset::ClauseKind;
 
 use super::Body;
 use super::guards;
@@ -73,6 +74,38 @@ pub(crate) fn member(name: &str, ends: Vec<End>, return_nomatch: bool, negated: 
     let set = body.set(name);
     let field = Field::Derived(body.ruleset.derive(DerivedData::Member { set, ends, return_nomatch }));
     body.require_values(field, negated, IntervalSet::point(1));
+}
+
+/// xt_ipv6header: of the headers in `mask` (`MASK_*` of include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h), exactly
+/// these, or with `soft` at least these; negated, not exactly these or with `soft` none of these. Nothing holds for a
+/// chain that is cut short.
+pub(crate) fn ipv6_headers(mask: u8, soft: bool, negated: bool, body: &mut Body<'_>) {
+    const FIELD: Field = Field::ExtHeaderMask;
+    let bits = u128::from(mask);
+    let (cut, beyond) = (u128::from(EXT_HEADERS_CUT), u128::from(EXT_HEADERS_BEYOND));
+    body.push(ClauseKind::Beyond(Test { field: FIELD, mask: beyond, values: IntervalSet::point(beyond) }));
+    body.require(Test { field: FIELD, mask: cut, values: IntervalSet::point(0) });
+    let asked = |value| Test {
+        field: FIELD,
+        mask: if soft { bits } else { 0xff },
+        values: IntervalSet::point(value),
+    };
+    match (soft, negated) {
+        (true, true) => body.require(asked(0)),
+        (false, true) => body.require_unless(true, asked(bits)),
+        (_, false) => body.require(asked(bits)),
+    }
+}
+
+/// ip6t_mh: mobility headers of these types. One that something follows is dropped.
+pub(crate) fn mobility(kinds: (u8, u8), negated: bool, body: &mut Body<'_>) {
+    const NOTHING_FOLLOWS: u128 = 59;
+    guards::transport_header(guards::size::MH, body);
+    let followed =
+        Test::new(Field::L4Bytes { offset: 0, len: 1 }, body.family(), IntervalSet::point(NOTHING_FOLLOWS));
+    body.hotdrop(vec![followed.negated(body.family())]);
+    let values = IntervalSet::range(kinds.0.into(), kinds.1.into());
+    body.require_values(Field::L4Bytes { offset: 2, len: 1 }, negated, values);
 }
 
 /// An IPv6 extension header and its contents.

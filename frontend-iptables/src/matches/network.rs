@@ -424,7 +424,7 @@ fn frag(options: &Options, body: &mut Body<'_>) {
     meaning::ipv6_header(test, body);
 }
 
-/// `type[:len],...`: kept as written numbers, a length of 256 for none.
+/// `type[:len],...`.
 fn parse_options(words: &[&str], _: &Context) -> Result<Value, String> {
     let list: Result<Vec<u64>, String> = words[0]
         .split(',')
@@ -444,7 +444,8 @@ fn parse_options(words: &[&str], _: &Context) -> Result<Value, String> {
     Ok(Value::List(list))
 }
 
-const NO_LENGTH: u64 = 256;
+/// What the kernel takes for no length (net/ipv6/netfilter/ip6t_hbh.c, `hbh_mt6`).
+const NO_LENGTH: u64 = 255;
 
 fn print_options(value: &Value, out: &mut String) {
     let Value::List(list) = value else { return };
@@ -579,5 +580,5 @@ fn print_mh(value: &Value, out: &mut String) {
 
 fn mh(options: &Options, body: &mut Body<'_>) {
     let ((first, last), negate) = range(options, "mh-type").unwrap_or(((0, 255), false));
-    meaning::ipv6_header(Ipv6HeaderTest::Mh { kinds: (first as u8, last as u8), negate }, body);
+    meaning::mobility((first as u8, last as u8), negate, body);
 }

@@ -10,7 +10,7 @@ use polc_ir::ruleset::EffectTestKind;
 
 use super::transport::required;
 use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Value, base};
-use crate::lower::Body;
+use crate::lower::{Body, network};
 use crate::value;
 
 /// The matches of this group.
@@ -362,13 +362,7 @@ pub(super) const ALL: &[Extension] = &[
         families: Families::V6,
         options: &[Opt::not("header", Arg::Names(IPV6_HEADERS)), Opt::new("soft", Arg::Flag)],
         finish: Some(|options, _| required(options, "header")),
-        ..base(
-            "ipv6header",
-            Meaning::Match(|_, body| {
-                body.opaque("ipv6header", "walks the headers in a way that is not compiled")
-            }),
-            "Which extension headers a packet has.",
-        )
+        ..base("ipv6header", Meaning::Match(ipv6_headers), "Which extension headers a packet has.")
     },
     Extension {
         options: &[Opt::not("realm", Arg::Mark)],
@@ -387,6 +381,26 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
 ];
+
+fn ipv6_headers(options: &Options, body: &mut Body<'_>) {
+    let Some((Value::List(headers), negated)) = options.value("header") else { return };
+    let mask = headers.iter().fold(0, |mask, header| mask | ipv6_header_bit(*header));
+    network::ipv6_headers(mask, options.has("soft"), negated, body);
+}
+
+/// `MASK_*` of include/uapi/linux/netfilter_ipv6/ip6t_ipv6header.h.
+fn ipv6_header_bit(header: u64) -> u8 {
+    match header {
+        0 => 128,
+        60 => 64,
+        43 => 32,
+        44 => 16,
+        51 => 8,
+        50 => 4,
+        59 => 2,
+        _ => 1,
+    }
+}
 
 const IPV6_HEADERS: &[(&str, u64)] = &[
     ("hop-by-hop", 0),

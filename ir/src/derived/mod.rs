@@ -7,6 +7,7 @@ use crate::hook::Family;
 use crate::interval::Interval;
 use crate::packet::View;
 
+mod extension;
 mod program;
 mod transport;
 
@@ -57,8 +58,8 @@ pub enum DerivedData {
     },
     /// xt_u32: 1 if the program holds, 0 if not (net/netfilter/xt_u32.c).
     U32(U32Program),
-    /// An IPv6 extension header and its contents: 0 absent or cut short (see `malformed` per kind in `eval`),
-    /// 1 present and as asked, 2 malformed.
+    /// An IPv6 extension header and its contents: 1 present and as asked, 0 not, 2 malformed, which the kernel's match
+    /// drops (net/ipv6/netfilter/ip6t_{ah,frag,hbh,rt}.c).
     Ipv6Header(Ipv6HeaderTest),
 }
 
@@ -189,13 +190,6 @@ pub enum Ipv6HeaderTest {
         /// The addresses may have others between them.
         not_strict: bool,
     },
-    /// A mobility header's type (net/ipv6/netfilter/ip6t_mh.c).
-    Mh {
-        /// Closed range of types.
-        kinds: (u8, u8),
-        /// The range was negated.
-        negate: bool,
-    },
 }
 
 /// What a search found that could not go on to its end: more than the bounds of [`crate::limits`] allow. Lowering leaves
@@ -216,7 +210,8 @@ pub fn eval(data: &DerivedData, view: &View<'_>) -> u32 {
             transport::sctp_chunks(*rule, chunks, flags, view.l4())
         }
         DerivedData::U32(program) => program::u32_program(program, view.packet()).into(),
-        DerivedData::Ipv6Header(_) => 0,
+        DerivedData::Ipv6Header(_) if view.family() == Family::V4 => 0,
+        DerivedData::Ipv6Header(test) => extension::ipv6_header(test, view.packet()),
     }
 }
 

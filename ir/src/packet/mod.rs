@@ -4,18 +4,15 @@
 //! together, cut to the packet's own length. Programs read the same bytes in the same order
 //! (`backend-ebpf/src/emit/headers.rs`) and are compared with this.
 
+pub mod extension;
 pub mod text;
 
 use crate::env::{Input, Mode, Place};
-use crate::field::{DeviceName, Field};
+use crate::field::{DeviceName, EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, Field};
 use crate::hook::Family;
+use crate::limits::IPV6_EXT_HEADERS_MAX;
 use crate::outcome::{Decider, Ending, FrameKind, Verdict};
-
-/// Protocol numbers of extension headers that carry a next header (net/ipv6/exthdrs_core.c, `ipv6_ext_hdr`, without
-/// "none"): hop-by-hop, routing, fragment, authentication, destination options.
-const EXTENSION_HEADERS: [u8; 5] = [0, 43, FRAGMENT, AUTHENTICATION, 60];
-const FRAGMENT: u8 = 44;
-const AUTHENTICATION: u8 = 51;
+use extension::{ExtensionHeaders, Walked, kind};
 
 /// A packet that reached the rules.
 #[derive(Clone, Debug)]
@@ -38,10 +35,12 @@ pub fn frame_ending(kind: FrameKind, mode: Mode) -> Ending {
     let verdict = match kind {
         FrameKind::Runt | FrameKind::NotIp | FrameKind::OtherFamily => Verdict::Accept,
         FrameKind::Malformed => Verdict::Drop,
-        FrameKind::Vlan | FrameKind::UnknownDevice | FrameKind::Fragment => match mode {
-            Mode::Accelerate => Verdict::Defer,
-            Mode::Replace => Verdict::Drop,
-        },
+        FrameKind::Vlan | FrameKind::UnknownDevice | FrameKind::Fragment | FrameKind::ManyHeaders => {
+            match mode {
+                Mode::Accelerate => Verdict::Defer,
+                Mode::Replace => Verdict::Drop,
+            }
+        }
     };
     Ending { verdict, by: Decider::Frame(kind) }
 }
@@ -105,41 +104,44 @@ impl<'a> View<'a> {
             proto: 0,
             fragment: false,
             frag_offset: 0,
-            ext_headers: 1,
+            ext_headers: 0,
             length: payload as u32 + 40,
         };
-        if let Some((proto, offset)) = view.transport() {
-            view.proto = proto;
-            view.l4_offset = offset.min(packet.len());
-            view.ext_headers = 0;
-        }
+        view.extension_headers()?;
         Ok(view)
     }
 
     /// `ipv6_find_hdr(skb, .., -1, ..)` (net/ipv6/exthdrs_core.c): the transport protocol and where its header is.
-    fn transport(&mut self) -> Option<(u8, usize)> {
-        let (mut next, mut at) = (self.packet[6], 40);
-        while EXTENSION_HEADERS.contains(&next) {
-            let header = self.packet.get(at..at + 2)?;
-            let mut len = (usize::from(header[1]) + 1) * 8;
-            if next == FRAGMENT {
-                let bits = self.packet.get(at + 2..at + 4).map(|bytes| be16(bytes, 0))?;
-                self.fragment |= bits & !6 != 0;
-                len = 8;
-                if bits >> 3 != 0 {
-                    if EXTENSION_HEADERS.contains(&header[0]) {
-                        return None;
+    fn extension_headers(&mut self) -> Result<(), FrameKind> {
+        let mut headers = ExtensionHeaders::new(self.packet);
+        for _ in 0..IPV6_EXT_HEADERS_MAX {
+            match headers.step() {
+                Walked::Header { kind: kind::AUTHENTICATION, .. } => self.ext_headers |= 2,
+                Walked::Header { kind: kind::FRAGMENT, .. } => self.fragment = true,
+                Walked::Header { .. } => {}
+                Walked::Later { next, at, offset } => {
+                    self.fragment = true;
+                    if extension::EXTENSIONS.contains(&next) {
+                        self.ext_headers |= 1;
+                    } else {
+                        self.frag_offset = offset;
+                        self.proto = next;
+                        self.l4_offset = at.min(self.packet.len());
                     }
-                    self.frag_offset = bits >> 3;
-                    return Some((header[0], at + len));
+                    return Ok(());
                 }
-            } else if next == AUTHENTICATION {
-                len = (usize::from(header[1]) + 2) * 4;
+                Walked::Transport { protocol, at } => {
+                    self.proto = protocol;
+                    self.l4_offset = at.min(self.packet.len());
+                    return Ok(());
+                }
+                Walked::Malformed => {
+                    self.ext_headers |= 1;
+                    return Ok(());
+                }
             }
-            next = header[0];
-            at += len;
         }
-        Some((next, at))
+        Err(FrameKind::ManyHeaders)
     }
 
     /// The packet from the network header on, without what the link added behind it.
@@ -150,6 +152,11 @@ impl<'a> View<'a> {
     /// The packet from the transport header on; empty if there is none.
     pub fn l4(&self) -> &'a [u8] {
         self.packet.get(self.l4_offset..).unwrap_or(&[])
+    }
+
+    /// The rules' address family, which is the packet's.
+    pub fn family(&self) -> Family {
+        self.family
     }
 
     /// The transport protocol; 0 if the extension headers lead to none.
@@ -227,33 +234,36 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Which extension headers there are, as ip6t_ipv6header sees them (net/ipv6/netfilter/ip6t_ipv6header.c).
-    fn header_mask(&self) -> u8 {
+    /// Which extension headers there are (net/ipv6/netfilter/ip6t_ipv6header.c, `ipv6header_mt6`).
+    fn header_mask(&self) -> u16 {
         if self.family == Family::V4 {
             return 0;
         }
         let (mut next, mut at, mut mask) = (self.packet[6], 40, 0);
-        while EXTENSION_HEADERS.contains(&next) {
-            let Some(header) = self.packet.get(at..at + 2) else { return mask };
-            mask |= match next {
-                0 => 128,
-                60 => 64,
-                43 => 32,
-                FRAGMENT => 16,
-                _ => 8,
+        for _ in 0..IPV6_EXT_HEADERS_MAX {
+            let bit = match next {
+                kind::HOP_BY_HOP => 128,
+                kind::DESTINATION => 64,
+                kind::ROUTING => 32,
+                kind::FRAGMENT => 16,
+                kind::AUTHENTICATION => 8,
+                kind::ESP => 4,
+                kind::NONE => return mask | 2,
+                _ => return mask | 1,
             };
-            at += match next {
-                FRAGMENT => 8,
-                AUTHENTICATION => (usize::from(header[1]) + 2) * 4,
-                _ => (usize::from(header[1]) + 1) * 8,
-            };
-            next = header[0];
+            let Some(bytes) = self.packet.get(at..at + 2) else { return EXT_HEADERS_CUT };
+            mask |= bit;
+            if next == kind::ESP {
+                return mask;
+            }
+            at += extension::length(next, bytes[1]);
+            next = bytes[0];
+            if at > self.packet.len() {
+                let protocol = !matches!(next, kind::NONE | kind::ESP);
+                return mask | u16::from(protocol);
+            }
         }
-        mask | match next {
-            50 => 4,
-            59 => 2,
-            _ => 1,
-        }
+        EXT_HEADERS_BEYOND
     }
 }
 

@@ -97,7 +97,6 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
             }
             DerivedData::AddressType { .. } => None,
             DerivedData::Member { set, ends, .. } => set_deferral(ruleset, place, *set, ends, fragment),
-            DerivedData::Ipv6Header(_) => missing("the contents of extension headers are not read here"),
             // The rest are computed from the transport header or the IPv6 extension headers.
             _ if fragment && place.fragments == Fragments::Unresolved => {
                 missing("a fragment does not tell; the rules see the reassembled packet")

@@ -5,14 +5,15 @@
 //! Each search is a loop whose bound is named in `polc_ir::limits`; where a search is in the packet is kept where the
 //! verifier forgets it (see [`crate::abi`]), so that the ways through one turn of a loop meet before the next.
 
+mod extension;
 mod program;
 mod transport;
 
 use polc_ir::derived::{DCCP, DerivedData, SCTP, TCP};
-use polc_ir::diag::Diagnostic;
 use polc_ir::field::Field;
+use polc_ir::hook::Family;
 
-use super::{DERIVED_UNAVAILABLE, Emitter};
+use super::Emitter;
 use crate::abi;
 use crate::asm::Label;
 use crate::insn::{AluOp, Cond, Reg, Size};
@@ -41,15 +42,14 @@ impl Emitter<'_> {
                     self.unless_protocol(SCTP, done);
                     self.sctp_chunks(slot.word, *rule, chunks, flags, done);
                 }
-                Some(DerivedData::Ipv6Header(_)) => self.unavailable("a test of IPv6 extension headers"),
+                // All of them below.
+                Some(DerivedData::Ipv6Header(_)) => {}
             }
             self.asm.bind(done);
         }
-    }
-
-    fn unavailable(&mut self, what: &str) {
-        let message = format!("{what} has no form in a program yet");
-        self.diagnostics.push(Diagnostic::error(DERIVED_UNAVAILABLE, message, None));
+        if plan.family == Family::V6 {
+            self.extension_header_tests();
+        }
     }
 
     fn unless_protocol(&mut self, protocol: u8, done: Label) {
