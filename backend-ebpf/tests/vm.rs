@@ -537,11 +537,11 @@ fn what_the_vm_lacks_is_refused() {
     assert!(matches!(field, VmError::Refused { at: 0, .. }));
     let map = refused(&|a, object| {
         object.maps.push(MapDef {
-            name: "ring".to_string(),
+            name: "trie".to_string(),
             kind: MapKind::Declared {
-                map_type: MapType::RINGBUF,
-                key_bytes: 0,
-                value_bytes: 0,
+                map_type: MapType::LPM_TRIE,
+                key_bytes: 8,
+                value_bytes: 4,
                 max_entries: 4096,
                 flags: 0,
             },
@@ -549,7 +549,7 @@ fn what_the_vm_lacks_is_refused() {
         a.mov32(Reg::R0, 0);
         a.exit();
     });
-    assert_eq!(map, VmError::UnsupportedMap { map: "ring".to_string() });
+    assert_eq!(map, VmError::UnsupportedMap { map: "trie".to_string() });
     let huge = refused(&|a, object| {
         object.maps.push(MapDef::percpu_array("huge", 1 << 20, 1 << 20));
         a.mov32(Reg::R0, 0);
