@@ -7,6 +7,7 @@
 //! large policy can reach; see [`AsmError::code`].
 //!
 //! Besides the instructions, [`Code`] records what later stages could only guess: which `ld_imm64` refer to maps,
+//! which kernel function a call is of,
 //! which 32-bit context loads are packet pointers (the kernel widens those; the check VM has to do the same), which
 //! source rule each instruction comes from, and how often a loop runs at most.
 //!
@@ -33,6 +34,7 @@ use polc_ir::entities::Map;
 use polc_ir::limits::{OBJECT_LINE_NUMBER_MAX, OBJECT_LINE_TEXT_BYTES_MAX, PROGRAM_INSNS_MAX};
 
 use crate::insn::{AluOp, ByteOrder, Cond, Helper, Insn, Operand, Reg, Size, Unsupported, Width, decode_all};
+use crate::kernel_api::{KernelFunction, KernelItem};
 
 /// A place in a program that jumps can name before it exists. Prints as `label4`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -92,6 +94,15 @@ pub struct BoundedLoop {
     pub trips: u32,
 }
 
+/// An instruction that uses something of the running kernel's, and has to be put right when the program is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KernelRef {
+    /// The instruction's slot.
+    pub slot: u32,
+    /// What it uses.
+    pub item: KernelItem,
+}
+
 /// A finished program: position-fixed instructions and what is known about them. Positions are slots.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Code {
@@ -99,6 +110,8 @@ pub struct Code {
     pub slots: Vec<u64>,
     /// References to maps, ascending.
     pub relocs: Vec<Reloc>,
+    /// Uses of the kernel's own functions, ascending.
+    pub kernel: Vec<KernelRef>,
     /// `ldxw` of packet pointers from the context, ascending.
     pub ctx_loads: Vec<u32>,
     /// Marked loops, ascending.
@@ -456,6 +469,12 @@ impl Asm {
     /// Calls a helper. `r1`-`r5` are lost, `r0` is the result.
     pub fn call(&mut self, helper: Helper) {
         self.push(Insn::Call { helper });
+    }
+
+    /// Calls a kernel function. `r1`-`r5` are lost, `r0` is the result.
+    pub fn call_kernel(&mut self, function: KernelFunction) {
+        self.code.kernel.push(KernelRef { slot: self.here(), item: KernelItem::Function(function) });
+        self.push(Insn::CallKernel { function: 0 });
     }
 
     /// Ends the program with `r0`.

@@ -104,15 +104,25 @@ impl Builder {
         self.add(name, KIND_DATASEC, vars.len(), size, vars.as_flattened())
     }
 
-    /// `int (*)(param ctx)`.
-    pub(crate) fn func_proto(&mut self, result: u32, param: u32) -> u32 {
-        let name = self.string("ctx");
-        self.add("", KIND_FUNC_PROTO, 1, result, &[name, param])
+    /// An unsigned 32-bit integer.
+    pub(crate) fn u32(&mut self) -> u32 {
+        self.add("unsigned int", KIND_INT, 0, 4, &[32])
+    }
+
+    /// A function's type: its result's, and name and type of each parameter.
+    pub(crate) fn func_proto(&mut self, result: u32, params: &[(&str, u32)]) -> u32 {
+        let params: Vec<[u32; 2]> = params.iter().map(|&(name, of)| [self.string(name), of]).collect();
+        self.add("", KIND_FUNC_PROTO, params.len(), result, params.as_flattened())
     }
 
     /// A function with global linkage.
     pub(crate) fn func(&mut self, name: &str, proto: u32) -> u32 {
         self.add(name, KIND_FUNC, 1, proto, &[])
+    }
+
+    /// A function that the kernel has.
+    pub(crate) fn extern_func(&mut self, name: &str, proto: u32) -> u32 {
+        self.add(name, KIND_FUNC, 2, proto, &[])
     }
 
     /// The section's bytes.

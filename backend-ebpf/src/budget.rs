@@ -179,7 +179,7 @@ impl<'a> Walk<'a> {
             let target = insn.jump_offset().map(|off| (i64::from(at) + 1 + i64::from(off)).max(0) as u32);
             match insn {
                 Insn::Jump { .. } => prune_point[at as usize] = true,
-                Insn::Call { .. } => prune_point[at as usize + 1] = true,
+                Insn::Call { .. } | Insn::CallKernel { .. } => prune_point[at as usize + 1] = true,
                 _ => {}
             }
             if let Some(target) = target {
@@ -237,7 +237,10 @@ impl<'a> Walk<'a> {
         if self.prune_point[path.slot as usize] && self.seen(path) {
             return true;
         }
-        if matches!(insn, Insn::Jump { .. } | Insn::Ja { .. } | Insn::Call { .. } | Insn::Exit) {
+        if matches!(
+            insn,
+            Insn::Jump { .. } | Insn::Ja { .. } | Insn::Call { .. } | Insn::CallKernel { .. } | Insn::Exit
+        ) {
             self.jumps += 1;
         }
         let at = path.slot;
@@ -355,7 +358,11 @@ pub fn stack_bytes(insns: &[(u32, Insn)]) -> usize {
             Insn::LoadImm64 { dst, .. } | Insn::LoadMap { dst, .. } | Insn::LoadMapValue { dst, .. } => {
                 offsets[usize::from(dst.number())] = None;
             }
-            Insn::Ja { .. } | Insn::Jump { .. } | Insn::Call { .. } | Insn::Exit => {}
+            Insn::Ja { .. }
+            | Insn::Jump { .. }
+            | Insn::Call { .. }
+            | Insn::CallKernel { .. }
+            | Insn::Exit => {}
         }
     }
     deepest.unsigned_abs() as usize

@@ -32,7 +32,7 @@ impl DebugInfo {
         let int = types.int();
         let context = types.opaque_struct(program.kind.context(), program.kind.context_bytes());
         let pointer = types.ptr(context);
-        let proto = types.func_proto(int, pointer);
+        let proto = types.func_proto(int, &[("ctx", pointer)]);
         let func = types.func(&program.name, proto);
         let mut lines = Vec::new();
         add_lines(&mut types, &mut lines, 0, &program.code);

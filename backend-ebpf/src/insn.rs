@@ -1,7 +1,7 @@
 //! The eBPF instruction: a sum type with one constructor, one printer, one encoder and one decoder for each kind.
 //!
 //! Only what polc emits exists here. An instruction that the check VM runs wrongly or not at all (sign-extending moves
-//! and loads, signed division, 32-bit modulo, atomics, byte swaps, long jumps, kernel functions) has no constructor or
+//! and loads, signed division, 32-bit modulo, atomics, byte swaps, long jumps) has no constructor or
 //! is refused by the assembler, and the decoder names it ([`Unsupported`]) instead of guessing. The encoding is
 //! RFC 9669 (BPF Instruction Set Architecture), section 3: an instruction is one 64-bit *slot*, little-endian on the
 //! wire, `opcode:8 dst:4 src:4 offset:16 imm:32`; `ld_imm64` alone takes two slots. Positions and jump offsets count
@@ -529,6 +529,11 @@ pub enum Insn {
         /// Which helper.
         helper: Helper,
     },
+    /// `call` of a function of the kernel's; [`crate::asm::Code::kernel`] says of which.
+    CallKernel {
+        /// The function's type in the kernel's BTF; 0 until loaded.
+        function: i32,
+    },
     /// `exit`, with `r0`.
     Exit,
 }
@@ -558,6 +563,7 @@ const OP_EXIT: u8 = 0x95;
 
 const PSEUDO_MAP_FD: u8 = 1;
 const PSEUDO_MAP_VALUE: u8 = 2;
+const PSEUDO_KERNEL_CALL: u8 = 2;
 
 /// An instruction that exists in eBPF and that polc neither emits nor reads, with the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -578,7 +584,7 @@ pub enum Unsupported {
     GotoL,
     /// `may_goto` and the like.
     MayGoto,
-    /// A call of a kernel function, a local function or through a register.
+    /// A call of a local function, through a register, or of a function in a kernel module.
     CallKind,
     /// `ld_abs`, `ld_ind`: the packet access of classic BPF.
     LoadPacket,
@@ -603,7 +609,7 @@ impl fmt::Display for Unsupported {
             Unsupported::Atomic => "atomic operation: the check VM has none",
             Unsupported::GotoL => "gotol: the check VM has none",
             Unsupported::MayGoto => "may_goto: the check VM has none",
-            Unsupported::CallKind => "call of something other than a helper",
+            Unsupported::CallKind => "call of neither a helper nor a function of the kernel",
             Unsupported::LoadPacket => "ld_abs or ld_ind",
             Unsupported::LoadImm64Kind => "unknown kind of ld_imm64",
             Unsupported::Reserved => "reserved opcode or field",
@@ -671,6 +677,7 @@ impl Insn {
                 slot(class | cond.code() | src.source_bit(), dst.0, src_reg, off, imm)
             }
             Insn::Call { helper } => slot(OP_CALL, 0, 0, 0, helper.0 as i32),
+            Insn::CallKernel { function } => slot(OP_CALL, 0, PSEUDO_KERNEL_CALL, 0, function),
             Insn::Exit => slot(OP_EXIT, 0, 0, 0, 0),
         });
     }
@@ -797,6 +804,9 @@ fn decode_jump(opcode: u8, dst: Reg, src_bits: u8, off: i16, imm: i32) -> Result
         OP_JA => return Ok(Insn::Ja { off }),
         OP_JA32 => return Err(Unsupported::GotoL),
         OP_CALL if src_bits == 0 => return Ok(Insn::Call { helper: Helper(imm as u32) }),
+        OP_CALL if src_bits == PSEUDO_KERNEL_CALL && off == 0 => {
+            return Ok(Insn::CallKernel { function: imm });
+        }
         OP_CALL | OP_CALL_REG => return Err(Unsupported::CallKind),
         OP_EXIT => return Ok(Insn::Exit),
         0xe5 => return Err(Unsupported::MayGoto),
@@ -865,6 +875,7 @@ impl fmt::Display for Insn {
                 write!(f, " goto {off:+}")
             }
             Insn::Call { helper } => write!(f, "call {helper}"),
+            Insn::CallKernel { function } => write!(f, "call kernel-function#{function}"),
             Insn::Exit => f.write_str("exit"),
         }
     }
@@ -876,7 +887,12 @@ mod tests {
 
     /// One of every kind, in every width, size and operand form.
     fn every_insn() -> Vec<Insn> {
-        let mut all = vec![Insn::Exit, Insn::Ja { off: -3 }, Insn::Call { helper: Helper::TAIL_CALL }];
+        let mut all = vec![
+            Insn::Exit,
+            Insn::Ja { off: -3 },
+            Insn::Call { helper: Helper::TAIL_CALL },
+            Insn::CallKernel { function: 65_670 },
+        ];
         let operands = [Operand::Reg(Reg::R7), Operand::Imm(-5), Operand::Imm(i32::MAX)];
         for width in [Width::W32, Width::W64] {
             all.push(Insn::Neg { width, dst: Reg::R3 });
@@ -939,7 +955,8 @@ mod tests {
         assert_eq!(raw(0x91, 2, 0, 0), Err(Unsupported::LoadSx));
         assert_eq!(raw(0xdb, 2, 0, 0), Err(Unsupported::Atomic));
         assert_eq!(raw(0x06, 0, 0, 9), Err(Unsupported::GotoL));
-        assert_eq!(raw(0x85, 2, 0, 9), Err(Unsupported::CallKind));
+        assert_eq!(raw(0x85, 1, 0, 9), Err(Unsupported::CallKind));
+        assert_eq!(raw(0x85, 2, 1, 9), Err(Unsupported::CallKind));
         assert_eq!(raw(0x18, 4, 0, 0), Err(Unsupported::LoadImm64Kind));
         assert_eq!(raw(0x20, 0, 0, 0), Err(Unsupported::LoadPacket));
         assert_eq!(raw(0xbf, 11, 0, 0), Err(Unsupported::Register));

@@ -5,7 +5,8 @@
 //! a program, and a *direct value* is a byte in a map that code addresses without a lookup; an *object* is the ELF
 //! file that holds programs, maps and what is known about both.
 //!
-//! The rooms, from the ground up: [`insn`] is the instruction set, [`asm`] turns instructions and labels into
+//! The rooms, from the ground up: [`insn`] is the instruction set, [`kernel_api`] the kernel functions that programs may
+//! call, [`asm`] turns instructions and labels into
 //! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`disasm`] prints it, [`vm`] runs it
 //! without a kernel, [`budget`] says whether the kernel's verifier will accept it. [`emit`] makes
 //! a plan an object, under the contract that [`abi`] writes down; what its programs report of packets is [`trace`]'s. Start with [`emit::emit`], or from below with
@@ -20,6 +21,7 @@ pub mod disasm;
 mod elf;
 pub mod emit;
 pub mod insn;
+pub mod kernel_api;
 pub mod manifest;
 pub mod object;
 pub mod trace;

@@ -114,13 +114,16 @@ pub enum CounterKind {
 }
 
 /// What a loader needs beyond loading one ELF file unchanged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Needs {
     /// A program array has to be filled with the object's other programs.
     pub tail_calls: bool,
     /// Maps of maps have to be made and filled.
     pub inner_maps: bool,
+    /// What of the running kernel's has to be found by name ([`crate::kernel_api`]).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kernel: Vec<String>,
 }
 
 /// A kernel version, major and minor.

@@ -360,7 +360,7 @@ impl Object {
 
     /// Checks: names are identifiers, short enough and unique; maps have a size; every instruction decodes; side
     /// tables are ascending and point at instructions of the kind they are about; every reference to a map has a
-    /// relocation, and it points into an existing map.
+    /// relocation, and it points into an existing map; every call of a kernel function says of which.
     pub fn verify(&self) -> Result<(), ObjectError> {
         let mut names = BTreeSet::new();
         for def in self.maps.values() {
@@ -450,6 +450,16 @@ impl Object {
         }
         if let Some(reloc) = relocs.next() {
             return fail(reloc.slot, "a relocation of something that is no map reference");
+        }
+        let mut kernel = code.kernel.iter().peekable();
+        for &(at, insn) in &insns {
+            let Insn::CallKernel { function } = insn else { continue };
+            if function != 0 || kernel.next_if(|used| used.slot == at).is_none() {
+                return fail(at, "calls a kernel function that nothing names");
+            }
+        }
+        if let Some(used) = kernel.next() {
+            return fail(used.slot, "names a kernel function where none is called");
         }
         if !code.ctx_loads.is_sorted_by(|a, b| a < b)
             || !code.loops.is_sorted_by(|a, b| a.back_jump < b.back_jump)

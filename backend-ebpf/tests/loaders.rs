@@ -5,7 +5,7 @@ mod common;
 use aya::maps::{Array, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
-use common::{actions, packet, sample_with_tables};
+use common::{actions, looks_up_connections, packet, sample_with_tables};
 use polc_backend_ebpf::object::ProgramKind;
 
 /// Packets and whether the sample drops them.
@@ -128,4 +128,19 @@ fn tc_loads_the_object() {
 fn number_after(text: &str, marker: &str) -> String {
     let rest = text.split(marker).nth(1).unwrap_or_else(|| panic!("no `{marker}` in: {text}"));
     rest.chars().take_while(char::is_ascii_digit).collect()
+}
+
+#[test]
+fn bpftool_resolves_kernel_functions() {
+    const NAME: &str = "bpftool_resolves_kernel_functions";
+    if !may_run(NAME) || !has_tools(NAME, &["bpftool"]) {
+        return;
+    }
+    let (dir, fs) = (TempDir::new("functions"), BpfFs::new("functions-pins"));
+    for kind in ProgramKind::ALL {
+        let object = dir.file("lookup.o", &looks_up_connections(kind).write().expect("writes"));
+        let pin = fs.join(kind.section());
+        run("bpftool", &["prog", "load", &object, &pin]);
+        assert_eq!(bpftool_verdict(&dir, &["pinned", &pin], 53), actions(kind).drop as u32);
+    }
 }

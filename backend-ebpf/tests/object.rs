@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{sample, without_comments};
+use common::{looks_up_connections, sample, without_comments};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::Manifest;
@@ -38,6 +38,22 @@ fn several_programs_share_a_section() {
     }
     let bytes = object.write().expect("writes");
     assert_eq!(Object::read(&bytes).expect("reads"), object);
+}
+
+#[test]
+fn calls_of_kernel_functions_keep_their_names() {
+    let object = looks_up_connections(ProgramKind::Xdp);
+    let calls = |object: &Object| object.programs[0].code.kernel.clone();
+    assert_eq!(calls(&object).len(), 2);
+    let bytes = object.write().expect("writes");
+    assert_eq!(Object::read(&bytes).expect("reads"), without_comments(object.clone()));
+    let unnamed = |change: fn(&mut Object)| {
+        let mut object = object.clone();
+        change(&mut object);
+        object.write().expect_err("refused")
+    };
+    assert!(matches!(unnamed(|o| _ = o.programs[0].code.kernel.pop()), ObjectError::Insn { .. }));
+    assert!(matches!(unnamed(|o| o.programs[0].code.kernel[0].slot += 1), ObjectError::Insn { .. }));
 }
 
 #[test]

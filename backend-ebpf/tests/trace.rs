@@ -61,7 +61,7 @@ impl Traced {
 
     /// The frame's reports, on which VM and kernel agree; their times are 0.
     fn run(&mut self, frame: &[u8], context: &Context) -> Vec<Event> {
-        self.vm.run(0, &Input { packet: frame, linear: None, context: context.clone() }).unwrap();
+        self.vm.run(0, &Input { packet: frame, context: context.clone(), ..Input::default() }).unwrap();
         let events = self.vm.map(EVENTS_MAP).unwrap();
         let records = self.vm.take_records(events);
         if self.kernel.is_some() {
@@ -386,7 +386,7 @@ fn too_many_are_counted_exactly() {
         traced.vm.set_time_ns(ns);
         let events = traced.vm.map(EVENTS_MAP).unwrap();
         for _ in 0..times {
-            traced.vm.run(0, &Input { packet: &syn, linear: None, context: device() }).unwrap();
+            traced.vm.run(0, &Input { packet: &syn, context: device(), ..Input::default() }).unwrap();
         }
         traced.vm.take_records(events).len()
     };

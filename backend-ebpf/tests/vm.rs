@@ -6,12 +6,12 @@ mod common;
 use aya::maps::{Array, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use common::kernel::may_run;
-use common::{actions, packet, sample};
+use common::{TUPLE, actions, looks_up_connections, packet, sample};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::{AluOp, ByteOrder, Cond, Helper, Insn, Operand, Reg, Size, Width};
 use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, Object, Program, ProgramKind};
-use polc_backend_ebpf::vm::{Context, Input, RunResult, Vm, VmError};
+use polc_backend_ebpf::vm::{Connection, Context, Input, RunResult, Vm, VmError};
 use polc_ir::entities::Map;
 use polc_ir::limits::VM_PACKET_BYTES_MAX;
 
@@ -209,7 +209,7 @@ fn classifier_context() {
         packet_type: 3,
         ..Context::default()
     };
-    let given = Input { packet: &packet, linear: None, context };
+    let given = Input { packet: &packet, context, ..Input::default() };
     let out = both("classifier_context", &object, &given);
     assert_eq!(out[..10], [60, 3, 0x1234, 0x0008, 0, 0, 7, 0, 1, 60]);
     assert_eq!(in_vm(&object, &given).0, RunResult { return_value: 2, mark: 0x12cb });
@@ -217,7 +217,7 @@ fn classifier_context() {
     // What the kernel's test run doesn't let a caller set.
     let context =
         Context { vlan_tci: Some(5), vlan_protocol: 0x8100, protocol: Some(0x86dd), ..Context::default() };
-    let (_, out) = in_vm(&object, &Input { packet: &packet, linear: Some(20), context });
+    let (_, out) = in_vm(&object, &Input { packet: &packet, linear: Some(20), context, ..Input::default() });
     let out = words(&out);
     assert_eq!(out[..10], [60, 0, 0, 0xdd86, 1, 5, 0, 0, 0, 20]);
 }
@@ -751,4 +751,35 @@ fn random_programs_agree_with_the_kernel() {
         assert_eq!(kernel.run("main", &input(&packet)), result, "program {seed}");
         assert_eq!(words(&kernel.out()), words(&out), "program {seed}: kernel (left) and VM");
     }
+}
+
+#[test]
+fn connections_are_found_and_given_back() {
+    for kind in ProgramKind::ALL {
+        let mut vm = Vm::new(&looks_up_connections(kind)).expect("links");
+        let packet = packet(53, 7);
+        let mut run = |connections: &[Connection]| {
+            let input = Input { packet: &packet, connections, ..Input::default() };
+            vm.run(0, &input).expect("runs").return_value as i32
+        };
+        let known = Connection { protocol: 17, tuple: TUPLE.to_vec() };
+        let reply = Connection { protocol: 17, tuple: vec![192, 0, 2, 2, 192, 0, 2, 1, 0, 53, 3, 232] };
+        assert_eq!(run(&[]), actions(kind).drop);
+        assert_eq!(run(std::slice::from_ref(&reply)), actions(kind).drop);
+        assert_eq!(run(&[reply, known]), actions(kind).pass);
+    }
+}
+
+#[test]
+fn a_connection_that_is_kept_is_a_fault() {
+    let mut object = looks_up_connections(ProgramKind::Xdp);
+    // The release becomes a plain assignment.
+    let release = object.programs[0].code.kernel.pop().expect("released");
+    let mut plain = Vec::new();
+    Insn::Alu { width: Width::W64, op: AluOp::Mov, dst: Reg::R1, src: Operand::Imm(0) }.encode(&mut plain);
+    object.programs[0].code.slots[release.slot as usize] = plain[0];
+    let mut vm = Vm::new(&object).expect("links");
+    let connections = [Connection { protocol: 17, tuple: TUPLE.to_vec() }];
+    let input = Input { packet: &packet(53, 7), connections: &connections, ..Input::default() };
+    assert!(matches!(vm.run(0, &input), Err(VmError::Fault { .. })));
 }

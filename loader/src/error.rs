@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use polc_ir::diag::Code;
 
+use crate::kernel_types::KernelTypesError;
 use crate::probe::Missing;
 
 /// Why the kernel does not agree with an object.
@@ -124,6 +125,8 @@ pub enum Error {
         /// What the check VM's run returned.
         vm: i32,
     },
+    /// A kernel function that a program calls is not known.
+    KernelTypes(KernelTypesError),
     /// The applied policy has no set of that name, or an element can't be in it.
     Set(String),
     /// Any other call that failed.
@@ -189,6 +192,7 @@ impl Error {
             Error::Set(_) => 820,
             Error::Call { .. } => 821,
             Error::Unconfirmed(_) => 822,
+            Error::KernelTypes(_) => 823,
         })
     }
 
@@ -238,6 +242,9 @@ impl Error {
             Error::Canary { .. } => "`polc explain` shows which rule decides the packet".into(),
             Error::TestRun { .. } => {
                 "a fault of polc or of the kernel: please report this rule set with the kernel's version".into()
+            }
+            Error::KernelTypes(_) => {
+                "compile without what needs it: connection look-ups need Linux 5.18 with conntrack built in, not a module".into()
             }
             Error::NoProgram(_) | Error::Disk { .. } | Error::Set(_) | Error::Call { .. } => return None,
         })
@@ -304,6 +311,7 @@ impl fmt::Display for Error {
             Error::TestRun { packet, kernel, vm } => {
                 write!(f, "the loaded program returns {kernel} for packet {packet}, and {vm} in userspace")
             }
+            Error::KernelTypes(error) => error.fmt(f),
             Error::Set(what) => f.write_str(what),
             Error::Call { what, source } => write!(f, "can't {what}: {source}"),
         }

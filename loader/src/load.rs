@@ -7,13 +7,15 @@
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use cranelift_entity::PrimaryMap;
-use polc_backend_ebpf::asm::Code;
+use polc_backend_ebpf::asm::{Code, KernelRef};
 use polc_backend_ebpf::debug_info::DebugInfo;
+use polc_backend_ebpf::kernel_api::KernelItem;
 use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, Object, Program, ProgramKind};
 use polc_ir::entities::Map;
 use polc_ir::limits::VERIFIER_LOG_BYTES_MAX;
 
 use crate::error::{Error, Refusal};
+use crate::kernel_types::KernelTypes;
 use crate::sys::{self, BtfBlob, MapFlags, MapSpec, ProgramSpec, ProgramType, Sys};
 
 /// `BPF_XDP` of `enum bpf_attach_type`.
@@ -71,10 +73,12 @@ pub fn load(sys: &Sys, object: &Object) -> Result<Loaded, Error> {
         maps.push(make_map(sys, def)?);
         names.push((def.name.clone(), map));
     }
+    let needed = object.programs.iter().any(|program| !program.code.kernel.is_empty());
+    let types = if needed { Some(KernelTypes::read().map_err(Error::KernelTypes)?) } else { None };
     let mut programs = Vec::new();
     for program in &object.programs {
         let fds = |map: Map| maps[map].as_fd();
-        programs.push(load_program(sys, program, &object.license, &fds)?);
+        programs.push(load_program(sys, program, &object.license, &fds, types.as_ref())?);
     }
     Ok(Loaded { programs, maps, names })
 }
@@ -128,6 +132,7 @@ fn load_program<'m>(
     program: &Program,
     license: &str,
     map: &dyn Fn(Map) -> BorrowedFd<'m>,
+    types: Option<&KernelTypes>,
 ) -> Result<LoadedProgram, Error> {
     let mut slots = program.code.slots.clone();
     for reloc in &program.code.relocs {
@@ -135,6 +140,7 @@ fn load_program<'m>(
         let slot = &mut slots[reloc.slot as usize];
         *slot = *slot & 0xffff_ffff | (map(reloc.map).as_raw_fd() as u64) << 32;
     }
+    resolve(&program.code, &mut slots, types)?;
     let debug = DebugInfo::of(program);
     // A kernel that does not take the type information runs the program all the same.
     let btf = sys.btf_load(&debug.btf).ok();
@@ -164,6 +170,17 @@ fn load_program<'m>(
         }
     };
     Ok(LoadedProgram { name: program.name.clone(), kind: program.kind, fd })
+}
+
+/// Gives calls of kernel functions the numbers that the functions have in this kernel.
+fn resolve(code: &Code, slots: &mut [u64], types: Option<&KernelTypes>) -> Result<(), Error> {
+    let Some(types) = types else { return Ok(()) };
+    for &KernelRef { slot, item: KernelItem::Function(function) } in &code.kernel {
+        let id = types.function(function.name()).map_err(Error::KernelTypes)?;
+        let slot = &mut slots[slot as usize];
+        *slot = *slot & 0xffff_ffff | u64::from(id) << 32;
+    }
+    Ok(())
 }
 
 /// The verifier's log of a program that it refuses: the buffer grows until the log fits.

@@ -6,14 +6,15 @@
 //! | `.maps` | zeros; the declarations are in `.BTF` |
 //! | `.rodata.*` `.data.*` `.bss` | a data map each |
 //! | `xdp`, `classifier` | programs of that kind, one after the other, a global function symbol each |
-//! | `.relxdp`, `.relclassifier` | `R_BPF_64_64` for each map reference |
+//! | `.relxdp`, `.relclassifier` | `R_BPF_64_64` for each map reference, `R_BPF_64_32` for each call of a kernel function |
 //! | `.BTF` | types of maps and programs, strings |
 //! | `.BTF.ext` | functions and source lines |
 //! | `polc.manifest` | [`Notes`] as JSON |
 //!
 //! A reference to a declared map points at its variable's symbol; a reference into a data map at the section's
 //! symbol, with the offset in the first immediate of the `ld_imm64`. That is what clang writes and what libbpf, aya
-//! and iproute2 expect.
+//! and iproute2 expect. A call of a kernel function points at an undefined symbol of that name, which libbpf alone
+//! resolves.
 
 use std::borrow::Cow;
 
@@ -26,6 +27,12 @@ pub(crate) mod write;
 
 const LICENSE: &str = "license";
 const MAPS: &str = ".maps";
+/// The BTF section that lists kernel functions. It has no bytes.
+const KSYMS: &str = ".ksyms";
+
+/// A call that a relocation resolves, as clang writes it: of local function -1.
+const EXTERN_CALL: u64 = 0xffff_ffff_0000_1085;
+
 const BTF: &str = ".BTF";
 const BTF_EXT: &str = ".BTF.ext";
 const MANIFEST: &str = "polc.manifest";

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cranelift_entity::{EntityRef, PrimaryMap, packed_option::PackedOption};
-use object::elf::R_BPF_64_64;
+use object::elf::{R_BPF_64_32, R_BPF_64_64};
 use object::read::elf::ElfFile64;
 use object::{
     Architecture, Endianness, LittleEndian, Object as _, ObjectKind, ObjectSection, ObjectSymbol,
@@ -13,11 +13,13 @@ use polc_ir::entities::Map;
 use polc_ir::limits::OBJECT_BSS_BYTES_MAX;
 
 use super::{
-    BTF, BTF_EXT, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAPS, Notes, ProgramNotes,
+    BTF, BTF_EXT, EXTERN_CALL, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAPS, Notes,
+    ProgramNotes,
 };
-use crate::asm::{BoundedLoop, Code, File, Line, LineRef, Reloc, RelocKind};
+use crate::asm::{BoundedLoop, Code, File, KernelRef, Line, LineRef, Reloc, RelocKind};
 use crate::btf::{self, Btf};
 use crate::insn::{Insn, Reg};
+use crate::kernel_api::{KernelFunction, KernelItem};
 use crate::object::{DataSection, MapDef, MapKind, MapType, Object, ObjectError, Program, ProgramKind};
 
 type ElfFile<'a> = ElfFile64<'a, LittleEndian>;
@@ -224,14 +226,25 @@ fn read_program(
         .ok_or_else(|| bad_section(section_name, format!("program `{}` is not inside", note.name)))?;
     let mut slots: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|slot| u64::from_le_bytes(*slot)).collect();
 
-    let mut relocs = Vec::new();
+    let (mut relocs, mut kernel) = (Vec::new(), Vec::new());
     for (offset, relocation) in section.relocations() {
         let Some(slot) = offset.checked_sub(base).filter(|at| *at < size) else { continue };
         let bad = || ObjectError::Relocation { section: section_name.to_string(), offset };
         let RelocationTarget::Symbol(target) = relocation.target() else { return Err(bad()) };
         let target = elf.symbol_by_index(target).map_err(|_| bad())?;
-        if !matches!(relocation.flags(), RelocationFlags::Elf { r_type: R_BPF_64_64 }) {
-            return Err(bad());
+        match relocation.flags() {
+            RelocationFlags::Elf { r_type: R_BPF_64_64 } => {}
+            RelocationFlags::Elf { r_type: R_BPF_64_32 } => {
+                let function = target.name().ok().and_then(KernelFunction::from_name).ok_or_else(bad)?;
+                let at = (slot / 8) as usize;
+                let place = slots.get_mut(at).filter(|call| **call == EXTERN_CALL && slot % 8 == 0);
+                let mut call = Vec::with_capacity(1);
+                Insn::CallKernel { function: 0 }.encode(&mut call);
+                *place.ok_or_else(bad)? = call[0];
+                kernel.push(KernelRef { slot: at as u32, item: KernelItem::Function(function) });
+                continue;
+            }
+            _ => return Err(bad()),
         }
         let index = target.section_index().ok_or_else(bad)?;
         let data = places.get(&(index.0, None)).filter(|_| target.address() == 0);
@@ -248,10 +261,12 @@ fn read_program(
         relocs.push(Reloc { slot: at as u32, map, kind });
     }
     relocs.sort_by_key(|reloc| reloc.slot);
+    kernel.sort_by_key(|used| used.slot);
 
     let mut code = Code {
         slots,
         relocs,
+        kernel,
         ctx_loads: note.ctx_loads.clone(),
         loops: note.loops.iter().map(|&(back_jump, trips)| BoundedLoop { back_jump, trips }).collect(),
         ..Code::default()

@@ -1,10 +1,10 @@
 //! Object to ELF. Everything is laid out in the order of the object's own lists, so equal objects give equal bytes.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cranelift_entity::{EntityRef, SecondaryMap};
-use object::elf::R_BPF_64_64;
+use object::elf::{R_BPF_64_32, R_BPF_64_64};
 use object::write::{Object as Elf, Relocation, SectionId, Symbol, SymbolId, SymbolSection};
 use object::{
     Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolKind,
@@ -14,12 +14,13 @@ use polc_ir::entities::Map;
 use polc_ir::limits::BTF_BYTES_MAX;
 
 use super::{
-    BTF, BTF_EXT, FUNC_INFO_BYTES, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAP_BYTES,
-    MAPS, Notes, ProgramNotes,
+    BTF, BTF_EXT, EXTERN_CALL, FUNC_INFO_BYTES, KSYMS, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST,
+    MAP_ATTRIBUTES, MAP_BYTES, MAPS, Notes, ProgramNotes,
 };
-use crate::asm::{Code, RelocKind};
+use crate::asm::{Code, KernelRef, RelocKind};
 use crate::btf;
 use crate::insn::{Insn, Reg};
+use crate::kernel_api::{CType, KernelFunction, KernelItem};
 use crate::object::{DataSection, MapKind, Object, ObjectError, Program, ProgramKind};
 
 /// The ELF file of a verified object.
@@ -31,7 +32,10 @@ pub(crate) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
 
     let mut types = btf::Builder::default();
     let int = types.int();
-    let symbols = add_maps(&mut elf, &mut types, int, object);
+    let symbols = Symbols {
+        maps: add_maps(&mut elf, &mut types, int, object),
+        functions: add_functions(&mut elf, &mut types, object),
+    };
 
     let mut ext = Ext::default();
     for kind in ProgramKind::ALL {
@@ -148,6 +152,58 @@ fn add_maps(
     symbols
 }
 
+/// What relocations refer to.
+struct Symbols {
+    maps: SecondaryMap<Map, Option<SymbolId>>,
+    functions: BTreeMap<KernelFunction, SymbolId>,
+}
+
+/// Names the kernel functions that the object's programs call, with their prototypes.
+fn add_functions(
+    elf: &mut Elf<'_>,
+    types: &mut btf::Builder,
+    object: &Object,
+) -> BTreeMap<KernelFunction, SymbolId> {
+    let mut symbols = BTreeMap::new();
+    let used = object.programs.iter().flat_map(|program| &program.code.kernel);
+    let functions: BTreeSet<KernelFunction> =
+        used.map(|KernelRef { item: KernelItem::Function(function), .. }| *function).collect();
+    if functions.is_empty() {
+        return symbols;
+    }
+    let mut structs: BTreeMap<&str, u32> = BTreeMap::new();
+    let word = types.u32();
+    let mut type_of = |types: &mut btf::Builder, of: CType| match of {
+        CType::Void => 0,
+        CType::U32 => word,
+        CType::Struct(name) => *structs.entry(name).or_insert_with(|| {
+            let opaque = types.opaque_struct(name, 0);
+            types.ptr(opaque)
+        }),
+    };
+    let mut externs = Vec::new();
+    for function in functions {
+        let (result, params) = function.prototype();
+        let result = type_of(types, result);
+        let params: Vec<(&str, u32)> = params.iter().map(|&(name, of)| (name, type_of(types, of))).collect();
+        let proto = types.func_proto(result, &params);
+        externs.push([types.extern_func(function.name(), proto), 0, 0]);
+        let symbol = elf.add_symbol(Symbol {
+            name: function.name().as_bytes().to_vec(),
+            value: 0,
+            size: 0,
+            kind: SymbolKind::Unknown,
+            scope: SymbolScope::Dynamic,
+            weak: false,
+            section: SymbolSection::Undefined,
+            flags: SymbolFlags::None,
+        });
+        symbols.insert(function, symbol);
+    }
+    types.datasec(KSYMS, 0, &externs);
+    symbols
+}
+
 /// Writes the section of one kind of programs, its relocations, symbols and source lines.
 fn add_programs(
     elf: &mut Elf<'_>,
@@ -156,12 +212,12 @@ fn add_programs(
     int: u32,
     kind: ProgramKind,
     programs: &[&Program],
-    symbols: &SecondaryMap<Map, Option<SymbolId>>,
+    symbols: &Symbols,
 ) -> Result<(), ObjectError> {
     let section = elf.add_section(Vec::new(), kind.section().as_bytes().to_vec(), SectionKind::Text);
     let context = types.opaque_struct(kind.context(), kind.context_bytes());
     let pointer = types.ptr(context);
-    let proto = types.func_proto(int, pointer);
+    let proto = types.func_proto(int, &[("ctx", pointer)]);
     let name = types.string(kind.section());
     let infos = ext.sections.entry(name).or_default();
     for program in programs {
@@ -170,9 +226,16 @@ fn add_programs(
         add_symbol(elf, &program.name, SymbolKind::Text, section, base, bytes.len() as u64);
         for reloc in &program.code.relocs {
             let offset = base + u64::from(reloc.slot) * 8;
-            let symbol = symbols[reloc.map]
+            let symbol = symbols.maps[reloc.map]
                 .ok_or_else(|| ObjectError::Relocation { section: kind.section().to_string(), offset })?;
             let flags = RelocationFlags::Elf { r_type: R_BPF_64_64 };
+            elf.add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
+                .map_err(|error| ObjectError::Elf(error.to_string()))?;
+        }
+        for &KernelRef { slot, item: KernelItem::Function(function) } in &program.code.kernel {
+            let offset = base + u64::from(slot) * 8;
+            let symbol = symbols.functions[&function];
+            let flags = RelocationFlags::Elf { r_type: R_BPF_64_32 };
             elf.add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
                 .map_err(|error| ObjectError::Elf(error.to_string()))?;
         }
@@ -182,7 +245,8 @@ fn add_programs(
     Ok(())
 }
 
-/// The slots as they are in the file: a map reference is a plain `ld_imm64` of its offset.
+/// The slots as they are in the file: a map reference is a plain `ld_imm64` of its offset, a call of a kernel function
+/// is [`EXTERN_CALL`].
 fn file_slots(code: &Code) -> Vec<u64> {
     let mut slots = code.slots.clone();
     for reloc in &code.relocs {
@@ -195,6 +259,9 @@ fn file_slots(code: &Code) -> Vec<u64> {
         let mut plain = Vec::with_capacity(2);
         Insn::LoadImm64 { dst, imm }.encode(&mut plain);
         slots[at..at + 2].copy_from_slice(&plain);
+    }
+    for used in &code.kernel {
+        slots[used.slot as usize] = EXTERN_CALL;
     }
     slots
 }

@@ -442,7 +442,7 @@ impl<'a> Emitter<'a> {
         if !self.diagnostics.is_empty() {
             return Err(self.diagnostics);
         }
-        let manifest = manifest(self.plan, self.target);
+        let mut manifest = manifest(self.plan, self.target);
         let code = match self.asm.finish() {
             Ok(code) => code,
             Err(error) => {
@@ -465,6 +465,9 @@ impl<'a> Emitter<'a> {
                 .with_hint("split the rule set");
             return Err(vec![diagnostic]);
         }
+        manifest.needs.kernel = code.kernel.iter().map(|used| used.item.to_string()).collect();
+        manifest.needs.kernel.sort_unstable();
+        manifest.needs.kernel.dedup();
         let kind = match self.target.attach {
             Attach::Xdp => ProgramKind::Xdp,
             Attach::TcIngress | Attach::TcEgress => ProgramKind::Classifier,

@@ -5,6 +5,7 @@
 //! and the linker turns recorded loads of the narrow fields into loads of the wide ones, much as the kernel rewrites
 //! them (net/core/filter.c, `xdp_convert_ctx_access`, `bpf_convert_ctx_access`).
 
+use super::Connection;
 use crate::object::ProgramKind;
 
 /// What the kernel knows about a packet besides its bytes. Numbers are in the CPU's order unless said otherwise.
@@ -39,6 +40,8 @@ pub struct Input<'a> {
     pub linear: Option<usize>,
     /// The rest.
     pub context: Context,
+    /// The connections that the kernel's table has.
+    pub connections: &'a [Connection],
 }
 
 /// Space for the larger context with its wide pointers.

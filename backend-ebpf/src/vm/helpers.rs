@@ -8,9 +8,11 @@
 
 use std::cell::Cell;
 
+use super::connections::{self, Connection};
 use super::context::{self, CONTEXT_BYTES_MAX};
 use super::maps::{self, MapState};
 use crate::insn::Helper;
+use crate::kernel_api::KernelFunction;
 use crate::object::ProgramKind;
 use polc_ir::limits::STACK_BYTES_MAX;
 
@@ -19,17 +21,29 @@ pub(crate) const ENTER: Helper = Helper(0x504f_0001);
 /// Not a kernel helper: asked before each backward jump; not 0 ends the run.
 pub(crate) const STEP: Helper = Helper(0x504f_0002);
 
+/// Not kernel helpers: what calls of kernel functions become.
+const CT_LOOKUP: Helper = Helper(0x504f_0003);
+const CT_RELEASE: Helper = Helper(0x504f_0004);
+
 /// Tail calls a packet may take (include/linux/bpf.h, `MAX_TAIL_CALL_CNT`).
 pub(crate) const TAIL_CALLS_MAX: u32 = 33;
 
 const ENOMEM: i64 = 12;
 const EFAULT: i64 = 14;
-const EINVAL: i64 = 22;
+pub(super) const EINVAL: i64 = 22;
 
 type Function = fn(u64, u64, u64, u64, u64) -> u64;
 
+/// The helper that stands for a kernel function.
+pub(crate) fn of_kernel_function(function: KernelFunction) -> Helper {
+    match function {
+        KernelFunction::XdpCtLookup | KernelFunction::SkbCtLookup => CT_LOOKUP,
+        KernelFunction::CtRelease => CT_RELEASE,
+    }
+}
+
 /// All helpers, and whether they take pointers to a program's memory.
-pub(crate) const HELPERS: [(Helper, bool, Function); 14] = [
+pub(crate) const HELPERS: [(Helper, bool, Function); 16] = [
     (ENTER, false, enter),
     (STEP, false, step),
     (Helper::MAP_LOOKUP_ELEM, true, map_lookup_elem),
@@ -44,11 +58,13 @@ pub(crate) const HELPERS: [(Helper, bool, Function); 14] = [
     (Helper::SKB_PULL_DATA, false, skb_pull_data),
     (Helper::RINGBUF_OUTPUT, true, ringbuf_output),
     (Helper::XDP_LOAD_BYTES, true, xdp_load_bytes),
+    (CT_LOOKUP, true, connections::lookup),
+    (CT_RELEASE, false, connections::release),
 ];
 
 /// Whether programs may call it.
 pub(crate) fn is_known(helper: Helper) -> bool {
-    HELPERS.iter().any(|(known, ..)| *known == helper && *known != ENTER && *known != STEP)
+    HELPERS.iter().any(|(known, ..)| *known == helper && known.0 >> 16 != ENTER.0 >> 16)
 }
 
 /// Whether it reads or writes memory that a program points it at.
@@ -84,6 +100,10 @@ pub(crate) struct State {
     pub(crate) tail_calls: u32,
     /// The program to go on with.
     pub(crate) tail_call: Option<usize>,
+    /// The connections that look-ups find.
+    pub(crate) connections: Vec<Connection>,
+    /// References to connections that the program has not given back.
+    pub(crate) held: usize,
     /// What went wrong first.
     pub(crate) fault: Option<&'static str>,
 }
@@ -112,7 +132,7 @@ impl Drop for Running {
 }
 
 /// Calls `f` with the running state.
-fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
+pub(super) fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
     let state = CURRENT.get();
     assert!(!state.is_null(), "helpers are called by running programs only");
     // SAFETY: not null, so inside the life of a `Running`, whose maker promises that nobody else uses the state; and
@@ -135,12 +155,12 @@ impl State {
             || inside(self.context, context::bytes(self.kind) as u64)
     }
 
-    fn fail(&mut self, fault: &'static str) {
+    pub(super) fn fail(&mut self, fault: &'static str) {
         self.fault.get_or_insert(fault);
     }
 
     /// The bytes a program points a helper at.
-    fn read(&mut self, address: u64, bytes: usize) -> Option<Vec<u8>> {
+    pub(super) fn read(&mut self, address: u64, bytes: usize) -> Option<Vec<u8>> {
         if !self.owns(address, bytes) {
             self.fail("a helper was pointed at memory that the program does not own");
             return None;
@@ -151,7 +171,7 @@ impl State {
     }
 
     /// Writes where a program points a helper at; whether it may.
-    fn write(&mut self, address: u64, from: &[u8]) -> bool {
+    pub(super) fn write(&mut self, address: u64, from: &[u8]) -> bool {
         if !self.owns(address, from.len()) {
             self.fail("a helper was pointed at memory that the program does not own");
             return false;

@@ -1,7 +1,7 @@
 //! Turns an object's program into one that rbpf can run.
 //!
-//! The loader's part: map references become addresses in the arena or handles. The kernel's part: recorded loads of
-//! packet pointers become 64 bits wide. And what rbpf lacks is woven in: `tail_call` ends the program when it
+//! The loader's part: map references become addresses in the arena or handles, calls of kernel functions become calls
+//! of helpers that emulate them. The kernel's part: recorded loads of packet pointers become 64 bits wide. And what rbpf lacks is woven in: `tail_call` ends the program when it
 //! succeeds, and, since rbpf has no step limit, each backward jump asks a helper first whether the run may go on.
 //! A program without backward jumps ends after at most as many steps as it has instructions and is left as it is.
 //!
@@ -25,6 +25,7 @@ use super::{VmError, context, helpers, maps};
 use crate::asm;
 use crate::budget::stack_bytes;
 use crate::insn::{AluOp, Cond, Helper, Insn, Operand, Reg, Size, Width};
+use crate::kernel_api::KernelItem;
 use crate::object::{Program, ProgramKind};
 
 /// The scratch place of a backward jump: the last 8 bytes of the stack, which no program with loops may use.
@@ -61,11 +62,13 @@ pub(crate) fn link(program: &Program, value_base: impl Fn(usize) -> u64) -> Resu
     // Jumps to fix: index in `new`, its new slot, its old target.
     let mut jumps: Vec<(usize, u32, u32)> = Vec::new();
     let (mut relocs, mut ctx_loads) = (code.relocs.iter().peekable(), code.ctx_loads.iter().peekable());
+    let mut kernel = code.kernel.iter().peekable();
     let mut longest_back = 0u32;
     let mut pulls = false;
     let takes_pointers = insns
         .iter()
-        .any(|(_, insn)| matches!(insn, Insn::Call { helper } if helpers::takes_pointers(*helper)));
+        .any(|(_, insn)| matches!(insn, Insn::Call { helper } if helpers::takes_pointers(*helper)))
+        || !code.kernel.is_empty();
     let mut push = |insn: Insn, new: &mut Vec<Insn>| {
         let at = new_slots;
         new_slots += insn.slots() as u32;
@@ -107,6 +110,13 @@ pub(crate) fn link(program: &Program, value_base: impl Fn(usize) -> u64) -> Resu
             }
             Insn::Call { helper } if !helpers::is_known(helper) => {
                 return Err(refuse(at, format!("the check VM has no helper {helper}")));
+            }
+            Insn::CallKernel { .. } => {
+                let used = kernel
+                    .next_if(|used| used.slot == at)
+                    .ok_or_else(|| refuse(at, "a kernel function without a name".to_string()))?;
+                let KernelItem::Function(function) = used.item;
+                Insn::Call { helper: helpers::of_kernel_function(function) }
             }
             Insn::Call { helper } => {
                 pulls |= helper == Helper::SKB_PULL_DATA;

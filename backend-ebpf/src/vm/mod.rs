@@ -12,6 +12,7 @@
 #![allow(unsafe_code)]
 
 mod arena;
+mod connections;
 mod context;
 mod helpers;
 mod link;
@@ -34,6 +35,7 @@ use maps::MapState;
 
 use crate::object::{Object, ObjectError, ProgramKind};
 
+pub use connections::Connection;
 pub use context::{Context, Input};
 
 /// Diagnostic code: an object's maps are too large for the check VM.
@@ -178,6 +180,8 @@ impl Vm {
             back_jumps_left: 0,
             tail_calls: 0,
             tail_call: None,
+            connections: Vec::new(),
+            held: 0,
             fault: None,
         };
         // Code is in the linked programs now; the maps' definitions are needed to reset them.
@@ -206,6 +210,8 @@ impl Vm {
             state.linear_bytes = linear;
             state.kind = kind;
             state.tail_calls = 0;
+            state.connections = input.connections.to_vec();
+            state.held = 0;
             state.fault = None;
             (state.context, state.packet)
         };
@@ -236,6 +242,9 @@ impl Vm {
                 return Err(fault(what.to_string()));
             }
             let value = outcome.map_err(|error| fault(first_line(&error.to_string())))?;
+            if state.held != 0 && state.tail_call.is_none() {
+                return Err(fault("it keeps a reference to a connection".to_string()));
+            }
             match state.tail_call {
                 None => break value,
                 Some(next) if self.programs[next].linked.kind == kind => index = next,

@@ -10,6 +10,7 @@ pub(crate) mod plans;
 use cranelift_entity::EntityRef;
 use polc_backend_ebpf::asm::{Asm, Code};
 use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
+use polc_backend_ebpf::kernel_api::KernelFunction;
 use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, KernelVersion, Manifest};
 use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, Program, ProgramKind};
 use polc_ir::entities::Map;
@@ -158,4 +159,48 @@ pub(crate) fn without_comments(mut object: Object) -> Object {
 /// The map numbered `index`.
 pub(crate) fn map(index: usize) -> Map {
     Map::new(index)
+}
+
+/// `bpf_sock_tuple` of UDP from 192.0.2.1:1000 to 192.0.2.2:53.
+pub(crate) const TUPLE: [u8; 12] = [192, 0, 2, 1, 192, 0, 2, 2, 3, 232, 0, 53];
+
+/// A program that asks the kernel for the connection of [`TUPLE`]. It passes packets if there is one, and drops them if
+/// there is none; what else goes wrong it returns as the error's number.
+pub(crate) fn looks_up_connections(kind: ProgramKind) -> Object {
+    let actions = actions(kind);
+    let (tuple, opts) = (-16, -32);
+    let mut a = Asm::new();
+    let (found, other) = (a.label(), a.label());
+    for (at, word) in (0i16..).step_by(4).zip(TUPLE.as_chunks::<4>().0) {
+        a.store(Size::W, Reg::FP, tuple + at, i32::from_le_bytes(*word));
+    }
+    // This network namespace, no error yet, UDP.
+    for (at, word) in [(0, -1), (4, 0), (8, 17)] {
+        a.store(Size::W, Reg::FP, opts + at, word);
+    }
+    a.mov64(Reg::R2, Reg::FP);
+    a.alu64(AluOp::Add, Reg::R2, i32::from(tuple));
+    a.mov64(Reg::R3, TUPLE.len() as i32);
+    a.mov64(Reg::R4, Reg::FP);
+    a.alu64(AluOp::Add, Reg::R4, i32::from(opts));
+    a.mov64(Reg::R5, 12);
+    a.call_kernel(match kind {
+        ProgramKind::Xdp => KernelFunction::XdpCtLookup,
+        ProgramKind::Classifier => KernelFunction::SkbCtLookup,
+    });
+    a.jump64(Cond::Ne, Reg::R0, 0, found);
+    a.load(Size::W, Reg::R0, Reg::FP, opts + 4);
+    a.jump32(Cond::Ne, Reg::R0, -2, other);
+    a.mov32(Reg::R0, actions.drop);
+    a.bind(other);
+    a.exit();
+    a.bind(found);
+    a.mov64(Reg::R1, Reg::R0);
+    a.call_kernel(KernelFunction::CtRelease);
+    a.mov32(Reg::R0, actions.pass);
+    a.exit();
+    let code = a.finish().expect("assembles");
+    let mut object = Object::new(Manifest::default());
+    object.programs.push(Program { name: "lookup".to_string(), kind, code });
+    object
 }

@@ -198,7 +198,7 @@ impl Pair {
                 _ => 3,
             };
         }
-        let input = Input { packet: frame, linear: None, context };
+        let input = Input { packet: frame, context, ..Input::default() };
         let in_vm = self.vm.run(0, &input).expect("runs");
         let vm_grown = grown(&before, &self.vm_counts());
         // The kernel refuses to test frames of less than an Ethernet header, and tc frames of nothing more or with
