@@ -23,6 +23,19 @@ use polc_frontend_iptables::names;
 pub const FILTER_HELP: &str = "PROTOCOL, proto NAME|NUMBER, src|dst ADDRESS[/LENGTH], sport|dport PORT[-PORT], dev DEVICE; \
                                `or` between alternatives, 4 at most";
 
+/// The same, with an example each.
+pub const FILTER_LONG_HELP: &str = "\
+Packets to show; all of them if no filter is given. Words stand for what a packet has to have; `or` stands between
+alternatives, of which there are at most 4; `and` may stand between words and changes nothing.
+
+  tcp, udp, icmp, icmpv6, sctp, dccp, udplite, gre    the protocol
+  proto NAME|NUMBER                                   the same for any other: proto esp, proto 50
+  src ADDRESS[/LENGTH], dst ADDRESS[/LENGTH]          an address or prefix: src 192.0.2.0/24, dst 2001:db8::1
+  sport PORT[-PORT], dport PORT[-PORT]                a port or range: dport 22, sport 1024-65535
+  dev DEVICE                                          the device that the program runs on
+
+The kernel evaluates all of it, so packets that do not fit cost no report: polc trace tcp dport 22 or icmp";
+
 /// Protocols that are words by themselves.
 const PROTOCOLS: [&str; 8] = ["tcp", "udp", "icmp", "icmpv6", "sctp", "dccp", "udplite", "gre"];
 

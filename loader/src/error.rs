@@ -129,6 +129,10 @@ pub enum Error {
     KernelTypes(KernelTypesError),
     /// The applied policy has no set of that name, or an element can't be in it.
     Set(String),
+    /// Somebody watches the policy's reports already.
+    Watched(String),
+    /// The policy's program was compiled without reports.
+    NoReports(String),
     /// Any other call that failed.
     Call {
         /// What polc was about to do.
@@ -193,6 +197,8 @@ impl Error {
             Error::Call { .. } => 821,
             Error::Unconfirmed(_) => 822,
             Error::KernelTypes(_) => 823,
+            Error::Watched(_) => 824,
+            Error::NoReports(_) => 825,
         })
     }
 
@@ -246,6 +252,8 @@ impl Error {
             Error::KernelTypes(_) => {
                 "compile without what needs it: connection look-ups need Linux 5.18 with conntrack built in, not a module".into()
             }
+            Error::Watched(_) => "end the other `polc trace` first: one at a time watches a policy".into(),
+            Error::NoReports(_) => "apply it again without --no-trace".into(),
             Error::NoProgram(_) | Error::Disk { .. } | Error::Set(_) | Error::Call { .. } => return None,
         })
     }
@@ -313,6 +321,10 @@ impl fmt::Display for Error {
             }
             Error::KernelTypes(error) => error.fmt(f),
             Error::Set(what) => f.write_str(what),
+            Error::Watched(place) => write!(f, "{place}: another polc watches already"),
+            Error::NoReports(place) => {
+                write!(f, "{place}: the policy was applied without reports, so there is nothing to watch")
+            }
             Error::Call { what, source } => write!(f, "can't {what}: {source}"),
         }
     }

@@ -1,7 +1,7 @@
 //! Watching an applied policy: switches a program's reports on, reads them, and switches them off again.
 //!
 //! What a report is and how filters are encoded is [`polc_backend_ebpf::trace`]'s. A program has one switch and one
-//! filter, so one watcher at a time: a second takes the first one's filter away. The switch goes off when a
+//! filter, so one watcher at a time ([`crate::status::Open::lock_reports`]). The switch goes off when a
 //! [`Watch`] is dropped; if the process is killed first, the program goes on reporting, at the cost of the reports,
 //! until the ring buffer is full, and then at that of reading packets' headers, until the next watcher leaves.
 
@@ -97,36 +97,43 @@ impl<'a> Watch<'a> {
         })
     }
 
-    /// Switches reports off. What is in the ring buffer can still be read.
+    /// Switches reports off. What is in the ring buffer can still be read; nothing comes any more.
     ///
     /// # Errors
-    /// The call failed: reports go on.
+    /// The call failed: reports may go on.
     pub fn stop(&mut self) -> Result<(), Error> {
-        set(self.sys, self.maps.config, &Config::OFF.encode()).map_err(Error::call("switch reports off"))
+        let what = || Error::call("switch reports off");
+        set(self.sys, self.maps.config, &Config::OFF.encode()).map_err(what())?;
+        // A program that found the switch on may still be at its report.
+        self.sys.wait_for_runs().map_err(what())
     }
 }
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
         // Nobody is left to tell.
-        let _ = self.stop();
+        let _ = set(self.sys, self.maps.config, &Config::OFF.encode());
     }
 }
 
-/// Waits until one of the watches has a report or a signal asks to end, for at most `timeout`; whether to end.
+/// What ends a watch besides its reports.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ends<'a> {
+    /// Signals that ask to end.
+    pub signals: Option<&'a Signals>,
+    /// Where reports are written to: once nobody reads them there any more, it is over.
+    pub output: Option<BorrowedFd<'a>>,
+}
+
+/// Waits until one of the watches has a report or something ends it all, for at most `timeout`; whether it ends.
 ///
 /// # Errors
 /// The call failed.
-pub fn wait(
-    sys: &Sys,
-    watches: &[Watch<'_>],
-    signals: Option<&Signals>,
-    timeout: Duration,
-) -> Result<bool, Error> {
+pub fn wait(sys: &Sys, watches: &[Watch<'_>], ends: Ends<'_>, timeout: Duration) -> Result<bool, Error> {
     let mut files: Vec<BorrowedFd<'_>> = watches.iter().map(|watch| watch.ring.as_fd()).collect();
-    files.extend(signals.map(AsFd::as_fd));
-    let ready = sys.wait_readable(&files, timeout).map_err(Error::call("wait for reports"))?;
-    Ok(signals.is_some() && ready.last() == Some(&true))
+    files.extend(ends.signals.map(AsFd::as_fd));
+    let ready = sys.wait_readable(&files, ends.output, timeout).map_err(Error::call("wait for reports"))?;
+    Ok(ready[watches.len()..].contains(&true))
 }
 
 /// The only value of a data map.

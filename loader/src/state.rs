@@ -222,6 +222,9 @@ const STATE_FILE: &str = "state.json";
 /// Slots' directories have no dots in their names.
 const LOCK_SUFFIX: &str = ".lock";
 
+/// Held by whoever watches a slot's reports.
+const REPORTS_LOCK: &str = "reports.lock";
+
 /// A slot's directories.
 #[derive(Clone, Debug)]
 pub struct Slot {
@@ -231,7 +234,7 @@ pub struct Slot {
     state: PathBuf,
 }
 
-/// Held while a slot is being changed.
+/// Held while a slot is being changed, or its reports are watched.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
@@ -248,6 +251,19 @@ impl Slot {
         let file = sys.lock_file(&path, wait).map_err(|source| match source.kind() {
             std::io::ErrorKind::WouldBlock => Error::Locked(path.clone()),
             _ => Error::Disk { path: path.clone(), source },
+        })?;
+        Ok(Lock { _file: file })
+    }
+
+    /// Keeps every other polc from watching the slot's reports until the result is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Watched`] if another does.
+    pub fn lock_reports(&self, sys: &Sys) -> Result<Lock, Error> {
+        let path = self.state.join(REPORTS_LOCK);
+        let file = sys.lock_file(&path, false).map_err(|source| match source.kind() {
+            std::io::ErrorKind::WouldBlock => Error::Watched(self.name.to_string()),
+            _ => Error::Disk { path, source },
         })?;
         Ok(Lock { _file: file })
     }

@@ -3,6 +3,7 @@
 //! Readers open pins only after comparing what is there with what the object says: type, lengths and size of each map,
 //! and the program's number. A pin that is something else is an error, not a surprise in the counters.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
@@ -12,7 +13,7 @@ use crate::attach;
 use crate::carry;
 use crate::error::Error;
 use crate::load::map_spec;
-use crate::state::{Confirm, Generation, Slot, SlotName, Store, Via};
+use crate::state::{Confirm, Generation, Lock, Slot, SlotName, SlotState, Store, Via};
 use crate::sys::{Map, ProgramInfo, Sys};
 
 /// An applied policy, opened for reading.
@@ -53,10 +54,48 @@ impl Open {
         Ok(carry::by_counted(&self.object.manifest, &self.slots(sys)?, &self.generation.carried))
     }
 
+    /// Whether it is still what is attached: not replaced, not removed, and its device still there.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn is_attached(&self, sys: &Sys) -> Result<bool, Error> {
+        let Some(state) = self.files.read(sys)? else { return Ok(false) };
+        Ok(attach::current(sys, &self.files, &state)? == Some(self.program.id))
+    }
+
+    /// The program, to ask the kernel more about it.
+    ///
+    /// # Errors
+    /// [`Error::Pin`] if it is not there any more.
+    pub fn open_program(&self, sys: &Sys) -> Result<OwnedFd, Error> {
+        attach::program(sys, &self.files, self.number)
+    }
+
+    /// Keeps every other watcher away until the result is dropped: a program has one switch and one filter.
+    ///
+    /// # Errors
+    /// [`Error::Watched`] if somebody watches already.
+    pub fn lock_reports(&self, sys: &Sys) -> Result<Lock, Error> {
+        self.files.lock_reports(sys)
+    }
+
     /// A file kept with the generation.
     pub fn file(&self, sys: &Sys, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let path = self.files.generation_files(self.number).join(name);
         sys.read(&path).map_err(Error::disk(&path))
+    }
+
+    /// A text that has to be kept with the generation.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if it is not there, or no UTF-8.
+    pub fn kept_text(&self, sys: &Sys, name: &str) -> Result<String, Error> {
+        let corrupt = |why: &str| {
+            let path = self.files.generation_files(self.number).join(name);
+            Error::Corrupt { path, why: why.to_string() }
+        };
+        let bytes = self.file(sys, name)?.ok_or_else(|| corrupt("it is not there"))?;
+        String::from_utf8(bytes).map_err(|_| corrupt("it is not UTF-8"))
     }
 
     /// The files kept with it whose names start so, in the order of their names.
@@ -80,12 +119,33 @@ impl Open {
 /// [`Error::NotApplied`] if none is.
 pub fn open(sys: &Sys, store: &Store, name: &SlotName) -> Result<Open, Error> {
     let slot = store.slot(name);
-    let state = slot.read(sys)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
-    let id = attach::current(sys, &slot, &state)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
+    let attached = || -> Result<(SlotState, u32), Error> {
+        let state = slot.read(sys)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
+        let id = attach::current(sys, &slot, &state)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
+        Ok((state, id))
+    };
+    let mut found = attached()?;
+    loop {
+        let result = open_program(sys, &slot, &found.0, found.1);
+        if result.is_ok() {
+            return result;
+        }
+        // A policy that is replaced while it is being opened takes its pins and files along.
+        let now = attached()?;
+        if now == found {
+            return result;
+        }
+        found = now;
+    }
+}
+
+/// Opens the generation of a slot whose program has that number.
+fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Open, Error> {
+    let name = &slot.name;
     let found = state.generations.iter().find(|(_, generation)| generation.program_id == id);
     let Some((&number, generation)) = found else { return Err(Error::Replaced(name.to_string())) };
-    let object = carry::object(sys, &slot, number)?;
-    let program = attach::program(sys, &slot, number)?;
+    let object = carry::object(sys, slot, number)?;
+    let program = attach::program(sys, slot, number)?;
     let program = sys.prog_info(&program).map_err(Error::call("ask about the pinned program"))?;
     if program.id != id {
         let why = format!("it is program {}, and {id} is attached", program.id);
@@ -98,8 +158,17 @@ pub fn open(sys: &Sys, store: &Store, name: &SlotName) -> Result<Open, Error> {
     }
     let unconfirmed = state.intent.as_ref().filter(|intent| intent.to == Some(number));
     let unconfirmed = unconfirmed.and_then(|intent| intent.confirm.clone());
-    let (generation, via) = (generation.clone(), state.via);
-    Ok(Open { slot: name.clone(), number, generation, via, unconfirmed, object, program, maps, files: slot })
+    Ok(Open {
+        slot: name.clone(),
+        number,
+        generation: generation.clone(),
+        via: state.via,
+        unconfirmed,
+        object,
+        program,
+        maps,
+        files: slot.clone(),
+    })
 }
 
 /// Opens every applied policy, in the order of the slots' directories. Slots whose device is gone are left out.

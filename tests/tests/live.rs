@@ -13,7 +13,7 @@ use polc_ir::hook::Hook;
 use polc_ir::source::SourceMap;
 use polc_loader::carry;
 use polc_loader::counters::{self, Counter};
-use polc_loader::events::{self, TraceMaps, Watch};
+use polc_loader::events::{self, Ends, TraceMaps, Watch};
 use polc_loader::jited;
 use polc_loader::load::{Loaded, load};
 use polc_loader::sys::{Sys, TestRun};
@@ -78,7 +78,9 @@ fn packets_are_reported_while_somebody_watches() {
     run(&sys, &loaded, &ssh);
     run(&sys, &loaded, &dns);
     let waited = Instant::now();
-    assert!(!events::wait(&sys, std::slice::from_ref(&watch), None, Duration::from_secs(60)).unwrap());
+    assert!(
+        !events::wait(&sys, std::slice::from_ref(&watch), Ends::default(), Duration::from_secs(60)).unwrap()
+    );
     assert!(waited.elapsed() < Duration::from_secs(60), "there was something to read");
     let events: Vec<_> = std::iter::from_fn(|| watch.take()).collect();
     assert_eq!(events.len(), 2);

@@ -3,8 +3,9 @@
 //! A command that watches has to undo what it switched on, so it takes the signals as one more thing to wait for
 //! (signalfd(2)) and leaves its loop as if it had been told to on a terminal.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _};
 use std::time::Duration;
 
 use super::{Sys, checked};
@@ -12,9 +13,9 @@ use super::{Sys, checked};
 /// Signals that ask to end.
 const ENDING: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-/// The signals that ask the process to end, as something to wait for. They do nothing else while this lives.
+/// The signals that ask the process to end, as something to wait for. Those that come while this lives do nothing else.
 #[derive(Debug)]
-pub struct Signals(OwnedFd);
+pub struct Signals(File);
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -36,6 +37,8 @@ fn ending() -> libc::sigset_t {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        // What was not read would end the process now.
+        let _ = self.0.read(&mut [0; ENDING.len() * size_of::<libc::signalfd_siginfo>()]);
         let set = ending();
         // SAFETY: the set lives; the old one is not asked for.
         unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) };
@@ -53,17 +56,27 @@ impl Sys {
             return Err(io::Error::from_raw_os_error(failed));
         }
         // SAFETY: the set lives.
-        let fd = checked(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) }.into())?;
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        let fd = checked(fd.into())?;
         // SAFETY: the descriptor is new and nobody else has it.
-        Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+        Ok(Signals(unsafe { File::from_raw_fd(fd as i32) }))
     }
 
-    /// Waits until one of `files` can be read, for at most `timeout`; for each, whether it can.
-    pub fn wait_readable(&self, files: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Vec<bool>> {
+    /// Waits until one of `files` can be read, or the reader of `output` has gone away, for at most `timeout`; whether
+    /// each is so, `output` last.
+    pub fn wait_readable(
+        &self,
+        files: &[BorrowedFd<'_>],
+        output: Option<BorrowedFd<'_>>,
+        timeout: Duration,
+    ) -> io::Result<Vec<bool>> {
         self.enter("poll")?;
+        let poll = |file: BorrowedFd<'_>, events| libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
+        // That nobody reads any more is told without being asked for (poll(2), `POLLERR`).
         let mut polls: Vec<libc::pollfd> = files
             .iter()
-            .map(|file| libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+            .map(|file| poll(*file, libc::POLLIN))
+            .chain(output.map(|file| poll(file, 0)))
             .collect();
         let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: the structures live and are as many as said.
@@ -71,7 +84,7 @@ impl Sys {
         match checked(ready.into()) {
             Ok(_) => {}
             // Another signal is no failure.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(vec![false; files.len()]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(vec![false; polls.len()]),
             Err(error) => return Err(error),
         }
         Ok(polls.iter().map(|poll| poll.revents != 0).collect())

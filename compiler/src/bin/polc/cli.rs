@@ -7,10 +7,16 @@ use polc_ir::diag::Severity;
 use polc_ir::env::{Attach, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
 
+#[cfg(feature = "kernel")]
+mod applied;
+
+#[cfg(feature = "kernel")]
+pub(crate) use applied::{DumpCode, SaveArgs, TraceArgs};
+
 /// Compiles iptables rule sets to eBPF objects, and shows that they decide every packet as the rules say.
 ///
 /// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. What changes or reads the running kernel
-/// needs root: apply, restore, confirm, flush, status.
+/// needs root: apply, restore, confirm, flush, and status, save, trace, dump xlated, dump jited.
 #[derive(Debug, Parser)]
 #[command(
     name = "polc",
@@ -51,7 +57,7 @@ pub(crate) enum Command {
     Simulate(SimulateArgs),
     /// Show every rule that a packet is tried against, and why it matched or not
     Explain(ExplainArgs),
-    /// Print bytecode beside the rules it comes from
+    /// Print code beside the rules it comes from: of a rule set, an object, or an applied policy
     Dump(DumpArgs),
     /// Compile a rule set, verify it, and put it in force in the running kernel
     #[cfg(feature = "kernel")]
@@ -68,6 +74,12 @@ pub(crate) enum Command {
     /// Show what is applied where, since when, and what it does
     #[cfg(feature = "kernel")]
     Status(StatusArgs),
+    /// Print applied rule sets as iptables-save does, with live counters
+    #[cfg(feature = "kernel")]
+    Save(SaveArgs),
+    /// Show packets as applied policies decide them
+    #[cfg(feature = "kernel")]
+    Trace(TraceArgs),
     /// Go back to the policy before unless confirmed (started by apply --confirm)
     #[cfg(feature = "kernel")]
     #[command(hide = true)]
@@ -447,10 +459,21 @@ pub(crate) struct ExplainArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct DumpArgs {
-    /// The rule set, or an object that `polc compile` wrote
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub file: PathBuf,
+    #[cfg(feature = "kernel")]
+    #[command(subcommand)]
+    pub code: Option<DumpCode>,
+    #[command(flatten)]
+    pub input: DumpInput,
+}
+
+/// What `dump` reads where it asks no kernel.
+#[derive(Debug, Args)]
+pub(crate) struct DumpInput {
+    /// The rule set, or an object that `polc compile` wrote; a file named as a command needs `./` in front
+    #[arg(required = true, value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
     /// Where the program sits, for a rule set
     #[arg(long, value_enum, value_name = "WHERE", default_value_t = AttachChoice::Xdp, help_heading = "Place")]
     pub attach: AttachChoice,
@@ -573,6 +596,9 @@ pub(crate) struct SlotArgs {
     /// Only policies of this device
     #[arg(long, value_name = "NAME")]
     pub dev: Option<String>,
+    /// Only policies for this address family
+    #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, hide_default_value = true, hide_possible_values = true, value_name = "4|6")]
+    pub family: FamilyChoice,
     #[command(flatten)]
     pub store: StoreArgs,
 }

@@ -16,6 +16,7 @@ use polc::verify::verify;
 use polc::{Compiled, guard};
 use polc_backend_ebpf::emit::return_code;
 use polc_backend_ebpf::object::Object;
+use polc_frontend_iptables::print;
 use polc_ir::env::{Attach, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
@@ -171,8 +172,10 @@ impl Job<'_> {
     fn put_in_force(&self, sys: &Sys, session: &Session, part: &Part) -> Result<Applied, Failure> {
         let store = live::store(&self.options.store)?;
         let rules = session.sources.file(session.rules_file);
-        let mut files: Vec<(String, Vec<u8>)> =
-            vec![(live::RULES_FILE.into(), rules.text().as_bytes().to_vec())];
+        let mut files: Vec<(String, Vec<u8>)> = vec![
+            (live::RULES_FILE.into(), rules.text().as_bytes().to_vec()),
+            (live::CANONICAL_FILE.into(), print(&session.dump, false).into_bytes()),
+        ];
         for (index, path) in self.options.input.ipset.iter().enumerate() {
             let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
             files.push((format!("{}{index}", live::SETS_PREFIX), bytes));

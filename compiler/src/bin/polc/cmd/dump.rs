@@ -1,13 +1,19 @@
-//! `polc dump`: instructions beside the rules they come from, of a rule set or of an object.
+//! `polc dump`: code beside the rules it comes from, of a rule set, of an object, or of what is applied.
 
 use std::process::ExitCode;
 
 use polc_backend_ebpf::disasm::disassemble;
 use polc_backend_ebpf::object::Object;
+#[cfg(feature = "kernel")]
+use polc_loader::{jited, sys::Sys};
 
+#[cfg(feature = "kernel")]
+use super::applied;
 use super::compile::{accept, refuse};
 use super::{FOUND, place, show};
-use crate::cli::DumpArgs;
+use crate::cli::{DumpArgs, DumpInput};
+#[cfg(feature = "kernel")]
+use crate::cli::{DumpCode, SlotArgs};
 use crate::failure::Failure;
 use crate::input;
 use crate::output::Output;
@@ -16,17 +22,46 @@ use crate::output::Output;
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 pub(super) fn run(args: &DumpArgs, output: &Output) -> Result<ExitCode, Failure> {
-    if !input::is_stdin(&args.file) {
-        let bytes = input::bytes(&args.file)?;
+    #[cfg(feature = "kernel")]
+    match &args.code {
+        Some(DumpCode::Xlated(slots)) => return loaded(slots, jited::xlated, output),
+        Some(DumpCode::Jited(slots)) => return loaded(slots, jited::jited, output),
+        None => {}
+    }
+    compiled(&args.input, output)
+}
+
+/// What the kernel made of applied policies' programs.
+#[cfg(feature = "kernel")]
+fn loaded(
+    slots: &SlotArgs,
+    code: impl Fn(&Sys, std::os::fd::OwnedFd) -> Result<jited::Listing, polc_loader::Error>,
+    output: &Output,
+) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    for (index, policy) in applied::open_some(&sys, slots, output)?.iter().enumerate() {
+        let listing = code(&sys, policy.open_program(&sys)?)?;
+        let blank = if index > 0 { "\n" } else { "" };
+        output.result(&format!("{blank}{}: {}\n{listing}", policy.slot, policy.generation.source));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What polc makes of a rule set, or made of it before.
+fn compiled(args: &DumpInput, output: &Output) -> Result<ExitCode, Failure> {
+    let file =
+        args.file.as_ref().ok_or_else(|| Failure::Usage("a rule set or an object is needed".into()))?;
+    if !input::is_stdin(file) {
+        let bytes = input::bytes(file)?;
         if bytes.starts_with(ELF_MAGIC) {
             let object = Object::read(&bytes).map_err(|error| {
-                Failure::Input(format!("`{}` is not an object that polc wrote: {error}", args.file.display()))
+                Failure::Input(format!("`{}` is not an object that polc wrote: {error}", file.display()))
             })?;
             output.result(&disassemble(&object));
             return Ok(ExitCode::SUCCESS);
         }
     }
-    let session = input::session(&args.file, &args.input)?;
+    let session = input::session(file, &args.input)?;
     let place = place::of(args.attach.into(), &args.place, &args.input);
     let devices = place::declared(&args.devices)?;
     if accept(&session, &place, output).is_none() {

@@ -15,6 +15,8 @@ use crate::output::Output;
 
 /// Name of the file that the applied rules are kept in.
 pub(super) const RULES_FILE: &str = "rules";
+/// Name of the file that the rules are kept in as iptables-save prints them.
+pub(super) const CANONICAL_FILE: &str = "canonical";
 /// What names of the files of sets start with.
 pub(super) const SETS_PREFIX: &str = "sets-";
 
@@ -32,17 +34,22 @@ pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure
     let wanted = |slot: &SlotName| {
         args.attach.is_none_or(|attach| slot.attach == attach.into())
             && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
+            && args.family.family().is_none_or(|family| slot.family == family)
     };
     Ok(found.into_iter().map(|(slot, _)| slot.name).filter(wanted).collect())
 }
 
-fn nothing(args: &SlotArgs) -> Failure {
+/// The failure that no policy is applied where options say.
+pub(super) fn nothing(args: &SlotArgs) -> Failure {
     let mut place = String::from("here");
     if let Some(attach) = args.attach {
         place = format!("at {}", polc_ir::env::Attach::from(attach));
     }
     if let Some(dev) = &args.dev {
         place += &format!(" of `{dev}`");
+    }
+    if let Some(family) = args.family.family() {
+        place += &format!(" for {family}");
     }
     Error::NotApplied(place).into()
 }

@@ -1,6 +1,8 @@
 //! The commands, a file each.
 
 #[cfg(feature = "kernel")]
+mod applied;
+#[cfg(feature = "kernel")]
 mod apply;
 mod check;
 mod compile;
@@ -12,9 +14,13 @@ mod fmt;
 mod live;
 mod man;
 mod place;
+#[cfg(feature = "kernel")]
+mod save;
 mod simulate;
 #[cfg(feature = "kernel")]
 mod status;
+#[cfg(feature = "kernel")]
+mod trace;
 mod verify;
 
 use std::process::ExitCode;
@@ -50,6 +56,10 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::Flush(args) => live::flush(args, output),
         #[cfg(feature = "kernel")]
         Command::Status(args) => status::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Save(args) => save::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Trace(args) => trace::run(args, output),
         #[cfg(feature = "kernel")]
         Command::Watchdog(args) => live::watchdog(args),
         Command::Completions { shell } => completions::run(*shell, output),

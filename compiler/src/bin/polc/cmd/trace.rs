@@ -1,0 +1,499 @@
+//! `polc trace`: packets as applied policies decide them, through the programs' ring buffers.
+//!
+//! A program reports only while somebody watches, so whatever ends this command (a signal, a reader that goes away, a
+//! policy that is replaced or removed) ends in switching reports off again. What was not reported is counted in the
+//! kernel; since counts are read after the last program run has ended, packets shown and packets not shown are all there
+//! were.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd as _;
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use polc::watch;
+use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, Manifest};
+use polc_backend_ebpf::trace::{Config, Event, EventTransport, Pattern, Tally};
+use polc_frontend_iptables::names;
+use polc_ir::env::Attach;
+use polc_ir::hook::Hook;
+use polc_loader::events::{self, Ends, TraceMaps, Watch};
+use polc_loader::state::Lock;
+use polc_loader::status::Open;
+use polc_loader::sys::{Signals, Sys};
+use polc_loader::{Error, net};
+use serde::Serialize;
+
+use super::{applied, counted};
+use crate::cli::{TextFormat, TraceArgs};
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// How often is asked whether the policies are still there, and told what was not reported.
+const CHECK: Duration = Duration::from_secs(1);
+/// Reports of one policy that are taken at once, to be put in order with those of the others.
+const BATCH_MAX: usize = 4_096;
+
+pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    let mut policies = applied::open_some(&sys, &args.slots, output)?;
+    let mut devices = Devices::new(&sys)?;
+    let patterns = watch::filter(&args.filter, &|name| devices.number(name)).map_err(Failure::Usage)?;
+    let signals = sys.signals().map_err(Error::call("wait for signals"))?;
+    let mut stream = Stream::new(args);
+    let result = loop {
+        match watch_policies(&sys, args, &patterns, &policies, &signals, &mut devices, &mut stream, output) {
+            Ok(End::Asked) => break Ok(()),
+            Ok(End::Changed) => {}
+            Err(failure) => break Err(failure),
+        }
+        policies = match applied::open_some(&sys, &args.slots, output) {
+            Ok(policies) => policies,
+            Err(failure) => break Err(failure),
+        };
+        output.remark("a policy was replaced or removed; going on with what is applied now\n");
+    };
+    output.remark(&stream.summary());
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Why watching ended.
+enum End {
+    /// Somebody wants it, or nobody reads any more.
+    Asked,
+    /// A policy is no longer attached.
+    Changed,
+}
+
+#[allow(clippy::too_many_arguments)]
+fn watch_policies(
+    sys: &Sys,
+    args: &TraceArgs,
+    patterns: &[Pattern],
+    policies: &[Open],
+    signals: &Signals,
+    devices: &mut Devices<'_>,
+    stream: &mut Stream,
+    output: &Output,
+) -> Result<End, Failure> {
+    let mut watched = Vec::new();
+    let mut locks: Vec<Lock> = Vec::new();
+    let mut watches = Vec::new();
+    let config = Config { on: true, patterns: patterns.to_vec(), rate: args.rate, burst: args.rate };
+    let mut any = false;
+    for policy in policies {
+        let manifest = &policy.object.manifest;
+        let Some(maps) = TraceMaps::of(manifest, |name| policy.map(name)) else { continue };
+        let wanted: Vec<bool> = manifest.counters.iter().map(|slot| is_wanted(args, slot)).collect();
+        any |= wanted.contains(&true);
+        locks.push(policy.lock_reports(sys)?);
+        watches.push(Watch::start(sys, maps, &config, |slot| wanted.get(slot) == Some(&true))?);
+        watched.push(Watched::new(policy));
+    }
+    if watches.is_empty() {
+        let first = policies.first().map_or_else(String::new, |policy| policy.slot.to_string());
+        return Err(Error::NoReports(first).into());
+    }
+    if !any {
+        return Err(Failure::Usage(nobody_decides(args)));
+    }
+    for policy in policies.iter().filter(|policy| policy.object.manifest.trace.is_none()) {
+        output.remark(&format!("{}: applied without reports, so not shown\n", policy.slot));
+    }
+    for Watched { policy, .. } in &watched {
+        output.remark(&format!("watching {}: {}\n", policy.slot, policy.generation.source));
+    }
+    let end = show(sys, &mut watches, &watched, signals, devices, stream);
+    // Whatever the end was: switch off, show what is still there, and only then count.
+    let mut tally = Tally::default();
+    for watch in &mut watches {
+        watch.stop()?;
+        tally = tally + watch.tally()?;
+    }
+    if end.is_ok() {
+        take(&mut watches, &watched, devices, stream, usize::MAX)?;
+    }
+    stream.not_reported(tally)?;
+    stream.finish_round(tally);
+    end
+}
+
+/// Shows packets until something ends it.
+fn show(
+    sys: &Sys,
+    watches: &mut [Watch<'_>],
+    watched: &[Watched<'_>],
+    signals: &Signals,
+    devices: &mut Devices<'_>,
+    stream: &mut Stream,
+) -> Result<End, Failure> {
+    let stdout = io::stdout();
+    let ends = Ends { signals: Some(signals), output: Some(stdout.as_fd()) };
+    let mut checked = Instant::now();
+    loop {
+        let ended = events::wait(sys, watches, ends, CHECK)?;
+        take(watches, watched, devices, stream, BATCH_MAX)?;
+        if ended || stream.is_over() {
+            return Ok(End::Asked);
+        }
+        if checked.elapsed() >= CHECK {
+            checked = Instant::now();
+            let mut tally = Tally::default();
+            for watch in watches.iter() {
+                tally = tally + watch.tally()?;
+            }
+            stream.not_reported(tally)?;
+            for Watched { policy, .. } in watched {
+                if !policy.is_attached(sys)? {
+                    return Ok(End::Changed);
+                }
+            }
+        }
+    }
+}
+
+/// Shows up to `max` reports of each policy, in the order of their times.
+fn take(
+    watches: &mut [Watch<'_>],
+    watched: &[Watched<'_>],
+    devices: &mut Devices<'_>,
+    stream: &mut Stream,
+    max: usize,
+) -> Result<(), Failure> {
+    let mut batch = Vec::new();
+    for (watch, policy) in watches.iter_mut().zip(watched) {
+        batch.extend(std::iter::from_fn(|| watch.take()).take(max).map(|event| (event, policy)));
+    }
+    batch.sort_by_key(|(event, _)| event.time_ns);
+    for (event, policy) in batch {
+        if stream.is_over() {
+            break;
+        }
+        stream.packet(&event, policy, devices)?;
+    }
+    stream.flush()
+}
+
+/// Whether packets counted in a slot are to be shown. Frames that are let on because they are none of the policy's
+/// business (not IP, or the other family's) are not.
+fn is_wanted(args: &TraceArgs, slot: &CounterSlot) -> bool {
+    let Some(verdict) = &slot.verdict else { return false };
+    !(slot.kind == CounterKind::Frame && verdict == "accept")
+        && (args.verdict.is_empty() || args.verdict.iter().any(|wanted| wanted.word() == verdict))
+        && args.chain.as_ref().is_none_or(|chain| slot.chain.as_ref() == Some(chain))
+        && args.line.is_none_or(|line| slot.line == Some(line))
+}
+
+fn nobody_decides(args: &TraceArgs) -> String {
+    let mut wanted = Vec::new();
+    if !args.verdict.is_empty() {
+        let words: Vec<&str> = args.verdict.iter().map(|verdict| verdict.word()).collect();
+        wanted.push(format!("with verdict {}", words.join(" or ")));
+    }
+    wanted.extend(args.chain.as_ref().map(|chain| format!("in chain `{chain}`")));
+    wanted.extend(args.line.map(|line| format!("by a rule in line {line}")));
+    format!("no packet is ever decided {}; `polc save` prints the applied rules", wanted.join(", "))
+}
+
+/// A policy being watched.
+struct Watched<'o> {
+    policy: &'o Open,
+    manifest: &'o Manifest,
+    /// By counter slot.
+    hooks: Vec<Option<Hook>>,
+}
+
+impl Watched<'_> {
+    fn new(policy: &Open) -> Watched<'_> {
+        let manifest = &policy.object.manifest;
+        let hooks = manifest.counters.iter().map(|slot| applied::hook_of(manifest, slot)).collect();
+        Watched { policy, manifest, hooks }
+    }
+}
+
+/// Names of devices by number.
+struct Devices<'s> {
+    sys: &'s Sys,
+    names: BTreeMap<u32, String>,
+    asked: Instant,
+}
+
+impl Devices<'_> {
+    fn new(sys: &Sys) -> Result<Devices<'_>, Error> {
+        let names = net::devices(sys)?.into_iter().map(|device| (device.ifindex, device.name)).collect();
+        Ok(Devices { sys, names, asked: Instant::now() })
+    }
+
+    fn number(&self, name: &str) -> Option<u32> {
+        self.names.iter().find(|(_, own)| *own == name).map(|(number, _)| *number)
+    }
+
+    /// The device's name; `#7` if the kernel has none.
+    fn name(&mut self, number: u32) -> String {
+        if !self.names.contains_key(&number)
+            && self.asked.elapsed() >= CHECK
+            && let Ok(again) = Devices::new(self.sys)
+        {
+            *self = Devices { ..again };
+        }
+        self.names.get(&number).cloned().unwrap_or_else(|| format!("#{number}"))
+    }
+}
+
+/// A packet as docs/trace-schema.json describes it.
+#[derive(Debug, Serialize)]
+struct Packet<'a> {
+    time: String,
+    attach: Attach,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hook: Option<Hook>,
+    device: String,
+    verdict: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    table: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u32>,
+    text: &'a str,
+    ether_type: u16,
+    #[serde(flatten)]
+    ip: Option<Ip>,
+    length: u32,
+    mark: u32,
+}
+
+/// What only IP packets have.
+#[derive(Debug, Serialize)]
+struct Ip {
+    proto: String,
+    src: std::net::IpAddr,
+    dst: std::net::IpAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icmp_type: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icmp_code: Option<u8>,
+    later_fragment: bool,
+}
+
+/// A line that stands for packets that were not reported.
+#[derive(Debug, Serialize)]
+struct Gap {
+    not_reported: NotReported,
+}
+
+#[derive(Debug, Serialize)]
+struct NotReported {
+    over_rate: u64,
+    buffer_full: u64,
+}
+
+/// Where packets are written, and how many were.
+struct Stream {
+    format: TextFormat,
+    rate: u32,
+    left: Option<u64>,
+    out: io::BufWriter<io::Stdout>,
+    /// Wall-clock time less the programs' clock, in nanoseconds.
+    offset_ns: i128,
+    broken: bool,
+    shown: u64,
+    /// Told since the round began, and by all rounds before it.
+    told: Tally,
+    before: Tally,
+}
+
+impl Stream {
+    fn new(args: &TraceArgs) -> Stream {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128);
+        Stream {
+            format: args.format,
+            rate: args.rate,
+            left: args.count,
+            out: io::BufWriter::new(io::stdout()),
+            offset_ns: now - i128::from(Sys::new().monotonic_ns()),
+            broken: false,
+            shown: 0,
+            told: Tally::default(),
+            before: Tally::default(),
+        }
+    }
+
+    /// Whether nobody wants more.
+    fn is_over(&self) -> bool {
+        self.broken || self.left == Some(0)
+    }
+
+    fn packet(
+        &mut self,
+        event: &Event,
+        watched: &Watched<'_>,
+        devices: &mut Devices<'_>,
+    ) -> Result<(), Failure> {
+        let slot = event.slot as usize;
+        let Some(decided) = watched.manifest.counters.get(slot) else { return Ok(()) };
+        let time = jiff::Timestamp::from_nanosecond(self.offset_ns + i128::from(event.time_ns));
+        let time = time.unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+        let packet = Packet {
+            time: format!("{time:.9}"),
+            attach: watched.policy.slot.attach,
+            hook: watched.hooks[slot],
+            device: devices.name(event.ifindex),
+            verdict: decided.verdict.as_deref().unwrap_or_default(),
+            table: decided.table.as_deref(),
+            chain: decided.chain.as_deref(),
+            rule: decided.rule.filter(|rule| *rule > 0),
+            file: decided.file.as_deref(),
+            line: decided.line,
+            text: decided.text.trim(),
+            ether_type: event.ether_type,
+            ip: ip(event),
+            length: event.length,
+            mark: event.mark,
+        };
+        let text = match self.format {
+            TextFormat::Json => serde_json::to_string(&packet).expect("plain data serializes"),
+            TextFormat::Human => human(&packet, time),
+        };
+        self.line(&text)?;
+        self.shown += 1;
+        self.left = self.left.map(|left| left - 1);
+        Ok(())
+    }
+
+    /// Tells how many packets were not reported since it was last told.
+    fn not_reported(&mut self, tally: Tally) -> Result<(), Failure> {
+        let not_reported = NotReported {
+            over_rate: tally.limited.saturating_sub(self.told.limited),
+            buffer_full: tally.full.saturating_sub(self.told.full),
+        };
+        self.told = tally;
+        if not_reported.over_rate + not_reported.buffer_full == 0 {
+            return Ok(());
+        }
+        let text = match self.format {
+            TextFormat::Json => serde_json::to_string(&Gap { not_reported }).expect("plain data serializes"),
+            TextFormat::Human => format!("... {}", self.missing(&not_reported)),
+        };
+        self.line(&text)?;
+        self.flush()
+    }
+
+    fn missing(&self, NotReported { over_rate, buffer_full }: &NotReported) -> String {
+        let mut parts = Vec::new();
+        if *over_rate > 0 {
+            parts.push(format!("{over_rate} over {} a second on a CPU (--rate)", self.rate));
+        }
+        if *buffer_full > 0 {
+            parts.push(format!("{buffer_full} because the buffer was full"));
+        }
+        format!("{} not reported: {}", packets(over_rate + buffer_full), parts.join(", "))
+    }
+
+    /// What is told from now on is told of the next round's watches.
+    fn finish_round(&mut self, tally: Tally) {
+        self.before = self.before + tally;
+        self.told = Tally::default();
+    }
+
+    fn summary(&self) -> String {
+        let Tally { reported, limited, full } = self.before;
+        let mut text = format!("{} shown", packets(self.shown));
+        if reported > self.shown {
+            text += &format!(", {} reported after the last one wanted", packets(reported - self.shown));
+        }
+        if limited + full > 0 {
+            text += &format!(", {}", self.missing(&NotReported { over_rate: limited, buffer_full: full }));
+        }
+        text + "\n"
+    }
+
+    fn line(&mut self, text: &str) -> Result<(), Failure> {
+        let written = writeln!(self.out, "{text}");
+        self.written(written)
+    }
+
+    fn flush(&mut self) -> Result<(), Failure> {
+        let written = self.out.flush();
+        self.written(written)
+    }
+
+    /// A reader that goes away is no failure.
+    fn written(&mut self, result: io::Result<()>) -> Result<(), Failure> {
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.broken = true;
+                Ok(())
+            }
+            result => result.map_err(|error| Failure::write("standard output".as_ref(), error)),
+        }
+    }
+}
+
+fn packets(count: u64) -> String {
+    counted(count as usize, "packet")
+}
+
+fn ip(event: &Event) -> Option<Ip> {
+    let ip = event.ip?;
+    let proto = names::protocol_name(ip.proto.into()).map_or_else(|| ip.proto.to_string(), str::to_string);
+    let mut found = Ip {
+        proto,
+        src: ip.src,
+        dst: ip.dst,
+        sport: None,
+        dport: None,
+        icmp_type: None,
+        icmp_code: None,
+        later_fragment: ip.transport == EventTransport::LaterFragment,
+    };
+    match ip.transport {
+        EventTransport::Ports(sport, dport) => (found.sport, found.dport) = (Some(sport), Some(dport)),
+        EventTransport::Icmp(kind, code) => (found.icmp_type, found.icmp_code) = (Some(kind), Some(code)),
+        EventTransport::None | EventTransport::LaterFragment => {}
+    }
+    Some(found)
+}
+
+/// A packet in one line: when, where, the verdict, the packet, and who decided.
+fn human(packet: &Packet<'_>, time: jiff::Timestamp) -> String {
+    let clock = time.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%H:%M:%S.%6f").to_string();
+    let mut text = format!("{clock} {} ", packet.device);
+    match packet.hook {
+        Some(hook) => text += &format!("{hook} "),
+        None => text += &format!("{} ", packet.attach),
+    }
+    text += &format!("{:<6} ", packet.verdict);
+    match &packet.ip {
+        Some(ip) => {
+            let end = |address: std::net::IpAddr, port: Option<u16>| match port {
+                Some(port) => std::net::SocketAddr::new(address, port).to_string(),
+                None => address.to_string(),
+            };
+            text += &format!("{} {} > {}", ip.proto, end(ip.src, ip.sport), end(ip.dst, ip.dport));
+            if let (Some(kind), Some(code)) = (ip.icmp_type, ip.icmp_code) {
+                text += &format!(" type {kind} code {code}");
+            }
+            if ip.later_fragment {
+                text += " later fragment";
+            }
+        }
+        None => text += &format!("ether type {:#06x}", packet.ether_type),
+    }
+    text += &format!(" length {}", packet.length);
+    if packet.mark != 0 {
+        text += &format!(" mark {:#x}", packet.mark);
+    }
+    match (packet.file, packet.line) {
+        (Some(file), Some(line)) => text + &format!("  {file}:{line}: {}", packet.text),
+        _ => text + &format!("  {}", packet.text),
+    }
+}

@@ -1,0 +1,414 @@
+//! What the commands say about policies that are applied in the running kernel: `save`, `trace`, `status`, `top`,
+//! `serve-metrics`, `dump xlated`, `dump jited`, as people and scripts see them.
+//!
+//! Each test has a host and a peer, network namespaces joined by a pair of devices, and directories of its own for pins
+//! and state. Without root the tests say that they are skipped.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::UdpSocket;
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use polc_tests::kernel::{self, BpfFs, Namespace, TempDir};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const RULES: &str = "\
+*filter
+:INPUT DROP [0:0]
+:LOGGED - [0:0]
+-A INPUT -p udp -m udp --dport 53 -j LOGGED
+-A INPUT -s 192.0.2.0/24 -p udp -m udp --dport 53 -j DROP
+-A INPUT -p udp -m udp --dport 80 -j ACCEPT
+-A LOGGED
+COMMIT
+";
+
+/// Bytes of the peer's packets, from the IP header on.
+const BYTES: u64 = 20 + 8 + 5;
+/// Longest wait for what comes in moments.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A host with a device, the peer at its other end, and where its polc keeps things.
+struct Host {
+    state: String,
+    bpffs: String,
+    files: TempDir,
+    peer: Sender<(u16, usize)>,
+    sent: Receiver<()>,
+    _pins: BpfFs,
+    _namespace: Namespace,
+}
+
+impl Host {
+    /// Moves the calling thread into the host; `None` if the test can't run.
+    fn new(name: &str) -> Option<Host> {
+        if !kernel::may_run(name) || !kernel::has_tools(name, &["ip"]) {
+            return None;
+        }
+        let namespace = Namespace::enter(&format!("{name}-host"));
+        let (peer, ports) = mpsc::channel::<(u16, usize)>();
+        let (done, sent) = mpsc::channel();
+        let peer_name = format!("{name}-peer");
+        let in_peer = peer_name.clone();
+        thread::spawn(move || {
+            let _namespace = Namespace::enter(&in_peer);
+            done.send(()).expect("the host waits");
+            // The first message says that the device is here.
+            let mut socket = None;
+            for (port, count) in ports {
+                let socket = socket.get_or_insert_with(|| {
+                    ip("addr add 192.0.2.2/24 dev peer");
+                    ip("link set peer up");
+                    UdpSocket::bind("192.0.2.2:4000").expect("the peer's address")
+                });
+                for index in 0..count {
+                    // The device's queue holds 256 packets.
+                    if index % 100 == 99 {
+                        thread::sleep(Duration::from_millis(2));
+                    }
+                    socket.send_to(b"hello", ("192.0.2.1", port)).expect("sent");
+                }
+                done.send(()).expect("the host waits");
+            }
+        });
+        sent.recv_timeout(PATIENCE).expect("the peer is there");
+        ip("link add eth0 type veth peer name peer");
+        ip(&format!("link set peer netns polc-{peer_name}-{}", std::process::id()));
+        ip("addr add 192.0.2.1/24 dev eth0");
+        ip("link set eth0 up");
+        let (files, pins) = (TempDir::new(name), BpfFs::new(&format!("{name}-pins")));
+        files.file("rules.v4", RULES.as_bytes());
+        let host = Host {
+            state: files.path().join("state").to_str().expect("UTF-8").to_string(),
+            bpffs: pins.join(""),
+            files,
+            peer,
+            sent,
+            _pins: pins,
+            _namespace: namespace,
+        };
+        // The peer's device comes up, and the neighbours get to know each other.
+        let socket = UdpSocket::bind("192.0.2.1:9").expect("the host's address");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a time");
+        host.send(9, 1);
+        socket.recv(&mut [0; 8]).expect("the peer's packet");
+        Some(host)
+    }
+
+    /// polc with its directories; the first word of `args` is the command.
+    fn polc(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+        command.args(args).args(["--bpffs", &self.bpffs, "--state", &self.state]).stdin(Stdio::null());
+        command.current_dir(self.files.path());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.polc(args).output().expect("polc runs")
+    }
+
+    /// Standard output of a command that ends well.
+    fn well(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {error}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Standard error of a command that ends with `code`.
+    fn fails(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+        error
+    }
+
+    fn apply(&self, options: &[&str]) {
+        self.well(&[&["apply", "rules.v4", "--dev", "eth0", "--replace"], options].concat());
+    }
+
+    /// Has the peer send UDP packets to a port of the host.
+    fn send(&self, port: u16, count: usize) {
+        self.peer.send((port, count)).expect("the peer is there");
+        self.sent.recv_timeout(PATIENCE).expect("the peer sends");
+    }
+
+    /// Starts a command that watches, and waits until it does.
+    fn watch(&self, args: &[&str]) -> Watcher {
+        let child = self.polc(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = child.expect("polc runs");
+        let lines = lines(child.stderr.take().expect("piped"));
+        let out = child.stdout.take();
+        let mut watcher = Watcher { child, out, lines };
+        let line = watcher.remark();
+        assert!(line.contains("watching"), "{args:?}: {line}");
+        watcher
+    }
+}
+
+fn ip(args: &str) {
+    kernel::run("ip", &args.split(' ').collect::<Vec<_>>()).expect("ip");
+}
+
+/// Lines that are read as they come.
+fn lines(from: impl std::io::Read + Send + 'static) -> Receiver<String> {
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(Result::ok) {
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receive
+}
+
+/// A polc that goes on until told otherwise.
+struct Watcher {
+    child: Child,
+    out: Option<ChildStdout>,
+    lines: Receiver<String>,
+}
+
+impl Watcher {
+    fn remark(&mut self) -> String {
+        self.lines.recv_timeout(PATIENCE).expect("polc says something")
+    }
+
+    fn tell(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("its own child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What it printed until its end, by lines.
+    fn rest(&mut self) -> Vec<String> {
+        let mut text = String::new();
+        self.out.take().expect("read once").read_to_string(&mut text).expect("text");
+        text.lines().map(str::to_string).collect()
+    }
+
+    /// What it remarked until its end.
+    fn remarks(&self) -> String {
+        self.lines.iter().collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until something is so.
+fn eventually<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match what() {
+            Ok(found) => return found,
+            Err(why) => assert!(Instant::now() < deadline, "{why}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn json(line: &str) -> Value {
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+}
+
+#[test]
+fn save_prints_live_counters_that_restore_takes() {
+    let Some(host) = Host::new("save") else { return };
+    host.apply(&[]);
+    host.send(53, 3);
+    host.send(80, 2);
+    host.send(7, 1);
+    let expected = format!(
+        "*filter\n:INPUT DROP [1:{}]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n:LOGGED - [0:0]\n\
+         [3:{three}] -A INPUT -p udp -m udp --dport 53 -j LOGGED\n\
+         [3:{three}] -A INPUT -s 192.0.2.0/24 -p udp -m udp --dport 53 -j DROP\n\
+         [2:{}] -A INPUT -p udp -m udp --dport 80 -j ACCEPT\n[3:{three}] -A LOGGED\nCOMMIT\n",
+        BYTES,
+        2 * BYTES,
+        three = 3 * BYTES,
+    );
+    let saved = eventually(|| {
+        let saved = host.well(&["save", "-c"]);
+        let (_, rules) = saved.split_once('\n').expect("a header");
+        if rules == expected { Ok(saved.clone()) } else { Err(saved.clone()) }
+    });
+    let header = saved.lines().next().expect("a header");
+    assert!(header.starts_with("# Generated by polc "), "{header}");
+    assert!(header.ends_with(" as iptables-save, at xdp of `eth0` for IPv4 from rules.v4"), "{header}");
+    // Rules that are applied anew go on counting, and zeros of others' stay away from them.
+    host.apply(&[]);
+    let again = host.well(&["save", "-c"]);
+    assert_eq!(again.split_once('\n').expect("a header").1, expected);
+    let file = host.files.file("saved", saved.as_bytes());
+    host.well(&["flush"]);
+    host.well(&["restore", "-c", &file, "--dev", "eth0"]);
+    assert_eq!(host.well(&["save", "-c"]).split_once('\n').expect("a header").1, expected);
+    // Without -c, policies alone have counters.
+    let plain = host.well(&["save", "--attach", "xdp", "--family", "4"]);
+    assert!(plain.contains(&format!(":INPUT DROP [1:{BYTES}]\n")), "{plain}");
+    assert!(plain.contains("\n-A INPUT -p udp -m udp --dport 80 -j ACCEPT\n"), "{plain}");
+    let error = host.fails(&["save", "--family", "6"], 3);
+    assert!(error.contains("[E0816]") && error.contains("for IPv6"), "{error}");
+}
+
+#[test]
+fn trace_shows_packets_as_they_are_decided() {
+    let Some(host) = Host::new("trace") else { return };
+    host.apply(&["--trace"]);
+    let mut watcher = host.watch(&["trace", "--format", "json", "udp", "dport", "53", "or", "dport", "80"]);
+    host.send(53, 2);
+    host.send(7, 1);
+    host.send(80, 1);
+    eventually(|| {
+        let saved = host.well(&["save", "-c"]);
+        if saved.contains("[1:33] -A INPUT -p udp -m udp --dport 80") { Ok(()) } else { Err(saved) }
+    });
+    watcher.tell(Signal::INT);
+    assert_eq!(watcher.end().code(), Some(0));
+    let lines = watcher.rest();
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    let first = json(&lines[0]);
+    for (name, value) in [
+        ("attach", "xdp".into()),
+        ("hook", "input".into()),
+        ("device", "eth0".into()),
+        ("verdict", "drop".into()),
+        ("table", "filter".into()),
+        ("chain", "INPUT".into()),
+        ("rule", 2.into()),
+        ("file", "rules.v4".into()),
+        ("line", 5.into()),
+        ("text", "-A INPUT -s 192.0.2.0/24 -p udp -m udp --dport 53 -j DROP".into()),
+        ("proto", "udp".into()),
+        ("src", "192.0.2.2".into()),
+        ("dst", "192.0.2.1".into()),
+        ("sport", 4000.into()),
+        ("dport", 53.into()),
+        ("length", BYTES.into()),
+        ("mark", Value::from(0)),
+    ] {
+        assert_eq!(first[name], value, "{name}");
+    }
+    assert_eq!(json(&lines[2])["verdict"], "accept");
+    assert_eq!(watcher.remarks(), "3 packets shown");
+
+    // For people, and who decided.
+    let mut watcher = host.watch(&["trace", "-c", "1", "--verdict", "drop", "--chain", "INPUT"]);
+    host.send(80, 1);
+    host.send(7, 1);
+    assert_eq!(watcher.end().code(), Some(0));
+    let lines = watcher.rest();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let (_, line) = lines[0].split_once(' ').expect("a time");
+    assert_eq!(line, "eth0 input drop   udp 192.0.2.2:4000 > 192.0.2.1:7 length 33  policy of INPUT");
+    let error = host.fails(&["trace", "--line", "99"], 2);
+    assert!(error.contains("no packet is ever decided by a rule in line 99"), "{error}");
+    let error = host.fails(&["trace", "host", "192.0.2.1"], 2);
+    assert!(error.contains("`host` is no word of a filter"), "{error}");
+}
+
+#[test]
+fn what_trace_does_not_show_is_counted() {
+    let Some(host) = Host::new("rate") else { return };
+    host.apply(&["--trace"]);
+    let mut watcher = host.watch(&["trace", "--format", "json", "--rate", "5", "dport", "53"]);
+    host.send(53, 2_000);
+    eventually(|| {
+        let saved = host.well(&["save", "-c"]);
+        if saved.contains("[2000:66000] -A LOGGED") { Ok(()) } else { Err(saved) }
+    });
+    watcher.tell(Signal::TERM);
+    assert_eq!(watcher.end().code(), Some(0));
+    let lines: Vec<Value> = watcher.rest().iter().map(|line| json(line)).collect();
+    let shown = lines.iter().filter(|line| line.get("time").is_some()).count() as u64;
+    let missing: u64 = lines
+        .iter()
+        .filter_map(|line| line.get("not_reported"))
+        .map(|gap| {
+            gap["over_rate"].as_u64().expect("a number") + gap["buffer_full"].as_u64().expect("a number")
+        })
+        .sum();
+    assert!(shown >= 5 && missing > 1_000, "{shown} shown, {missing} not");
+    assert_eq!(shown + missing, 2_000);
+    let remarks = watcher.remarks();
+    let expected =
+        format!("{shown} packets shown, {missing} packets not reported: {missing} over 5 a second");
+    assert!(remarks.starts_with(&expected), "{remarks}");
+}
+
+#[test]
+fn trace_ends_when_nobody_reads_and_follows_the_policy() {
+    let Some(host) = Host::new("follow") else { return };
+    host.apply(&["--trace"]);
+    // A reader that goes away, without a packet to tell of it.
+    let mut watcher = host.watch(&["trace"]);
+    drop(watcher.out.take());
+    assert_eq!(watcher.end().code(), Some(0));
+
+    // One watcher at a time; the next may come when it is gone, killed or not.
+    let mut watcher = host.watch(&["trace"]);
+    let error = host.fails(&["trace"], 3);
+    assert!(error.contains("[E0824]") && error.contains("end the other `polc trace` first"), "{error}");
+    watcher.tell(Signal::KILL);
+    watcher.end();
+
+    // The policy is replaced, then removed.
+    let mut watcher = host.watch(&["trace", "--format", "json", "dport", "80"]);
+    host.apply(&["--trace"]);
+    assert!(watcher.remark().contains("replaced"));
+    assert!(watcher.remark().contains("watching"));
+    host.send(80, 1);
+    eventually(|| {
+        let saved = host.well(&["save", "-c"]);
+        if saved.contains("[1:33] -A INPUT -p udp -m udp --dport 80") { Ok(()) } else { Err(saved) }
+    });
+    host.well(&["flush"]);
+    assert_eq!(watcher.end().code(), Some(3));
+    let remarks = watcher.remarks();
+    assert!(remarks.contains("1 packet shown") && remarks.contains("[E0816]"), "{remarks}");
+    assert_eq!(watcher.rest().len(), 1);
+}
+
+#[test]
+fn code_of_applied_policies_stands_beside_its_rules() {
+    let Some(host) = Host::new("code") else { return };
+    let error = host.fails(&["dump", "jited"], 3);
+    assert!(error.contains("[E0816] no policy of polc's is applied here"), "{error}");
+    host.apply(&[]);
+    for (code, instruction) in [("xlated", "(95) exit"), ("jited", "push rbp")] {
+        let text = host.well(&["dump", code, "--dev", "eth0"]);
+        assert!(text.starts_with("at xdp of `eth0` for IPv4: rules.v4\n"), "{text}");
+        assert!(text.contains(instruction), "{text}");
+        assert!(text.contains("; -A INPUT -p udp -m udp --dport 80 -j ACCEPT @ rules.v4:6\n"), "{text}");
+        // What each rule costs.
+        let table = text.split_once("\ninstructions  bytes  line\n").expect("a table").1;
+        for line in 4..=6 {
+            let row = table.lines().find(|row| row.contains(&format!("  rules.v4:{line}: -A INPUT")));
+            let row = row.unwrap_or_else(|| panic!("line {line}: {table}"));
+            let numbers: Vec<u64> =
+                row.split_whitespace().take(2).map(|number| number.parse().expect("a number")).collect();
+            assert!(numbers[0] > 0 && numbers[1] >= numbers[0], "{row}");
+        }
+    }
+    let error = host.fails(&["dump", "jited", "--dev", "eth1"], 3);
+    assert!(error.contains("no policy of polc's is applied here of `eth1`"), "{error}");
+}
