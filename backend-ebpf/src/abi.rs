@@ -183,6 +183,30 @@ pub mod exit {
     pub const COUNT: u32 = 4;
 }
 
+/// In place of a return code: the packet is dropped and counted in the slot of `r8` if it has no connection, and let on
+/// and counted in the next otherwise. No program returns it.
+pub const CONFIRM: i32 = 0x1_0000;
+
+/// Asking the kernel for a connection: the packet is decided, so [`BUFFER`] is free.
+pub mod lookup {
+    /// `struct bpf_sock_tuple` (include/uapi/linux/bpf.h): addresses, then ports, in network order.
+    pub const TUPLE: i16 = super::BUFFER;
+    /// Its bytes for IPv4.
+    pub const TUPLE_V4_BYTES: i16 = 12;
+    /// Its bytes for IPv6.
+    pub const TUPLE_V6_BYTES: i16 = 36;
+    /// `struct bpf_ct_opts` (net/netfilter/nf_conntrack_bpf.c): network namespace, error, then protocol and direction.
+    pub const OPTS: i16 = TUPLE + TUPLE_V6_BYTES;
+    /// Its bytes in every kernel that has it; newer ones have a zone behind.
+    pub const OPTS_BYTES: i16 = 12;
+    /// Offset of the error in it.
+    pub const OPTS_ERROR: i16 = 4;
+    /// Offset of the protocol in it.
+    pub const OPTS_PROTOCOL: i16 = 8;
+    /// The error of a table without such a connection (include/uapi/asm-generic/errno-base.h).
+    pub const ENOENT: i32 = 2;
+}
+
 /// Return codes of XDP programs (include/uapi/linux/bpf.h, `enum xdp_action`).
 pub mod xdp {
     /// Drop the frame.
@@ -262,6 +286,7 @@ mod tests {
         const {
             assert!(SAVED_END % 8 == 0 && SAVED_L3 >= SAVED_END + 8 && SAVED_L3 + 8 <= BUFFER + BUFFER_BYTES);
             assert!(SCRATCH_BYTES == -BUFFER);
+            assert!(lookup::OPTS + lookup::OPTS_BYTES <= BUFFER + BUFFER_BYTES && lookup::OPTS % 4 == 0);
             assert!(trace::SCRATCH + trace::SCRATCH_BYTES <= trace::RETURN && trace::RECORD % 8 == 0);
         };
     }

@@ -1,7 +1,8 @@
 //! `flatten`: chains and jumps become stages of cubes.
 //!
 //! A stage stands for a position in the rules together with what evaluation remembers there: the chains to come back
-//! to, whether an earlier rule may have dropped the packet, whether the packet is a fragment. From its position it
+//! to, whether an earlier rule may have dropped the packet, whether the packet is a fragment, whether a clause relied on
+//! its having no connection. From its position it
 //! runs down its chain, an entry for each way a rule can turn out. What changes a field or spends state ends the stage,
 //! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of `BLOCK` rules
 //! once something in it comes back later. Entries therefore grow linearly with the rules for each return stack; their
@@ -15,12 +16,12 @@ use polc_ir::cube::{Cube, Test};
 use polc_ir::derived::{DerivedData, address_types};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Derived, Rule, Stage};
-use polc_ir::env::{Env, Fragments, Place};
+use polc_ir::env::{Connections, Env, Fragments, Place};
 use polc_ir::field::Field;
 use polc_ir::interval::IntervalSet;
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, Verdict};
-use polc_ir::ruleset::deferral::{ClauseAbility, clause_ability, is_handed_over};
+use polc_ir::ruleset::deferral::{ClauseAbility, SUPPOSED_STATE, clause_ability, is_handed_over, supposes};
 use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
 
@@ -76,6 +77,8 @@ struct Key {
     stack: Stack,
     doubt: bool,
     fragment: bool,
+    /// A clause was evaluated as for a packet without a connection.
+    supposed: bool,
 }
 
 /// The chain and position that a stage starts at.
@@ -98,6 +101,13 @@ struct Onward {
 impl Onward {
     fn end(verdict: Verdict, by: Decider) -> Onward {
         Onward { counts: Vec::new(), exit: Exit::End(Ending { verdict, by }) }
+    }
+
+    /// Drops the packet; if it was supposed to have no connection, only if it has none.
+    fn drop(key: Key, by: Decider) -> Onward {
+        let ending = Ending { verdict: Verdict::Drop, by };
+        let exit = if key.supposed { Exit::EndIfAbsent(ending) } else { Exit::End(ending) };
+        Onward { counts: Vec::new(), exit }
     }
 
     fn go(stage: Stage) -> Onward {
@@ -134,7 +144,7 @@ struct Flattener<'a> {
 impl Flattener<'_> {
     fn run(&mut self, env: &Env, diagnostics: &mut Vec<Diagnostic>) -> Classifier {
         let family = self.ruleset.family;
-        let whole = self.start(0, false, false);
+        let whole = self.start(0);
         let root = match whole {
             None => self.add(vec![Entry::rest(Onward::end(Verdict::Accept, Decider::Nothing))], None),
             Some(key) => {
@@ -179,10 +189,20 @@ impl Flattener<'_> {
         self.finish(root)
     }
 
-    /// The key of a base chain's start; `None` past the last.
-    fn start(&self, base: usize, doubt: bool, fragment: bool) -> Option<Key> {
+    /// The key of a base chain's start, with nothing remembered; `None` past the last.
+    fn start(&self, base: usize) -> Option<Key> {
         let &chain = self.chains.get(base)?;
-        Some(Key { base, chain, rule: 0, clause: 0, unknown: false, stack: None, doubt, fragment })
+        Some(Key {
+            base,
+            chain,
+            rule: 0,
+            clause: 0,
+            unknown: false,
+            stack: None,
+            doubt: false,
+            fragment: false,
+            supposed: false,
+        })
     }
 
     fn stage(&mut self, key: Key) -> Stage {
@@ -247,13 +267,14 @@ impl Flattener<'_> {
         let chain = self.chains[key.base];
         let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
         let by = Decider::Policy(chain);
-        let onward = if drop { Onward::end(Verdict::Drop, by) } else { self.accept(key, by) };
+        let onward = if drop { Onward::drop(key, by) } else { self.accept(key, by) };
         onward.counting(Count::Policy(chain))
     }
 
     fn accept(&mut self, key: Key, by: Decider) -> Onward {
         let chain = self.chains[key.base];
-        match self.start(key.base + 1, key.doubt, key.fragment) {
+        let Key { doubt, fragment, supposed, .. } = key;
+        match self.start(key.base + 1).map(|start| Key { doubt, fragment, supposed, ..start }) {
             None => Onward::end(if key.doubt { Verdict::Defer } else { Verdict::Accept }, by),
             Some(_) if self.ruleset.translates(chain) => Onward::end(Verdict::Defer, Decider::Policy(chain)),
             Some(next) => self.go_on(next),
@@ -311,7 +332,15 @@ impl Flattener<'_> {
         let mut cubes = vec![Cube::all()];
         let mut unknown = key.unknown;
         for (index, clause) in data.clauses.iter().enumerate().skip(key.clause) {
-            match clause_ability(ruleset, self.place, clause, key.fragment) {
+            let ability = clause_ability(ruleset, self.place, clause, key.fragment);
+            if ability == ClauseAbility::Known && !key.supposed && supposes(self.place, clause, key.fragment)
+            {
+                let onward = Onward::go(self.stage(Key { clause: index, unknown, supposed: true, ..key }));
+                emit(entries, &cubes, rule, &onward);
+                *comes_back = true;
+                return false;
+            }
+            match ability {
                 ClauseAbility::Observable(_) => {
                     emit(entries, &cubes, rule, &Onward::defer(rule));
                     return false;
@@ -351,7 +380,7 @@ impl Flattener<'_> {
                                 self.go_on(Key { doubt: true, ..next })
                             }
                             Some(outermost) => self.behind(key, outermost),
-                            None => Onward::end(Verdict::Drop, Decider::Hotdrop(rule)),
+                            None => Onward::drop(key, Decider::Hotdrop(rule)),
                         };
                         emit(entries, &dropped, rule, &onward);
                     }
@@ -443,7 +472,7 @@ impl Flattener<'_> {
             Action::Accept => self.accept(key, Decider::Rule(rule)),
             Action::Drop => match outermost {
                 Some(outermost) => self.behind(key, outermost),
-                None => end(Verdict::Drop),
+                None => Onward::drop(key, Decider::Rule(rule)),
             },
             Action::Reject(with) => end(Verdict::Reject(*with)),
             Action::Jump(to) => {
@@ -481,11 +510,17 @@ impl Flattener<'_> {
     fn narrow(&mut self, cubes: &[Cube], tests: &[Test]) -> Vec<Cube> {
         let family = self.ruleset.family;
         let unresolved = self.place.fragments == Fragments::Unresolved;
+        let looked_up = matches!(self.place.connections, Connections::LookedUp { .. });
         let mut narrowed = Vec::new();
         for test in tests {
-            // Neither whole packets nor, to the rules, reassembled ones have an offset.
-            if unresolved && test.field == Field::FragOffset {
-                if test.holds(0) {
+            let fixed = match test.field {
+                // Neither whole packets nor, to the rules, reassembled ones have an offset.
+                Field::FragOffset if unresolved => Some(0),
+                Field::CtState if looked_up => Some(SUPPOSED_STATE.into()),
+                _ => None,
+            };
+            if let Some(value) = fixed {
+                if test.holds(value) {
                     return cubes.to_vec();
                 }
                 continue;
@@ -585,7 +620,7 @@ impl Flattener<'_> {
             let stage = classifier.stages.push(StageData { entries: Vec::new(), origin });
             for Entry { cube, rule, onward: Onward { counts, exit } } in entries {
                 let exit = match exit {
-                    Exit::End(ending) => Exit::End(ending),
+                    Exit::End(_) | Exit::EndIfAbsent(_) => exit,
                     Exit::Then { writes, stage } => Exit::Then { writes, stage: renumber(stage) },
                     Exit::Test { test, yes, no } => Exit::Test { test, yes: renumber(yes), no: renumber(no) },
                 };

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use polc_ir::env::{Connection, Device, Env, Fragments, Input, Mode, Place};
+use polc_ir::env::{Connection, Connections, Device, Env, Fragments, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::interval::Interval;
@@ -549,7 +549,7 @@ fn place(path: &[Hook]) -> Place {
         attach: None,
         mode: Mode::Accelerate,
         fragments: Fragments::AsSeen,
-        connection_state: true,
+        connections: Connections::Given,
         local_addresses: true,
     }
 }

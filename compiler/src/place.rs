@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use polc_ir::env::{Attach, Device, Fragments, Mode, Place};
+use polc_ir::env::{Attach, Connections, Device, Fragments, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Hook;
 use polc_ir::ruleset::{ClauseKind, Ruleset};
@@ -43,7 +43,7 @@ pub fn place(path: &[Hook], attach: Attach, mode: Mode, local_addresses: bool) -
         attach: Some(attach),
         mode,
         fragments: Fragments::Unresolved,
-        connection_state: false,
+        connections: Connections::Unknown,
         local_addresses,
     }
 }

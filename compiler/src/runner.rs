@@ -2,7 +2,7 @@
 
 use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
 use polc_backend_ebpf::object::Object;
-use polc_backend_ebpf::vm::{Context, Input as VmInput, Vm, VmError};
+use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
 use polc_ir::env::{Attach, Env, Input};
 use polc_ir::field::{DeviceName, Field};
@@ -124,7 +124,10 @@ impl Program {
                 _ => 0,
             })
             .into();
-        let result = self.vm.run(0, &VmInput { packet: &input.frame, context, ..VmInput::default() });
+        let connections: Vec<Connection> = connection(plan, input).into_iter().collect();
+        let vm_input =
+            VmInput { packet: &input.frame, context, connections: &connections, ..VmInput::default() };
+        let result = self.vm.run(0, &vm_input);
         let result = result.map_err(|error| error.to_string())?;
         self.mark = result.mark;
         let map = self.vm.map(COUNTERS_MAP).ok_or("the object has no counters")?;
@@ -136,4 +139,16 @@ impl Program {
         }
         ending_of(plan, self.attach, &grown, result.return_value as i32)
     }
+}
+
+/// The packet's connection as the kernel's table has it, if it does.
+fn connection(plan: &Plan, input: &Input) -> Option<Connection> {
+    input.connection.filter(|connection| connection.is_in_table())?;
+    let view = View::new(plan.family, &plan.place, input).ok()?;
+    let number = |field: Field, bytes: usize| view.get(field).to_be_bytes()[16 - bytes..].to_vec();
+    let address = usize::from(plan.family.address_bits() / 8);
+    let parts =
+        [(Field::SrcAddr, address), (Field::DstAddr, address), (Field::SrcPort, 2), (Field::DstPort, 2)];
+    let tuple = parts.into_iter().flat_map(|(field, bytes)| number(field, bytes)).collect();
+    Some(Connection { protocol: view.protocol(), tuple })
 }

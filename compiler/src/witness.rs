@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use polc_ir::classifier::Classifier;
 use polc_ir::cube::Cube;
-use polc_ir::env::{Attach, Device, Input};
+use polc_ir::env::{Attach, Connection, Connections, Device, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::max_value;
@@ -121,6 +121,10 @@ impl<'a> Witnesses<'a> {
                 }
             }
             _ => input.in_device = input_device,
+        }
+        if matches!(self.classifier.place.connections, Connections::LookedUp { .. }) && self.random.one_in(2)
+        {
+            input.connection = Some(Connection { state: ct_state::ESTABLISHED, ..Connection::default() });
         }
         if attach != Some(Attach::Xdp) {
             input.mark = fields.get(&Field::Mark).map_or(0, |mark| *mark as u32);

@@ -8,7 +8,7 @@ use polc::select::Devices;
 use polc::witness::Witnesses;
 use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::diag::Severity;
-use polc_ir::env::{Attach, Env, Fragments, Mode, Place};
+use polc_ir::env::{Attach, Connections, Env, Fragments, Mode, Place};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
@@ -29,7 +29,7 @@ fuzz_target!(|text: &str| {
             attach: Some(if hook.has_out_device() { Attach::TcEgress } else { Attach::Xdp }),
             mode: Mode::Accelerate,
             fragments: Fragments::Unresolved,
-            connection_state: false,
+            connections: Connections::Unknown,
             local_addresses: false,
         };
         let compiled = polc::compile(&ruleset, &place, &env, &devices);

@@ -61,6 +61,26 @@ pub enum Fragments {
     AsSeen,
 }
 
+/// What is known of the connection that a packet belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Connections {
+    /// Nothing.
+    Unknown,
+    /// Whether the kernel's table has one for it, before the kernel itself looks
+    /// (`bpf_xdp_ct_lookup`, net/netfilter/nf_conntrack_bpf.c): [`crate::field::Field::CtAbsent`].
+    ///
+    /// A packet without a connection is not ESTABLISHED, and which of the other states it will have is open. What has a
+    /// connection may still become INVALID (a TCP window, a checksum), so its state is unknown. Rules are evaluated as
+    /// for a packet without one; a drop that relied on that holds only where there is none.
+    LookedUp {
+        /// Whether the first packet of a connection may be RELATED: a helper (`-j CT --helper`) announces connections to
+        /// come, `/proc/net/nf_conntrack_expect`.
+        expectations: bool,
+    },
+    /// Its state, given with the packet.
+    Given,
+}
+
 /// What a program can know and do where it sits: which fields are given, which effects it may have.
 ///
 /// A clause or action that needs more is *deferred*: its truth is unknown, and three-valued evaluation takes over.
@@ -74,8 +94,8 @@ pub struct Place {
     pub mode: Mode,
     /// How fragments are decided.
     pub fragments: Fragments,
-    /// Whether the packet's connection state is given.
-    pub connection_state: bool,
+    /// What is known of the connection that a packet belongs to.
+    pub connections: Connections,
     /// Whether the host's local addresses are given.
     pub local_addresses: bool,
 }
@@ -112,6 +132,36 @@ pub struct Connection {
     /// See [`crate::field::Field::CtMark`].
     pub mark: u32,
 }
+
+impl Connection {
+    /// Whether the kernel's table has the connection before it sees the packet. A connection gets there when its first
+    /// packet has passed every hook (`__nf_conntrack_confirm`, net/netfilter/nf_conntrack_core.c).
+    pub fn is_in_table(&self) -> bool {
+        self.state & ct_state::ESTABLISHED != 0 || self.status & IPS_CONFIRMED != 0
+    }
+}
+
+/// Bits of [`crate::field::Field::CtState`] (include/uapi/linux/netfilter/xt_conntrack.h).
+pub mod ct_state {
+    /// The kernel could not make sense of it.
+    pub const INVALID: u16 = 0x01;
+    /// It belongs to a connection that has seen packets both ways.
+    pub const ESTABLISHED: u16 = 0x02;
+    /// It begins a connection that another announced, or is an ICMP error about one.
+    pub const RELATED: u16 = 0x04;
+    /// It begins a connection.
+    pub const NEW: u16 = 0x08;
+    /// The connection's source address is translated.
+    pub const SNAT: u16 = 0x40;
+    /// The connection's destination address is translated.
+    pub const DNAT: u16 = 0x80;
+    /// Rules exempt it.
+    pub const UNTRACKED: u16 = 0x100;
+}
+
+/// Bit of [`crate::field::Field::CtStatus`] for connections in the table
+/// (include/uapi/linux/netfilter/nf_conntrack_common.h).
+pub const IPS_CONFIRMED: u32 = 1 << 3;
 
 /// A packet and what the kernel knows about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

@@ -99,6 +99,10 @@ pub enum Field {
     CtDirection,
     /// The connection's mark.
     CtMark,
+    /// Whether the kernel's table has no connection for the packet (1), as a program learns by asking
+    /// (`bpf_xdp_ct_lookup`), or has one or doesn't tell (0): it looks up whole packets of TCP and UDP. Never tested by a
+    /// rule; passes use it at places that are [`crate::env::Connections::LookedUp`].
+    CtAbsent,
     /// A value that takes more than one load to compute; see `DerivedData` for its meaning and width.
     Derived(Derived),
 }
@@ -107,7 +111,7 @@ impl Field {
     /// Width in bits. Derived values have 32.
     pub const fn bits(self, family: Family) -> u8 {
         match self {
-            Field::Fragment | Field::CtDirection => 1,
+            Field::Fragment | Field::CtDirection | Field::CtAbsent => 1,
             Field::ExtHeaders => 2,
             Field::PacketType => 3,
             Field::TcpDataOffset => 4,
@@ -201,6 +205,7 @@ impl fmt::Display for Field {
             Field::CtStatus => "ct_status",
             Field::CtDirection => "ct_direction",
             Field::CtMark => "ct_mark",
+            Field::CtAbsent => "ct_absent",
             Field::Derived(derived) => return write!(f, "{derived}"),
         };
         f.write_str(name)

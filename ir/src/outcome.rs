@@ -89,7 +89,8 @@ impl fmt::Display for FrameKind {
 #[serde(rename_all = "lowercase")]
 pub enum Decider {
     /// A rule's action. For [`Verdict::Defer`], the rule whose clause or action can't be evaluated, or that would
-    /// have let the packet on if an earlier rule that can't be evaluated hadn't possibly dropped it.
+    /// have let the packet on if an earlier rule that can't be evaluated hadn't possibly dropped it, or that would have
+    /// dropped it if it had no connection ([`crate::env::Connections::LookedUp`]).
     Rule(Rule),
     /// A clause of the rule that drops packets it can't read.
     Hotdrop(Rule),

@@ -8,7 +8,7 @@ use std::io::Write;
 
 use polc::witness::Witnesses;
 use polc_frontend_iptables::{ParseOptions, lower, parse};
-use polc_ir::env::{Device, Env, Fragments, Mode, Place};
+use polc_ir::env::{Connections, Device, Env, Fragments, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
@@ -30,7 +30,7 @@ fn main() {
         attach: None,
         mode: Mode::Accelerate,
         fragments: Fragments::AsSeen,
-        connection_state: true,
+        connections: Connections::Given,
         local_addresses: true,
     };
     let name = |name| DeviceName::new(name).expect("a short name");

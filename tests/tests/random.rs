@@ -1,6 +1,7 @@
 //! Random rule sets: every level and rbpf agree on random packets.
 //!
-//! Rules draw from small pools of values, so that they meet. `POLC_LONG` makes it ten times the packets.
+//! Rules draw from small pools of values, so that they meet. Where connections are looked up, nothing is dropped that
+//! the kernel, which knows each packet's state, might not drop. `POLC_LONG` makes it ten times the packets.
 
 use std::fmt::Write as _;
 
@@ -11,8 +12,12 @@ use polc::witness::{Random, Witnesses};
 use polc_backend_ebpf::emit::{RuleLine, Target, emit};
 use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::diag::Severity;
-use polc_ir::env::{Env, Mode};
+use polc_ir::env::{Connection, Connections, Env, Input, Mode, Place, ct_state};
+use polc_ir::field::Field;
 use polc_ir::hook::{Hook, Semantics};
+use polc_ir::outcome::Verdict;
+use polc_ir::packet::View;
+use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 
@@ -49,6 +54,10 @@ fn rules(random: &mut Random, chain: &str) -> String {
                         " -m dscp --dscp 0x2e",
                         " -m iprange --src-range 10.0.0.5-10.3.0.7",
                         " -m state --state ESTABLISHED",
+                        " -m state --state RELATED,ESTABLISHED",
+                        " -m conntrack ! --ctstate ESTABLISHED",
+                        " -m conntrack --ctstate NEW",
+                        " -m conntrack --ctstate INVALID,UNTRACKED",
                         " -m limit --limit 1/s",
                         " -m string --algo bm --string x",
                         " -m statistic --mode random --probability 0.5",
@@ -131,7 +140,14 @@ fn one(seed: u64, packets: usize) {
     let semantics = [Semantics::Legacy, Semantics::Nft][random.below(2)];
     let ruleset = lower(&dump, &[], semantics);
     let mode = [Mode::Accelerate, Mode::Replace][random.below(2)];
-    let place = place(&[hook], attach_for(hook), mode, false);
+    let mut place = place(&[hook], attach_for(hook), mode, false);
+    if mode == Mode::Accelerate {
+        place.connections = [
+            Connections::Unknown,
+            Connections::LookedUp { expectations: false },
+            Connections::LookedUp { expectations: true },
+        ][random.below(3)];
+    }
     let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
     let env = Env::default();
     // Every structure gets its share of small rule sets, whatever the cost model thinks of it.
@@ -161,10 +177,38 @@ fn one(seed: u64, packets: usize) {
             let outcome = run(level, &ruleset, &compiled, &env, &input, state);
             assert_eq!(outcome, expected, "seed {seed} {level} {semantics:?} {mode}: {input:02x?}\n{text}");
         }
+        if expected.ending.verdict == Verdict::Drop {
+            dropped_in_every_state(&ruleset, &place, &env, &input, &text);
+        }
         let said = program.run(&compiled.plan, &input);
         assert!(
             said.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted)),
             "seed {seed} rbpf {semantics:?} {mode}: {said:?} instead of {expected:?} for {input:02x?}\n{text}"
+        );
+    }
+}
+
+/// With whatever state the kernel may find a packet in that was dropped, its rules don't let it on.
+fn dropped_in_every_state(ruleset: &Ruleset, place: &Place, env: &Env, input: &Input, text: &str) {
+    let Connections::LookedUp { expectations } = place.connections else { return };
+    let Ok(view) = View::new(ruleset.family, place, input) else { return };
+    let absent = view.get(Field::CtAbsent) == 1;
+    let known = Place { connections: Connections::Given, ..place.clone() };
+    let may_be = |state: u16| match state {
+        ct_state::ESTABLISHED => !absent,
+        ct_state::RELATED => !absent || expectations,
+        _ => true,
+    };
+    let states =
+        [ct_state::NEW, ct_state::ESTABLISHED, ct_state::RELATED, ct_state::INVALID, ct_state::UNTRACKED];
+    for state in states.into_iter().filter(|state| may_be(*state)) {
+        let connection = Some(Connection { state, ..Connection::default() });
+        let input = Input { connection, ..input.clone() };
+        let verdict = ruleset.eval(&known, env, &input, &mut State::new(1)).ending.verdict;
+        assert!(
+            !matches!(verdict, Verdict::Accept | Verdict::Reject(_)),
+            "{:?} in state {state:#x}: {verdict} for {input:02x?}\n{text}",
+            place.connections
         );
     }
 }

@@ -70,7 +70,7 @@ impl Emitter<'_> {
 
     fn exit_word(&self, index: u32, exit: &PlanExit) -> u32 {
         match exit {
-            PlanExit::End(slot) => {
+            PlanExit::End(slot) if !self.plan.traces[*slot as usize].if_absent => {
                 let [pass, drop] = self.codes();
                 let code = self.return_code(*slot);
                 debug_assert!(code == pass || code == drop, "there are two return codes");

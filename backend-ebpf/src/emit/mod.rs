@@ -29,6 +29,7 @@ use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest
 use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
 use crate::trace::TraceManifest;
 
+mod confirm;
 mod derived;
 mod headers;
 mod ipv6;
@@ -258,7 +259,9 @@ impl<'a> Emitter<'a> {
     fn check_fields(&mut self) {
         for slot in &self.plan.key {
             let available = match slot.field {
-                Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark => false,
+                Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark | Field::CtAbsent => {
+                    false
+                }
                 Field::OutDevice => {
                     self.target.attach == Attach::TcEgress || self.plan.devices.fixed_out.is_some()
                 }
@@ -319,6 +322,7 @@ impl<'a> Emitter<'a> {
             }
         }
         self.asm.bind(self.count);
+        self.confirm();
         self.asm.comment("count in slot r8, return r9");
         self.bump(Operand::Reg(Reg::R8));
         self.write_mark_back();
@@ -381,9 +385,13 @@ impl<'a> Emitter<'a> {
         self.asm.goto(self.count);
     }
 
-    /// The return code of a slot's ending.
+    /// The return code of a slot's ending; [`abi::CONFIRM`] if it depends on a connection.
     fn return_code(&self, slot: u32) -> i32 {
-        let ending = self.plan.traces.get(slot as usize).and_then(|trace| trace.ending);
+        let trace = self.plan.traces.get(slot as usize);
+        if trace.is_some_and(|trace| trace.if_absent) {
+            return abi::CONFIRM;
+        }
+        let ending = trace.and_then(|trace| trace.ending);
         let verdict = ending.map_or(Verdict::Defer, |ending| ending.verdict);
         return_code(self.target.attach, self.plan.place.mode, verdict)
     }

@@ -16,7 +16,7 @@ use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, max_value};
 use polc_ir::limits::LOOKUP_OPS_MAX;
-use polc_ir::outcome::FrameKind;
+use polc_ir::outcome::{Ending, FrameKind, Verdict};
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
     DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
@@ -78,6 +78,17 @@ const INSNS_PER_TEST: usize = 4;
 
 /// Bytes that the tables of one stage may have.
 const TABLE_BYTES_MAX: usize = 64 << 20;
+
+/// What a program needs of a packet to look its connection up.
+pub const LOOKED_UP_BY: [Field; 7] = [
+    Field::Fragment,
+    Field::SrcAddr,
+    Field::DstAddr,
+    Field::Proto,
+    Field::L4Len,
+    Field::SrcPort,
+    Field::DstPort,
+];
 
 /// Chooses how every stage is decided.
 pub fn select(classifier: &Classifier, decision: &Decision, devices: &Devices) -> Plan {
@@ -198,6 +209,10 @@ impl<'a> Selector<'a> {
                 tested.chain(writes.iter().map(|write| write.field))
             })
             .collect();
+        let looks_up = |entry: &EntryData| matches!(entry.exit, Exit::EndIfAbsent(_));
+        if classifier.entries.values().any(looks_up) {
+            fields.extend(LOOKED_UP_BY);
+        }
         fields.sort_unstable();
         fields.dedup();
         let mut key = Vec::new();
@@ -241,8 +256,16 @@ impl<'a> Selector<'a> {
             .collect();
         traces.sort_unstable();
         traces.dedup();
-        selector.slots = traces.iter().cloned().zip(0..).collect();
-        selector.traces = traces;
+        for trace in traces {
+            let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {
+                ending: Some(Ending { verdict: Verdict::Defer, ..ending }),
+                if_absent: false,
+                ..trace.clone()
+            });
+            selector.slots.insert(trace.clone(), selector.traces.len() as u32);
+            selector.traces.push(trace);
+            selector.traces.extend(deferred);
+        }
         selector
     }
 
@@ -332,7 +355,7 @@ impl<'a> Selector<'a> {
     fn exit(&self, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
         let count = trace(entry).map(|trace| self.slots[&trace]);
         match &entry.exit {
-            Exit::End(_) => PlanExit::End(count.expect("an end is a trace")),
+            Exit::End(_) | Exit::EndIfAbsent(_) => PlanExit::End(count.expect("an end is a trace")),
             Exit::Then { writes, stage } => PlanExit::Then {
                 count,
                 writes: writes
@@ -444,6 +467,11 @@ impl<'a> Selector<'a> {
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.
 fn trace(entry: &EntryData) -> Option<Trace> {
-    let ending = if let Exit::End(ending) = entry.exit { Some(ending) } else { None };
-    (ending.is_some() || !entry.counts.is_empty()).then(|| Trace { ending, counts: entry.counts.clone() })
+    let (ending, if_absent) = match entry.exit {
+        Exit::End(ending) => (Some(ending), false),
+        Exit::EndIfAbsent(ending) => (Some(ending), true),
+        Exit::Then { .. } | Exit::Test { .. } => (None, false),
+    };
+    let is_counted = ending.is_some() || !entry.counts.is_empty();
+    is_counted.then(|| Trace { ending, counts: entry.counts.clone(), if_absent })
 }

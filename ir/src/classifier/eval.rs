@@ -2,7 +2,7 @@
 
 use super::{Classifier, Exit};
 use crate::field::Field;
-use crate::outcome::{Ending, Outcome};
+use crate::outcome::{Ending, Outcome, Verdict};
 use crate::state::State;
 
 /// A packet's fields: those given, and those written on the way.
@@ -63,6 +63,13 @@ impl Classifier {
             state.counted.extend(&entry.counts);
             match &entry.exit {
                 Exit::End(ending) => return *ending,
+                Exit::EndIfAbsent(ending) => {
+                    let absent = fields.get(Field::CtAbsent) != 0;
+                    return Ending {
+                        verdict: if absent { ending.verdict } else { Verdict::Defer },
+                        ..*ending
+                    };
+                }
                 Exit::Then { writes, stage: next } => {
                     for write in writes {
                         let value = write.apply(fields.get(write.field));

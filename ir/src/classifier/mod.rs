@@ -72,6 +72,9 @@ pub struct EntryData {
 pub enum Exit {
     /// The packet's fate is decided.
     End(Ending),
+    /// The packet is dropped so if the kernel's table has no connection for it ([`crate::field::Field::CtAbsent`]), and
+    /// deferred by the same decider otherwise.
+    EndIfAbsent(Ending),
     /// Change fields, in order, and go on in another stage.
     Then {
         /// The changes.
@@ -94,7 +97,7 @@ impl Exit {
     /// The stages this may go on in.
     pub fn successors(&self) -> impl Iterator<Item = Stage> {
         let pair = match *self {
-            Exit::End(_) => [None, None],
+            Exit::End(_) | Exit::EndIfAbsent(_) => [None, None],
             Exit::Then { stage, .. } => [Some(stage), None],
             Exit::Test { yes, no, .. } => [Some(yes), Some(no)],
         };
@@ -106,6 +109,7 @@ impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Exit::End(ending) => write!(f, "{ending}"),
+            Exit::EndIfAbsent(ending) => write!(f, "{ending} if without connection"),
             Exit::Then { writes, stage } => {
                 for write in writes {
                     write!(

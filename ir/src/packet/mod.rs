@@ -220,8 +220,15 @@ impl<'a> View<'a> {
             Field::CtStatus => connection.status.into(),
             Field::CtDirection => connection.reply.into(),
             Field::CtMark => connection.mark.into(),
+            Field::CtAbsent => self.is_without_connection().into(),
             Field::Derived(_) => 0,
         }
+    }
+
+    /// See [`Field::CtAbsent`].
+    fn is_without_connection(&self) -> bool {
+        let asks = matches!(self.proto, 6 | 17) && !self.fragment && self.l4().len() >= 4;
+        asks && !self.input.connection.is_some_and(|connection| connection.is_in_table())
     }
 
     /// The packet type by the destination's Ethernet address: broadcast, multicast, else for this host

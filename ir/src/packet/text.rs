@@ -357,7 +357,7 @@ fn checksum(header: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::env::{Fragments, Mode, Place};
+    use crate::env::{Connections, Fragments, Mode, Place};
     use crate::field::Field;
     use crate::packet::View;
 
@@ -368,7 +368,7 @@ mod tests {
             attach: None,
             mode: Mode::Accelerate,
             fragments: Fragments::AsSeen,
-            connection_state: true,
+            connections: Connections::Given,
             local_addresses: true,
         };
         View::new(family, &place, &input).expect("it reaches the rules").get(field)

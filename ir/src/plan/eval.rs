@@ -2,7 +2,7 @@
 
 use super::{DeviceClasses, Plan, PlanExit, StepData, Target, WalkNode, WalkRef, WordTest, WordWrite};
 use crate::field::{DeviceName, Field};
-use crate::outcome::{Decider, Ending, FrameKind, Outcome};
+use crate::outcome::{Decider, Ending, FrameKind, Outcome, Verdict};
 use crate::packet::frame_ending;
 use crate::state::State;
 
@@ -70,14 +70,14 @@ impl Plan {
                 return Outcome { ending, mark: given(Field::Mark) as u32, counted: Vec::new() };
             }
         };
-        let ending = self.run(&mut key, state);
+        let ending = self.run(&mut key, given, state);
         let mark = self.key.iter().find(|slot| slot.field == Field::Mark);
         let mark = mark.map_or_else(|| given(Field::Mark) as u32, |slot| key[usize::from(slot.word)]);
         Outcome { ending, mark, counted: std::mem::take(&mut state.counted) }
     }
 
     /// Runs the steps on a key.
-    fn run(&self, key: &mut [u32], state: &mut State) -> Ending {
+    fn run(&self, key: &mut [u32], given: &dyn Fn(Field) -> u128, state: &mut State) -> Ending {
         let mut target = self.root;
         loop {
             let exit = match target {
@@ -100,7 +100,8 @@ impl Plan {
             };
             target = match exit {
                 PlanExit::End(slot) => {
-                    let trace = &self.traces[*slot as usize];
+                    let defers = self.traces[*slot as usize].if_absent && given(Field::CtAbsent) == 0;
+                    let trace = &self.traces[*slot as usize + usize::from(defers)];
                     state.counted.extend(&trace.counts);
                     return trace.ending.expect("an end's trace has an ending");
                 }
@@ -203,6 +204,13 @@ impl Plan {
                 && self.traces.get(slot as usize).is_none_or(|trace| trace.ending.is_some() != ends)
             {
                 wrong.push(format!("`{exit}` counts in a slot that is not for it"));
+            }
+        }
+        for (slot, trace) in self.traces.iter().enumerate().filter(|(_, trace)| trace.if_absent) {
+            let deferred = self.traces.get(slot + 1).and_then(|next| next.ending);
+            let same = |by| Some(Ending { verdict: Verdict::Defer, by });
+            if trace.ending.is_none() || deferred != trace.ending.and_then(|ending| same(ending.by)) {
+                wrong.push(format!("slot {slot} depends on a connection, and the next does not defer"));
             }
         }
         let endings = self.traces.iter().filter_map(|trace| trace.ending);

@@ -181,11 +181,14 @@ pub struct Trace {
     pub ending: Option<Ending>,
     /// What a packet counted here is counted for, in order.
     pub counts: Vec<Count>,
+    /// A packet that comes to an end here does so if the kernel's table has no connection for it
+    /// ([`Field::CtAbsent`]); otherwise it ends in the next slot, which defers it.
+    pub if_absent: bool,
 }
 
 impl From<Ending> for Trace {
     fn from(ending: Ending) -> Trace {
-        Trace { ending: Some(ending), counts: Vec::new() }
+        Trace { ending: Some(ending), counts: Vec::new(), if_absent: false }
     }
 }
 

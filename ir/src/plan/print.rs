@@ -121,6 +121,9 @@ impl fmt::Display for Trace {
             Some(ending) => write!(f, "{ending}")?,
             None => f.write_str("on the way")?,
         }
+        if self.if_absent {
+            f.write_str(" if without connection")?;
+        }
         for (index, count) in self.counts.iter().enumerate() {
             write!(f, "{}{count}", if index == 0 { "; counts " } else { ", " })?;
         }

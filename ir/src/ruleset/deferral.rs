@@ -5,8 +5,9 @@
 
 use std::fmt;
 
+use crate::cube::Test;
 use crate::derived::DerivedData;
-use crate::env::{Attach, Fragments, Mode, Place};
+use crate::env::{Attach, Connections, Fragments, Mode, Place, ct_state};
 use crate::field::Field;
 use crate::hook::Hook;
 use crate::ruleset::{Action, Clause, ClauseKind, EffectTestKind, RuleData, Ruleset};
@@ -68,7 +69,9 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
         }
     }
     match field {
-        Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark if !place.connection_state => {
+        Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark
+            if place.connections != Connections::Given =>
+        {
             missing("connection state is not given here")
         }
         Field::OutDevice if matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress)) => {
@@ -143,8 +146,15 @@ fn set_deferral(
 
 /// How a clause is evaluated at a place, for fragments or for whole packets.
 pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragment: bool) -> ClauseAbility {
-    let fields_of = |tests: &[crate::cube::Test]| {
-        tests.iter().find_map(|test| field_deferral(ruleset, place, test.field, fragment))
+    let fields_of = |tests: &[Test]| {
+        tests.iter().find_map(|test| match is_fixed_without_connection(place, test, fragment) {
+            Some(true) => None,
+            Some(false) => Some(Deferral::Field {
+                field: test.field,
+                reason: "packets without a connection may have more than one state",
+            }),
+            None => field_deferral(ruleset, place, test.field, fragment),
+        })
     };
     match &clause.kind {
         ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => match fields_of(tests) {
@@ -176,6 +186,37 @@ pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragmen
             }
         }
     }
+}
+
+/// The states that a packet may have of which the kernel's table has no connection. The first stands for all of them in
+/// tests on which they agree.
+fn states_without_connection(expectations: bool) -> impl Iterator<Item = u16> {
+    let states = [ct_state::NEW, ct_state::INVALID, ct_state::UNTRACKED];
+    let related = expectations.then_some(ct_state::RELATED);
+    states.into_iter().chain(related).flat_map(|state| {
+        [0, ct_state::SNAT, ct_state::DNAT, ct_state::SNAT | ct_state::DNAT].map(|nat| state | nat)
+    })
+}
+
+/// Whether a test gives the same for every packet without a connection; `None` if it asks no state that is looked up.
+fn is_fixed_without_connection(place: &Place, test: &Test, fragment: bool) -> Option<bool> {
+    match place.connections {
+        Connections::LookedUp { expectations } if test.field == Field::CtState && !fragment => {
+            let mut states = states_without_connection(expectations).map(|state| test.holds(state.into()));
+            let first = states.next();
+            Some(states.all(|holds| Some(holds) == first))
+        }
+        _ => None,
+    }
+}
+
+/// The state that rules see where connections are looked up; see [`supposes`].
+pub const SUPPOSED_STATE: u16 = ct_state::NEW;
+
+/// Whether a clause is evaluated as for a packet without a connection, whether or not it has one.
+pub fn supposes(place: &Place, clause: &Clause, fragment: bool) -> bool {
+    let (ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests)) = &clause.kind else { return false };
+    tests.iter().any(|test| is_fixed_without_connection(place, test, fragment) == Some(true))
 }
 
 /// Why an action hands the packet to the kernel, if it does.

@@ -2,14 +2,15 @@
 //!
 //! It is `ipt_do_table` (net/ipv4/netfilter/ip_tables.c) for each base chain of a path, with one addition: a clause
 //! may be unknown where it is evaluated ([`super::deferral`]). A packet is dropped only if every resolution of what is
-//! unknown drops it; what only the kernel can do ends in [`Verdict::Defer`].
+//! unknown drops it; what only the kernel can do ends in [`Verdict::Defer`]. Where connections are looked up, rules are
+//! run as for a packet without one, and a drop that relied on it becomes a deferral if there is one.
 
-use super::deferral::{ClauseAbility, clause_ability, is_handed_over};
+use super::deferral::{ClauseAbility, SUPPOSED_STATE, clause_ability, is_handed_over, supposes};
 use super::{Action, ClauseKind, Policy, Ruleset};
 use crate::cube::Test;
 use crate::derived::DerivedData;
 use crate::entities::{Chain, Rule};
-use crate::env::{Env, Fragments, Input, Place};
+use crate::env::{Connections, Env, Fragments, Input, Place};
 use crate::field::Field;
 use crate::outcome::{Count, Decider, Ending, Outcome, Verdict};
 use crate::packet::View;
@@ -60,6 +61,8 @@ struct Packet<'a, 'b> {
     written: Vec<(Field, u128)>,
     /// An earlier rule may have dropped the packet.
     doubt: bool,
+    /// A clause was evaluated as for a packet without a connection.
+    supposed: bool,
 }
 
 impl Ruleset {
@@ -81,8 +84,19 @@ impl Ruleset {
             Ok(view) => view,
             Err(ending) => return Outcome { ending, mark: input.mark, counted: Vec::new() },
         };
-        let mut packet = Packet { ruleset: self, place, env, view: &view, written: Vec::new(), doubt: false };
-        let ending = packet.path(state, trace);
+        let mut packet = Packet {
+            ruleset: self,
+            place,
+            env,
+            view: &view,
+            written: Vec::new(),
+            doubt: false,
+            supposed: false,
+        };
+        let mut ending = packet.path(state, trace);
+        if packet.supposed && ending.verdict == Verdict::Drop && view.get(Field::CtAbsent) == 0 {
+            ending.verdict = Verdict::Defer;
+        }
         let counted = std::mem::take(&mut state.counted);
         Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
@@ -120,6 +134,9 @@ impl Packet<'_, '_> {
             && self.place.fragments == Fragments::Unresolved
         {
             return 0;
+        }
+        if field == Field::CtState && matches!(self.place.connections, Connections::LookedUp { .. }) {
+            return SUPPOSED_STATE.into();
         }
         if let Field::Derived(derived) = field {
             return match &self.ruleset.derived[derived] {
@@ -266,7 +283,11 @@ impl Packet<'_, '_> {
         let mut truth = Truth::True;
         for (index, clause) in ruleset.rules[rule].clauses.iter().enumerate() {
             let observable = Err(Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) });
-            let holds = match clause_ability(ruleset, self.place, clause, self.view.is_fragment()) {
+            let ability = clause_ability(ruleset, self.place, clause, self.view.is_fragment());
+            if ability == ClauseAbility::Known {
+                self.supposed |= supposes(self.place, clause, self.view.is_fragment());
+            }
+            let holds = match ability {
                 ClauseAbility::Observable(_) => {
                     trace(Event::Clause(rule, index, Truth::Unknown));
                     return observable;

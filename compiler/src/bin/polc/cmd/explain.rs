@@ -7,7 +7,7 @@ use polc::decider::{chain_name, describe};
 use polc::session::Session;
 use polc_ir::diag::Diagnostic;
 use polc_ir::entities::Rule;
-use polc_ir::env::{Attach, Fragments, Input, Place};
+use polc_ir::env::{Attach, Connections, Fragments, Input, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::packet::View;
@@ -86,7 +86,7 @@ fn explained_place(args: &ExplainArgs, packet: &Input) -> Place {
         attach: None::<Attach>,
         mode: args.place.mode(),
         fragments: Fragments::Unresolved,
-        connection_state: packet.connection.is_some(),
+        connections: if packet.connection.is_some() { Connections::Given } else { Connections::Unknown },
         local_addresses: !args.input.local.is_empty(),
     }
 }

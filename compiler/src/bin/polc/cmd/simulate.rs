@@ -10,7 +10,7 @@ use polc::runner::{Level as RunLevel, Program, run as run_level};
 use polc::select::Devices;
 use polc::session::Session;
 use polc_ir::diag::Severity;
-use polc_ir::env::{Device, Env, Input, Place};
+use polc_ir::env::{Connections, Device, Env, Input, Place};
 use polc_ir::hook::Hook;
 use polc_ir::outcome::{Decider, Ending};
 use polc_ir::state::State;
@@ -227,7 +227,10 @@ impl Decide {
     fn packet(&mut self, session: &Session, packet: &Input) -> Result<(Ending, u32), Failure> {
         let Some(compiled) = &self.compiled else {
             // The rules' own meaning uses the connection state that a packet gives; a program has none.
-            let place = Place { connection_state: packet.connection.is_some(), ..self.place.clone() };
+            let mut place = self.place.clone();
+            if packet.connection.is_some() {
+                place.connections = Connections::Given;
+            }
             let outcome = session.ruleset.eval(&place, &self.env, packet, &mut self.state);
             return Ok((outcome.ending, outcome.mark));
         };
