@@ -20,6 +20,7 @@ mod peers;
 mod plot;
 mod random;
 mod report;
+mod reports;
 mod rules;
 mod sets;
 mod subject;
@@ -37,7 +38,7 @@ use crate::context::{Context, NOISY, Options, progress};
 use crate::report::Section;
 
 /// The benchmarks, in the order of the document.
-const BENCHMARKS: [&str; 6] = ["classify", "ipv6", "small", "peers", "sets", "dumps"];
+const BENCHMARKS: [&str; 7] = ["classify", "ipv6", "small", "peers", "sets", "dumps", "reports"];
 
 /// Measures compiled rule sets against what else one would use, in the kernel that runs here.
 #[derive(Parser)]
@@ -133,6 +134,7 @@ fn benchmark(context: &mut Context, name: &str) -> Result<Section, String> {
         "peers" => peers::run(context),
         "sets" => sets::run(context),
         "dumps" => dumps::run(context),
+        "reports" => reports::run(context),
         _ => Err(format!("no benchmark `{name}`")),
     }
 }

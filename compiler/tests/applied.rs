@@ -226,6 +226,27 @@ fn eventually<T>(mut what: impl FnMut() -> Result<T, String>) -> T {
     }
 }
 
+/// Asserts that a schema of docs/ documents every field of a value, and that what it requires is there.
+fn documented(schema: &str, definition: &str, value: &Value) {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(schema);
+    let all = json(&std::fs::read_to_string(path).expect("the schema"));
+    let mut left = vec![(all.pointer(definition).expect("the definition"), value)];
+    while let Some((part, value)) = left.pop() {
+        let part = match part["$ref"].as_str() {
+            Some(reference) => all.pointer(&reference[1..]).expect("the definition"),
+            None => part,
+        };
+        for name in part["required"].as_array().into_iter().flatten() {
+            assert!(value.get(name.as_str().expect("a name")).is_some(), "{name} in {value}");
+        }
+        for (name, field) in value.as_object().into_iter().flatten() {
+            let documented = part["properties"].get(name).unwrap_or_else(|| panic!("{schema}: {name}"));
+            left.push((documented, field));
+        }
+        left.extend(value.as_array().into_iter().flatten().map(|element| (&part["items"], element)));
+    }
+}
+
 fn json(line: &str) -> Value {
     serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
 }
@@ -273,7 +294,7 @@ fn save_prints_live_counters_that_restore_takes() {
 #[test]
 fn trace_shows_packets_as_they_are_decided() {
     let Some(host) = Host::new("trace") else { return };
-    host.apply(&["--trace"]);
+    host.apply(&[]);
     let mut watcher = host.watch(&["trace", "--format", "json", "udp", "dport", "53", "or", "dport", "80"]);
     host.send(53, 2);
     host.send(7, 1);
@@ -309,6 +330,9 @@ fn trace_shows_packets_as_they_are_decided() {
         assert_eq!(first[name], value, "{name}");
     }
     assert_eq!(json(&lines[2])["verdict"], "accept");
+    for line in &lines {
+        documented("trace-schema.json", "/$defs/packet", &json(line));
+    }
     assert_eq!(watcher.remarks(), "3 packets shown");
 
     // For people, and who decided.
@@ -329,7 +353,7 @@ fn trace_shows_packets_as_they_are_decided() {
 #[test]
 fn what_trace_does_not_show_is_counted() {
     let Some(host) = Host::new("rate") else { return };
-    host.apply(&["--trace"]);
+    host.apply(&[]);
     let mut watcher = host.watch(&["trace", "--format", "json", "--rate", "5", "dport", "53"]);
     host.send(53, 2_000);
     eventually(|| {
@@ -340,6 +364,9 @@ fn what_trace_does_not_show_is_counted() {
     assert_eq!(watcher.end().code(), Some(0));
     let lines: Vec<Value> = watcher.rest().iter().map(|line| json(line)).collect();
     let shown = lines.iter().filter(|line| line.get("time").is_some()).count() as u64;
+    for gap in lines.iter().filter(|line| line.get("time").is_none()) {
+        documented("trace-schema.json", "/$defs/gap", gap);
+    }
     let missing: u64 = lines
         .iter()
         .filter_map(|line| line.get("not_reported"))
@@ -358,7 +385,7 @@ fn what_trace_does_not_show_is_counted() {
 #[test]
 fn trace_ends_when_nobody_reads_and_follows_the_policy() {
     let Some(host) = Host::new("follow") else { return };
-    host.apply(&["--trace"]);
+    host.apply(&[]);
     // A reader that goes away, without a packet to tell of it.
     let mut watcher = host.watch(&["trace"]);
     drop(watcher.out.take());
@@ -373,7 +400,7 @@ fn trace_ends_when_nobody_reads_and_follows_the_policy() {
 
     // The policy is replaced, then removed.
     let mut watcher = host.watch(&["trace", "--format", "json", "dport", "80"]);
-    host.apply(&["--trace"]);
+    host.apply(&[]);
     assert!(watcher.remark().contains("replaced"));
     assert!(watcher.remark().contains("watching"));
     host.send(80, 1);
@@ -411,4 +438,234 @@ fn code_of_applied_policies_stands_beside_its_rules() {
     }
     let error = host.fails(&["dump", "jited", "--dev", "eth1"], 3);
     assert!(error.contains("no policy of polc's is applied here of `eth1`"), "{error}");
+}
+
+#[test]
+fn status_tells_what_is_applied() {
+    let Some(host) = Host::new("status") else { return };
+    assert_eq!(host.well(&["status"]), "nothing is applied\n");
+    assert_eq!(host.well(&["status", "--format", "json"]), "[]\n");
+    host.apply(&[]);
+    host.send(53, 3);
+    host.send(80, 1);
+    let status = eventually(|| {
+        let status = json(&host.well(&["status", "--format", "json"]));
+        // Frames of the neighbours' own are accepted too.
+        let seen = status[0]["verdicts"]["accept"]["packets"].as_u64() >= Some(1)
+            && status[0]["verdicts"]["drop"]["packets"] == 3;
+        if seen { Ok(status) } else { Err(status.to_string()) }
+    });
+    documented("status-schema.json", "", &status);
+    let policy = &status[0];
+    assert_eq!(policy["attach"], "xdp");
+    assert_eq!(policy["device"], "eth0");
+    assert_eq!(policy["family"], 4);
+    assert_eq!(policy["mode"], "replace");
+    assert_eq!(policy["via"], "xdp link");
+    assert_eq!(policy["path"], serde_json::json!(["prerouting", "input", "forward"]));
+    assert_eq!(policy["rules"], 4);
+    assert_eq!(policy["verdicts"]["drop"]["bytes"], 3 * BYTES);
+    let counters = &policy["maps"].as_array().expect("maps")[0];
+    assert_eq!(counters["name"], "polc_counters");
+    assert!(
+        counters["entries"].as_u64() > Some(4)
+            && counters["entries"].as_u64() <= counters["entries_max"].as_u64()
+    );
+    let text = host.well(&["status", "--sample", "0"]);
+    assert!(
+        text.starts_with("at xdp of `eth0` for IPv4: rules.v4, replace mode, 4 rules\n  since 20"),
+        "{text}"
+    );
+    assert!(text.contains("generation 1, by xdp link for prerouting, input, forward\n"), "{text}");
+    assert!(text.contains("  drop               3 packets              99 bytes\n"), "{text}");
+}
+
+#[test]
+fn metrics_are_served_to_whoever_asks() {
+    let Some(host) = Host::new("metrics") else { return };
+    ip("link set lo up");
+    let mut server = host.polc(&["serve-metrics", "--listen", "127.0.0.1:0"]);
+    let mut child = server.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("polc runs");
+    let lines = lines(child.stderr.take().expect("piped"));
+    let mut server = Watcher { child, out: None, lines };
+    let line = server.remark();
+    let address =
+        line.strip_prefix("serving metrics on http://").and_then(|rest| rest.strip_suffix("/metrics"));
+    let address = address.unwrap_or_else(|| panic!("{line}")).to_string();
+    let get = |request: &str| {
+        use std::io::Write as _;
+        let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
+        write!(stream, "{request} HTTP/1.1\r\nHost: polc\r\nConnection: close\r\n\r\n").expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    // Nothing is applied, which is no failure.
+    let answer = get("GET /metrics");
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(answer.contains("Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
+    assert!(answer.contains("\npolc_policies 0\n") && answer.ends_with("# EOF\n"), "{answer}");
+    host.apply(&[]);
+    host.send(53, 3);
+    let place = "attach=\"xdp\",device=\"eth0\",family=\"4\"";
+    let rule = format!(
+        "polc_rule_packets_total{{{place},table=\"filter\",chain=\"INPUT\",rule=\"2\",\
+         text=\"-A INPUT -s 192.0.2.0/24 -p udp -m udp --dport 53 -j DROP\"}} 3\n"
+    );
+    let answer = eventually(|| {
+        let answer = get("GET /metrics");
+        if answer.contains(&rule) { Ok(answer) } else { Err(answer) }
+    });
+    for line in [
+        "polc_policies 1\n".to_string(),
+        format!("polc_packets_total{{{place},verdict=\"drop\"}} 3\n"),
+        format!("polc_bytes_total{{{place},verdict=\"drop\"}} {}\n", 3 * BYTES),
+        format!(
+            "polc_policy_info{{{place},mode=\"replace\",source=\"rules.v4\",generation=\"1\",via=\"xdp link\","
+        ),
+        format!("polc_map_entries{{{place},map=\"polc_counters\"}} "),
+        format!("polc_program_instructions{{{place}}} "),
+    ] {
+        assert!(answer.contains(&line), "{line}: {answer}");
+    }
+    // OpenMetrics: a counter's samples end in _total, its name does not.
+    assert!(answer.contains("# TYPE polc_rule_packets counter\n"), "{answer}");
+    assert!(get("GET /other").starts_with("HTTP/1.1 404 "));
+    assert!(get("POST /metrics").starts_with("HTTP/1.1 405 "));
+    let error = host.fails(&["serve-metrics", "--listen", &address], 3);
+    assert!(error.contains(&format!("[E0821] can't listen on {address}")), "{error}");
+    server.tell(Signal::TERM);
+    assert_eq!(server.end().code(), Some(0));
+}
+
+#[test]
+fn top_runs_on_a_terminal_only() {
+    let Some(host) = Host::new("top") else { return };
+    host.apply(&[]);
+    let error = host.fails(&["top"], 2);
+    assert!(error.contains("needs a terminal; `polc status` prints packets a second"), "{error}");
+    if !kernel::has_tools("top", &["tmux"]) {
+        return;
+    }
+    let socket = host.files.path().join("tmux");
+    let socket = socket.to_str().expect("UTF-8");
+    let tmux = |args: &[&str]| kernel::run("tmux", &[&["-S", socket], args].concat());
+    let polc = env!("CARGO_BIN_EXE_polc");
+    let (bpffs, state) = (&host.bpffs, &host.state);
+    let command =
+        format!("{polc} top --interval 100 --bpffs {bpffs} --state {state}; echo ended with $?; sleep 60");
+    tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "130", "-y", "14", &command]).expect("tmux");
+    let shows = |what: &str| {
+        eventually(|| {
+            host.send(53, 5);
+            let screen = tmux(&["capture-pane", "-p"])?;
+            if screen.contains(what) { Ok(screen) } else { Err(screen) }
+        })
+    };
+    let screen = shows("at xdp of `eth0` for IPv4: rules.v4");
+    assert!(screen.contains("q quit") && screen.contains("packets/s"), "{screen}");
+    // The rule that counts comes first.
+    eventually(|| {
+        host.send(53, 5);
+        let screen = tmux(&["capture-pane", "-p"])?;
+        let first = screen.lines().nth(4).unwrap_or_default();
+        if first.contains("--dport 53") && !first.trim_start().starts_with("0 ") {
+            Ok(())
+        } else {
+            Err(screen)
+        }
+    });
+    tmux(&["send-keys", "i"]).expect("a key");
+    tmux(&["send-keys", "s"]).expect("a key");
+    let screen = shows("by bytes/s");
+    assert!(!screen.contains("--dport 80"), "{screen}");
+    // The policy goes away, and with it the screen.
+    host.well(&["flush"]);
+    let screen = eventually(|| {
+        let screen = tmux(&["capture-pane", "-p"])?;
+        if screen.contains("ended with 3") { Ok(screen) } else { Err(screen) }
+    });
+    assert!(screen.contains("[E0816]"), "{screen}");
+    let _ = tmux(&["kill-server"]);
+}
+
+#[test]
+fn faults_are_told_and_change_nothing() {
+    let Some(host) = Host::new("faults") else { return };
+    let commands: [&[&str]; 6] = [
+        &["save"],
+        &["trace", "-c", "1"],
+        &["status"],
+        &["dump", "jited"],
+        &["dump", "xlated"],
+        &["serve-metrics"],
+    ];
+    // Nothing is applied. status and serve-metrics say so, and it is no failure.
+    for command in [commands[0], commands[1], commands[3], commands[4]] {
+        let error = host.fails(command, 3);
+        assert!(
+            error.contains("[E0816]") && error.contains("`polc status` shows what is applied"),
+            "{error}"
+        );
+    }
+    host.apply(&["--no-trace"]);
+    let error = host.fails(&["trace"], 3);
+    assert!(error.contains("[E0825]") && error.contains("apply it again without --no-trace"), "{error}");
+    // A user who is not root.
+    for command in commands {
+        use std::os::unix::process::CommandExt as _;
+        let output = host.polc(command).uid(65_534).output();
+        let Ok(output) = output else {
+            eprintln!("skipped part of faults: another user may not run polc here");
+            break;
+        };
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{command:?}: {error}");
+        assert!(error.contains("[E0800]") && error.contains("run it as root"), "{command:?}: {error}");
+    }
+    // The pins are not where they are looked for: no bpffs is mounted there.
+    let nowhere = host.files.path().join("nowhere");
+    let lost = Command::new(env!("CARGO_BIN_EXE_polc"))
+        .args(["save", "--state", &host.state, "--bpffs", nowhere.to_str().expect("UTF-8")])
+        .output()
+        .expect("polc runs");
+    let error = String::from_utf8_lossy(&lost.stderr);
+    assert_eq!(lost.status.code(), Some(3), "{error}");
+    assert!(error.contains("nothing is attached any more") && error.contains("[E0816]"), "{error}");
+    // What is kept is damaged.
+    let namespace =
+        std::fs::read_dir(&host.state).expect("state").next().expect("a namespace").expect("an entry");
+    let slot = namespace.path().join("eth0-xdp-4");
+    let damaged = |file: &str, bytes: &[u8], part: &str| {
+        let path = slot.join(file);
+        let whole = std::fs::read(&path).expect("the file");
+        std::fs::write(&path, bytes).expect("written");
+        for command in commands {
+            if file == "gen-1/canonical" && command[0] != "save" {
+                continue;
+            }
+            let error = host.fails(command, 3);
+            assert!(error.contains(part) && error.contains("help: "), "{command:?} {file}: {error}");
+        }
+        std::fs::write(&path, whole).expect("written");
+    };
+    damaged("state.json", b"{", "[E0813]");
+    damaged("gen-1/object.o", b"\x7fELF", "[E0813]");
+    damaged("gen-1/canonical", b"\xff", "[E0813]");
+    // A pin is something else.
+    let pins =
+        std::path::Path::new(&host.bpffs).join("polc").join(namespace.file_name()).join("eth0-xdp-4/gen-1");
+    let (counters, kept) = (pins.join("map_polc_counters"), pins.join("kept"));
+    std::fs::rename(&counters, &kept).expect("moved");
+    for command in [commands[0], commands[2], commands[3]] {
+        let error = host.fails(command, 3);
+        assert!(error.contains("[E0812]") && error.contains("it is not there"), "{command:?}: {error}");
+    }
+    std::fs::hard_link(pins.join("map_tables"), &counters).expect("a pin");
+    let error = host.fails(&["save"], 3);
+    assert!(error.contains("[E0812]") && error.contains("and the object's map has"), "{error}");
+    std::fs::remove_file(&counters).expect("removed");
+    std::fs::rename(&kept, &counters).expect("moved");
+    host.well(&["save"]);
+    host.well(&["flush"]);
 }

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use polc_backend_ebpf::manifest::Manifest;
-use polc_backend_ebpf::trace::{Config, Event, Tally, TraceManifest, state};
+use polc_backend_ebpf::trace::{Config, Event, Tally, TraceManifest, config, state};
 
 use crate::error::Error;
 use crate::sys::{Map, Ring, Signals, Sys};
@@ -136,13 +136,26 @@ pub fn wait(sys: &Sys, watches: &[Watch<'_>], ends: Ends<'_>, timeout: Duration)
     Ok(ready[watches.len()..].contains(&true))
 }
 
+/// Whether a program's reports are switched on.
+///
+/// # Errors
+/// The call failed.
+pub fn is_on(sys: &Sys, maps: TraceMaps<'_>) -> Result<bool, Error> {
+    let value = sys.map_lookup(maps.config, &0u32.to_ne_bytes());
+    let value = value.map_err(Error::call("ask whether somebody watches"))?.unwrap_or_default();
+    Ok(value.iter().skip(config::SWITCH as usize).take(4).any(|byte| *byte != 0))
+}
+
 /// The only value of a data map.
 fn set(sys: &Sys, map: &Map, value: &[u8]) -> std::io::Result<()> {
     sys.map_update(map, &0u32.to_ne_bytes(), value)
 }
 
-/// What all CPUs counted since the program was loaded.
-fn tally(sys: &Sys, maps: TraceMaps<'_>) -> Result<Tally, Error> {
+/// What a program reported and did not report on all CPUs since it was loaded.
+///
+/// # Errors
+/// The call failed.
+pub fn tally(sys: &Sys, maps: TraceMaps<'_>) -> Result<Tally, Error> {
     let found =
         sys.map_lookup(maps.state, &0u32.to_ne_bytes()).map_err(Error::call("read what was reported"))?;
     let bytes = found.unwrap_or_default();

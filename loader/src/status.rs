@@ -7,11 +7,12 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
-use polc_backend_ebpf::object::Object;
+use polc_backend_ebpf::object::{MapType, Object};
 
 use crate::attach;
 use crate::carry;
 use crate::error::Error;
+use crate::events::TraceMaps;
 use crate::load::map_spec;
 use crate::state::{Confirm, Generation, Lock, Slot, SlotName, SlotState, Store, Via};
 use crate::sys::{Map, ProgramInfo, Sys};
@@ -42,6 +43,39 @@ impl Open {
     /// The map of that name.
     pub fn map(&self, name: &str) -> Option<&Map> {
         self.maps.iter().find(|(own, _)| own == name).map(|(_, map)| map)
+    }
+
+    /// What each map holds and takes.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn fills(&self, sys: &Sys) -> Result<Vec<Fill<'_>>, Error> {
+        self.maps
+            .iter()
+            .map(|(name, map)| Ok(Fill { name, entries: self.entries(sys, name, map)?, map }))
+            .collect()
+    }
+
+    /// Elements in use: of a hash or trie those that are there, of the counters those that count something. Tables that
+    /// are one element, which the program reads whole, and ring buffers have none.
+    fn entries(&self, sys: &Sys, name: &str, map: &Map) -> Result<Option<u32>, Error> {
+        let info = map.info();
+        Ok(match MapType(info.map_type) {
+            MapType::HASH | MapType::LPM_TRIE => Some(crate::tables::list(sys, map)?.len() as u32),
+            MapType::RINGBUF => None,
+            _ if name == COUNTERS_MAP => Some(self.object.manifest.counters.len() as u32),
+            _ => (info.max_entries > 1).then_some(info.max_entries),
+        })
+    }
+
+    /// Whether the program reports packets at the moment; `None` if it never does.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn reports(&self, sys: &Sys) -> Result<Option<bool>, Error> {
+        TraceMaps::of(&self.object.manifest, |name| self.map(name))
+            .map(|maps| crate::events::is_on(sys, maps))
+            .transpose()
     }
 
     /// Packets and bytes of each of the manifest's counter slots, as the attached program counted them.
@@ -110,6 +144,31 @@ impl Open {
             }
         }
         Ok(found)
+    }
+}
+
+/// What a map holds and takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Fill<'o> {
+    /// Its name in the object.
+    pub name: &'o str,
+    /// Elements in use; `None` where the map has no elements of its own.
+    pub entries: Option<u32>,
+    /// The map.
+    pub map: &'o Map,
+}
+
+impl Fill<'_> {
+    /// Bytes of its keys and values, for all CPUs.
+    pub fn bytes(&self) -> u64 {
+        let info = self.map.info();
+        // A ring buffer's size is in bytes.
+        let element = if MapType(info.map_type) == MapType::RINGBUF {
+            1
+        } else {
+            u64::from(info.key_bytes) + self.map.stride() as u64
+        };
+        u64::from(info.max_entries) * element
     }
 }
 

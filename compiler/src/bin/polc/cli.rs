@@ -11,12 +11,12 @@ use polc_ir::hook::{Family, Hook, Semantics};
 mod applied;
 
 #[cfg(feature = "kernel")]
-pub(crate) use applied::{DumpCode, SaveArgs, TraceArgs};
+pub(crate) use applied::{DumpCode, MetricsArgs, SaveArgs, TopArgs, TraceArgs};
 
 /// Compiles iptables rule sets to eBPF objects, and shows that they decide every packet as the rules say.
 ///
 /// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. What changes or reads the running kernel
-/// needs root: apply, restore, confirm, flush, and status, save, trace, dump xlated, dump jited.
+/// needs root: apply, restore, confirm, flush, and status, save, trace, top, serve-metrics, dump xlated, dump jited.
 #[derive(Debug, Parser)]
 #[command(
     name = "polc",
@@ -80,6 +80,12 @@ pub(crate) enum Command {
     /// Show packets as applied policies decide them
     #[cfg(feature = "kernel")]
     Trace(TraceArgs),
+    /// Show which rules count how many packets a second
+    #[cfg(feature = "kernel")]
+    Top(TopArgs),
+    /// Serve counters to Prometheus
+    #[cfg(feature = "kernel")]
+    ServeMetrics(MetricsArgs),
     /// Go back to the policy before unless confirmed (started by apply --confirm)
     #[cfg(feature = "kernel")]
     #[command(hide = true)]
@@ -549,9 +555,9 @@ pub(crate) struct ApplyOptions {
     /// Traffic that accelerate mode leaves to the kernel whatever the rules say
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = KeepChoice::Dhcp, help_heading = "Safety")]
     pub keep: KeepChoice,
-    /// Let the program report packets as it decides them, while somebody watches
+    /// Leave out what `polc trace` needs; while nobody watches, it costs a packet next to nothing
     #[arg(long)]
-    pub trace: bool,
+    pub no_trace: bool,
     #[command(flatten)]
     pub input: InputArgs,
     #[command(flatten)]

@@ -1,8 +1,13 @@
 //! The grammar of the commands that read back and watch applied policies.
 
+use std::net::SocketAddr;
+
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{SlotArgs, TextFormat};
+
+/// Where metrics are served unless the user says otherwise: to this host alone.
+const DEFAULT_LISTEN: &str = "127.0.0.1:9788";
 
 #[derive(Debug, Args)]
 pub(crate) struct SaveArgs {
@@ -56,6 +61,24 @@ pub(crate) struct TraceArgs {
     /// How packets are written; json: one object a line (docs/trace-schema.json)
     #[arg(long, value_enum, default_value_t = TextFormat::Human, value_name = "FORMAT")]
     pub format: TextFormat,
+    #[command(flatten)]
+    pub slots: SlotArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Milliseconds between readings
+    #[arg(long, default_value_t = 1_000, value_name = "MS", value_parser = clap::value_parser!(u32).range(50..=60_000))]
+    pub interval: u32,
+    #[command(flatten)]
+    pub slots: SlotArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Address and port to listen on
+    #[arg(long, value_name = "ADDR:PORT", default_value = DEFAULT_LISTEN)]
+    pub listen: SocketAddr,
     #[command(flatten)]
     pub slots: SlotArgs,
 }

@@ -1,8 +1,9 @@
 //! Applied policies as the commands that read them back and watch them find them.
 
-use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, Manifest};
+use polc_backend_ebpf::manifest::{Counted, CounterKind, CounterSlot, Manifest};
 use polc_ir::hook::Hook;
 use polc_loader::Error;
+use polc_loader::state::SlotName;
 use polc_loader::status::{self, Open};
 use polc_loader::sys::Sys;
 
@@ -13,17 +14,9 @@ use crate::output::Output;
 
 /// Opens the policies that options name; there may be none. Slots whose device is gone are remarked upon.
 pub(super) fn open_all(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Vec<Open>, Failure> {
-    let store = live::store(&args.store)?;
-    let mut opened = Vec::new();
-    for slot in live::slots(sys, args)? {
-        match status::open(sys, &store, &slot) {
-            Err(Error::NotApplied(_)) => {
-                output.remark(&format!(
-                    "{slot}: nothing is attached any more; `polc flush` removes what is left\n"
-                ));
-            }
-            result => opened.push(result?),
-        }
+    let (opened, gone) = open(sys, args)?;
+    for slot in gone {
+        output.remark(&format!("{slot}: nothing is attached any more; `polc flush` removes what is left\n"));
     }
     Ok(opened)
 }
@@ -32,6 +25,42 @@ pub(super) fn open_all(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Ve
 pub(super) fn open_some(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Vec<Open>, Failure> {
     let opened = open_all(sys, args, output)?;
     if opened.is_empty() { Err(live::nothing(args)) } else { Ok(opened) }
+}
+
+/// The policies that options name, and the slots among them where nothing is attached any more.
+fn open(sys: &Sys, args: &SlotArgs) -> Result<(Vec<Open>, Vec<SlotName>), Failure> {
+    let store = live::store(&args.store)?;
+    let (mut opened, mut gone) = (Vec::new(), Vec::new());
+    for slot in live::slots(sys, args)? {
+        match status::open(sys, &store, &slot) {
+            Err(Error::NotApplied(_)) => gone.push(slot),
+            result => opened.push(result?),
+        }
+    }
+    Ok((opened, gone))
+}
+
+/// The policies that options name, over time: opened again only if what is applied changes.
+#[derive(Debug, Default)]
+pub(super) struct Followed(Vec<Open>);
+
+impl Followed {
+    /// What is applied now.
+    pub(super) fn refresh(&mut self, sys: &Sys, args: &SlotArgs) -> Result<&[Open], Failure> {
+        let mut same = self.0.iter().map(|open| &open.slot).eq(&live::slots(sys, args)?);
+        for open in &self.0 {
+            same = same && open.generation.settled && open.is_attached(sys)?;
+        }
+        if !same {
+            self.0 = open(sys, args)?.0;
+        }
+        Ok(&self.0)
+    }
+}
+
+/// Whether a counted rule or policy is the user's: guards that polc adds are not.
+pub(super) fn is_users(counted: &Counted) -> bool {
+    counted.rule != Some(polc::guard::GUARD_NUMBER)
 }
 
 /// The hook at which a counter slot's packets are decided, as far as its rules tell: that of the base chain which the
@@ -52,4 +81,38 @@ pub(super) fn hook_of(manifest: &Manifest, slot: &CounterSlot) -> Option<Hook> {
         _ => None,
     };
     slot.chain.as_deref().and_then(base).or_else(counted).or_else(only)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hook_is_the_deciding_base_chains() {
+        let counted = |chain: &str| Counted { chain: chain.into(), ..Counted::default() };
+        let manifest = Manifest {
+            path: vec![Hook::Prerouting, Hook::Input],
+            counted: vec![counted("PREROUTING"), counted("INPUT"), counted("OWN")],
+            ..Manifest::default()
+        };
+        let slot = |kind, chain: Option<&str>, counts: &[u32]| CounterSlot {
+            kind,
+            table: None,
+            chain: chain.map(str::to_string),
+            rule: None,
+            file: None,
+            line: None,
+            text: String::new(),
+            verdict: Some("drop".into()),
+            counts: counts.to_vec(),
+        };
+        let of = |slot: &CounterSlot| hook_of(&manifest, slot);
+        assert_eq!(of(&slot(CounterKind::Policy, Some("PREROUTING"), &[0])), Some(Hook::Prerouting));
+        assert_eq!(of(&slot(CounterKind::Rule, Some("OWN"), &[0, 1, 2])), Some(Hook::Input));
+        assert_eq!(of(&slot(CounterKind::Rule, Some("OWN"), &[0, 2])), Some(Hook::Prerouting));
+        assert_eq!(of(&slot(CounterKind::Rule, Some("OWN"), &[2])), None);
+        assert_eq!(of(&slot(CounterKind::Frame, None, &[])), None);
+        let one = Manifest { path: vec![Hook::Forward], ..Manifest::default() };
+        assert_eq!(hook_of(&one, &slot(CounterKind::Rule, Some("OWN"), &[])), Some(Hook::Forward));
+    }
 }

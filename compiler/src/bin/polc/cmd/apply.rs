@@ -111,7 +111,7 @@ impl Job<'_> {
             return Ok(FOUND.into());
         }
         report.defer_bounded(&session, &compiled.diagnostics);
-        let (object, _) = match object_with(&session, &compiled, self.options.trace) {
+        let (object, _) = match object_with(&session, &compiled, !self.options.no_trace) {
             Ok(made) => made,
             Err(findings) => {
                 show(output, &session.sources, &findings);

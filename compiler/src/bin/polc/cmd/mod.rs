@@ -13,12 +13,16 @@ mod fmt;
 #[cfg(feature = "kernel")]
 mod live;
 mod man;
+#[cfg(feature = "kernel")]
+mod metrics;
 mod place;
 #[cfg(feature = "kernel")]
 mod save;
 mod simulate;
 #[cfg(feature = "kernel")]
 mod status;
+#[cfg(feature = "kernel")]
+mod top;
 #[cfg(feature = "kernel")]
 mod trace;
 mod verify;
@@ -60,6 +64,10 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::Save(args) => save::run(args, output),
         #[cfg(feature = "kernel")]
         Command::Trace(args) => trace::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Top(args) => top::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::ServeMetrics(args) => metrics::run(args, output),
         #[cfg(feature = "kernel")]
         Command::Watchdog(args) => live::watchdog(args),
         Command::Completions { shell } => completions::run(*shell, output),

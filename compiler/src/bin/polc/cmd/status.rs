@@ -5,30 +5,33 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_ir::env::{Attach, Mode};
 use polc_ir::hook::{Family, Hook};
 use polc_loader::Error;
+use polc_loader::counters::{self, Verdicts};
 use polc_loader::state::Via;
-use polc_loader::status::{Open, open};
+use polc_loader::status::Open;
 use polc_loader::sys::Sys;
 use serde::Serialize;
 
-use super::{counted, live};
+use super::{applied, counted};
 use crate::cli::{StatusArgs, TextFormat};
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// One applied policy, as docs/live.md describes it.
+/// One applied policy, as docs/status-schema.json describes it.
 #[derive(Debug, Serialize)]
 struct Policy {
     attach: Attach,
     device: Option<String>,
     hook: Option<Hook>,
-    family: Family,
+    family: u8,
     mode: Option<Mode>,
     source: String,
+    path: Vec<Hook>,
     generation: u32,
+    /// RFC 3339, in UTC.
+    since: String,
     /// Seconds since 1970.
     applied: u64,
     via: &'static str,
@@ -36,58 +39,59 @@ struct Policy {
     tag: String,
     instructions: u32,
     machine_code_bytes: u32,
+    /// Whether packets are being reported to `polc trace`; none if the program can't.
+    reports: Option<bool>,
     /// Milliseconds until it goes back unless confirmed.
     goes_back_in_ms: Option<u64>,
     rules: usize,
     maps: Vec<Map>,
-    verdicts: BTreeMap<String, Rate>,
+    verdicts: BTreeMap<&'static str, Rate>,
 }
 
 #[derive(Debug, Serialize)]
 struct Map {
     name: String,
     id: u32,
+    /// In use; none for tables that are one element, and ring buffers.
+    entries: Option<u32>,
+    entries_max: Option<u32>,
     bytes: u64,
-    entries: u32,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 struct Rate {
     packets: u64,
     bytes: u64,
     /// None without --sample.
     packets_per_second: Option<f64>,
+    bytes_per_second: Option<f64>,
 }
 
 pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let store = live::store(&args.slots.store)?;
-    let mut opened = Vec::new();
-    for slot in live::slots(&sys, &args.slots)? {
-        match open(&sys, &store, &slot) {
-            Err(Error::NotApplied(_)) => {
-                output.remark(&format!(
-                    "{slot}: nothing is attached any more; `polc flush` removes what is left\n"
-                ));
-            }
-            result => opened.push(result?),
-        }
-    }
-    let before: Vec<BTreeMap<String, (u64, u64)>> =
-        opened.iter().map(|policy| verdicts(&sys, policy)).collect::<Result<_, _>>()?;
-    let began = Instant::now();
+    let opened = applied::open_all(&sys, &args.slots, output)?;
+    let read = |policy: &Open| -> Result<(Instant, Verdicts), Error> {
+        let slots = counters::by_slot(&sys, policy)?;
+        Ok((Instant::now(), counters::by_verdict(&policy.object.manifest, &slots)))
+    };
+    let before = opened.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let sample = args.sample > 0 && !opened.is_empty();
     if sample {
         std::thread::sleep(Duration::from_millis(args.sample.into()));
     }
     let mut policies = Vec::new();
-    for (policy, before) in opened.iter().zip(&before) {
-        let after = verdicts(&sys, policy)?;
-        let seconds = began.elapsed().as_secs_f64();
-        let rates = after.iter().map(|(verdict, &(packets, bytes))| {
-            let grown = packets.saturating_sub(before.get(verdict).map_or(0, |before| before.0));
-            let packets_per_second = sample.then(|| grown as f64 / seconds);
-            (verdict.clone(), Rate { packets, bytes, packets_per_second })
+    for (policy, (began, before)) in opened.iter().zip(before) {
+        let (ended, after) = read(policy)?;
+        let seconds = (ended - began).as_secs_f64();
+        let rates = after.named().into_iter().zip(before.named()).map(|((verdict, after), (_, before))| {
+            let grown = after.since(before);
+            let rate = Rate {
+                packets: after.packets,
+                bytes: after.bytes,
+                packets_per_second: sample.then(|| grown.packets as f64 / seconds),
+                bytes_per_second: sample.then(|| grown.bytes as f64 / seconds),
+            };
+            (verdict, rate)
         });
         policies.push(describe(&sys, policy, rates.collect())?);
     }
@@ -105,20 +109,28 @@ pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failur
     Ok(ExitCode::SUCCESS)
 }
 
-/// Packets and bytes by verdict, of the attached program alone.
-fn verdicts(sys: &Sys, policy: &Open) -> Result<BTreeMap<String, (u64, u64)>, Failure> {
-    let mut sums: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    for (slot, (packets, bytes)) in policy.object.manifest.counters.iter().zip(policy.slots(sys)?) {
-        if let Some(verdict) = &slot.verdict {
-            let sum = sums.entry(verdict.clone()).or_default();
-            sum.0 += packets;
-            sum.1 += bytes;
-        }
+/// How a policy's program is attached.
+pub(super) fn via(policy: &Open) -> &'static str {
+    match policy.via {
+        Via::Link if policy.slot.attach == Attach::Xdp => "xdp link",
+        Via::Link => "tcx link",
+        Via::Clsact { .. } => "clsact filter",
+        Via::OwnLink => "netfilter link",
     }
-    Ok(sums)
 }
 
-fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<String, Rate>) -> Result<Policy, Failure> {
+/// The program's tag, in hexadecimal digits as bpftool prints it.
+pub(super) fn tag(policy: &Open) -> String {
+    policy.program.tag.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A point in time, in seconds since 1970.
+fn time(seconds: u64) -> jiff::Timestamp {
+    let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::MAX)
+}
+
+fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<&'static str, Rate>) -> Result<Policy, Error> {
     let goes_back_in_ms = match &policy.unconfirmed {
         Some(confirm) => {
             let now = sys.uptime_ms().map_err(Error::call("read the clock"))?;
@@ -126,36 +138,39 @@ fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<String, Rate>) -> Resul
         }
         None => None,
     };
-    let maps = policy.maps.iter().filter(|(name, _)| name != COUNTERS_MAP).map(|(name, map)| {
-        let info = map.info();
+    let maps = policy.fills(sys)?.into_iter().map(|fill| {
+        let info = fill.map.info();
         Map {
-            name: name.clone(),
+            name: fill.name.to_string(),
             id: info.id,
-            bytes: u64::from(info.max_entries) * u64::from(info.key_bytes + info.value_bytes),
-            entries: info.max_entries,
+            entries: fill.entries,
+            entries_max: fill.entries.map(|_| info.max_entries),
+            bytes: fill.bytes(),
         }
     });
-    let rules =
-        policy.object.manifest.counted.iter().filter(|counted| counted.rule.is_some_and(|rule| rule > 0));
+    let rules = policy
+        .object
+        .manifest
+        .counted
+        .iter()
+        .filter(|counted| counted.rule.is_some() && applied::is_users(counted));
     Ok(Policy {
         attach: policy.slot.attach,
         device: policy.slot.device.clone(),
         hook: policy.slot.hook,
-        family: policy.slot.family,
+        family: if policy.slot.family == Family::V4 { 4 } else { 6 },
         mode: policy.generation.mode,
         source: policy.generation.source.clone(),
+        path: policy.object.manifest.path.clone(),
         generation: policy.number,
+        since: time(policy.generation.applied).to_string(),
         applied: policy.generation.applied,
-        via: match policy.via {
-            Via::Link if policy.slot.attach == Attach::Xdp => "xdp link",
-            Via::Link => "tcx link",
-            Via::Clsact { .. } => "clsact filter",
-            Via::OwnLink => "netfilter link",
-        },
+        via: via(policy),
         program: policy.program.id,
-        tag: policy.program.tag.iter().map(|byte| format!("{byte:02x}")).collect(),
+        tag: tag(policy),
         instructions: policy.program.xlated_bytes / 8,
         machine_code_bytes: policy.program.jited_bytes,
+        reports: policy.reports(sys)?,
         goes_back_in_ms,
         rules: rules.count(),
         maps: maps.collect(),
@@ -170,41 +185,49 @@ fn human(policy: &Policy, open: &Open) -> String {
         let _ = write!(text, ", {mode} mode");
     }
     let _ = writeln!(text, ", {}", counted(policy.rules, "rule"));
+    let since = time(policy.applied).to_zoned_datetime(jiff::tz::TimeZone::system());
+    let hooks: Vec<String> = policy.path.iter().map(ToString::to_string).collect();
     let _ = writeln!(
         text,
-        "  since {} ago, generation {}, {}, program {} tag {}, {}",
+        "  since {} ({} ago), generation {}, by {} for {}",
+        since.strftime("%Y-%m-%d %H:%M:%S"),
         ago(now.saturating_sub(policy.applied)),
         policy.generation,
         policy.via,
+        hooks.join(", "),
+    );
+    let reports = match policy.reports {
+        None => "no reports",
+        Some(false) => "reports off",
+        Some(true) => "reports on",
+    };
+    let _ = writeln!(
+        text,
+        "  program {} tag {}, {}, {} bytes of machine code, {reports}",
         policy.program,
         policy.tag,
         counted(policy.instructions as usize, "instruction"),
+        policy.machine_code_bytes,
     );
     if let Some(left) = policy.goes_back_in_ms {
         let _ = writeln!(text, "  goes back in {:.0} s unless confirmed", left as f64 / 1e3);
     }
-    for (verdict, rate) in &policy.verdicts {
+    let shown = |(verdict, rate): &(&&str, &Rate)| rate.packets > 0 || ["accept", "drop"].contains(*verdict);
+    for (verdict, rate) in policy.verdicts.iter().filter(shown) {
         let _ = write!(text, "  {verdict:<7} {:>12} packets {:>15} bytes", rate.packets, rate.bytes);
         if let Some(rate) = rate.packets_per_second {
             let _ = write!(text, "   {rate:.0} packets/s");
         }
         text.push('\n');
     }
-    for map in &policy.maps {
-        let _ = writeln!(
-            text,
-            "  map {:<15} id {}, {} bytes, {}",
-            map.name,
-            map.id,
-            map.bytes,
-            entries(map.entries)
-        );
+    for Map { name, id, entries, entries_max, bytes } in &policy.maps {
+        let fill = match (entries, entries_max) {
+            (Some(entries), Some(most)) => format!(", {entries} of {most} entries"),
+            _ => String::new(),
+        };
+        let _ = writeln!(text, "  map {name:<14} id {id:<6} {bytes:>10} bytes{fill}");
     }
     text
-}
-
-fn entries(count: u32) -> String {
-    if count == 1 { "1 entry".into() } else { format!("{count} entries") }
 }
 
 fn ago(seconds: u64) -> String {
