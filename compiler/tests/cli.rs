@@ -315,3 +315,106 @@ fn a_reader_that_goes_away_is_no_failure() {
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stderr.is_empty());
 }
+
+/// Whether the test runs as root; if not, says that `name` is skipped.
+fn is_root(name: &str) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let root = fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
+    if !root && !name.is_empty() {
+        eprintln!("skipped {name}: needs root");
+    }
+    root
+}
+
+#[test]
+fn the_kernel_decides_as_the_levels_do() {
+    if !is_root("the_kernel_decides_as_the_levels_do") {
+        return;
+    }
+    let scratch = Scratch::new("kernel-level");
+    // What the kernel makes no test packet of is left out: a frame of two bytes, a packet that comes by no device.
+    let packets = fs::read_to_string(folder().join("input/packets.jsonl")).expect("the packets");
+    let packets: String =
+        packets.split_inclusive('\n').filter(|line| line.contains("eth0") || line.contains("=lo")).collect();
+    let file = scratch.file("packets.jsonl");
+    fs::write(&file, packets).expect("written");
+    for attach in ["xdp", "tc-ingress"] {
+        let of = |level: &str| {
+            let output = run(&mut polc(&[
+                "simulate",
+                "good.v4.rules",
+                "--packets",
+                &file,
+                "--attach",
+                attach,
+                "--level",
+                level,
+            ]));
+            assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).expect("text")
+        };
+        assert_eq!(of("kernel"), of("plan"), "{attach}");
+    }
+    let output =
+        run(&mut polc(&["simulate", "good.v4.rules", "--packets", "packets.jsonl", "--level", "kernel"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("packet 6: "));
+}
+
+#[test]
+fn verify_asks_the_kernel_and_its_packet_filter() {
+    if !is_root("verify_asks_the_kernel_and_its_packet_filter") {
+        return;
+    }
+    for semantics in ["legacy", "nft"] {
+        let args = [
+            "verify",
+            "--kernel",
+            "--netfilter",
+            "--semantics",
+            semantics,
+            "--format",
+            "json",
+            "good.v4.rules",
+        ];
+        let output = run(&mut polc(&args));
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!((output.status.code(), &result["agree"]), (Some(0), &true.into()), "{result}");
+        let schema =
+            fs::read_to_string(folder().join("../../../docs/verify-schema.json")).expect("the schema");
+        let schema: serde_json::Value = serde_json::from_str(&schema).expect("the schema is JSON");
+        let documented = |found: &serde_json::Value, properties: &serde_json::Value| {
+            for (name, _) in found.as_object().expect("an object") {
+                assert!(properties.get(name).is_some(), "{name} is documented");
+            }
+        };
+        for place in result["places"].as_array().expect("a list") {
+            assert!(place["kernel"]["packets"].as_u64().expect("a number") > 500, "{place}");
+            let places = &schema["properties"]["places"]["items"]["properties"];
+            documented(&place["kernel"], &places["kernel"]["properties"]);
+        }
+        let ways = result["netfilter"].as_array().expect("a list");
+        assert_eq!(ways.len(), 2);
+        for way in ways {
+            assert!(way["packets"].as_u64().expect("a number") > 500, "{way}");
+            assert!(way["counters_hit"].as_u64().expect("a number") > 0, "{way}");
+            documented(way, &schema["properties"]["netfilter"]["items"]["properties"]);
+        }
+    }
+}
+
+#[test]
+fn the_kernel_is_asked_by_root_alone() {
+    use std::os::unix::process::CommandExt as _;
+    for option in ["--kernel", "--netfilter"] {
+        let mut command = polc(&["verify", option, "-"]);
+        if is_root("") {
+            // Nobody.
+            command.uid(65_534).current_dir("/");
+        }
+        let output = run(&mut command);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        assert!(said.contains("only root") && said.contains("help: "), "{said}");
+    }
+}

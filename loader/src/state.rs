@@ -164,9 +164,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// The store of the calling process's network namespace.
+    /// The store of the calling thread's network namespace.
     pub fn new(bpffs: &Path, state: &Path) -> Result<Store, Error> {
-        let namespace = "/proc/self/ns/net";
+        let namespace = "/proc/thread-self/ns/net";
         let inode = std::fs::metadata(namespace).map_err(Error::disk(namespace))?.ino().to_string();
         Ok(Store {
             bpffs: bpffs.to_path_buf(),

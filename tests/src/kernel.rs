@@ -93,6 +93,16 @@ impl TempDir {
         TempDir(path)
     }
 
+    /// The same in memory: what is written there is never waited for.
+    ///
+    /// # Panics
+    /// If it can't be made.
+    pub fn in_memory(name: &str) -> TempDir {
+        let path = Path::new("/dev/shm").join(format!("polc-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("a directory in memory");
+        TempDir(path)
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0

@@ -3,5 +3,7 @@
 //! Tests here are data where they can be: a new case is a new file or a line in one. Generators and oracles are
 //! libraries; a property or a fuzz target only joins them.
 
+pub mod applied;
 pub mod corpus;
 pub mod kernel;
+pub mod stateless;

@@ -91,7 +91,8 @@ fn all(name: &str, semantics: Semantics) {
         return;
     }
     let packets = std::env::var("POLC_PACKETS").ok().and_then(|text| text.parse().ok()).unwrap_or(PACKETS);
-    let dumps: Vec<Dump> = corpus::all().into_iter().filter(|dump| dump.name.contains(".v4.")).collect();
+    let only = std::env::var("POLC_DUMP").unwrap_or_default();
+    let dumps: Vec<Dump> = corpus::all().into_iter().filter(|dump| dump.name.contains(&only)).collect();
     let totals = Mutex::new(Totals::default());
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
@@ -124,4 +125,9 @@ fn all(name: &str, semantics: Semantics) {
 #[test]
 fn iptables_legacy_does_as_the_rules_say() {
     all("iptables_legacy_does_as_the_rules_say", Semantics::Legacy);
+}
+
+#[test]
+fn iptables_nft_does_as_the_rules_say() {
+    all("iptables_nft_does_as_the_rules_say", Semantics::Nft);
 }

@@ -31,11 +31,15 @@ pub(crate) struct Tcp {
     pub(crate) option: Asked<u8>,
 }
 
-/// xt_tcpudp's TCP match; under nft semantics without `--tcp-option` the payload expressions it is translated to.
+/// xt_tcpudp's TCP match; under nft semantics the payload expressions it is translated to, unless it has `--tcp-option`
+/// or asks nothing (iptables 1.8.9, iptables/nft.c, `add_nft_tcp`, `tcp_all_zero`).
 pub(crate) fn tcp(asked: &Tcp, body: &mut Body<'_>) {
-    if body.semantics() == Semantics::Nft && asked.option.is_none() {
+    let any_flags = matches!(asked.flags, None | Some(((0, 0), false)));
+    let nothing = any_port(asked.source) && any_port(asked.destination) && any_flags;
+    if body.semantics() == Semantics::Nft && asked.option.is_none() && !nothing {
         native_ports(asked.source, asked.destination, body);
-        if let Some(((mask, set), negated)) = asked.flags {
+        // Without a mask no expression is made, not even of the negation.
+        if let Some(((mask, set), negated)) = asked.flags.filter(|((mask, _), _)| *mask != 0) {
             guards::bytes_or_no_match(14, body);
             tcp_flags(mask, set, negated, body);
         }
@@ -68,20 +72,28 @@ fn tcp_flags(mask: u8, set: u8, negated: bool, body: &mut Body<'_>) {
     body.require_unless(negated, test);
 }
 
-/// xt_tcpudp's UDP match, which UDP-Lite shares.
+/// xt_tcpudp's UDP match, which UDP-Lite shares; nft's payload expressions as for [`tcp`] (`add_nft_udp`).
 pub(crate) fn udp(source: Asked<PortRange>, destination: Asked<PortRange>, body: &mut Body<'_>) {
-    if body.semantics() == Semantics::Nft {
+    let nothing = any_port(source) && any_port(destination);
+    if body.semantics() == Semantics::Nft && !nothing {
         return native_ports(source, destination, body);
     }
     guards::transport_header(size::UDP, body);
     compare_ports(source, destination, body);
 }
 
-/// nft's payload expressions for ports: each loads its own two bytes. A range over all ports isn't even translated.
+/// Whether ports are as they are where a rule does not ask for them.
+fn any_port(asked: Asked<PortRange>) -> bool {
+    asked.is_none_or(|(range, negated)| range == PortRange::ALL && !negated)
+}
+
+/// nft's payload expressions for ports: each loads its own two bytes. A range over all ports isn't translated, and
+/// neither is its negation, so that a rule which asks for no port at all matches them all (iptables 1.8.9,
+/// iptables/nft.c, `add_nft_tcpudp`).
 fn native_ports(source: Asked<PortRange>, destination: Asked<PortRange>, body: &mut Body<'_>) {
     for (end, asked) in [(End::Src, source), (End::Dst, destination)] {
         let Some((range, negated)) = asked else { continue };
-        if range == PortRange::ALL && !negated {
+        if range == PortRange::ALL {
             continue;
         }
         guards::bytes_or_no_match(if end == End::Src { 2 } else { 4 }, body);

@@ -9,6 +9,7 @@
 //! The namespace has no name and is held by the thread alone, so it goes away with [`Netfilter`], with the thread, or
 //! with the process, however they end.
 
+mod bare;
 mod probe;
 mod save;
 
@@ -19,6 +20,7 @@ use std::io::{self, Write as _};
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use polc_ir::hook::Family;
 
@@ -26,6 +28,7 @@ use self::probe::{FRAME_BYTES_MAX, Notes, RESULT_BYTES, SkbFields, TEMPLATE_BYTE
 use crate::kernel_types::KernelTypesError;
 use crate::sys::{LinkSpec, LiveFrames, Map, MapSpec, Namespace, Sys};
 
+pub use bare::Bare;
 pub use save::{CounterLine, counter_lines};
 
 /// Most frames of a batch.
@@ -36,6 +39,12 @@ pub const DEVICES_MAX: usize = 16;
 
 /// Frames that take one step of the stack before the first of them takes the next.
 const STEP: u32 = 64;
+
+/// How long nothing may arrive before nothing more is expected.
+const QUIET: Duration = Duration::from_millis(1);
+
+/// Bytes of a frame's slot in the pool: its length, the device it is sent by (0: it goes into the stack), itself.
+const SLOT_BYTES: usize = 8 + FRAME_BYTES_MAX;
 
 /// `enum bpf_map_type`.
 const ARRAY: u32 = 2;
@@ -138,6 +147,16 @@ impl Tool {
     }
 }
 
+/// Where frames come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// As if a device had received them: past its driver, so no XDP program sees them.
+    Stack,
+    /// Sent by the device's peer: an XDP program on the device sees them first. It has to have one, since only then a
+    /// veth takes frames that were redirected to it (drivers/net/veth.c, `veth_xdp_xmit`).
+    Driver,
+}
+
 /// Where packets are routed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -191,7 +210,7 @@ pub struct Netfilter {
     pool: Map,
     next: Map,
     results: Map,
-    ifindexes: Vec<u32>,
+    devices: Vec<Pair>,
     local: bool,
     /// Namespaces belong to threads.
     thread: PhantomData<*const ()>,
@@ -230,7 +249,7 @@ impl Netfilter {
                 pool: inside.pool,
                 next: inside.next,
                 results: inside.results,
-                ifindexes: inside.ifindexes,
+                devices: inside.devices,
                 local: false,
                 thread: PhantomData,
             }),
@@ -293,35 +312,52 @@ impl Netfilter {
     ///
     /// # Errors
     /// A system call failed.
-    pub fn run(&mut self, frames: &[Frame]) -> Result<Vec<Passage>, NetfilterError> {
+    pub fn run(&mut self, frames: &[Frame], entry: Entry) -> Result<Vec<Passage>, NetfilterError> {
         assert!(frames.len() <= FRAMES_MAX, "at most {FRAMES_MAX} frames at a time");
         let sys = &self.sys;
         let filling = || during("filling the pool of frames");
-        let mut value = vec![0u8; 8 + FRAME_BYTES_MAX];
         let mut order: Vec<usize> = (0..frames.len()).collect();
         order.sort_by_key(|&index| frames[index].device);
-        for (slot, &index) in order.iter().enumerate() {
-            let bytes = &frames[index].bytes;
+        let mut slots = vec![0u8; frames.len() * SLOT_BYTES];
+        for (slot, &index) in slots.chunks_exact_mut(SLOT_BYTES).zip(&order) {
+            let frame = &frames[index];
+            let bytes = &frame.bytes;
             assert!((14..=FRAME_BYTES_MAX).contains(&bytes.len()), "a frame of {} bytes", bytes.len());
-            value[..4].copy_from_slice(&(bytes.len() as u32).to_ne_bytes());
-            value[8..8 + bytes.len()].copy_from_slice(bytes);
-            sys.map_update(&self.pool, &(slot as u32).to_ne_bytes(), &value).map_err(filling())?;
+            let peer = if entry == Entry::Driver { self.devices[frame.device].peer } else { 0 };
+            slot[..4].copy_from_slice(&(bytes.len() as u32).to_ne_bytes());
+            slot[4..8].copy_from_slice(&peer.to_ne_bytes());
+            slot[8..8 + bytes.len()].copy_from_slice(bytes);
         }
-        for frame in frames.iter().filter(|frame| frame.id != 0) {
-            let key = frame.id.to_ne_bytes();
-            sys.map_update(&self.results, &key, &[0; RESULT_BYTES as usize]).map_err(filling())?;
+        let numbers = |count: usize| (0..count as u32).flat_map(u32::to_ne_bytes).collect::<Vec<u8>>();
+        if !frames.is_empty() {
+            let keys = numbers(frames.len());
+            sys.map_update_batch(&self.pool, &keys, &slots, frames.len()).map_err(filling())?;
         }
+        let count = FRAMES_MAX + 1;
+        let zeros = vec![0; count * RESULT_BYTES as usize];
+        sys.map_update_batch(&self.results, &numbers(count), &zeros, count).map_err(filling())?;
         sys.map_update(&self.next, &[0; 4], &[0; 8]).map_err(filling())?;
         for group in order.chunk_by(|&one, &other| frames[one].device == frames[other].device) {
             let live = LiveFrames {
-                ifindex: self.ifindexes[frames[group[0]].device],
+                ifindex: self.devices[frames[group[0]].device].ifindex,
                 template: &[0; TEMPLATE_BYTES],
                 count: group.len() as u32,
                 batch: STEP,
             };
             sys.run_live_frames(&self.injector, &live).map_err(during("sending frames"))?;
         }
-        let results = sys.map_read_array(&self.results).map_err(during("reading results"))?;
+        let read = || sys.map_read_array(&self.results).map_err(during("reading results"));
+        let mut results = read()?;
+        if entry == Entry::Driver {
+            // The receiving device's turn comes before the call returns, unless the CPU has much else to do.
+            loop {
+                std::thread::sleep(QUIET);
+                let before = std::mem::replace(&mut results, read()?);
+                if before == results {
+                    break;
+                }
+            }
+        }
         let word = |at: usize| u32::from_ne_bytes(results[at..at + 4].try_into().expect("four bytes"));
         let passages = frames.iter().map(|frame| match frame.id as usize * RESULT_BYTES as usize {
             0 => Passage::default(),
@@ -344,7 +380,14 @@ struct Inside {
     pool: Map,
     next: Map,
     results: Map,
-    ifindexes: Vec<u32>,
+    devices: Vec<Pair>,
+}
+
+/// Numbers of a device and of the other end of its cable.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    ifindex: u32,
+    peer: u32,
 }
 
 impl Inside {
@@ -370,13 +413,15 @@ impl Inside {
             let spec = MapSpec { map_type: ARRAY, key_bytes: 4, value_bytes, max_entries, flags: 0, name };
             sys.map_create(&spec).map_err(during("making a map"))
         };
-        let pool = array(8 + FRAME_BYTES_MAX as u32, FRAMES_MAX as u32, "polc_pool")?;
+        let pool = array(SLOT_BYTES as u32, FRAMES_MAX as u32, "polc_pool")?;
         let next = array(8, 1, "polc_next")?;
         let results = array(RESULT_BYTES, FRAMES_MAX as u32 + 1, "polc_results")?;
         let injector = probe::injector(sys, &pool, &next)?;
-        let mut inside = Inside { links: Vec::new(), injector, pool, next, results, ifindexes: Vec::new() };
+        let mut inside = Inside { links: Vec::new(), injector, pool, next, results, devices: Vec::new() };
+        let names = device_set(inputs, output);
         for name in inputs {
-            inside.ifindexes.push(ifindex(name)?);
+            let at = names.iter().position(|other| other == name).expect("it is among them");
+            inside.devices.push(Pair { ifindex: ifindex(name)?, peer: ifindex(&peer_name(at))? });
         }
         // A program that is attached nowhere is entered into the kernel's dispatcher for each run, and taken out
         // again, which takes a hundred times as long as the run (kernel/bpf/dispatcher.c).
@@ -439,10 +484,10 @@ fn devices(family: Family, inputs: &[String], output: &str) -> Result<(), Netfil
     // No addresses of their own.
     set("ipv6/conf/default/addr_gen_mode", "1")?;
     set("ipv4/ip_forward", "1")?;
-    let names: BTreeSet<&str> = inputs.iter().map(String::as_str).chain([output]).collect();
+    let names = device_set(inputs, output);
     let mut batch = format!("link set lo up\nlink add {PARK} type veth peer name polc-parked\n");
     for (index, name) in names.iter().enumerate() {
-        let peer = format!("polc-peer{index}");
+        let peer = peer_name(index);
         batch += &format!(
             "link add {name} address 02:00:00:00:00:02 type veth peer name {peer}\n\
              link set {name} up\nlink set {peer} up\n"
@@ -457,6 +502,17 @@ fn devices(family: Family, inputs: &[String], output: &str) -> Result<(), Netfil
          route replace {all} via {next_hop} dev {output} onlink\n"
     );
     ip(&batch)
+}
+
+/// The devices to make, each with a peer.
+fn device_set<'a>(inputs: &'a [String], output: &'a str) -> Vec<&'a str> {
+    let names: BTreeSet<&str> = inputs.iter().map(String::as_str).chain([output]).collect();
+    names.into_iter().collect()
+}
+
+/// The name of a device's peer, by its place among [`device_set`].
+fn peer_name(index: usize) -> String {
+    format!("polc-peer{index}")
 }
 
 fn ip(batch: &str) -> Result<(), NetfilterError> {

@@ -16,7 +16,9 @@ use super::NetfilterError;
 use crate::kernel_types::KernelTypes;
 use crate::sys::{Map, ProgramSpec, ProgramType, Sys};
 
-/// `bpf_xdp_adjust_tail`, `bpf_probe_read_kernel` and `bpf_xdp_store_bytes` (include/uapi/linux/bpf.h).
+/// `bpf_redirect`, `bpf_xdp_adjust_tail`, `bpf_probe_read_kernel` and `bpf_xdp_store_bytes`
+/// (include/uapi/linux/bpf.h).
+const REDIRECT: Helper = Helper(23);
 const XDP_ADJUST_TAIL: Helper = Helper(65);
 const PROBE_READ_KERNEL: Helper = Helper(113);
 const XDP_STORE_BYTES: Helper = Helper(190);
@@ -34,7 +36,7 @@ const CTX_SKB: i16 = 8;
 /// Bytes of a frame's result: stages, the mark after PREROUTING, the mark after the last hook, connection state, and
 /// length after defragmentation.
 pub(super) const RESULT_BYTES: u32 = 24;
-/// Bytes of a frame in the pool, after its length in 8 bytes.
+/// Bytes of a frame in the pool, after its length and the device it is sent by.
 pub(super) const FRAME_BYTES_MAX: usize = 2_048;
 /// Bytes of a frame before the injector fills it.
 pub(super) const TEMPLATE_BYTES: usize = 64;
@@ -173,7 +175,8 @@ pub(super) fn drop_all(sys: &Sys) -> Result<OwnedFd, NetfilterError> {
     load(sys, a, ProgramType::NETFILTER, ATTACH_NETFILTER, &[])
 }
 
-/// An XDP program whose run number k makes frame k of the pool of its frame. `next` holds the number.
+/// An XDP program whose run number k makes frame k of the pool of its frame, and lets it on into the stack or sends it
+/// by the device that the pool names. `next` holds the number.
 pub(super) fn injector(sys: &Sys, pool: &Map, next: &Map) -> Result<OwnedFd, NetfilterError> {
     const KEY: i16 = -8;
     let mut a = Asm::new();
@@ -211,6 +214,13 @@ pub(super) fn injector(sys: &Sys, pool: &Map, next: &Map) -> Result<OwnedFd, Net
     a.mov64(Reg::R4, Reg::R8);
     a.call(XDP_STORE_BYTES);
     a.jump64(Cond::Ne, Reg::R0, 0, out);
+    let pass = a.label();
+    a.load(Size::W, Reg::R1, Reg::R7, 4);
+    a.jump64(Cond::Eq, Reg::R1, 0, pass);
+    a.mov64(Reg::R2, 0);
+    a.call(REDIRECT);
+    a.exit();
+    a.bind(pass);
     a.mov64(Reg::R0, XDP_PASS);
     a.exit();
     a.bind(out);

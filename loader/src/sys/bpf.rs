@@ -290,10 +290,12 @@ pub struct TestRun<'a> {
 }
 
 /// What a test run gave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TestRunResult {
     /// The program's return value.
     pub return_value: u32,
+    /// The context's bytes afterwards; none if none were given.
+    pub context: Vec<u8>,
     /// Mean time of a run, in nanoseconds.
     pub duration_ns: u32,
 }
@@ -950,6 +952,7 @@ impl Sys {
 
     /// Runs a program on a packet, attached or not.
     pub fn test_run(&self, program: impl AsFd, run: &TestRun<'_>) -> io::Result<TestRunResult> {
+        let mut context = vec![0u8; run.context.len()];
         let mut attr = TestRunAttr {
             prog_fd: fd(program),
             data_size_in: run.frame.len() as u32,
@@ -957,10 +960,12 @@ impl Sys {
             repeat: run.repeat,
             ctx_size_in: run.context.len() as u32,
             ctx_in: ptr(run.context),
+            ctx_size_out: context.len() as u32,
+            ctx_out: if context.is_empty() { 0 } else { context.as_mut_ptr() as u64 },
             ..TestRunAttr::default()
         };
-        // SAFETY: both slices live and are as long as said; nothing is written.
+        // SAFETY: all buffers live and are as long as said, and only `context` is written.
         unsafe { self.bpf("test_run", PROG_TEST_RUN, &mut attr) }?;
-        Ok(TestRunResult { return_value: attr.retval, duration_ns: attr.duration })
+        Ok(TestRunResult { return_value: attr.retval, context, duration_ns: attr.duration })
     }
 }

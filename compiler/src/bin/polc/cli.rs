@@ -402,6 +402,15 @@ pub(crate) struct VerifyArgs {
     /// Seed of the random packets
     #[arg(long, default_value_t = 1, value_name = "SEED")]
     pub seed: u64,
+    /// Also load each program and run the packets in the kernel, attached nowhere; needs root
+    #[cfg(feature = "kernel")]
+    #[arg(long)]
+    pub kernel: bool,
+    /// Also restore the rules with iptables-legacy, or iptables-nft for --semantics nft, in a network namespace of their
+    /// own, and compare verdicts, marks and counters of packets sent through; needs root
+    #[cfg(feature = "kernel")]
+    #[arg(long)]
+    pub netfilter: bool,
     #[command(flatten)]
     pub input: InputArgs,
 }
@@ -415,6 +424,9 @@ pub(crate) enum Level {
     Plan,
     /// The bytecode, in userspace.
     Rbpf,
+    /// The program in the running kernel, attached nowhere.
+    #[cfg(feature = "kernel")]
+    Kernel,
 }
 
 #[derive(Debug, Args)]

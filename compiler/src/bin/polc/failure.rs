@@ -20,6 +20,9 @@ pub(crate) enum Failure {
     /// The kernel or the system refuses.
     #[cfg(feature = "kernel")]
     Kernel(Box<polc_loader::Error>),
+    /// The kernel's packet filter can't be asked.
+    #[cfg(feature = "kernel")]
+    Netfilter(polc_loader::netfilter::NetfilterError),
 }
 
 impl Failure {
@@ -31,11 +34,19 @@ impl Failure {
         Failure::Write(path.to_path_buf(), error)
     }
 
+    /// The same, of one of several packets.
+    pub(crate) fn at_packet(self, index: usize) -> Failure {
+        match self {
+            Failure::Input(message) => Failure::Input(format!("packet {index}: {message}")),
+            failure => failure,
+        }
+    }
+
     /// The exit status it gives.
     pub(crate) fn exit_status(&self) -> u8 {
         match self {
             #[cfg(feature = "kernel")]
-            Failure::Kernel(_) => 3,
+            Failure::Kernel(_) | Failure::Netfilter(_) => 3,
             _ => 2,
         }
     }
@@ -53,6 +64,8 @@ impl fmt::Display for Failure {
             ),
             Failure::Write(path, error) => write!(f, "cannot write `{}`: {error}", path.display()),
             Failure::Usage(message) | Failure::Input(message) => f.write_str(message),
+            #[cfg(feature = "kernel")]
+            Failure::Netfilter(error) => write!(f, "the kernel's packet filter can't be asked: {error}"),
             #[cfg(feature = "kernel")]
             Failure::Kernel(error) => {
                 write!(f, "[E{}] {error}", error.code())?;
@@ -74,5 +87,12 @@ impl fmt::Display for Failure {
 impl From<polc_loader::Error> for Failure {
     fn from(error: polc_loader::Error) -> Failure {
         Failure::Kernel(Box::new(error))
+    }
+}
+
+#[cfg(feature = "kernel")]
+impl From<polc_loader::netfilter::NetfilterError> for Failure {
+    fn from(error: polc_loader::netfilter::NetfilterError) -> Failure {
+        Failure::Netfilter(error)
     }
 }

@@ -30,6 +30,7 @@ use polc_loader::sys::Sys;
 use polc_loader::{Error, load, net};
 
 use super::compile::{accept, refuse};
+use super::test_run::as_tested;
 use super::{FOUND, counted, live, place, show};
 use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, RestoreArgs};
 use crate::failure::Failure;
@@ -332,31 +333,8 @@ fn one_check(
 ) -> Option<Result<Check, Failure>> {
     let plan = &compiled.plan;
     let attach = plan.place.attach.expect("programs are made for an attach point");
-    // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags and types of packets
-    // can't be given.
-    if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() {
-        return None;
-    }
-    let mut input = input.clone();
-    let mut context;
-    if attach == Attach::Xdp {
-        context = vec![0; object.programs[0].kind.context_bytes() as usize];
-        context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes());
-        context[12..16].copy_from_slice(&device.ifindex.to_ne_bytes());
-        input.mark = 0;
-    } else {
-        context = vec![0; object.programs[0].kind.context_bytes() as usize];
-        context[8..12].copy_from_slice(&input.mark.to_ne_bytes());
-        context[40..44].copy_from_slice(&device.ifindex.to_ne_bytes());
-        // `eth_type_trans` works the type out from the device's address.
-        let own = device.address.get(..6).is_some_and(|own| own == &input.frame[..6]);
-        input.packet_type = Some(match input.frame[..6] {
-            [255, 255, 255, 255, 255, 255] => 1,
-            [first, ..] if first & 1 == 1 => 2,
-            _ if own => 0,
-            _ => 3,
-        });
-    }
+    let bytes = object.programs[0].kind.context_bytes() as usize;
+    let (mut input, context) = as_tested(input, attach, bytes, device, None)?;
     let name = DeviceName::new(&device.name);
     match attach {
         Attach::TcEgress => (input.in_device, input.out_device) = (None, name),

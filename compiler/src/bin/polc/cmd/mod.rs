@@ -22,6 +22,8 @@ mod simulate;
 #[cfg(feature = "kernel")]
 mod status;
 #[cfg(feature = "kernel")]
+mod test_run;
+#[cfg(feature = "kernel")]
 mod top;
 #[cfg(feature = "kernel")]
 mod trace;

@@ -17,6 +17,8 @@ use polc_ir::state::State;
 use serde::Serialize;
 
 use super::compile::refuse;
+#[cfg(feature = "kernel")]
+use super::test_run::KernelProgram;
 use super::{FOUND, counted, place, show, worst};
 use crate::cli::{Level, SimulateArgs, TextFormat};
 use crate::failure::Failure;
@@ -64,7 +66,7 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
     let mut text = String::new();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
     for (index, packet) in packets.iter().enumerate() {
-        let (ending, mark) = decide.packet(&session, packet)?;
+        let (ending, mark) = decide.packet(&session, packet).map_err(|failure| failure.at_packet(index))?;
         *verdicts.entry(ending.verdict.word()).or_default() += 1;
         match args.format {
             TextFormat::Human => {
@@ -90,7 +92,7 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
     }
     output.result(&text);
     let parts: Vec<String> = verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
-    let level = decide.level;
+    let level = decide.name();
     output.remark(&format!(
         "{}: {} at {} ({level})\n",
         counted(packets.len(), "packet"),
@@ -179,6 +181,8 @@ struct Decide {
     state: State,
     compiled: Option<polc::Compiled>,
     program: Option<Program>,
+    #[cfg(feature = "kernel")]
+    kernel: Option<KernelProgram>,
 }
 
 impl Decide {
@@ -191,14 +195,28 @@ impl Decide {
         devices: &Devices,
         output: &Output,
     ) -> Result<Option<Decide>, Failure> {
+        #[cfg(feature = "kernel")]
+        let in_kernel = level == Level::Kernel;
         let level = match level {
             Level::Ruleset => RunLevel::Ruleset,
             Level::Classifier => RunLevel::Classifier,
             Level::Decision => RunLevel::Decision,
             Level::Plan => RunLevel::Plan,
             Level::Rbpf => RunLevel::Rbpf,
+            // The same object, run elsewhere.
+            #[cfg(feature = "kernel")]
+            Level::Kernel => RunLevel::Rbpf,
         };
-        let mut decide = Decide { level, place, env, state: State::new(SEED), compiled: None, program: None };
+        let mut decide = Decide {
+            level,
+            place,
+            env,
+            state: State::new(SEED),
+            compiled: None,
+            program: None,
+            #[cfg(feature = "kernel")]
+            kernel: None,
+        };
         if level == RunLevel::Ruleset {
             return Ok(Some(decide));
         }
@@ -214,6 +232,12 @@ impl Decide {
                     return Ok(None);
                 }
             };
+            #[cfg(feature = "kernel")]
+            if in_kernel {
+                decide.kernel = Some(KernelProgram::new(&compiled.plan, &object, devices)?);
+                decide.compiled = Some(compiled);
+                return Ok(Some(decide));
+            }
             let attach = decide.place.attach.expect("a simulated place has an attach point");
             let mut program = Program::new(&compiled.plan, attach, &object)
                 .map_err(|error| Failure::Input(format!("the program can't be run: {error}")))?;
@@ -222,6 +246,14 @@ impl Decide {
         }
         decide.compiled = Some(compiled);
         Ok(Some(decide))
+    }
+
+    fn name(&self) -> String {
+        #[cfg(feature = "kernel")]
+        if self.kernel.is_some() {
+            return "kernel".into();
+        }
+        self.level.to_string()
     }
 
     fn packet(&mut self, session: &Session, packet: &Input) -> Result<(Ending, u32), Failure> {
@@ -234,6 +266,18 @@ impl Decide {
             let outcome = session.ruleset.eval(&place, &self.env, packet, &mut self.state);
             return Ok((outcome.ending, outcome.mark));
         };
+        #[cfg(feature = "kernel")]
+        if let Some(program) = &mut self.kernel {
+            let Some(tested) = program.run(&compiled.plan, packet)? else {
+                return Err(Failure::Input(
+                    "the kernel tests no program with such a packet: it is tagged, longer than 1,500 bytes, cut to less \
+                     than a header, or comes by no device that a rule or an option names"
+                        .into(),
+                ));
+            };
+            let wrong = |error| Failure::Input(format!("the program went wrong: {error}"));
+            return Ok((tested.result.map_err(wrong)?.0, tested.mark));
+        }
         if let Some(program) = &mut self.program {
             let ending = program
                 .run(&compiled.plan, packet)

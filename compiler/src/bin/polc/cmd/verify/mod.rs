@@ -1,5 +1,10 @@
 //! `polc verify`: shows that every level and the bytecode decide packets as the rules say.
 
+#[cfg(feature = "kernel")]
+mod kernel;
+#[cfg(feature = "kernel")]
+mod netfilter;
+
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
@@ -26,6 +31,12 @@ use crate::input;
 use crate::output::Output;
 use crate::render::json;
 
+/// Packets sent through netfilter for each rule, beside the random ones, and most of them.
+#[cfg(feature = "kernel")]
+const PACKETS_PER_RULE: usize = 64;
+#[cfg(feature = "kernel")]
+const NETFILTER_PACKETS_MAX: usize = 100_000;
+
 /// What was verified, as docs/verify-schema.json describes it.
 #[derive(Debug, Serialize)]
 struct VerifyResult<'a> {
@@ -40,6 +51,9 @@ struct VerifyResult<'a> {
     agree: bool,
     places: Vec<PlaceResult>,
     disagreements: Vec<DisagreementResult>,
+    #[cfg(feature = "kernel")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netfilter: Option<Vec<netfilter::NetfilterRun>>,
     diagnostics: Vec<json::Finding<'a>>,
 }
 
@@ -55,6 +69,18 @@ struct PlaceResult {
     processed: usize,
     pending_jumps: usize,
     stack_bytes: usize,
+    #[cfg(feature = "kernel")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<KernelResult>,
+}
+
+/// What the running kernel made of a place's program.
+#[cfg(feature = "kernel")]
+#[derive(Debug, Serialize)]
+struct KernelResult {
+    #[serde(flatten)]
+    run: kernel::KernelRun,
+    agree: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,6 +101,10 @@ struct DisagreementResult {
 }
 
 pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failure> {
+    #[cfg(feature = "kernel")]
+    if (args.kernel || args.netfilter) && !polc_loader::sys::Sys::new().is_root() {
+        return Err(polc_loader::Error::NotRoot.into());
+    }
     let session = input::session(&args.file, &args.input)?;
     let mode = args.place.mode();
     let devices = place::all(&session, &args.devices)?;
@@ -107,6 +137,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         verified.push(result);
     }
     bar.finish_and_clear();
+    let mut outside = Outside::ask(args, &session, &env, &devices, &verified)?;
     // Where rules are too large for a program, the kernel's own go on deciding, unless there are none or the user asked
     // for that very program.
     let may_defer = mode == Mode::Accelerate && args.attach.is_none();
@@ -130,10 +161,10 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     // The passes' findings say why already.
     report.defer_bounded(&session, &bounded);
 
-    let agree = verified.iter().all(|result| result.disagreement.is_none());
+    let agree = verified.iter().all(|result| result.disagreement.is_none()) && outside.agrees();
     let failed = !agree || findings.iter().any(|finding| finding.severity == Severity::Error);
     match args.format {
-        TextFormat::Human => human(&session, &report, &verified, &findings, output),
+        TextFormat::Human => human(&session, &report, &verified, &outside, &findings, output),
         TextFormat::Json => {
             let result = VerifyResult {
                 file: session.sources.file(session.rules_file).name(),
@@ -145,11 +176,17 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
                 rejected: report.rejected(),
                 packets: verified.iter().map(|result| result.packets).sum(),
                 agree,
-                places: verified.iter().map(place_result).collect(),
+                places: verified
+                    .iter()
+                    .enumerate()
+                    .map(|(index, result)| place_result(result, index, &mut outside))
+                    .collect(),
                 disagreements: verified
                     .iter()
                     .filter_map(|result| disagreement_result(&session, result))
                     .collect(),
+                #[cfg(feature = "kernel")]
+                netfilter: outside.netfilter.take(),
                 diagnostics: json::findings(&session.sources, &findings),
             };
             output.result(&format!(
@@ -159,6 +196,98 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         }
     }
     Ok(if failed { FOUND.into() } else { ExitCode::SUCCESS })
+}
+
+/// What the running kernel was asked, beside polc's own levels.
+#[cfg(feature = "kernel")]
+struct Outside {
+    /// For each place, in their order; empty if not asked.
+    kernel: Vec<kernel::KernelRun>,
+    netfilter: Option<Vec<netfilter::NetfilterRun>>,
+}
+
+#[cfg(feature = "kernel")]
+impl Outside {
+    fn ask(
+        args: &VerifyArgs,
+        session: &Session,
+        env: &polc_ir::env::Env,
+        devices: &polc::select::Devices,
+        verified: &[Verified],
+    ) -> Result<Outside, Failure> {
+        let mut outside = Outside { kernel: Vec::new(), netfilter: None };
+        if args.kernel {
+            for result in verified {
+                let (place, packets) = (&result.place, result.packets);
+                outside.kernel.push(kernel::verify(session, place, env, devices, args.seed, packets)?);
+            }
+        }
+        if args.netfilter && !session.has_errors() {
+            let mut sets = Vec::new();
+            for path in &args.input.ipset {
+                sets.push(std::fs::read_to_string(path).map_err(|error| Failure::read(path, error))?);
+            }
+            let packets = args.random as usize + PACKETS_PER_RULE * session.ruleset.rules.len();
+            let packets = packets.min(NETFILTER_PACKETS_MAX.max(args.random as usize));
+            outside.netfilter = Some(netfilter::verify(session, &sets, args.seed, packets)?);
+        }
+        Ok(outside)
+    }
+
+    fn agrees(&self) -> bool {
+        self.kernel.iter().all(|run| run.disagreement.is_none())
+            && self.netfilter.iter().flatten().all(|run| run.difference.is_none())
+    }
+
+    fn kernel_text(&self, index: usize) -> String {
+        let Some(run) = self.kernel.get(index) else { return String::new() };
+        match (&run.skipped, &run.disagreement) {
+            (Some(why), _) => format!("  kernel: nothing run, since {why}\n"),
+            (None, None) => format!(
+                "  kernel: agrees on {}, {} can't be tested\n",
+                counted(run.packets, "packet"),
+                run.not_run
+            ),
+            (None, Some((input, expected, said))) => format!(
+                "  the kernel differs on packet {}\n    packet: {}\n    plan:   {expected}\n    kernel: {said}\n",
+                run.packets,
+                input_text(input)
+            ),
+        }
+    }
+
+    fn netfilter_text(&self) -> String {
+        self.netfilter.iter().flatten().map(netfilter::text).collect()
+    }
+}
+
+/// Without the feature there is no kernel to ask.
+#[cfg(not(feature = "kernel"))]
+struct Outside;
+
+#[cfg(not(feature = "kernel"))]
+impl Outside {
+    fn ask(
+        _: &VerifyArgs,
+        _: &Session,
+        _: &polc_ir::env::Env,
+        _: &polc::select::Devices,
+        _: &[Verified],
+    ) -> Result<Outside, Failure> {
+        Ok(Outside)
+    }
+
+    fn agrees(&self) -> bool {
+        true
+    }
+
+    fn kernel_text(&self, _: usize) -> String {
+        String::new()
+    }
+
+    fn netfilter_text(&self) -> String {
+        String::new()
+    }
 }
 
 /// The places to verify: the one that was named, or every hook with rules where its packets are seen, each hook alone
@@ -224,13 +353,14 @@ fn human(
     session: &Session,
     report: &Report,
     verified: &[Verified],
+    outside: &Outside,
     findings: &[Diagnostic],
     output: &Output,
 ) {
     show(output, &session.sources, findings);
     let name = session.sources.file(session.rules_file).name();
     let mut text = String::new();
-    for result in verified {
+    for (index, result) in verified.iter().enumerate() {
         text += &format!("{}: ", place::describe(&result.place));
         match &result.disagreement {
             None => {
@@ -249,7 +379,9 @@ fn human(
         for budget in &result.budgets {
             text += &format!("  {}\n", budget_text(budget));
         }
+        text += &outside.kernel_text(index);
     }
+    text += &outside.netfilter_text();
     text += &format!("{name}: {}\n", account(report));
     output.result(&text);
 }
@@ -315,7 +447,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn place_result(result: &Verified) -> PlaceResult {
+#[cfg_attr(not(feature = "kernel"), allow(unused_variables))]
+fn place_result(result: &Verified, index: usize, outside: &mut Outside) -> PlaceResult {
     let sum = |of: fn(&polc_backend_ebpf::budget::Budget) -> usize| result.budgets.iter().map(of).sum();
     PlaceResult {
         attach: result.place.attach,
@@ -328,6 +461,11 @@ fn place_result(result: &Verified) -> PlaceResult {
         processed: sum(|budget| budget.processed),
         pending_jumps: result.budgets.iter().map(|budget| budget.pending_jumps).max().unwrap_or(0),
         stack_bytes: result.budgets.iter().map(|budget| budget.stack_bytes).max().unwrap_or(0),
+        #[cfg(feature = "kernel")]
+        kernel: outside.kernel.get_mut(index).map(|run| {
+            let run = std::mem::take(run);
+            KernelResult { agree: run.disagreement.is_none(), run }
+        }),
     }
 }
 

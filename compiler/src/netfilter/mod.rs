@@ -9,32 +9,30 @@
 //! what a kernel can't be asked in this way: `nat` tables are not restored, since a connection's first packet decides
 //! for the others.
 
-use std::collections::BTreeMap;
+mod packets;
 
-use polc_ir::env::{Connection, Connections, Device, Env, Fragments, Input, Mode, Place};
+use std::collections::{BTreeMap, BTreeSet};
+
+use polc_ir::entities::Chain;
+use polc_ir::env::{Connection, Connections, Env, Fragments, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::interval::Interval;
 use polc_ir::outcome::{Decider, FrameKind, Outcome, Verdict};
 use polc_ir::packet::View;
-use polc_ir::ruleset::{Action, ClauseKind, Counters, Event, Policy, Ruleset, Truth};
+use polc_ir::ruleset::{Action, Counters, Event, Policy, Ruleset, Truth};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_loader::netfilter::{
-    CounterLine, DEVICES_MAX, FRAMES_MAX, Frame, Netfilter, NetfilterError, Passage, Route, Stages, Tool,
-    counter_lines,
+    CounterLine, DEVICES_MAX, Entry, FRAMES_MAX, Frame, Netfilter, NetfilterError, Passage, Route, Stages,
+    Tool, counter_lines,
 };
 use polc_loader::sys::Sys;
 
-use crate::flatten::flatten;
+use self::packets::hop;
 use crate::session::Session;
-use crate::witness::Witnesses;
 
-/// Longest frame sent.
-const FRAME_BYTES_MAX: usize = 1_514 + 8;
-
-/// Bytes of an Ethernet header.
-const ETHERNET_BYTES: usize = 14;
+pub use self::packets::{Sample, device_names, renumbered, samples};
 
 /// Targets that change neither the packet nor its fate.
 const HARMLESS: [&str; 4] = ["AUDIT", "CLASSIFY", "LOG", "NFLOG"];
@@ -47,14 +45,6 @@ const OTHER: &str = "polc-other";
 /// (include/uapi/linux/netfilter/xt_conntrack.h).
 const STATE_UNTRACKED: u16 = 0x100;
 const STATE_INVALID: u16 = 1;
-
-/// A packet sent through.
-#[derive(Clone, Debug)]
-pub struct Sample {
-    /// As it was sent.
-    pub input: Input,
-    frame: Frame,
-}
 
 /// Where rules and kernel differ.
 #[derive(Clone, Debug)]
@@ -132,10 +122,11 @@ pub fn compare(
         Semantics::Legacy => Tool::Legacy,
         Semantics::Nft => Tool::Nft,
     };
-    let mut inputs = names(&ruleset, Field::InDevice);
+    let mut inputs = device_names(&ruleset, Field::InDevice);
     inputs.truncate(DEVICES_MAX - 1);
     inputs.push(OTHER.to_string());
-    let output = names(&ruleset, Field::OutDevice).into_iter().next().unwrap_or_else(|| OUTPUT.to_string());
+    let output =
+        device_names(&ruleset, Field::OutDevice).into_iter().next().unwrap_or_else(|| OUTPUT.to_string());
     let netfilter = Netfilter::new(&Sys::new(), ruleset.family, &inputs, &output)?;
     let mut against = Against {
         netfilter,
@@ -145,6 +136,7 @@ pub fn compare(
         state: State::new(0),
         inputs: inputs.iter().filter_map(|name| DeviceName::new(name)).collect(),
         output: DeviceName::new(&output),
+        uncounted: undeclared(session, tool),
         ruleset,
     };
     against.netfilter.route(comparison.route)?;
@@ -188,28 +180,16 @@ fn without_nat(sources: &SourceMap, session: &Session) -> String {
     text
 }
 
-/// Devices that rules name, and that can be made.
-fn names(ruleset: &Ruleset, field: Field) -> Vec<String> {
-    let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
-    let tests = clauses.filter_map(|clause| match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => Some(tests),
-        ClauseKind::Effect(_) | ClauseKind::Opaque(_) | ClauseKind::Beyond(_) => None,
-    });
-    let mut names = Vec::new();
-    for test in tests.flatten().filter(|test| test.field == field) {
-        for interval in test.values.intervals() {
-            for value in [interval.lo(), interval.hi()] {
-                let name = DeviceName::from_value(value).to_string();
-                // net/core/dev.c, `dev_valid_name`; and what the namespace has already.
-                let valid = name.chars().all(|c| c.is_ascii_graphic() && c != '/' && c != ':' && c != '%');
-                let free = !["", ".", "..", "lo", "all", "default"].contains(&name.as_str());
-                if DeviceName::new(&name).is_some() && valid && free && !names.contains(&name) {
-                    names.push(name);
-                }
-            }
-        }
-    }
-    names
+/// Base chains that a rule set uses without declaring them: iptables-nft makes those without counters, which it prints
+/// as zero.
+fn undeclared(session: &Session, tool: Tool) -> BTreeSet<Chain> {
+    let declared = |chain: Chain| {
+        let span = session.ruleset.chains[chain].span;
+        let file = session.sources.file(span.file);
+        file.line_text(file.line(span.start)).trim_start().starts_with(':')
+    };
+    let chains = session.ruleset.chains.keys();
+    if tool == Tool::Nft { chains.filter(|chain| !declared(*chain)).collect() } else { BTreeSet::new() }
 }
 
 /// The host as the namespace makes it.
@@ -236,6 +216,8 @@ struct Against {
     tool: Tool,
     text: String,
     ruleset: Ruleset,
+    /// Base chains whose policies have no counters.
+    uncounted: BTreeSet<Chain>,
     env: Env,
     state: State,
     inputs: Vec<DeviceName>,
@@ -296,55 +278,12 @@ impl Against {
             Route::Forward => Hook::Forward,
             Route::Local => Hook::Input,
         };
-        let place = place(&[Hook::Prerouting, hook]);
-        let classifier = flatten(&self.ruleset, &place, &self.env, &mut Vec::new());
-        let devices: Vec<Device> =
-            self.inputs.iter().zip(1..).map(|(&name, ifindex)| Device { ifindex, name }).collect();
-        let made = Witnesses::new(&classifier, &devices, comparison.seed);
-        let mut batches = vec![Vec::new()];
-        let mut count = 0;
-        // Frames that are no packets of this family are passed over; most are.
-        for input in made.take(comparison.packets.saturating_mul(2)) {
-            let batch = batches.last_mut().expect("there is always one");
-            let id = batch.len() as u32 + 1;
-            let Some(sample) = self.sample(input, id) else { continue };
-            batch.push(sample);
-            count += 1;
-            if count == comparison.packets {
-                break;
-            }
-            if id as usize == FRAMES_MAX {
-                batches.push(Vec::new());
-            }
-        }
-        batches
-    }
-
-    /// Makes a packet one that can be sent and told apart; `None` if it can't be sent.
-    fn sample(&self, mut input: Input, id: u32) -> Option<Sample> {
-        let family = self.ruleset.family;
-        let frame = &mut input.frame;
-        if frame.len() < ETHERNET_BYTES || frame.len() > FRAME_BYTES_MAX {
-            return None;
-        }
-        let network = network_offset(family, frame)?;
-        // To this host's device, if to any one device.
-        if frame[0] & 1 == 0 {
-            frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
-        }
-        let told = stamp(family, &mut frame[network..], id);
-        let device = self.inputs.iter().position(|name| Some(*name) == input.in_device).unwrap_or(0);
-        input.in_device = Some(self.inputs[device]);
-        input.out_device = None;
-        input.mark = 0;
-        input.packet_type = None;
-        let frame = Frame { bytes: input.frame.clone(), id: if told { id } else { 0 }, device };
-        Some(Sample { input, frame })
+        samples(&self.ruleset, &self.env, &self.inputs, hook, comparison.packets, comparison.seed)
     }
 
     fn send(&mut self, samples: &[Sample]) -> Result<Vec<Passage>, NetfilterError> {
         let frames: Vec<Frame> = samples.iter().map(|sample| sample.frame.clone()).collect();
-        self.netfilter.run(&frames)
+        self.netfilter.run(&frames, Entry::Stack)
     }
 
     /// What a packet's passage shows, and counts it.
@@ -381,6 +320,11 @@ impl Against {
         let bytes = View::new(self.ruleset.family, &place, &input).map_or(0, |view| view.bytes());
         if u64::from(passage.length) != bytes {
             return Judged::LeftOut("changed by reassembly");
+        }
+        if self.tool == Tool::Nft && self.ruleset.family == Family::V6 && is_later_fragment(&place, &input) {
+            // include/net/netfilter/nf_tables_ipv6.h: `ipv6_find_hdr` does not say where a later fragment's payload
+            // is, and nft takes the IPv6 header for the transport header.
+            return Judged::LeftOut("a later fragment, of which nft reads other bytes");
         }
         let passed = stages.has(Stages::ROUTED);
         match outcome.ending.verdict {
@@ -459,7 +403,7 @@ impl Against {
                 continue;
             }
             let table = table.to_string();
-            if chain.base.is_some() {
+            if chain.base.is_some() && !self.uncounted.contains(&id) {
                 expected.insert((table.clone(), &chain.name, 0), self.state.policies[id]);
             }
             rules.insert((table.clone(), &chain.name), chain.rules.len());
@@ -528,20 +472,6 @@ impl Against {
     }
 }
 
-/// The same samples with numbers that differ among them.
-fn renumbered(family: Family, samples: &[Sample]) -> Vec<Sample> {
-    let mut samples = samples.to_vec();
-    for (sample, id) in samples.iter_mut().zip(1..).filter(|(sample, _)| sample.frame.id != 0) {
-        let frame = &mut sample.frame.bytes;
-        if let Some(network) = network_offset(family, frame) {
-            stamp(family, &mut frame[network..], id);
-            sample.frame.id = id;
-            sample.input.frame = frame.clone();
-        }
-    }
-    samples
-}
-
 /// The hooks' chains as they are, with everything given.
 fn place(path: &[Hook]) -> Place {
     Place {
@@ -566,66 +496,7 @@ fn connection(passage: &Passage) -> Connection {
     Connection { state, reply: passage.connection & 8 != 0 && info >= 3, ..Connection::default() }
 }
 
-/// Where the network header begins, if the frame is one of this family as far as its types say.
-fn network_offset(family: Family, frame: &[u8]) -> Option<usize> {
-    let mut at = ETHERNET_BYTES;
-    loop {
-        let kind = u16::from_be_bytes(frame.get(at - 2..at)?.try_into().ok()?);
-        match kind {
-            0x8100 | 0x88a8 if at < ETHERNET_BYTES + 8 => at += 4,
-            _ if kind == family.ether_type() => return (at < frame.len()).then_some(at),
-            _ => return None,
-        }
-    }
-}
-
-/// Puts a number into a packet's header and makes the header's checksum right; whether there is room for it.
-fn stamp(family: Family, packet: &mut [u8], id: u32) -> bool {
-    match family {
-        Family::V4 => {
-            if packet.len() < 20 {
-                return false;
-            }
-            packet[4..6].copy_from_slice(&(id as u16).to_be_bytes());
-            checksum(packet);
-        }
-        Family::V6 => {
-            if packet.len() < 40 {
-                return false;
-            }
-            packet[1] = packet[1] & 0xf0 | (id >> 16 & 15) as u8;
-            packet[2..4].copy_from_slice(&(id as u16).to_be_bytes());
-        }
-    }
-    true
-}
-
-/// Makes an IPv4 header's checksum right, if it is all there (RFC 1071).
-fn checksum(packet: &mut [u8]) {
-    let header = usize::from(packet[0] & 15) * 4;
-    if header < 20 || header > packet.len() {
-        return;
-    }
-    packet[10..12].fill(0);
-    let words =
-        packet[..header].chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-}
-
-/// One hop less, as forwarding leaves it before the rules see it (net/ipv4/ip_forward.c, net/ipv6/ip6_output.c,
-/// `ip6_forward`).
-fn hop(family: Family, frame: &mut [u8]) {
-    let Some(network) = network_offset(family, frame) else { return };
-    let packet = &mut frame[network..];
-    match family {
-        Family::V4 => {
-            packet[8] = packet[8].wrapping_sub(1);
-            checksum(packet);
-        }
-        Family::V6 => packet[7] = packet[7].wrapping_sub(1),
-    }
+/// Whether a packet is a second or further fragment.
+fn is_later_fragment(place: &Place, input: &Input) -> bool {
+    View::new(Family::V6, place, input).is_ok_and(|view| view.get(Field::FragOffset) != 0)
 }

@@ -1,0 +1,158 @@
+//! A program in the kernel, run on packets without being attached (`BPF_PROG_TEST_RUN`).
+
+use polc::select::Devices;
+use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
+use polc_backend_ebpf::object::Object;
+use polc_ir::env::{Attach, Input};
+use polc_ir::field::DeviceName;
+use polc_ir::outcome::{Count, Decider, Ending, FrameKind};
+use polc_ir::plan::Plan;
+use polc_loader::load::{Loaded, load};
+use polc_loader::net::Device;
+use polc_loader::netfilter::Bare;
+use polc_loader::sys::{Sys, TestRun};
+use polc_loader::{Error, carry};
+
+use crate::failure::Failure;
+
+/// Where the kernel finds the mark in the context of a tc program (`struct __sk_buff`).
+const MARK: std::ops::Range<usize> = 8..12;
+
+/// The context of a test run, and the packet as a program sees it then: it comes by `device` and, where it leaves by
+/// that, by `other`. `None` for packets that the kernel tests no program with.
+pub(super) fn as_tested(
+    input: &Input,
+    attach: Attach,
+    context_bytes: usize,
+    device: &Device,
+    other: Option<u32>,
+) -> Option<(Input, Vec<u8>)> {
+    // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags and types of packets
+    // can't be given.
+    if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() {
+        return None;
+    }
+    let mut input = input.clone();
+    let mut context = vec![0; context_bytes];
+    if attach == Attach::Xdp {
+        context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes());
+        context[12..16].copy_from_slice(&device.ifindex.to_ne_bytes());
+        input.mark = 0;
+    } else {
+        context[MARK].copy_from_slice(&input.mark.to_ne_bytes());
+        context[36..40].copy_from_slice(&other.unwrap_or(0).to_ne_bytes());
+        context[40..44].copy_from_slice(&device.ifindex.to_ne_bytes());
+        // `eth_type_trans` works the type out from the device's address.
+        let own = device.address.get(..6).is_some_and(|own| own == &input.frame[..6]);
+        input.packet_type = Some(match input.frame[..6] {
+            _ if own => 0,
+            [255, 255, 255, 255, 255, 255] => 1,
+            [first, ..] if first & 1 == 1 => 2,
+            _ => 3,
+        });
+    }
+    Some((input, context))
+}
+
+/// What the kernel made of a packet.
+#[derive(Debug)]
+pub(super) struct Tested {
+    /// The packet as the program saw it.
+    pub input: Input,
+    /// Its ending and what it was counted for, in ascending order; or what went wrong in the program.
+    pub result: Result<(Ending, Vec<Count>), String>,
+    /// Its mark afterwards.
+    pub mark: u32,
+}
+
+/// An object in the kernel, in a network namespace with the devices that it knows.
+#[derive(Debug)]
+pub(super) struct KernelProgram {
+    sys: Sys,
+    loaded: Loaded,
+    bare: Bare,
+    /// Number of a device that the program does not know.
+    undeclared: u32,
+    attach: Attach,
+    context_bytes: usize,
+    counters: Vec<u64>,
+}
+
+impl KernelProgram {
+    /// Loads an object for `plan`.
+    pub(super) fn new(plan: &Plan, object: &Object, devices: &Devices) -> Result<KernelProgram, Failure> {
+        let sys = Sys::new();
+        if !sys.is_root() {
+            return Err(Error::NotRoot.into());
+        }
+        let attach = plan.place.attach.expect("programs are made for an attach point");
+        let context_bytes = object.programs[0].kind.context_bytes() as usize;
+        let loaded = load(&sys, object)?;
+        let numbers = devices.declared.iter().map(|device| device.ifindex);
+        let undeclared = numbers.clone().max().unwrap_or(0).saturating_add(1);
+        let bare = Bare::new(&sys, [undeclared].into_iter().chain(numbers))?;
+        let counters = vec![0; plan.traces.len()];
+        Ok(KernelProgram { sys, loaded, bare, undeclared, attach, context_bytes, counters })
+    }
+
+    /// Runs a packet. `None` if the kernel tests no program with it.
+    pub(super) fn run(&mut self, plan: &Plan, input: &Input) -> Result<Option<Tested>, Failure> {
+        let number = |name: Option<DeviceName>| {
+            let known =
+                plan.devices.devices.iter().find(|(device, _)| Some(device.name) == name && name.is_some());
+            known.map(|(device, _)| device.ifindex)
+        };
+        let (came, leaves) = (number(input.in_device), number(input.out_device));
+        let (at, other, named) = match self.attach {
+            Attach::TcEgress => (leaves, came, input.out_device),
+            _ => (came, None, input.in_device),
+        };
+        // A packet of no device comes by one that the program was not told about.
+        let at = match at {
+            Some(number) => number,
+            None if named.is_none() => self.undeclared,
+            None => return Ok(None),
+        };
+        let Some(device) = self.bare.device(at) else { return Ok(None) };
+        let Some((input, context)) = as_tested(input, self.attach, self.context_bytes, device, other) else {
+            return Ok(None);
+        };
+        let program = self.loaded.program().ok_or_else(|| Error::NoProgram("it has none".into()))?;
+        let run = TestRun { frame: &input.frame, context: &context, repeat: 1 };
+        let result = match self.sys.test_run(&program.fd, &run) {
+            // A frame that the kernel makes no packet of for this kind of program.
+            Err(error) if error.raw_os_error() == Some(EINVAL) => return Ok(None),
+            result => result.map_err(Error::call("run the loaded program"))?,
+        };
+        let mark = match self.attach {
+            Attach::Xdp => input.mark,
+            _ => u32::from_ne_bytes(result.context[MARK].try_into().expect("four bytes")),
+        };
+        let grown = self.grown()?;
+        let result = ending_of(plan, self.attach, &grown, result.return_value as i32);
+        if named.is_none()
+            && result.as_ref().is_ok_and(|(ending, _)| ending.by == Decider::Frame(FrameKind::UnknownDevice))
+        {
+            // The rules tell devices apart, and in the kernel every packet has one.
+            return Ok(None);
+        }
+        Ok(Some(Tested { input, result, mark }))
+    }
+
+    /// By how much each counter's packets grew.
+    fn grown(&mut self) -> Result<Vec<u64>, Failure> {
+        let map =
+            self.loaded.map(COUNTERS_MAP).ok_or_else(|| Error::NoProgram("it has no counters".into()))?;
+        let slots = carry::slots(&self.sys, map)?;
+        let mut grown = vec![0; self.counters.len()];
+        for ((packets, _), (before, grown)) in slots.into_iter().zip(self.counters.iter_mut().zip(&mut grown))
+        {
+            *grown = packets - *before;
+            *before = packets;
+        }
+        Ok(grown)
+    }
+}
+
+/// `errno` (include/uapi/asm-generic/errno-base.h).
+const EINVAL: i32 = 22;
