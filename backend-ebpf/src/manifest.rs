@@ -7,6 +7,7 @@
 use crate::trace::TraceManifest;
 use polc_ir::env::{Attach, Device, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
+use polc_ir::plan::set::SetShape;
 use serde::{Deserialize, Serialize};
 
 /// The manifest of an object.
@@ -35,10 +36,31 @@ pub struct Manifest {
     /// How packets are reported, if they can be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<TraceManifest>,
+    /// The sets that have tables.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sets: Vec<SetManifest>,
     /// What a loader has to be able to do beyond the common.
     pub needs: Needs,
     /// Oldest kernel with everything the object uses.
     pub kernel_min: KernelVersion,
+}
+
+/// A set that has a table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SetManifest {
+    /// The set's name.
+    pub name: String,
+    /// The data map that is its table.
+    pub map: String,
+    /// The line that creates it, as `ipset save` writes it.
+    pub create: String,
+    /// Whether its elements may change while the program runs.
+    pub live: bool,
+    /// Most elements that it may get.
+    pub elements_max: usize,
+    /// How the table is laid out.
+    pub shape: SetShape,
 }
 
 /// What one counter slot counts.

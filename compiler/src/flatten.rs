@@ -18,12 +18,14 @@ use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Derived, Rule, Stage};
 use polc_ir::env::{Connections, Env, Fragments, Place};
 use polc_ir::field::Field;
-use polc_ir::interval::IntervalSet;
+use polc_ir::interval::{Interval, IntervalSet};
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, Verdict};
 use polc_ir::ruleset::deferral::{ClauseAbility, SUPPOSED_STATE, clause_ability, is_handed_over, supposes};
 use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
+
+use crate::members::Members;
 
 /// The rules have more ways through them than a classifier may have entries.
 pub const TOO_MANY_ENTRIES: Code = Code(500);
@@ -45,6 +47,7 @@ pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Ve
         entries: 0,
         entries_max: ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len(),
         tested: Vec::new(),
+        sets: Members::default(),
     };
     flattener.run(env, diagnostics)
 }
@@ -139,6 +142,8 @@ struct Flattener<'a> {
     entries_max: usize,
     /// Derived fields that entries test, in order of discovery.
     tested: Vec<Derived>,
+    /// Which of them are looked up in tables of sets.
+    sets: Members,
 }
 
 impl Flattener<'_> {
@@ -185,6 +190,7 @@ impl Flattener<'_> {
                     .with_hint("chains that are jumped to from many places, and come back, multiply; let them end in a verdict"),
             );
         }
+        self.sets = Members::choose(self.ruleset, &self.tested, diagnostics);
         let root = self.prelude(root, env);
         self.finish(root)
     }
@@ -547,33 +553,42 @@ impl Flattener<'_> {
         for derived in std::mem::take(&mut self.tested) {
             let field = Field::Derived(derived);
             let write = |value: u128| Write { field, clear: u128::from(u32::MAX), xor: value };
-            let mut entries: Vec<Entry> = match &self.ruleset.derived[derived] {
-                DerivedData::Member { set, ends, return_nomatch } => set::cubes(self.ruleset, *set, ends)
-                    .into_iter()
-                    .map(|(cube, nomatch)| {
-                        let member = nomatch == *return_nomatch;
-                        let exit = Exit::Then { writes: vec![write(member.into())], stage: root };
-                        Entry { cube, rule: None, onward: Onward { counts: Vec::new(), exit } }
-                    })
-                    .collect(),
-                DerivedData::AddressType { of, .. } => address_types(family, env)
-                    .into_iter()
-                    .filter_map(|(range, kind)| {
+            let exit = |value: u128, stage| Exit::Then { writes: vec![write(value)], stage };
+            let go = |exit| Onward { counts: Vec::new(), exit };
+            match &self.ruleset.derived[derived] {
+                DerivedData::Member { .. } if self.sets.fields.contains(&derived) => {}
+                DerivedData::Member { set, ends, return_nomatch } => {
+                    // From the last set of a list to the first, each going on where its elements don't decide.
+                    let mut next = go(exit(0, root));
+                    for leaf in set::leaves(&self.ruleset.sets, *set).into_iter().rev() {
+                        let data = &self.ruleset.sets[leaf];
+                        let wanted = *return_nomatch && data.takes_nomatch();
+                        let entry = |(cube, nomatch)| {
+                            let onward = if nomatch == wanted { go(exit(1, root)) } else { next.clone() };
+                            Entry { cube, rule: None, onward }
+                        };
+                        let cubes = set::cubes(data, family, ends);
+                        let mut entries: Vec<Entry> = cubes.into_iter().map(entry).collect();
+                        entries.push(Entry::rest(next));
+                        let stage = self.add(entries, None);
+                        next = Onward::go(stage);
+                    }
+                    root = self.as_stage(next);
+                }
+                DerivedData::AddressType { of, .. } => {
+                    let entry = |(range, kind): (Interval, u8)| {
                         let mut cube = Cube::all();
-                        let possible =
-                            cube.and(&Test::new(Field::address(*of), family, range.into()), family);
-                        possible.then(|| {
-                            let exit = Exit::Then { writes: vec![write(kind.into())], stage: root };
-                            Entry { cube, rule: None, onward: Onward { counts: Vec::new(), exit } }
-                        })
-                    })
-                    .collect(),
-                _ => continue,
-            };
-            let other = u128::from(matches!(self.ruleset.derived[derived], DerivedData::AddressType { .. }));
-            let exit = Exit::Then { writes: vec![write(other)], stage: root };
-            entries.push(Entry::rest(Onward { counts: Vec::new(), exit }));
-            root = self.add(entries, None);
+                        let test = Test::new(Field::address(*of), family, range.into());
+                        let onward = go(exit(kind.into(), root));
+                        cube.and(&test, family).then_some(Entry { cube, rule: None, onward })
+                    };
+                    let mut entries: Vec<Entry> =
+                        address_types(family, env).into_iter().filter_map(entry).collect();
+                    entries.push(Entry::rest(go(exit(1, root))));
+                    root = self.add(entries, None);
+                }
+                _ => {}
+            }
         }
         root
     }
@@ -612,6 +627,8 @@ impl Flattener<'_> {
             root: renumber(root),
             derived: self.ruleset.derived.clone(),
             sets: self.ruleset.sets.clone(),
+            members: std::mem::take(&mut self.sets.fields),
+            set_shapes: std::mem::take(&mut self.sets.shapes),
             effect_tests: self.ruleset.effect_tests.clone(),
         };
         let mut built = built;

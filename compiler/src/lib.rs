@@ -15,6 +15,7 @@ pub mod decider;
 pub mod flatten;
 pub mod guard;
 pub mod lint;
+mod members;
 #[cfg(feature = "kernel")]
 pub mod netfilter;
 mod pipeline;

@@ -61,7 +61,10 @@ pub fn run(
         }
     };
     let given = |field: Field| match field {
-        Field::Derived(id) => derived::eval(&ruleset.derived[id], &view).into(),
+        Field::Derived(id) => {
+            let member = compiled.classifier.member(id, &mut |field| view.get(field));
+            member.unwrap_or_else(|| derived::eval(&ruleset.derived[id], &view)).into()
+        }
         field => view.get(field),
     };
     match level {

@@ -1,18 +1,21 @@
 //! `witness`: packets that show what a classifier does.
 //!
-//! A packet is made for entries and for the values at which their tests change their mind: for each interval its ends
+//! A packet is made for entries, for elements of sets that are looked up in tables, and for the values at which their tests change their mind: for each interval its ends
 //! and the values just beyond. Fields of several entries are mixed, since a packet passes several stages, and frames
 //! are then cut, tagged, fragmented or bent, because rules meet packets they did not foresee. The sequence depends on
 //! the seed alone.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use polc_ir::classifier::Classifier;
 use polc_ir::cube::Cube;
+use polc_ir::derived::DerivedData;
 use polc_ir::env::{Attach, Connection, Connections, Device, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::max_value;
+use polc_ir::set::{self, SetContents};
 
 /// Random numbers (splitmix64).
 #[derive(Clone, Debug)]
@@ -49,15 +52,40 @@ pub struct Witnesses<'a> {
     classifier: &'a Classifier,
     devices: &'a [Device],
     random: Random,
-    cubes: Vec<&'a Cube>,
+    cubes: Vec<Cow<'a, Cube>>,
     next: usize,
+}
+
+/// Elements of a set in a table that packets are made for.
+const ELEMENTS_MAX: usize = 256;
+
+/// Cubes of elements of the sets that have tables: the first, the last, and some between.
+fn member_cubes(classifier: &Classifier) -> Vec<Cube> {
+    let mut cubes = Vec::new();
+    for &field in &classifier.members {
+        let DerivedData::Member { set, ends, .. } = &classifier.derived[field] else { continue };
+        for leaf in set::leaves(&classifier.sets, *set) {
+            let data = &classifier.sets[leaf];
+            let SetContents::Elements(elements) = &data.contents else { continue };
+            if elements.is_empty() || data.dimensions.len() > ends.len() {
+                continue;
+            }
+            let count = elements.len().min(ELEMENTS_MAX);
+            for at in 0..count {
+                let element = &elements[at * (elements.len() - 1) / (count - 1).max(1)];
+                cubes.extend(set::element_cubes(classifier.family, element, ends));
+            }
+        }
+    }
+    cubes
 }
 
 impl<'a> Witnesses<'a> {
     /// Packets for `classifier` that come and go by `devices`.
     pub fn new(classifier: &'a Classifier, devices: &'a [Device], seed: u64) -> Witnesses<'a> {
-        let cubes =
-            classifier.entries.values().map(|entry| &entry.cube).filter(|cube| !cube.is_all()).collect();
+        let entries = classifier.entries.values().map(|entry| &entry.cube).filter(|cube| !cube.is_all());
+        let cubes = entries.map(Cow::Borrowed).chain(member_cubes(classifier).into_iter().map(Cow::Owned));
+        let cubes = cubes.collect();
         Witnesses { classifier, devices, random: Random::new(seed), cubes, next: 0 }
     }
 
@@ -67,10 +95,10 @@ impl<'a> Witnesses<'a> {
             // Every cube in turn, mixed with others.
             let mixed = self.random.below(3);
             for _ in 0..mixed {
-                let other = self.cubes[self.random.below(self.cubes.len())];
+                let other = self.random.below(self.cubes.len());
                 self.satisfy(other, &mut fields);
             }
-            let cube = self.cubes[self.next % self.cubes.len()];
+            let cube = self.next % self.cubes.len();
             self.next += 1;
             self.satisfy(cube, &mut fields);
         }
@@ -80,8 +108,8 @@ impl<'a> Witnesses<'a> {
         input
     }
 
-    fn satisfy(&mut self, cube: &Cube, fields: &mut BTreeMap<Field, u128>) {
-        for test in cube.tests() {
+    fn satisfy(&mut self, cube: usize, fields: &mut BTreeMap<Field, u128>) {
+        for test in self.cubes[cube].tests() {
             let intervals = test.values.intervals();
             if intervals.is_empty() {
                 continue;

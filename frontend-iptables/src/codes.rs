@@ -124,7 +124,7 @@ codes! {
     /// A set whose contents the compiler can't express; its membership is unknown.
     SET_NOT_COMPILED = 211, "rules that look at the set stay with the kernel";
     /// Elements that expire are taken to stay.
-    SET_EXPIRES = 212, "compile again when elements have expired";
+    SET_EXPIRES = 212, "delete elements when their time is over, or compile again";
 }
 
 /// The finding, with its code's hint if it has none of its own.

@@ -119,3 +119,10 @@ pub const VERIFIER_LOG_BYTES_MAX: usize = 1 << 24;
 
 /// Most operations of one look-up step: each becomes up to five instructions of a program's 32,767.
 pub const LOOKUP_OPS_MAX: usize = 4_096;
+
+/// Most levels of a set's table: combinations of prefix lengths, up to six neighbouring lengths being one. A cell names
+/// its level in five bits, of which 0 says that there is no cell.
+pub const SET_LEVELS_MAX: usize = 31;
+
+/// Most cells of one set's table: as many as elements may be in a set, with room.
+pub const SET_CELLS_MAX: usize = 8 << 20;

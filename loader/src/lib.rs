@@ -19,6 +19,7 @@
 //! | [`counters`], [`events`] | packets by rule, packets as they are decided |
 //! | [`jited`] | a loaded program's code, beside the rules it comes from |
 //! | [`tables`] | contents of maps |
+//! | [`sets`] | elements of an applied policy's sets |
 //! | [`kernel_types`] | where the kernel's own structures have their fields |
 //! | [`netfilter`] | the kernel's own packet filter in a namespace of its own, asked what it does with packets |
 //! | [`error`] | why not, and what to do |
@@ -36,6 +37,7 @@ pub mod load;
 pub mod net;
 pub mod netfilter;
 pub mod probe;
+pub mod sets;
 pub mod state;
 pub mod status;
 pub mod swap;

@@ -91,7 +91,8 @@ pub fn map_spec(def: &MapDef) -> MapSpec<'_> {
             key_bytes: 4,
             value_bytes: contents.len() as u32,
             max_entries: 1,
-            flags: if *section == DataSection::Rodata { MapFlags::RDONLY_PROG } else { 0 },
+            // As libbpf makes them: data may be changed word by word while programs run.
+            flags: if *section == DataSection::Rodata { MapFlags::RDONLY_PROG } else { MapFlags::MMAPABLE },
             name: &def.name,
         },
         MapKind::Declared { map_type, key_bytes, value_bytes, max_entries, flags } => MapSpec {

@@ -1,7 +1,7 @@
 //! `emit`: a plan becomes an object.
 //!
 //! One program is emitted, in the order a packet meets its parts: the context and the frame's headers (`headers`),
-//! fields that take more than a load (`derived`), stages decided by code (`steps`, `lookup`), the loop that reads
+//! fields that take more than a load (`derived`), membership in sets (`set`), stages decided by code (`steps`, `lookup`), the loop that reads
 //! tables (`walk`), and the one place that counts and returns. Jumps go forward only, marked loops aside. What each register
 //! and stack slot holds is written in [`crate::abi`].
 //!
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::{Code as DiagCode, Diagnostic};
-use polc_ir::entities::{Map, Rule, Step};
+use polc_ir::entities::{Map, Rule, Set, Step};
 use polc_ir::env::{Attach, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
@@ -25,7 +25,7 @@ use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line};
 use crate::budget::Budget;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
-use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest, Needs};
+use crate::manifest::{Counted, CounterKind, CounterSlot, KernelVersion, Manifest, Needs, SetManifest};
 use crate::object::{DataSection, MapDef, Object, Program, ProgramKind};
 use crate::trace::TraceManifest;
 
@@ -34,6 +34,7 @@ mod derived;
 mod headers;
 mod ipv6;
 mod lookup;
+mod set;
 mod steps;
 mod trace;
 mod walk;
@@ -50,6 +51,9 @@ pub const WALK_MAP: &str = "walk";
 pub const EXITS_MAP: &str = "exits";
 /// The data map of all tables that look-up steps read.
 pub const TABLES_MAP: &str = "tables";
+
+/// What the names of data maps of sets' tables start with, before the set's number.
+pub const SET_MAP_PREFIX: &str = "set";
 
 /// Diagnostic code: the rules test more fields than a program's stack holds.
 pub const KEY_TOO_LARGE: DiagCode = DiagCode(560);
@@ -184,6 +188,9 @@ struct Emitter<'a> {
     tables: Option<Map>,
     table_offsets: Vec<u32>,
     exit_words: BTreeMap<Step, u32>,
+    /// The map of each set's table.
+    sets: BTreeMap<Set, Map>,
+    set_manifests: Vec<SetManifest>,
     /// Where the header parts jump to end a frame, with the kind that ends there.
     frame_ends: BTreeMap<FrameKind, Label>,
     /// Counts `r8` and returns `r9`.
@@ -225,6 +232,8 @@ impl<'a> Emitter<'a> {
             tables: None,
             table_offsets: Vec::new(),
             exit_words: BTreeMap::new(),
+            sets: BTreeMap::new(),
+            set_manifests: Vec::new(),
             frame_ends: BTreeMap::new(),
             count,
             bail,
@@ -249,6 +258,7 @@ impl<'a> Emitter<'a> {
             emitter.nth = Some(emitter.maps.push(MapDef::data(NTH_MAP, DataSection::Data, contents)));
         }
         emitter.add_tables();
+        emitter.add_sets();
         if target.trace {
             emitter.add_trace();
         }
@@ -303,6 +313,7 @@ impl<'a> Emitter<'a> {
     fn program(&mut self) {
         self.headers();
         self.derived();
+        self.members();
         self.forget_key();
         self.steps();
         self.endings();
@@ -450,7 +461,7 @@ impl<'a> Emitter<'a> {
         if !self.diagnostics.is_empty() {
             return Err(self.diagnostics);
         }
-        let mut manifest = manifest(self.plan, self.target);
+        let mut manifest = Manifest { sets: self.set_manifests, ..manifest(self.plan, self.target) };
         let code = match self.asm.finish() {
             Ok(code) => code,
             Err(error) => {
@@ -510,6 +521,7 @@ fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
         counted: counted.iter().map(|count| counted_as(*count, target)).collect(),
         devices: plan.devices.devices.iter().map(|(device, _)| *device).collect(),
         trace: target.trace.then(TraceManifest::current),
+        sets: Vec::new(),
         needs: Needs::default(),
         // Direct access to the stack at a variable offset.
         kernel_min: KernelVersion(5, 18),

@@ -74,6 +74,8 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
         traces: endings.into_iter().map(Trace::from).collect(),
         derived: PrimaryMap::new(),
         sets: PrimaryMap::new(),
+        members: Vec::new(),
+        set_tables: Default::default(),
         effect_tests: PrimaryMap::new(),
     }
 }

@@ -33,6 +33,7 @@ mod column;
 mod cost;
 mod line;
 mod matrix;
+mod members;
 mod problem;
 mod search;
 mod walk;
@@ -140,6 +141,8 @@ pub fn select_with(classifier: &Classifier, decision: &Decision, devices: &Devic
         family: classifier.family,
         place: classifier.place.clone(),
         root: targets[classifier.root].expect("the root is decided"),
+        members: members::steps(classifier, |field| selector.slot(field)),
+        set_tables: members::tables(classifier),
         key: selector.key,
         devices: selector.devices,
         steps,
@@ -213,6 +216,7 @@ impl<'a> Selector<'a> {
         if classifier.entries.values().any(looks_up) {
             fields.extend(LOOKED_UP_BY);
         }
+        fields.extend(members::fields(classifier));
         fields.sort_unstable();
         fields.dedup();
         let mut key = Vec::new();

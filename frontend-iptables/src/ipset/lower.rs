@@ -12,12 +12,12 @@ use polc_ir::field::DeviceName;
 use polc_ir::hook::Family;
 use polc_ir::interval::Interval;
 use polc_ir::ruleset::Ruleset;
-use polc_ir::set::{DimensionKind, DimensionValue, Element, SetContents, SetData};
+use polc_ir::set::{DIMENSIONS_MAX, DimensionKind, DimensionValue, Element, SetContents, SetData};
 use polc_ir::source::Span;
 
-use super::element::{Part, prefix_ends, prefixes};
+use super::element::{AddressForm, Part, prefix_ends, prefixes};
 use super::kind::Dimension;
-use super::{ElementAst, SetAst, Sets};
+use super::{ElementAst, SetAst, Sets, print};
 use crate::value::prefix_length;
 
 /// Adds a file's sets to a rule set: those without addresses, and those of its family. Sets whose contents the IR can't
@@ -35,15 +35,26 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
             (Vec::new(), SetContents::Sets(members.collect()))
         } else {
             match elements(ast) {
-                Ok(elements) => (
+                Some(elements) => (
                     ast.kind.dimensions.iter().filter_map(dimension_kind).collect(),
-                    SetContents::Elements(elements),
+                    SetContents::Elements(elements.into()),
                 ),
-                Err(_) => (Vec::new(), SetContents::Unknown),
+                None => (Vec::new(), SetContents::Unknown),
             }
         };
-        let data =
-            SetData { name: ast.name.clone(), family: ast.family, dimensions, contents, span: ast.span };
+        let data = SetData {
+            name: ast.name.clone(),
+            family: ast.family,
+            dimensions,
+            netmask: ast.options.netmask.or(ast.options.bitmask.and_then(prefix_length)),
+            mark_mask: ast.options.mark_mask.unwrap_or(u32::MAX),
+            elements_max: ast.elements_max(),
+            expires: ast.options.timeout.is_some(),
+            live: false,
+            contents,
+            create: print::create_line(ast),
+            span: ast.span,
+        };
         by_name.insert(&ast.name, ruleset.sets.push(data));
     }
 }
@@ -54,7 +65,8 @@ fn is_list(set: &SetAst) -> bool {
 
 fn dimension_kind(dimension: &Dimension) -> Option<DimensionKind> {
     match dimension {
-        Dimension::Host | Dimension::SingleHost | Dimension::Net => Some(DimensionKind::Address),
+        Dimension::Host | Dimension::SingleHost => Some(DimensionKind::Address),
+        Dimension::Net => Some(DimensionKind::Net),
         Dimension::Port | Dimension::TcpUdpPort => Some(DimensionKind::Port),
         Dimension::Mac => Some(DimensionKind::Mac),
         Dimension::Mark => Some(DimensionKind::Mark),
@@ -63,87 +75,106 @@ fn dimension_kind(dimension: &Dimension) -> Option<DimensionKind> {
     }
 }
 
-/// The elements of a set in the kernel's order of look-up, none for a list; or why the IR can't say them, and where.
-pub(super) fn elements(set: &SetAst) -> Result<Vec<Element>, (String, Span)> {
-    if is_list(set) {
-        return Ok(Vec::new());
+/// Whether the IR can say what is in a set; if not, why, and where.
+pub(super) fn can_say(set: &SetAst) -> Result<(), (String, Span)> {
+    let bits = set.options.bitmask;
+    if !set.elements.is_empty() && bits.is_some_and(|mask| prefix_length(mask).is_none()) {
+        return Err(("its `bitmask` is not a prefix".into(), set.elements[0].span));
     }
-    // Each with the lengths of its prefixes, which order the elements.
-    let mut elements: Vec<(Vec<Reverse<u8>>, Element)> = Vec::new();
-    for ast in &set.elements {
-        let mut variants = vec![(Vec::new(), Vec::new())];
-        for (index, &dimension) in set.kind.dimensions.iter().enumerate() {
-            let values = values(ast.parts.get(index), dimension, set, ast).map_err(|why| (why, ast.span))?;
-            variants = variants
-                .iter()
-                .flat_map(|(lengths, earlier)| {
-                    values.iter().map(move |&(length, value)| {
-                        let (mut lengths, mut values): (Vec<_>, Vec<_>) = (lengths.clone(), earlier.clone());
-                        lengths.extend(length.map(Reverse));
-                        values.push(value);
-                        (lengths, values)
-                    })
-                })
-                .collect();
+    for element in &set.elements {
+        for at in 0..set.kind.dimensions.len() {
+            let why = match element.parts.get(at) {
+                Some(Part::Device { physical: true, .. }) => "it names bridge ports",
+                Some(Part::Device { .. }) if element.wildcard => "it names devices by prefix",
+                Some(Part::Device { name, .. }) if DeviceName::new(name).is_none() => {
+                    return Err((format!("`{name}` is no device name"), element.span));
+                }
+                None => "an element without Ethernet address takes the first it meets",
+                Some(_) => continue,
+            };
+            return Err((why.into(), element.span));
         }
-        let nomatch = ast.nomatch;
-        elements.extend(variants.into_iter().map(|(lengths, values)| (lengths, Element { values, nomatch })));
     }
-    elements.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(elements.into_iter().map(|(_, element)| element).collect())
+    Ok(())
 }
 
-/// The values of a part; a range in a dimension of prefixes is several, each with its length.
-fn values(
-    part: Option<&Part>,
-    dimension: Dimension,
-    set: &SetAst,
-    element: &ElementAst,
-) -> Result<Vec<(Option<u8>, DimensionValue)>, String> {
-    let one = |value| Ok(vec![(None, value)]);
-    match part {
-        Some(Part::Address { first, last, .. }) => {
-            let mask = match (set.options.netmask, set.options.bitmask) {
-                (Some(length), _) => Some(length),
-                (None, Some(mask)) => Some(prefix_length(mask).ok_or("its `bitmask` is not a prefix")?),
-                (None, None) => None,
-            };
-            // Both the element and the packet's address are masked, so the element covers whole prefixes.
-            let ends = match mask {
-                Some(length) => (prefix_ends(*first, length).0, prefix_ends(*last, length).1),
-                None => (*first, *last),
-            };
-            if dimension != Dimension::Net {
-                return one(DimensionValue::Address(interval(ends)));
-            }
-            let prefixes = prefixes(*first, *last);
-            Ok(prefixes
-                .iter()
-                .map(|&(address, length)| {
-                    let covered = prefix_ends(address, mask.map_or(length, |mask| mask.min(length)));
-                    (Some(length), DimensionValue::Address(interval(covered)))
-                })
-                .collect())
-        }
-        Some(Part::Port { protocol, first, last }) => {
-            one(DimensionValue::Port { proto: *protocol, ports: between((*first).into(), (*last).into()) })
-        }
-        Some(Part::Mac(mac)) => {
-            one(DimensionValue::Mac(mac.0.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte))))
-        }
-        Some(Part::Mark(mark)) => {
-            let mask = set.options.mark_mask.unwrap_or(u32::MAX);
-            one(DimensionValue::Mark { mask, value: mark & mask })
-        }
-        Some(Part::Device { physical: true, .. }) => Err("it names bridge ports".into()),
-        Some(Part::Device { .. }) if element.wildcard => Err("it names devices by prefix".into()),
-        Some(Part::Device { name, .. }) => {
-            let name = DeviceName::new(name).ok_or_else(|| format!("`{name}` is no device name"))?;
-            one(DimensionValue::Device(name))
-        }
-        Some(Part::Set(name)) => Err(format!("`{name}` is a set")),
-        None => Err("an element without Ethernet address takes the first it meets".into()),
+/// The elements of a set in the kernel's order of look-up, none for a list; `None` if the IR can't say them.
+fn elements(set: &SetAst) -> Option<Vec<Element>> {
+    if is_list(set) {
+        return Some(Vec::new());
     }
+    can_say(set).ok()?;
+    // Each with the lengths of its prefixes, which order the elements, the longest first.
+    let mut elements: Vec<(Lengths, Element)> = Vec::with_capacity(set.elements.len());
+    for ast in &set.elements {
+        add(set, ast, &mut Vec::with_capacity(ast.parts.len()), [0; DIMENSIONS_MAX], &mut elements)?;
+    }
+    if set.kind.dimensions.contains(&Dimension::Net) {
+        elements.sort_by_key(|(lengths, _)| Reverse(*lengths));
+    }
+    Some(elements.into_iter().map(|(_, element)| element).collect())
+}
+
+type Lengths = [u8; DIMENSIONS_MAX];
+
+/// Adds the elements that an element is, once the parts before have become `values`: a range in a dimension of prefixes
+/// is several.
+fn add(
+    set: &SetAst,
+    ast: &ElementAst,
+    values: &mut Vec<DimensionValue>,
+    lengths: Lengths,
+    elements: &mut Vec<(Lengths, Element)>,
+) -> Option<()> {
+    let at = values.len();
+    let Some(&dimension) = set.kind.dimensions.get(at) else {
+        let element = Element { values: values.clone(), nomatch: ast.nomatch };
+        elements.push((lengths, element));
+        return Some(());
+    };
+    let one = match ast.parts.get(at)? {
+        Part::Address { first, last, form } => {
+            let mask = set.options.netmask.or(set.options.bitmask.and_then(prefix_length));
+            // Both the element and the packet's address are masked, so the element covers whole prefixes.
+            let under = |ends: (IpAddr, IpAddr), mask: Option<u8>| match mask {
+                Some(length) => interval((prefix_ends(ends.0, length).0, prefix_ends(ends.1, length).1)),
+                None => interval(ends),
+            };
+            if dimension == Dimension::Net {
+                let whole = match form {
+                    AddressForm::Prefix(length) => vec![(*first, *length)],
+                    AddressForm::Range => prefixes(*first, *last),
+                };
+                for (address, length) in whole {
+                    let covered = mask.map_or(length, |mask| mask.min(length));
+                    let range = under((address, address), Some(covered));
+                    values.push(DimensionValue::Address(range));
+                    let mut lengths = lengths;
+                    lengths[at] = length;
+                    add(set, ast, values, lengths, elements)?;
+                    values.pop();
+                }
+                return Some(());
+            }
+            DimensionValue::Address(under((*first, *last), mask))
+        }
+        Part::Port { protocol, first, last } => {
+            DimensionValue::Port { proto: *protocol, ports: between((*first).into(), (*last).into()) }
+        }
+        Part::Mac(mac) => {
+            DimensionValue::Mac(mac.0.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte)))
+        }
+        Part::Mark(mark) => {
+            let mask = set.options.mark_mask.unwrap_or(u32::MAX);
+            DimensionValue::Mark { mask, value: mark & mask }
+        }
+        Part::Device { name, .. } => DimensionValue::Device(DeviceName::new(name)?),
+        Part::Set(_) => return None,
+    };
+    values.push(one);
+    let added = add(set, ast, values, lengths, elements);
+    values.pop();
+    added
 }
 
 /// Both ends are of one family, and parsing refuses ranges that run backwards.

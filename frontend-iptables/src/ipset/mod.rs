@@ -17,6 +17,7 @@
 
 mod element;
 mod kind;
+mod live;
 mod lower;
 mod parse;
 mod print;
@@ -28,6 +29,7 @@ use polc_ir::source::Span;
 
 pub use element::{AddressForm, Part};
 pub use kind::{Dimension, SetKind};
+pub use live::add_line;
 pub use lower::lower;
 pub use parse::parse;
 pub use print::print;
@@ -63,6 +65,23 @@ pub struct SetAst {
     pub options: CreateOptions,
     /// The elements, in the order they were added; for `list:set`, in the list's order.
     pub elements: Vec<ElementAst>,
+}
+
+/// Elements of a hash if `maxelem` is not given.
+const ELEMENTS_MAX_DEFAULT: usize = 65_536;
+
+impl SetAst {
+    /// Most elements that the set may get: a hash's `maxelem`, as many as a bitmap's range has.
+    pub fn elements_max(&self) -> usize {
+        match (self.options.addresses, self.options.ports) {
+            (Some((IpAddr::V4(first), IpAddr::V4(last))), _) => {
+                let shift = 32 - self.options.netmask.unwrap_or(32);
+                ((last.to_bits() - first.to_bits()) >> shift) as usize + 1
+            }
+            (_, Some((first, last))) => usize::from(last - first) + 1,
+            _ => self.options.elements_max.map_or(ELEMENTS_MAX_DEFAULT, |max| max as usize),
+        }
+    }
 }
 
 /// The options of `create`. What is not given is `None`, and the kernel chooses.

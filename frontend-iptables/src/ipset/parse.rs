@@ -1,8 +1,12 @@
 //! Reads ipset save files line by line, as `ipset restore` does, but goes on after an error to find the rest.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 
+use hashbrown::hash_table::Entry;
+use hashbrown::{DefaultHashBuilder, HashTable};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::hook::Family;
 use polc_ir::limits;
@@ -16,8 +20,8 @@ use crate::lexer;
 use crate::value::{self, Masked, strtoul};
 
 /// A word of a line, without its quotes.
-struct Word {
-    text: String,
+struct Word<'t> {
+    text: Cow<'t, str>,
     span: Span,
 }
 
@@ -59,7 +63,7 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
 /// What the compiler does not do with a set.
 fn warnings(set: &SetAst) -> Vec<Diagnostic> {
     let mut warnings = Vec::new();
-    if let Err((why, span)) = lower::elements(set) {
+    if let Err((why, span)) = lower::can_say(set) {
         let message = format!("what is in set `{}` can't be compiled: {why}", set.name);
         warnings.push(
             Diagnostic::warning(codes::SET_NOT_COMPILED, message, span)
@@ -71,8 +75,11 @@ fn warnings(set: &SetAst) -> Vec<Diagnostic> {
         own.or(set.options.timeout).is_some_and(|timeout| timeout > 0)
     };
     if let Some(element) = set.elements.iter().find(expires) {
-        let message = format!("elements of set `{}` expire, but are compiled to stay", set.name);
-        warnings.push(Diagnostic::warning(codes::SET_EXPIRES, message, element.span));
+        let message = format!("elements of set `{}` have timeouts, which programs do not keep", set.name);
+        warnings.push(
+            Diagnostic::warning(codes::SET_EXPIRES, message, element.span)
+                .with_note("accelerate mode leaves rules that ask for it to the kernel; in replace mode they stay until they are deleted"),
+        );
     }
     warnings
 }
@@ -81,8 +88,10 @@ fn warnings(set: &SetAst) -> Vec<Diagnostic> {
 struct Parser {
     sets: Vec<SetAst>,
     by_name: HashMap<String, usize>,
+    /// The set of the last `add`.
+    last: Option<usize>,
     /// What each set holds already.
-    seen: Vec<HashSet<Box<[Part]>>>,
+    seen: Vec<Seen>,
     diagnostics: Vec<Diagnostic>,
     suppressed: usize,
     elements: usize,
@@ -99,6 +108,12 @@ impl Parser {
 
     fn line(&mut self, text: &str, start: u32, file: File) -> Result<(), Fault> {
         let span = |from: usize, to: usize| Span::new(file, start + from as u32, start + to as u32);
+        if let Some([name, element]) = plain_add(text) {
+            let element_at = 5 + name.len();
+            let name = Word { text: Cow::Borrowed(name), span: span(4, element_at - 1) };
+            let element = Word { text: Cow::Borrowed(element), span: span(element_at, text.len()) };
+            return self.add(&[&name, &element], span(0, text.len()));
+        }
         let trimmed = text.trim_start_matches([' ', '\t', '\r', '\x0b', '\x0c']);
         if trimmed.is_empty() || trimmed.starts_with('#') || matches!(trimmed.trim_end(), "COMMIT" | "commit")
         {
@@ -114,8 +129,8 @@ impl Parser {
         }
         let words = words(text, &span)?;
         let line = span(indent, trimmed.trim_end().len() + indent);
-        let mut words: Vec<&Word> = words.iter().collect();
-        words.retain(|word| !matches!(word.text.as_str(), "-exist" | "-!"));
+        let mut words: Vec<&Word<'_>> = words.iter().collect();
+        words.retain(|word| !matches!(&*word.text, "-exist" | "-!"));
         let Some((command, rest)) = words.split_first() else { return Ok(()) };
         match command.text.trim_start_matches('-') {
             "create" | "N" | "n" | "new" => self.create(rest, line),
@@ -124,7 +139,7 @@ impl Parser {
         }
     }
 
-    fn create(&mut self, words: &[&Word], line: Span) -> Result<(), Fault> {
+    fn create(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
         let [name, kind, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`create` needs a name and a type".into(), line));
         };
@@ -132,7 +147,7 @@ impl Parser {
             let message = format!("set name `{}` is longer than {SET_NAME_BYTES_MAX} bytes", name.text);
             return Err((codes::SET_NAME, message, name.span));
         }
-        if self.by_name.contains_key(&name.text) {
+        if self.by_name.contains_key(&*name.text) {
             return Err((codes::SET_NAME, format!("set `{}` exists already", name.text), name.span));
         }
         let kind_word = kind;
@@ -143,11 +158,11 @@ impl Parser {
         if kind.is_bitmap() && options.addresses.is_none() && options.ports.is_none() {
             return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
         }
-        self.by_name.insert(name.text.clone(), self.sets.len());
-        self.seen.push(HashSet::new());
+        self.by_name.insert(name.text.to_string(), self.sets.len());
+        self.seen.push(Seen::default());
         let family = kind.has_addresses().then_some(family);
         self.sets.push(SetAst {
-            name: name.text.clone(),
+            name: name.text.to_string(),
             span: line,
             kind,
             family,
@@ -157,13 +172,16 @@ impl Parser {
         Ok(())
     }
 
-    fn add(&mut self, words: &[&Word], line: Span) -> Result<(), Fault> {
+    fn add(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
         let [name, element, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`add` needs a set and an element".into(), line));
         };
-        let Some(&index) = self.by_name.get(&name.text) else {
+        // Mostly the set of the line before.
+        let last = self.last.filter(|&last| self.sets[last].name == name.text);
+        let Some(index) = last.or_else(|| self.by_name.get(&*name.text).copied()) else {
             return Err((codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span));
         };
+        self.last = Some(index);
         let set = &self.sets[index];
         let cx = PartContext { kind: set.kind, family: set.family.unwrap_or(Family::V4) };
         let parts = parts(element, &cx)?;
@@ -180,7 +198,7 @@ impl Parser {
                 }
             }
         }
-        let max = set.options.elements_max.map_or(ELEMENTS_MAX_DEFAULT, |max| max as usize);
+        let max = set.elements_max();
         let hash = set.kind.name.starts_with("hash:");
         if hash && set.elements.len() >= max && !set.options.force_add {
             let message = format!("set `{}` is full: its `maxelem` is {max}", name.text);
@@ -190,7 +208,8 @@ impl Parser {
             let message = format!("more than {} elements", limits::SET_ELEMENTS_MAX);
             return Err((codes::SET_LIMIT, message, element.span));
         }
-        if !self.seen[index].insert(ast.parts.clone()) {
+        let is_new = self.seen[index].insert(&self.sets[index].elements, &ast.parts, place.is_some());
+        if !is_new {
             let message = format!("set `{}` has the element `{}` already", name.text, element.text);
             return Err((codes::SET_DUPLICATE, message, element.span));
         }
@@ -213,12 +232,52 @@ impl Parser {
     }
 }
 
-/// Elements of a hash if `maxelem` is not given.
-const ELEMENTS_MAX_DEFAULT: usize = 65_536;
+/// The set and the element of a line that is `add SET ELEMENT` and nothing else, as nearly all lines of large files are.
+fn plain_add(text: &str) -> Option<[&str; 2]> {
+    let (name, element) = text.strip_prefix("add ")?.split_once(' ')?;
+    let plain = |word: &str| {
+        !word.is_empty()
+            && !word.starts_with('-')
+            && word.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
+    };
+    (text.len() <= limits::LINE_BYTES_MAX && plain(name) && plain(element)).then_some([name, element])
+}
+
+/// What a set holds: its elements by their parts.
+#[derive(Default)]
+struct Seen {
+    /// Places among the elements.
+    table: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+    /// Sets of a list, whose places change.
+    moving: HashSet<Box<[Part]>>,
+}
+
+impl Seen {
+    /// Adds what is about to become the last element, or one somewhere between others; false if it is there.
+    fn insert(&mut self, elements: &[ElementAst], parts: &[Part], between: bool) -> bool {
+        if between || matches!(parts.first(), Some(Part::Set(_))) {
+            return self.moving.insert(parts.into());
+        }
+        let hash = |parts: &[Part]| self.hasher.hash_one(parts);
+        let entry = self.table.entry(
+            hash(parts),
+            |at| *elements[*at as usize].parts == *parts,
+            |at| hash(&elements[*at as usize].parts),
+        );
+        match entry {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(vacant) => {
+                vacant.insert(elements.len() as u32);
+                true
+            }
+        }
+    }
+}
 
 /// Splits a line into words. A quote starts or ends anywhere in a word; there are no escapes
 /// (lib/ipset.c, `build_argv`).
-fn words(text: &str, span: &impl Fn(usize, usize) -> Span) -> Result<Vec<Word>, Fault> {
+fn words<'t>(text: &'t str, span: &impl Fn(usize, usize) -> Span) -> Result<Vec<Word<'t>>, Fault> {
     let mut words = Vec::new();
     let mut word: Option<(usize, String)> = None;
     let mut quote = None;
@@ -230,7 +289,7 @@ fn words(text: &str, span: &impl Fn(usize, usize) -> Span) -> Result<Vec<Word>, 
             }
             ' ' | '\t' | '\r' if quote.is_none() => {
                 if let Some((from, text)) = word.take().filter(|(_, text)| !text.is_empty()) {
-                    words.push(Word { text, span: span(from, at) });
+                    words.push(Word { text: text.into(), span: span(from, at) });
                 }
             }
             c => word.get_or_insert((at, String::new())).1.push(c),
@@ -240,16 +299,16 @@ fn words(text: &str, span: &impl Fn(usize, usize) -> Span) -> Result<Vec<Word>, 
         return Err((codes::SET_LINE, "the quote is not closed".into(), span(quote, text.len())));
     }
     if let Some((from, word)) = word.filter(|(_, word)| !word.is_empty()) {
-        words.push(Word { text: word, span: span(from, text.len()) });
+        words.push(Word { text: word.into(), span: span(from, text.len()) });
     }
     Ok(words)
 }
 
-fn family(kind: &SetKind, words: &[&Word]) -> Result<Family, Fault> {
+fn family(kind: &SetKind, words: &[&Word<'_>]) -> Result<Family, Fault> {
     let mut found = None;
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        let (value, span) = match word.text.as_str() {
+        let (value, span) = match &*word.text {
             "-4" | "-6" => (Some(*word), word.span),
             "family" => {
                 let value = words.next().copied();
@@ -257,7 +316,7 @@ fn family(kind: &SetKind, words: &[&Word]) -> Result<Family, Fault> {
             }
             _ => continue,
         };
-        let family = match value.map(|value| value.text.as_str()) {
+        let family = match value.map(|value| &*value.text) {
             Some("inet" | "ipv4" | "-4") => Family::V4,
             Some("inet6" | "ipv6" | "-6") => Family::V6,
             Some(other) => {
@@ -278,12 +337,12 @@ fn family(kind: &SetKind, words: &[&Word]) -> Result<Family, Fault> {
 /// Options that old versions had and that have no effect any more.
 const IGNORED: &[&str] = &["probes", "resize", "gc"];
 
-fn create_options(kind: &SetKind, family: Family, words: &[&Word]) -> Result<CreateOptions, Fault> {
+fn create_options(kind: &SetKind, family: Family, words: &[&Word<'_>]) -> Result<CreateOptions, Fault> {
     let mut options = CreateOptions::default();
-    let mut from_to: [Option<&Word>; 2] = [None, None];
+    let mut from_to: [Option<&Word<'_>>; 2] = [None, None];
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        let name = word.text.as_str();
+        let name = &*word.text;
         let mut value = || {
             words
                 .next()
@@ -371,7 +430,7 @@ fn create_options(kind: &SetKind, family: Family, words: &[&Word]) -> Result<Cre
     }
     if let [Some(from), Some(to)] = from_to {
         if kind.dimensions == [Dimension::TcpUdpPort] {
-            let port = |word: &Word| {
+            let port = |word: &Word<'_>| {
                 let port = element::number(&word.text, u16::MAX.into());
                 port.map(|port| port as u16).map_err(|it| (codes::SET_VALUE, it, word.span))
             };
@@ -386,7 +445,7 @@ fn create_options(kind: &SetKind, family: Family, words: &[&Word]) -> Result<Cre
 /// Longest timeout, in seconds: it is kept in milliseconds in 31 bits.
 const TIMEOUT_MAX: u64 = (u32::MAX as u64 >> 1) / 1_000;
 
-fn address_range(word: &Word, family: Family) -> Result<(IpAddr, IpAddr), Fault> {
+fn address_range(word: &Word<'_>, family: Family) -> Result<(IpAddr, IpAddr), Fault> {
     let (first, last, _) =
         element::address_range(&word.text, family).map_err(|it| (codes::SET_VALUE, it, word.span))?;
     if last < first {
@@ -395,19 +454,19 @@ fn address_range(word: &Word, family: Family) -> Result<(IpAddr, IpAddr), Fault>
     Ok((first, last))
 }
 
-fn parts(word: &Word, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
-    let texts: Vec<&str> = word.text.split(',').collect();
+fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
+    let count = word.text.split(',').count();
     let dimensions = cx.kind.dimensions;
     // The second part of a bitmap:ip,mac may be missing.
     let optional = usize::from(cx.kind.name == "bitmap:ip,mac");
-    if texts.len() > dimensions.len() || texts.len() + optional < dimensions.len() {
+    if count > dimensions.len() || count + optional < dimensions.len() {
         let message = format!("an element of a {} has {} parts", cx.kind.name, dimensions.len());
         return Err((codes::SET_ELEMENT, message, word.span));
     }
     let verbatim = word.text.len() == word.span.len() as usize;
     let mut offset = word.span.start;
-    let mut parts = Vec::with_capacity(texts.len());
-    for (text, &dimension) in texts.iter().zip(dimensions) {
+    let mut parts = Vec::with_capacity(count);
+    for (text, &dimension) in word.text.split(',').zip(dimensions) {
         let span = match verbatim {
             true => Span::new(word.span.file, offset, offset + text.len() as u32),
             false => word.span,
@@ -431,7 +490,7 @@ fn parts(word: &Word, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
 }
 
 /// Elements of a bitmap lie in its range.
-fn check_range(set: &SetAst, parts: &[Part], word: &Word) -> Result<(), Fault> {
+fn check_range(set: &SetAst, parts: &[Part], word: &Word<'_>) -> Result<(), Fault> {
     let inside = match (parts.first(), set.options.addresses, set.options.ports) {
         (Some(Part::Address { first, last, .. }), Some((low, high)), _) => low <= *first && *last <= high,
         (Some(Part::Port { first, last, .. }), _, Some((low, high))) => low <= *first && *last <= high,
@@ -451,13 +510,13 @@ fn check_range(set: &SetAst, parts: &[Part], word: &Word) -> Result<(), Fault> {
 fn element_options(
     set: &SetAst,
     ast: &mut ElementAst,
-    words: &[&Word],
+    words: &[&Word<'_>],
 ) -> Result<Option<(bool, String, Span)>, Fault> {
     let mut place = None;
     let mut extra = ElementExtra::default();
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        let name = word.text.as_str();
+        let name = &*word.text;
         let takes = |allowed: bool, what: &str| {
             if allowed {
                 return Ok(());
@@ -487,7 +546,7 @@ fn element_options(
         let value = words
             .next()
             .ok_or_else(|| (codes::SET_OPTION, format!("`{name}` needs an argument"), word.span))?;
-        let text = value.text.as_str();
+        let text = &*value.text;
         let number =
             |max: u64| element::number(text, max).map_err(|message| (codes::SET_VALUE, message, value.span));
         let bad = |what: &str| (codes::SET_VALUE, format!("`{text}` is no {what}"), value.span);
@@ -503,7 +562,7 @@ fn element_options(
                 extra.priority = Some(parse_priority(text).ok_or_else(|| bad("class: write MAJOR:MINOR"))?)
             }
             "skbqueue" => extra.queue = Some(number(u16::MAX.into())? as u16),
-            _ => place = Some((name == "before", value.text.clone(), value.span)),
+            _ => place = Some((name == "before", value.text.to_string(), value.span)),
         }
     }
     if extra != ElementExtra::default() {

@@ -27,6 +27,13 @@ pub fn print(sets: &Sets) -> String {
     out
 }
 
+/// The line that creates a set.
+pub(super) fn create_line(set: &SetAst) -> String {
+    let mut line = String::new();
+    create(set, &mut line);
+    line
+}
+
 fn create(set: &SetAst, out: &mut String) {
     let _ = write!(out, "create {} {}", set.name, set.kind.name);
     let options = &set.options;

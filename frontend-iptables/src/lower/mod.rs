@@ -210,7 +210,13 @@ impl Body<'_> {
             name: name.into(),
             family: None,
             dimensions: Vec::new(),
+            netmask: None,
+            mark_mask: u32::MAX,
+            elements_max: 0,
+            expires: false,
+            live: false,
             contents: SetContents::Unknown,
+            create: String::new(),
             span: self.span,
         })
     }

@@ -1,8 +1,11 @@
 //! `Classifier::eval`: entries tried one after another.
 
 use super::{Classifier, Exit};
+use crate::derived::DerivedData;
+use crate::entities::Derived;
 use crate::field::Field;
 use crate::outcome::{Ending, Outcome, Verdict};
+use crate::set;
 use crate::state::State;
 
 /// A packet's fields: those given, and those written on the way.
@@ -36,6 +39,13 @@ impl std::fmt::Debug for Fields<'_> {
 }
 
 impl Classifier {
+    /// The value of a field of [`Self::members`] for a packet whose other fields `value` gives; `None` for other fields.
+    pub fn member(&self, field: Derived, value: &mut impl FnMut(Field) -> u128) -> Option<u32> {
+        let DerivedData::Member { set, ends, return_nomatch } = &self.derived[field] else { return None };
+        let is_given = self.members.contains(&field);
+        is_given.then(|| set::holds(&self.sets, self.family, *set, ends, *return_nomatch, value).into())
+    }
+
     /// What becomes of a packet with these fields.
     pub fn eval(&self, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
         let mut fields = Fields::new(given);

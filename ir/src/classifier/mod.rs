@@ -6,6 +6,7 @@
 
 mod eval;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 pub use eval::Fields;
@@ -18,6 +19,7 @@ use crate::entities::{Chain, Derived, EffectTest, Entry, Rule, Set, Stage};
 use crate::env::Place;
 use crate::hook::Family;
 use crate::outcome::{Count, Ending};
+use crate::plan::set::SetShape;
 use crate::ruleset::{EffectTestData, Write};
 use crate::set::SetData;
 
@@ -39,6 +41,11 @@ pub struct Classifier {
     pub derived: PrimaryMap<Derived, DerivedData>,
     /// The rule set's sets, which derived fields refer to.
     pub sets: PrimaryMap<Set, SetData>,
+    /// Fields that say whether a packet is in a set, and that no stage computes: they are given, as [`Self::member`]
+    /// says.
+    pub members: BTreeSet<Derived>,
+    /// The shapes of the tables of the sets that `members` ask.
+    pub set_shapes: BTreeMap<Set, SetShape>,
     /// The rule set's stateful and random tests.
     pub effect_tests: PrimaryMap<EffectTest, EffectTestData>,
 }
@@ -128,6 +135,9 @@ impl fmt::Display for Exit {
 impl fmt::Display for Classifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "classifier {} root {}", self.family, self.root)?;
+        for derived in &self.members {
+            writeln!(f, "{derived} given: {:?}", self.derived[*derived])?;
+        }
         for (stage, data) in self.stages.iter().rev() {
             write!(f, "{stage}:")?;
             if let Some((chain, skipped)) = data.origin {

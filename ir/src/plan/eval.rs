@@ -33,8 +33,8 @@ impl WordWrite {
 }
 
 impl Plan {
-    /// The key of a packet, or its end if it comes by a device that was not declared. `derived` gives what the program
-    /// computes from the frame.
+    /// The key of a packet, or its end if it comes by a device that was not declared. `given` gives what the program
+    /// computes from the frame; what it computes from tables of sets is computed here.
     pub fn key(&self, given: &dyn Fn(Field) -> u128) -> Result<Vec<u32>, Ending> {
         let words = self.key.iter().map(|slot| usize::from(slot.word + slot.words)).max().unwrap_or(0);
         let mut key = vec![0; words];
@@ -58,6 +58,9 @@ impl Plan {
                 let shift = 32 * u32::from(slot.words - 1 - index);
                 key[usize::from(slot.word + index)] = (value >> shift) as u32;
             }
+        }
+        for step in &self.members {
+            key[usize::from(step.word)] = step.holds(&self.set_tables, &key).into();
         }
         Ok(key)
     }
@@ -194,6 +197,12 @@ impl Plan {
         }
         for (table, data) in self.tables.iter() {
             wrong.extend(data.verify(table));
+        }
+        for (set, table) in &self.set_tables {
+            wrong.extend(table.verify(&set.to_string()));
+        }
+        for step in &self.members {
+            wrong.extend(step.verify(&self.set_tables, words));
         }
         for exit in self.walk.exits.iter().chain(self.steps.values().flat_map(StepData::exits)) {
             let (slot, ends) = match exit {

@@ -6,19 +6,26 @@
 //! same whatever the table's size. All end in exits.
 //!
 //! ```text
-//! frame ─▶ key words ─▶ derived words ─▶ stage ─▶ exit ─┬▶ ending (slot)
-//!                                          ▲            │
-//!                                          └── writes ──┘
+//! frame ─▶ key words ─▶ derived words ─▶ set membership ─▶ stage ─▶ exit ─┬▶ ending (slot)
+//!                                                           ▲            │
+//!                                                           └── writes ──┘
 //! ```
 
 mod eval;
 mod lookup;
+mod member;
 mod print;
+pub mod set;
+
+pub use member::{MemberPart, MemberStep, NumberWords};
 
 pub use lookup::{AluKind, DataTable, Known, LookupStep, Op, Operand, PRESSURE_MAX};
 
+use std::collections::BTreeMap;
+
 use cranelift_entity::PrimaryMap;
 
+use self::set::SetTable;
 use crate::derived::DerivedData;
 use crate::entities::{Data, Derived, EffectTest, Rule, Set, Stage, Step};
 use crate::env::{Device, Place};
@@ -52,8 +59,13 @@ pub struct Plan {
     pub traces: Vec<Trace>,
     /// Definitions of derived fields in `key` that the program computes from the frame before the first stage.
     pub derived: PrimaryMap<Derived, DerivedData>,
-    /// The sets that `derived` refers to, for people; membership itself is decided by stages.
+    /// The sets that `derived` refers to.
     pub sets: PrimaryMap<Set, SetData>,
+    /// Fields of `key` that say whether a packet is in a set, computed from tables before the first stage. Membership in
+    /// other sets is decided by stages.
+    pub members: Vec<MemberStep>,
+    /// The tables of sets that `members` look up.
+    pub set_tables: BTreeMap<Set, SetTable>,
     /// Stateful and random tests that exits run.
     pub effect_tests: PrimaryMap<EffectTest, EffectTestKind>,
 }

@@ -26,6 +26,8 @@ pub enum Deferral {
     },
     /// The contents of a set named here were not given.
     UnknownSet(String),
+    /// The elements of a set named here leave it by themselves.
+    ExpiringSet(String),
     /// A match or target that nothing here evaluates.
     Opaque {
         /// Its name.
@@ -42,6 +44,9 @@ impl fmt::Display for Deferral {
         match self {
             Deferral::Field { reason, .. } => f.write_str(reason),
             Deferral::UnknownSet(name) => write!(f, "the contents of set `{name}` were not given"),
+            Deferral::ExpiringSet(name) => {
+                write!(f, "elements of set `{name}` have timeouts, which the kernel's own set keeps")
+            }
             Deferral::Opaque { name, reason } => write!(f, "`{name}` {reason}"),
             Deferral::Stateful(reason) => f.write_str(reason),
         }
@@ -130,9 +135,13 @@ fn set_deferral(
         }
         SetContents::Elements(_) => {}
     }
+    // The kernel's own set forgets elements while a program still has them.
+    if data.expires && place.mode == Mode::Accelerate {
+        return Some(Deferral::ExpiringSet(data.name.clone()));
+    }
     data.dimensions.iter().zip(ends).find_map(|(dimension, end)| {
         let field = match (dimension, end) {
-            (DimensionKind::Address, end) => Field::address(*end),
+            (DimensionKind::Address | DimensionKind::Net, end) => Field::address(*end),
             (DimensionKind::Port, end) => Field::port(*end),
             (DimensionKind::Device, End::Src) => Field::InDevice,
             (DimensionKind::Device, End::Dst) => Field::OutDevice,

@@ -141,8 +141,9 @@ impl Packet<'_, '_> {
         if let Field::Derived(derived) = field {
             return match &self.ruleset.derived[derived] {
                 DerivedData::Member { set, ends, return_nomatch } => {
-                    let found = crate::set::member(self.ruleset, *set, ends, &mut |field| self.get(field));
-                    u128::from(found == if *return_nomatch { Some(true) } else { Some(false) })
+                    let mut value = |field| self.get(field);
+                    let (sets, family) = (&self.ruleset.sets, self.ruleset.family);
+                    crate::set::holds(sets, family, *set, ends, *return_nomatch, &mut value).into()
                 }
                 DerivedData::AddressType { of, .. } => {
                     crate::derived::address_type(self.ruleset.family, self.env, self.get(Field::address(*of)))

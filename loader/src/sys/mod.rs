@@ -9,6 +9,7 @@
 
 mod bpf;
 mod files;
+mod mapped;
 mod misc;
 mod namespace;
 mod netlink;
@@ -23,6 +24,7 @@ pub use bpf::{
     BtfBlob, LineInfo, LinkInfo, LinkKind, LinkSpec, Map, MapFlags, MapInfo, MapSpec, ProgramCode,
     ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
+pub use mapped::MapWords;
 pub use namespace::{LiveFrames, Namespace};
 pub use netlink::{Message, NetlinkRequest};
 pub use poll::Signals;

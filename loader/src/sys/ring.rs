@@ -6,12 +6,12 @@
 //! the one consumer of a map, so positions only grow.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
-use std::ptr::NonNull;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::Sys;
 use super::bpf::Map;
-use super::{Sys, checked};
+use super::mapped::{Mapped, page_bytes};
 
 /// `BPF_MAP_TYPE_RINGBUF` of `enum bpf_map_type`.
 const RINGBUF: u32 = 27;
@@ -21,33 +21,6 @@ const BUSY: u32 = 1 << 31;
 const DISCARD: u32 = 1 << 30;
 /// `BPF_RINGBUF_HDR_SZ`: bytes before a record.
 const HEADER_BYTES: u64 = 8;
-
-/// Memory that a file is mapped to.
-struct Mapped {
-    at: NonNull<libc::c_void>,
-    bytes: usize,
-}
-
-impl Mapped {
-    fn new(map: &Map, bytes: usize, offset: usize, protection: i32) -> io::Result<Mapped> {
-        let fd = map.as_fd().as_raw_fd();
-        // SAFETY: the kernel picks the address, so nothing that is in use is mapped over.
-        let at = unsafe {
-            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd, offset as libc::off_t)
-        };
-        match NonNull::new(at) {
-            Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Mapped { at, bytes }),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        // SAFETY: the memory was mapped by `new`, and references into it live no longer than `self`.
-        unsafe { libc::munmap(self.at.as_ptr(), self.bytes) };
-    }
-}
 
 /// A ring buffer that is being read.
 pub struct Ring<'a> {
@@ -74,8 +47,7 @@ impl<'a> Ring<'a> {
         if map.info().map_type != RINGBUF || !bytes.is_power_of_two() {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        // SAFETY: the call touches no memory.
-        let page = checked(unsafe { libc::sysconf(libc::_SC_PAGESIZE) })? as usize;
+        let page = page_bytes()?;
         Ok(Ring {
             map,
             consumer: Mapped::new(map, page, 0, libc::PROT_READ | libc::PROT_WRITE)?,

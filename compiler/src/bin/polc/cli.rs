@@ -16,7 +16,7 @@ pub(crate) use applied::{DumpCode, MetricsArgs, SaveArgs, TopArgs, TraceArgs};
 /// Compiles iptables rule sets to eBPF objects, and shows that they decide every packet as the rules say.
 ///
 /// FILE is an iptables-save or ip6tables-save dump; `-` reads standard input. What changes or reads the running kernel
-/// needs root: apply, restore, confirm, flush, and status, save, trace, top, serve-metrics, dump xlated, dump jited.
+/// needs root: apply, restore, confirm, flush, set, and status, save, trace, top, serve-metrics, dump xlated, dump jited.
 #[derive(Debug, Parser)]
 #[command(
     name = "polc",
@@ -86,6 +86,10 @@ pub(crate) enum Command {
     /// Serve counters to Prometheus
     #[cfg(feature = "kernel")]
     ServeMetrics(MetricsArgs),
+    /// Change, ask and list the sets of applied policies while they are in force, as ipset does
+    #[cfg(feature = "kernel")]
+    #[command(subcommand)]
+    Set(SetCommand),
     /// Go back to the policy before unless confirmed (started by apply --confirm)
     #[cfg(feature = "kernel")]
     #[command(hide = true)]
@@ -619,6 +623,40 @@ pub(crate) struct SlotArgs {
     pub family: FamilyChoice,
     #[command(flatten)]
     pub store: StoreArgs,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Subcommand)]
+pub(crate) enum SetCommand {
+    /// Add an element: SET ELEMENT [nomatch] [-exist]
+    Add(SetChangeArgs),
+    /// Delete an element: SET ELEMENT [-exist]
+    #[command(visible_alias = "delete")]
+    Del(SetChangeArgs),
+    /// Say whether an element is in a set; exit status 1 if it isn't: SET ELEMENT [nomatch]
+    Test(SetChangeArgs),
+    /// Print sets as ipset save does
+    #[command(visible_alias = "save")]
+    List(SetListArgs),
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct SetChangeArgs {
+    #[command(flatten)]
+    pub slots: SlotArgs,
+    /// The set, an element as ipset takes it, its options; -exist: no error if it is there already, or isn't
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, allow_hyphen_values = true, value_name = "SET ELEMENT")]
+    pub words: Vec<String>,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct SetListArgs {
+    #[command(flatten)]
+    pub slots: SlotArgs,
+    /// The set [default: all that can be changed]
+    pub set: Option<String>,
 }
 
 #[cfg(feature = "kernel")]

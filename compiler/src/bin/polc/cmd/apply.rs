@@ -24,6 +24,7 @@ use polc_ir::outcome::Verdict;
 use polc_ir::packet::text;
 use polc_ir::state::State;
 use polc_loader::coexist::Order;
+use polc_loader::sets::SETS_FILE;
 use polc_loader::state::{Confirm, SlotName};
 use polc_loader::swap::{Applied, Check, Request, apply, check};
 use polc_loader::sys::Sys;
@@ -106,6 +107,10 @@ impl Job<'_> {
         if attach != Attach::TcEgress {
             guard::split_local(&mut session.ruleset, &place, &env);
         }
+        // In accelerate mode the kernel's own sets decide, and what they hold may change without polc.
+        for set in session.ruleset.sets.values_mut() {
+            set.live = self.mode == Mode::Replace;
+        }
         let names = self.names(&devices, attach)?;
         let compiled = polc::compile(&session.ruleset, &place, &env, &names);
         if refuse(&session, &compiled.diagnostics, place.mode, output) {
@@ -181,6 +186,8 @@ impl Job<'_> {
             let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
             files.push((format!("{}{index}", live::SETS_PREFIX), bytes));
         }
+        let sets = serde_json::to_vec(&part.object.manifest.sets).expect("plain data serializes");
+        files.push((SETS_FILE.into(), sets));
         let files: Vec<(&str, &[u8])> =
             files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
         let initial = if self.counters { initial(session, &part.object) } else { Vec::new() };

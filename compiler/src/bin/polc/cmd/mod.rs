@@ -18,6 +18,8 @@ mod metrics;
 mod place;
 #[cfg(feature = "kernel")]
 mod save;
+#[cfg(feature = "kernel")]
+mod set;
 mod simulate;
 #[cfg(feature = "kernel")]
 mod status;
@@ -70,6 +72,8 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::Top(args) => top::run(args, output),
         #[cfg(feature = "kernel")]
         Command::ServeMetrics(args) => metrics::run(args, output),
+        #[cfg(feature = "kernel")]
+        Command::Set(command) => set::run(command, output),
         #[cfg(feature = "kernel")]
         Command::Watchdog(args) => live::watchdog(args),
         Command::Completions { shell } => completions::run(*shell, output),

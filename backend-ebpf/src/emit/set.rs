@@ -1,0 +1,298 @@
+//! Membership in sets: from key words to a word that says whether the packet is in a set, by tables.
+//!
+//! A table is a data map of its own, so that its words can change while the program runs; how it is laid out, and in
+//! which order words may be read, is in [`polc_ir::plan::set`]. For each level in turn the key is put together from
+//! constants and words of the stack, its two buckets are found, and the eight slots are compared. Nothing that is
+//! loaded decides where another load goes, so the levels' loads overlap. A slot that matches leads to the one place
+//! that looks at its cell: the registers there say the same whatever the slot, so the verifier follows it once.
+//!
+//! | register | holds |
+//! | --- | --- |
+//! | `r7` | the key's first word |
+//! | `r8` | the first word of the first bucket, then of the slot found |
+//! | `r9` | of the second bucket |
+//! | `r5` | the path of the five bits behind the key |
+//!
+//! Further words of the key are in the buffer.
+
+use polc_ir::entities::Map;
+use polc_ir::plan::set::{CELL_BITS, Half, MULTIPLIER, SLOTS, SetShape, USED_WORD};
+use polc_ir::plan::{MemberPart, NumberWords};
+use polc_ir::set::{ICMP_PROTOS, PORT_PROTOS};
+
+use super::{Emitter, SET_MAP_PREFIX};
+use crate::abi;
+use crate::asm::Label;
+use crate::insn::{AluOp, Cond, Operand, Reg, Size};
+use crate::manifest::SetManifest;
+use crate::object::{DataSection, MapDef};
+
+/// Where a port's number is kept while its set is looked up: behind the key's further words.
+const PORT: i16 = abi::BUFFER + 40;
+const _: () = assert!(PORT + 8 <= abi::BUFFER + abi::BUFFER_BYTES);
+
+impl Emitter<'_> {
+    /// Adds the tables of sets, and what the manifest says about them.
+    pub(super) fn add_sets(&mut self) {
+        let plan = self.plan;
+        for (&set, table) in &plan.set_tables {
+            let data = &plan.sets[set];
+            let name = format!("{SET_MAP_PREFIX}{}", set.as_u32());
+            self.set_manifests.push(SetManifest {
+                name: data.name.clone(),
+                map: name.clone(),
+                create: data.create.clone(),
+                live: data.live,
+                elements_max: data.elements_max,
+                shape: table.shape.clone(),
+            });
+            let map = self.maps.push(MapDef::data(name, DataSection::Data, table.bytes()));
+            self.sets.insert(set, map);
+        }
+    }
+
+    /// Computes the words that say whether the packet is in a set.
+    pub(super) fn members(&mut self) {
+        let plan = self.plan;
+        for step in &plan.members {
+            self.asm.comment(format!("{}", step.derived));
+            let (member, done) = (self.asm.label(), self.asm.label());
+            // A table without second cells has no element that is `nomatch`.
+            let may_hold = |part: &&MemberPart| !part.nomatch || plan.set_tables[&part.set].shape.nomatch;
+            let parts: Vec<&MemberPart> = step.parts.iter().filter(may_hold).collect();
+            if parts.is_empty() {
+                continue;
+            }
+            for part in parts {
+                let other = self.asm.label();
+                self.look_up(part, member, other);
+                self.asm.bind(other);
+            }
+            self.asm.goto(done);
+            self.asm.bind(member);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(step.word), 1);
+            self.asm.bind(done);
+        }
+    }
+
+    /// Goes to `member` if the packet is in a set, else to `other`.
+    fn look_up(&mut self, part: &MemberPart, member: Label, other: Label) {
+        let plan = self.plan;
+        let (shape, map) = (&plan.set_tables[&part.set].shape, self.sets[&part.set]);
+        for numbers in &part.numbers {
+            if let NumberWords::Port { proto, port, icmp } = *numbers {
+                self.port_number(proto, port, icmp);
+            }
+        }
+        for level in 0..shape.levels.len() {
+            let next = self.asm.label();
+            self.level(shape, map, part, level, (member, other, next));
+            self.asm.bind(next);
+        }
+        self.asm.goto(other);
+    }
+
+    /// `proto << 16 | port` to its place.
+    fn port_number(&mut self, proto: u8, port: u8, icmp: u8) {
+        let [proto, port, icmp] = [proto, port, icmp].map(|word| self.layout.word(word));
+        let a = &mut self.asm;
+        let (has_port, has_icmp, done) = (a.label(), a.label(), a.label());
+        a.load(Size::W, Reg::R1, Reg::FP, proto);
+        a.mov64(Reg::R2, 0);
+        for number in PORT_PROTOS {
+            a.jump32(Cond::Eq, Reg::R1, i32::from(number), has_port);
+        }
+        for number in ICMP_PROTOS {
+            a.jump32(Cond::Eq, Reg::R1, i32::from(number), has_icmp);
+        }
+        a.goto(done);
+        a.bind(has_icmp);
+        a.load(Size::W, Reg::R2, Reg::FP, icmp);
+        a.goto(done);
+        a.bind(has_port);
+        a.load(Size::W, Reg::R2, Reg::FP, port);
+        a.bind(done);
+        // Loaded anew, since the verifier tells apart what it was compared with.
+        a.load(Size::W, Reg::R1, Reg::FP, proto);
+        a.alu64(AluOp::Lsh, Reg::R1, 16);
+        a.alu64(AluOp::Or, Reg::R1, Reg::R2);
+        a.store(Size::W, Reg::FP, PORT + 4, Reg::R1);
+    }
+
+    fn level(
+        &mut self,
+        shape: &SetShape,
+        map: Map,
+        part: &MemberPart,
+        level: usize,
+        (member, other, next): (Label, Label, Label),
+    ) {
+        let count = shape.key_words();
+        let slot_bytes = 8 * shape.slot_words() as i32;
+        let table = polc_ir::plan::set::HEADER_WORDS as u32 * 8;
+        if shape.live {
+            self.asm.load_map_value(Reg::R0, map, 8 * USED_WORD as u32);
+            self.asm.load(Size::Dw, Reg::R0, Reg::R0, 0);
+            self.asm.alu64(AluOp::Rsh, Reg::R0, level as i32);
+            self.asm.alu64(AluOp::And, Reg::R0, 1);
+            self.asm.jump64(Cond::Eq, Reg::R0, 0, next);
+        }
+        self.key(shape, part, level);
+        self.hash(count);
+        let a = &mut self.asm;
+        // The upper half chooses one bucket, the lower the other.
+        a.mov32(Reg::R2, Reg::R1);
+        a.alu64(AluOp::Rsh, Reg::R1, 32);
+        for (half, bucket) in [(Reg::R1, Reg::R8), (Reg::R2, Reg::R9)] {
+            a.alu64(AluOp::Mul, half, shape.buckets as i32);
+            a.alu64(AluOp::Rsh, half, 32);
+            a.alu64(AluOp::Mul, half, SLOTS as i32 * slot_bytes);
+            a.load_map_value(bucket, map, table);
+            a.alu64(AluOp::Add, bucket, half);
+        }
+        self.path(shape, map, part, level);
+        let a = &mut self.asm;
+        let cell = a.label();
+        let mut found: Vec<(Label, Reg, i16)> = Vec::new();
+        for bucket in [Reg::R8, Reg::R9] {
+            for slot in 0..SLOTS {
+                let at = (slot as i32 * slot_bytes) as i16;
+                let here = a.label();
+                a.load(Size::Dw, Reg::R0, bucket, at);
+                if count == 1 {
+                    a.jump64(Cond::Eq, Reg::R0, Reg::R7, here);
+                } else {
+                    let differs = a.label();
+                    a.jump64(Cond::Ne, Reg::R0, Reg::R7, differs);
+                    for word in 1..count {
+                        a.load(Size::Dw, Reg::R0, bucket, at + 8 * word as i16);
+                        a.load(Size::Dw, Reg::R1, Reg::FP, abi::BUFFER + 8 * (word as i16 - 1));
+                        a.jump64(Cond::Ne, Reg::R0, Reg::R1, differs);
+                    }
+                    a.goto(here);
+                    a.bind(differs);
+                }
+                found.push((here, bucket, at + 8 * count as i16));
+            }
+        }
+        a.goto(next);
+        for (here, bucket, at) in found {
+            a.bind(here);
+            a.load(Size::Dw, Reg::R1, bucket, at);
+            if shape.nomatch {
+                a.load(Size::Dw, Reg::R2, bucket, at + 8);
+            }
+            a.goto(cell);
+        }
+        a.bind(cell);
+        a.alu64(AluOp::And, Reg::R1, Reg::R5);
+        a.jump64(Cond::Eq, Reg::R1, 0, next);
+        if shape.nomatch {
+            // The highest bit found is in one of the two numbers, and makes it the larger.
+            a.alu64(AluOp::And, Reg::R2, Reg::R1);
+            a.alu64(AluOp::Xor, Reg::R1, Reg::R2);
+            let cond = if part.nomatch { Cond::Gt } else { Cond::Lt };
+            a.jump64(cond, Reg::R2, Reg::R1, member);
+            a.goto(other);
+        } else {
+            a.goto(member);
+        }
+    }
+
+    /// The key's words: the first to `r7`, the others to the buffer.
+    fn key(&mut self, shape: &SetShape, part: &MemberPart, level: usize) {
+        let halves = shape.halves();
+        for word in (0..shape.key_words()).rev() {
+            let into = if word == 0 { Reg::R7 } else { Reg::R1 };
+            let low = halves[2 * word];
+            self.half(shape, part, level, low, into);
+            if word == 0 {
+                self.asm.alu64(AluOp::Or, into, level as i32 + 1);
+            }
+            if let Some(&high) = halves.get(2 * word + 1)
+                && self.half(shape, part, level, high, Reg::R0)
+            {
+                self.asm.alu64(AluOp::Lsh, Reg::R0, 32);
+                self.asm.alu64(AluOp::Or, into, Reg::R0);
+            }
+            if word > 0 {
+                self.asm.store(Size::Dw, Reg::FP, abi::BUFFER + 8 * (word as i16 - 1), into);
+            }
+        }
+    }
+
+    /// Loads a piece of the key; false if it is 0.
+    fn half(&mut self, shape: &SetShape, part: &MemberPart, level: usize, half: Half, into: Reg) -> bool {
+        let dimension = usize::from(half.dimension);
+        let mask = (shape.mask(level, dimension) >> (32 * half.index)) as u32;
+        if mask == 0 {
+            self.asm.mov64(into, 0);
+            return false;
+        }
+        let own = self.number(&part.numbers[dimension], half.index, into);
+        if mask & own != own {
+            self.asm.alu32(AluOp::And, into, Operand::bits(mask & own));
+        }
+        true
+    }
+
+    /// Loads 32 bits of a number; gives the bits that it may have.
+    fn number(&mut self, numbers: &NumberWords, index: u8, into: Reg) -> u32 {
+        match *numbers {
+            NumberWords::Words { word, words, mask } => {
+                self.asm.load(Size::W, into, Reg::FP, self.layout.word(word + words - 1 - index));
+                if index == 0 && mask != u32::MAX {
+                    self.asm.alu32(AluOp::And, into, Operand::bits(mask));
+                    mask
+                } else {
+                    u32::MAX
+                }
+            }
+            NumberWords::Port { .. } => {
+                self.asm.load(Size::W, into, Reg::FP, PORT + 4);
+                0xff_ffff
+            }
+        }
+    }
+
+    /// `r1` = the hash of the key.
+    fn hash(&mut self, words: usize) {
+        let a = &mut self.asm;
+        a.load_imm64(Reg::R3, MULTIPLIER);
+        a.mov64(Reg::R1, Reg::R7);
+        for word in 0..words {
+            if word > 0 {
+                a.load(Size::Dw, Reg::R2, Reg::FP, abi::BUFFER + 8 * (word as i16 - 1));
+                a.alu64(AluOp::Xor, Reg::R1, Reg::R2);
+            }
+            a.alu64(AluOp::Mul, Reg::R1, Reg::R3);
+            a.mov64(Reg::R2, Reg::R1);
+            a.alu64(AluOp::Rsh, Reg::R2, 32);
+            a.alu64(AluOp::Xor, Reg::R1, Reg::R2);
+        }
+        a.alu64(AluOp::Mul, Reg::R1, Reg::R3);
+    }
+
+    /// `r5` = the path of the five bits behind the key.
+    fn path(&mut self, shape: &SetShape, map: Map, part: &MemberPart, level: usize) {
+        let cell = usize::from(shape.cell);
+        let behind = shape.widths[cell] - shape.levels[level][cell] - CELL_BITS;
+        let (low, shift) = (behind / 32, behind % 32);
+        let numbers = &part.numbers[cell];
+        self.number(numbers, low, Reg::R1);
+        if shift + CELL_BITS > 32 {
+            self.number(numbers, low + 1, Reg::R0);
+            self.asm.alu64(AluOp::Lsh, Reg::R0, 32);
+            self.asm.alu64(AluOp::Or, Reg::R1, Reg::R0);
+        }
+        let a = &mut self.asm;
+        if shift > 0 {
+            a.alu64(AluOp::Rsh, Reg::R1, i32::from(shift));
+        }
+        a.alu64(AluOp::And, Reg::R1, (1 << CELL_BITS) - 1);
+        a.alu64(AluOp::Lsh, Reg::R1, 3);
+        a.load_map_value(Reg::R5, map, 0);
+        a.alu64(AluOp::Add, Reg::R5, Reg::R1);
+        a.load(Size::Dw, Reg::R5, Reg::R5, 0);
+    }
+}

@@ -1,0 +1,345 @@
+//! `polc set`: elements of the sets of applied policies, added, deleted, asked and listed while the policies are in force.
+//!
+//! Elements are read and printed as ipset does, and so are the messages. A change is made in every policy that has the
+//! set, by stores of single words, so that each packet meets the set as it was before or as it is after; no program is
+//! loaded. An element that stands for several (a range of hosts or ports) is several changes, of which none is made if one
+//! of them can't be.
+
+use std::process::ExitCode;
+
+use polc_backend_ebpf::manifest::SetManifest;
+use polc_frontend_iptables::ipset::{self, Sets};
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::Mode;
+use polc_ir::hook::{Family, Semantics};
+use polc_ir::plan::set::change::{self, Refusal};
+use polc_ir::plan::set::{COUNT_WORD, SetShape, Words};
+use polc_ir::ruleset::Ruleset;
+use polc_ir::set::{DimensionKind, Pattern, SetContents, SetData, patterns};
+use polc_ir::source::SourceMap;
+use polc_loader::sets::{LiveSets, LiveTable, read};
+use polc_loader::sys::{Map, Sys};
+
+use super::{FOUND, live, show};
+use crate::cli::{SetChangeArgs, SetCommand, SetListArgs, SlotArgs};
+use crate::failure::Failure;
+use crate::output::Output;
+
+pub(super) fn run(command: &SetCommand, output: &Output) -> Result<ExitCode, Failure> {
+    match command {
+        SetCommand::Add(args) => change(Verb::Add, args, output),
+        SetCommand::Del(args) => change(Verb::Del, args, output),
+        SetCommand::Test(args) => change(Verb::Test, args, output),
+        SetCommand::List(args) => list(args, output),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Add,
+    Del,
+    Test,
+}
+
+/// A policy's set: what is known about it, and its table.
+struct Found {
+    sets: LiveSets,
+    manifest: SetManifest,
+    map: Map,
+}
+
+/// The policies that options name, with their sets.
+fn policies(sys: &Sys, args: &SlotArgs) -> Result<Vec<LiveSets>, Failure> {
+    let store = live::store(&args.store)?;
+    let mut found = Vec::new();
+    for name in live::slots(sys, args)? {
+        found.extend(LiveSets::open(sys, &store, &name)?);
+    }
+    if found.is_empty() { Err(live::nothing(args)) } else { Ok(found) }
+}
+
+/// The tables of the set of that name.
+fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<Vec<Found>, Failure> {
+    let mut found = Vec::new();
+    let mut accelerates = false;
+    for sets in policies(sys, args)? {
+        accelerates |= sets.mode != Some(Mode::Replace);
+        let manifest = sets.sets.iter().find(|set| set.name == name && set.live).cloned();
+        if let Some(manifest) = manifest {
+            let map = sets.table(sys, &manifest)?;
+            found.push(Found { sets, manifest, map });
+        }
+    }
+    match (found.is_empty(), accelerates) {
+        (false, _) => Ok(found),
+        (true, true) => Err(Failure::Usage(format!(
+            "in accelerate mode the kernel's own set `{name}` decides: change it with ipset, then `polc apply` the rules and sets again"
+        ))),
+        (true, false) => Err(Failure::Usage(format!(
+            "the set with the given name does not exist: no rule in force looks up a set `{name}` that can be changed"
+        ))),
+    }
+}
+
+/// The element of a command line as patterns of a set's table, and how it prints.
+struct Asked {
+    patterns: Vec<Pattern>,
+    text: String,
+    hash: bool,
+    takes_nomatch: bool,
+    nomatch: bool,
+    /// Every prefix is as long as an address.
+    single: bool,
+}
+
+/// Reads an element; findings are shown, and give `None`.
+fn element(
+    manifest: &SetManifest,
+    family: Family,
+    words: &[&str],
+    output: &Output,
+) -> Result<Option<Asked>, Failure> {
+    let mut sources = SourceMap::new();
+    let quoted = words
+        .iter()
+        .map(|word| if word.contains([' ', '\t']) { format!("\"{word}\"") } else { (*word).to_string() });
+    let line = format!("add {} {}", manifest.name, quoted.collect::<Vec<_>>().join(" "));
+    let file = sources.add("the command line", format!("{}{line}\n", manifest.create));
+    let (sets, mut findings) = ipset::parse(&sources, file);
+    findings.retain(|finding: &Diagnostic| finding.severity == Severity::Error);
+    let Some((data, ast)) = lowered(&sets, family).filter(|_| findings.is_empty()) else {
+        show(output, &sources, &findings);
+        return Ok(None);
+    };
+    let Some(element) = ast.elements.first() else { return Ok(None) };
+    if element.extra.as_ref().is_some_and(|extra| extra.timeout.is_some()) {
+        return Err(Failure::Usage(
+            "programs keep no timeouts: add the element without one, and delete it when its time is over"
+                .into(),
+        ));
+    }
+    let SetContents::Elements(elements) = &data.contents else { return Ok(None) };
+    let mut all = Vec::new();
+    for element in elements.iter() {
+        patterns(&data, family, element, &mut |pattern| all.push(pattern));
+    }
+    let single = all.iter().all(|pattern| pattern.lengths == manifest.shape.widths);
+    Ok(Some(Asked {
+        patterns: all,
+        text: words.first().copied().unwrap_or_default().to_string(),
+        hash: ast.kind.name.starts_with("hash:"),
+        takes_nomatch: data.takes_nomatch(),
+        nomatch: element.nomatch,
+        single,
+    }))
+}
+
+/// The one set of a text.
+fn lowered(sets: &Sets, family: Family) -> Option<(SetData, &ipset::SetAst)> {
+    let ast = sets.iter().next()?;
+    let mut ruleset = Ruleset::new(family, Semantics::Legacy);
+    ipset::lower(sets, family, &mut ruleset);
+    let mut data = ruleset.sets.values().next()?.clone();
+    data.live = true;
+    Some((data, ast))
+}
+
+fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let is_flag = |word: &&String| matches!(word.as_str(), "-exist" | "-!" | "--exist");
+    let exist = args.words.iter().any(|word| is_flag(&word));
+    let words: Vec<&str> = args.words.iter().filter(|word| !is_flag(word)).map(String::as_str).collect();
+    let [name, words @ ..] = words.as_slice() else {
+        return Err(Failure::Usage("a set and an element are needed".into()));
+    };
+    if words.is_empty() {
+        return Err(Failure::Usage("an element is needed after the set".into()));
+    }
+    let sys = Sys::new();
+    let found = find(&sys, &args.slots, name)?;
+    let mut tables = Vec::new();
+    for found in &found {
+        let Some(asked) = element(&found.manifest, found.sets.name.family, words, output)? else {
+            return Ok(ExitCode::from(2));
+        };
+        tables.push((found, asked, LiveTable::new(&sys, &found.map)?));
+    }
+    let refuse = |found: &Found, message: String| {
+        output.error(&format!("set `{name}` {}: {message}", found.sets.name));
+        Ok(ExitCode::from(FOUND))
+    };
+    // What can't be done is found before anything is changed.
+    for (found, asked, table) in &tables {
+        let shape = &found.manifest.shape;
+        let mut new = 0;
+        for pattern in &asked.patterns {
+            let present = change::test(shape, table, pattern).is_some();
+            match verb {
+                Verb::Add if present && !exist => {
+                    return refuse(found, "Element cannot be added to the set: it's already added".into());
+                }
+                Verb::Del if !present && !exist => {
+                    return refuse(found, "Element cannot be deleted from the set: it's not added".into());
+                }
+                Verb::Add if !present => {
+                    new += 1;
+                    match change::add(shape, table, pattern, true) {
+                        Err(refusal) => return refuse(found, why(refusal)),
+                        Ok(_) => {}
+                    }
+                }
+                _ => {}
+            }
+        }
+        table.check()?;
+        if verb == Verb::Add && asked.hash && new > 0 {
+            let have = table.word(COUNT_WORD) as usize;
+            if have + new > found.manifest.elements_max {
+                let max = found.manifest.elements_max;
+                return refuse(
+                    found,
+                    format!("Hash is full, cannot add more elements: its maxelem is {max}"),
+                );
+            }
+        }
+    }
+    if verb == Verb::Test {
+        let inside = tables.iter().all(|(found, asked, table)| holds(&found.manifest.shape, table, asked));
+        tables.iter().try_for_each(|(_, _, table)| table.check())?;
+        let text = tables.first().map_or("", |(_, asked, _)| asked.text.as_str());
+        output.result(&format!("{text} is {}in set {name}.\n", if inside { "" } else { "NOT " }));
+        return Ok(if inside { ExitCode::SUCCESS } else { ExitCode::from(FOUND) });
+    }
+    for (found, asked, table) in &tables {
+        let shape = &found.manifest.shape;
+        for pattern in &asked.patterns {
+            let stores = match verb {
+                Verb::Add => change::add(shape, table, pattern, true),
+                _ => change::remove(shape, table, pattern),
+            };
+            match stores {
+                Ok(stores) => table.make(&sys, &stores)?,
+                // -exist: it was not there.
+                Err(Refusal::Absent) => {}
+                Err(refusal) => return refuse(found, why(refusal)),
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn why(refusal: Refusal) -> String {
+    let again = "`polc set list` gives the elements to apply the rules with again, which makes room";
+    match refusal {
+        Refusal::Present => "Element cannot be added to the set: it's already added".into(),
+        Refusal::Absent => "Element cannot be deleted from the set: it's not added".into(),
+        Refusal::Full => format!("there is no room left for this element; {again}"),
+        Refusal::NoLevel => format!("no program looks for prefixes of these lengths yet; {again}"),
+    }
+}
+
+/// Whether an element is in a table: hosts are asked as a packet would be, prefixes by themselves
+/// (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_test`).
+fn holds(shape: &SetShape, table: &LiveTable<'_>, asked: &Asked) -> bool {
+    asked.patterns.iter().all(|pattern| {
+        let found = if asked.takes_nomatch && asked.single {
+            shape.covers(table, &pattern.values)
+        } else {
+            change::test(shape, table, pattern)
+        };
+        found == Some(asked.nomatch)
+    })
+}
+
+fn list(args: &SetListArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    let policies = match &args.set {
+        Some(name) => find(&sys, &args.slots, name)?.into_iter().map(|found| found.sets).collect(),
+        None => policies(&sys, &args.slots)?,
+    };
+    let several = policies.len() > 1;
+    for sets in &policies {
+        if several {
+            output.result(&format!("# {}\n", sets.name));
+        }
+        for manifest in &sets.sets {
+            let wanted = args.set.as_ref().is_none_or(|name| *name == manifest.name);
+            if wanted && manifest.live {
+                let words = read(&sys, &sets.table(&sys, manifest)?)?;
+                output.result(&text(manifest, sets.name.family, &words));
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A set as `ipset save` prints it, its elements in ascending order.
+fn text(manifest: &SetManifest, family: Family, words: &[u64]) -> String {
+    let mut patterns = Vec::new();
+    manifest.shape.decode(words, &mut |pattern| patterns.push(pattern));
+    patterns.sort_unstable();
+    patterns.dedup();
+    let mut sources = SourceMap::new();
+    let created = sources.add("set", manifest.create.clone());
+    let (sets, _) = ipset::parse(&sources, created);
+    let mut text = manifest.create.clone();
+    if let Some(set) = sets.iter().next() {
+        text.extend(patterns.iter().filter_map(|pattern| ipset::add_line(set, pattern)));
+    }
+    let whole = sources.add("elements", text);
+    let (sets, _) = ipset::parse(&sources, whole);
+    debug_assert!(lowered(&sets, family).is_some_and(|(data, _)| {
+        data.dimensions.iter().all(|dimension| *dimension != DimensionKind::Device)
+    }));
+    ipset::print(&sets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polc_ir::plan::set::{build, shape};
+
+    /// What `list` prints of a table reads as the elements it was made of.
+    #[test]
+    fn tables_print_as_they_were_read() {
+        for (create, elements) in [
+            ("hash:net family inet", &["10.0.0.0/8", "10.1.0.0/16 nomatch", "192.0.2.1"][..]),
+            ("hash:ip family inet netmask 24", &["10.0.0.0", "10.0.9.0"]),
+            (
+                "hash:ip,port family inet",
+                &["10.0.0.1,icmp:echo-request", "10.0.0.1,tcp:22", "10.0.0.1,udp:53"],
+            ),
+            ("hash:net,port family inet6", &["2001:db8::/32,tcp:80", "2001:db8::1,ipv6-icmp:echo-request"]),
+            ("hash:ip,mark family inet markmask 0x0000ff00", &["10.0.0.1,0x00001200"]),
+            ("bitmap:port range 0-1023", &["22", "80"]),
+            ("bitmap:ip,mac range 10.0.0.0-10.0.0.255", &["10.0.0.1,02:00:00:00:00:0A"]),
+            ("hash:net,net family inet", &["10.0.0.0/8,192.0.2.0/24", "10.0.0.0/8,192.0.2.7 nomatch"]),
+        ] {
+            let mut text_in = format!("create s {create}\n");
+            text_in.extend(elements.iter().map(|element| format!("add s {element}\n")));
+            let mut sources = SourceMap::new();
+            let file = sources.add("sets", text_in);
+            let (sets, findings) = ipset::parse(&sources, file);
+            assert!(findings.is_empty(), "{findings:?}");
+            let family = sets.iter().next().unwrap().family.unwrap_or(Family::V4);
+            let (data, ast) = lowered(&sets, family).unwrap();
+            assert!(!ast.kind.dimensions.contains(&ipset::Dimension::Set));
+            let shape = shape(&data, family).unwrap();
+            let table = build(&data, family, &shape);
+            let manifest = SetManifest {
+                name: "s".into(),
+                map: "set0".into(),
+                create: data.create.clone(),
+                live: true,
+                elements_max: data.elements_max,
+                shape,
+            };
+            let listed = text(&manifest, family, &table.words);
+            let sorted = |text: &str| {
+                let mut lines: Vec<String> = text.lines().map(ToOwned::to_owned).collect();
+                lines.sort();
+                lines
+            };
+            assert_eq!(sorted(&listed), sorted(&ipset::print(&sets)));
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Building a set's table: its shape from its elements, and its words, each key in one of its two buckets.
+//!
+//! A key that finds both buckets full moves another to that one's other bucket (Pagh and Rodler, "Cuckoo hashing").
+//! With four slots a bucket that fills tables to well above what is asked of them here; should a key find no place all
+//! the same, the table gets larger. The same elements give the same words.
+
+use super::{
+    COUNT_WORD, Contents, HEADER_WORDS, Key, SLOTS, SetShape, SetTable, USED_WORD, cell_dimension, has_table,
+    level_start, live_starts, path,
+};
+use crate::hook::Family;
+use crate::limits::{SET_CELLS_MAX, SET_ELEMENTS_MAX, SET_LEVELS_MAX};
+use crate::set::{
+    DIMENSIONS_MAX, DimensionKind, Pattern, SetContents, SetData, patterns, patterns_count, widths,
+};
+
+/// Slots of a table that does not change, for 100 cells.
+const FIXED_ROOM: usize = 118;
+/// Slots of a table that changes, for 100 cells: in nearly all cases a new key finds a free one.
+const LIVE_ROOM: usize = 160;
+/// Cells that a live table has room for beyond twice those it starts with.
+const LIVE_CELLS_MIN: usize = 65_536;
+
+/// A set's shape, or why it has none.
+pub type Shaped = Result<SetShape, &'static str>;
+
+/// The shape of a set's table.
+pub fn shape(data: &SetData, family: Family) -> Shaped {
+    let SetContents::Elements(elements) = &data.contents else {
+        return Err("its elements are not known");
+    };
+    if data.dimensions.is_empty() || !data.dimensions.iter().copied().all(has_table) {
+        return Err("it names devices");
+    }
+    let cell = cell_dimension(data);
+    let widths = widths(data, family);
+    let count = |element| patterns_count(data, family, element);
+    let cells: u128 = elements.iter().map(count).fold(0, u128::saturating_add);
+    if cells > SET_ELEMENTS_MAX as u128 {
+        return Err("its ranges are too many elements");
+    }
+    let mut levels: Vec<[u8; DIMENSIONS_MAX]> = Vec::new();
+    let mut last = None;
+    for element in elements.iter() {
+        patterns(data, family, element, &mut |pattern| {
+            if last != Some(pattern.lengths) {
+                last = Some(pattern.lengths);
+                let mut lengths = pattern.lengths;
+                lengths[cell] = level_start(widths[cell], lengths[cell]);
+                if !levels.contains(&lengths) {
+                    levels.push(lengths);
+                }
+            }
+        });
+        if levels.len() > SET_LEVELS_MAX {
+            return Err("its prefixes have too many different lengths");
+        }
+    }
+    if data.live || levels.is_empty() {
+        let mut bases = levels.clone();
+        let mut longest = widths;
+        for (length, dimension) in longest.iter_mut().zip(&data.dimensions) {
+            if *dimension == DimensionKind::Address {
+                *length = data.netmask.unwrap_or(*length);
+            }
+        }
+        bases.push(longest);
+        for mut base in bases {
+            for start in live_starts(data, family) {
+                base[cell] = start;
+                if !levels.contains(&base) && levels.len() < SET_LEVELS_MAX {
+                    levels.push(base);
+                }
+            }
+        }
+    }
+    // The kernel tries longer prefixes first, those of the first dimension before those of the second
+    // (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_test_cidrs`).
+    levels.sort_unstable_by_key(|lengths| {
+        let mut order = [0; 2 * DIMENSIONS_MAX];
+        for (at, &length) in lengths.iter().enumerate() {
+            let prefixes = data.dimensions.get(at) == Some(&DimensionKind::Net);
+            order[at + if prefixes { 0 } else { DIMENSIONS_MAX }] = length;
+        }
+        std::cmp::Reverse(order)
+    });
+    let mut shape = SetShape {
+        widths,
+        cell: cell as u8,
+        levels,
+        nomatch: data.takes_nomatch() && (data.live || elements.iter().any(|element| element.nomatch)),
+        live: data.live,
+        buckets: 1,
+    };
+    let cells = cells_of(data, family, &shape).max(1);
+    let room = if data.live {
+        let room = (2 * cells).max(LIVE_CELLS_MIN).min(data.elements_max.max(cells));
+        room * LIVE_ROOM
+    } else {
+        cells * FIXED_ROOM
+    };
+    shape.buckets = (room / 100).div_ceil(SLOTS).max(1) as u32;
+    if shape.buckets as usize * SLOTS > SET_CELLS_MAX {
+        return Err("it is too large");
+    }
+    Ok(shape)
+}
+
+/// How many different cells the elements have, or a little more.
+fn cells_of(data: &SetData, family: Family, shape: &SetShape) -> usize {
+    let SetContents::Elements(elements) = &data.contents else { return 0 };
+    // Elements are in order of their lengths, and mostly of their values: neighbours that share a cell are together.
+    let (mut cells, mut last) = (0, None);
+    for element in elements.iter() {
+        patterns(data, family, element, &mut |pattern| {
+            let at = shape.locate(&pattern).map(|(_, key, _)| key.words);
+            if at != last {
+                cells += 1;
+                last = at;
+            }
+        });
+    }
+    cells
+}
+
+/// The table of a set that has the shape.
+pub fn build(data: &SetData, family: Family, shape: &SetShape) -> SetTable {
+    let mut shape = shape.clone();
+    loop {
+        if let Some(table) = try_build(data, family, &shape) {
+            return table;
+        }
+        shape.buckets += shape.buckets / 4 + 1;
+    }
+}
+
+fn try_build(data: &SetData, family: Family, shape: &SetShape) -> Option<SetTable> {
+    let mut builder = Builder {
+        shape,
+        words: vec![0; shape.words()],
+        moves: 0,
+        key_words: shape.key_words(),
+        contents: Contents::default(),
+    };
+    for bits in 0..32 {
+        builder.words[usize::from(bits)] = path(bits);
+    }
+    let SetContents::Elements(elements) = &data.contents else { return None };
+    let mut fits = true;
+    for element in elements.iter() {
+        patterns(data, family, element, &mut |pattern| {
+            fits &= builder.add(&pattern);
+        });
+        if !fits {
+            return None;
+        }
+    }
+    builder.words[COUNT_WORD] = builder.contents.count;
+    Some(SetTable { shape: shape.clone(), words: builder.words, contents: builder.contents })
+}
+
+struct Builder<'a> {
+    shape: &'a SetShape,
+    words: Vec<u64>,
+    /// Counts moves: which slot of a bucket gives way.
+    moves: usize,
+    key_words: usize,
+    contents: Contents,
+}
+
+/// Keys that may give way for one.
+const MOVES_MAX: usize = 1_000;
+
+impl Builder<'_> {
+    /// Adds a pattern, unless it is there; false if there is no room.
+    fn add(&mut self, pattern: &Pattern) -> bool {
+        let (level, key, bit) = self.shape.locate(pattern).expect("the shape has every element's level");
+        let places = self.shape.places(&key.words);
+        let slot = match self.find(&key, places) {
+            Some(slot) => slot,
+            None => match self.place(&key, places) {
+                Some(slot) => slot,
+                None => return false,
+            },
+        };
+        let cell = slot + self.key_words;
+        if self.words[cell] >> bit & 1 == 1 {
+            return true;
+        }
+        self.words[cell] |= 1 << bit;
+        if pattern.nomatch {
+            self.words[cell + 1] |= 1 << bit;
+        }
+        self.words[USED_WORD] |= 1 << level;
+        self.contents.add(pattern);
+        true
+    }
+
+    fn find(&self, key: &Key, places: [usize; 2]) -> Option<usize> {
+        let count = self.key_words;
+        self.shape.slots(places).find(|&slot| self.words[slot..slot + count] == key.words[..count])
+    }
+
+    /// Puts a key into a free slot, making one free if there is none. Others move before it comes.
+    fn place(&mut self, key: &Key, places: [usize; 2]) -> Option<usize> {
+        let free = self.free(places)?;
+        self.words[free..free + self.key_words].copy_from_slice(&key.words[..self.key_words]);
+        Some(free)
+    }
+
+    fn free(&mut self, places: [usize; 2]) -> Option<usize> {
+        let vacant = |words: &[u64], bucket: usize| {
+            (0..SLOTS).map(|slot| self.shape.slot(bucket, slot)).filter(|slot| words[*slot] == 0).collect()
+        };
+        let [a, b]: [Vec<usize>; 2] = places.map(|bucket| vacant(&self.words, bucket));
+        // The emptier bucket.
+        if let Some(&slot) = if a.len() >= b.len() { a.first() } else { b.first() } {
+            return Some(slot);
+        }
+        // A chain of slots, each to be filled from the next, until one is free.
+        let mut chain: Vec<usize> = Vec::new();
+        let mut bucket = places[self.moves % 2];
+        for _ in 0..MOVES_MAX {
+            self.moves += 1;
+            let slot = self.shape.slot(bucket, (self.moves.wrapping_mul(0x9e37_79b9) >> 16) % SLOTS);
+            if chain.contains(&slot) {
+                continue;
+            }
+            chain.push(slot);
+            let [first, second] = self.shape.places(&self.words[slot..]);
+            let other = if first == bucket { second } else { first };
+            if let Some(&free) = vacant(&self.words, other).first() {
+                let mut to = free;
+                for &from in chain.iter().rev() {
+                    self.words.copy_within(from..from + self.shape.slot_words(), to);
+                    to = from;
+                }
+                self.words[to..to + self.shape.slot_words()].fill(0);
+                return Some(to);
+            }
+            bucket = other;
+        }
+        None
+    }
+}
+
+const _: () = assert!(HEADER_WORDS > COUNT_WORD && HEADER_WORDS > USED_WORD);

@@ -1,0 +1,135 @@
+//! Sets of an applied policy: read and changed in the tables that the attached program looks them up in.
+//!
+//! The table is the truth: there is no second copy of a set's elements that could differ from what packets meet. What an
+//! element is, and in which order the words of a table may be written, is [`polc_ir::plan::set`]'s; here the stores are
+//! made, while the slot is locked against every other polc.
+
+use polc_backend_ebpf::manifest::SetManifest;
+use polc_ir::env::Mode;
+use polc_ir::plan::set::{Words, change::Store};
+
+use crate::attach;
+use crate::error::Error;
+use crate::state::{Lock, Slot, SlotName, Store as StateStore};
+use crate::swap::{Repaired, repair};
+use crate::sys::{Map, MapWords, Sys};
+
+/// Name of the file among a generation's that says which sets have tables: [`SetManifest`]s as JSON. The object says the
+/// same, and may be a hundred times as large.
+pub const SETS_FILE: &str = "sets.json";
+
+/// The sets of a slot's policy. The slot is locked as long as this lives.
+#[derive(Debug)]
+pub struct LiveSets {
+    /// The slot.
+    pub name: SlotName,
+    /// How the policy is deployed.
+    pub mode: Option<Mode>,
+    /// The sets that have tables.
+    pub sets: Vec<SetManifest>,
+    slot: Slot,
+    generation: u32,
+    _lock: Lock,
+}
+
+impl LiveSets {
+    /// The sets of the policy that is attached at a slot; `None` if none is.
+    ///
+    /// # Errors
+    /// What is kept about the slot can't be read, or the kernel refuses.
+    pub fn open(sys: &Sys, store: &StateStore, name: &SlotName) -> Result<Option<LiveSets>, Error> {
+        let slot = store.slot(name);
+        let lock = slot.lock(sys, true)?;
+        let Some(Repaired { state, current, .. }) = repair(sys, &slot)? else { return Ok(None) };
+        let path = slot.generation_files(current).join(SETS_FILE);
+        let sets = match sys.read(&path).map_err(Error::disk(&path))? {
+            Some(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|error| Error::Corrupt { path: path.clone(), why: error.to_string() })?,
+            None => Vec::new(),
+        };
+        let mode = state.generations.get(&current).and_then(|generation| generation.mode);
+        Ok(Some(LiveSets { name: name.clone(), mode, sets, slot, generation: current, _lock: lock }))
+    }
+
+    /// The table of a set.
+    ///
+    /// # Errors
+    /// [`Error::Pin`] if what is pinned is not the table.
+    pub fn table(&self, sys: &Sys, set: &SetManifest) -> Result<Map, Error> {
+        let path = self.slot.map(self.generation, &set.map);
+        let pin = |why: &str| Error::Pin { path: path.clone(), why: why.to_string() };
+        let fd = attach::open_pin(sys, &path)?.ok_or_else(|| pin("it is gone"))?;
+        let map = sys.map(fd).map_err(Error::disk(&path))?;
+        if set.shape.verify(&set.name).is_empty() && map.info().value_bytes as usize == 8 * set.shape.words()
+        {
+            Ok(map)
+        } else {
+            Err(pin("it is not the table that the policy was applied with"))
+        }
+    }
+}
+
+/// A table that is being read and changed.
+#[derive(Debug)]
+pub struct LiveTable<'a> {
+    words: MapWords<'a>,
+    name: String,
+}
+
+impl<'a> LiveTable<'a> {
+    /// The table in a map of [`LiveSets::table`].
+    ///
+    /// # Errors
+    /// Its memory can't be mapped.
+    pub fn new(sys: &Sys, map: &'a Map) -> Result<LiveTable<'a>, Error> {
+        let name = map.info().name.clone();
+        let words = MapWords::new(sys, map).map_err(Error::call(format!("map table `{name}`")))?;
+        Ok(LiveTable { words, name })
+    }
+
+    /// Makes the stores of a change. Every packet meets the table as it was before or as it is after.
+    ///
+    /// # Errors
+    /// A word could not be read when the change was worked out, or a store can't be made.
+    pub fn make(&self, sys: &Sys, stores: &[Store]) -> Result<(), Error> {
+        self.check()?;
+        let fail = || Error::call(format!("change table `{}`", self.name));
+        for store in stores {
+            match *store {
+                Store::Word { at, value } => self.words.set(at, value).map_err(fail())?,
+                Store::Wait => sys.wait_for_runs().map_err(fail())?,
+                // Stores are seen in their order there.
+                Store::Publish if cfg!(target_arch = "x86_64") => {}
+                Store::Publish => sys.wait_for_runs().map_err(fail())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every word that was asked for could be read.
+    ///
+    /// # Errors
+    /// It could not.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.words.failure() {
+            Some(source) => Err(Error::Call { what: format!("read table `{}`", self.name), source }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Words for LiveTable<'_> {
+    fn word(&self, at: usize) -> u64 {
+        self.words.get(at)
+    }
+}
+
+/// The words of a whole table, for reading all of it.
+///
+/// # Errors
+/// The map can't be read.
+pub fn read(sys: &Sys, map: &Map) -> Result<Vec<u64>, Error> {
+    let fail = || Error::call(format!("read table `{}`", map.info().name));
+    let bytes = sys.map_lookup(map, &0u32.to_ne_bytes()).map_err(fail())?.unwrap_or_default();
+    Ok(bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes"))).collect())
+}

@@ -1,0 +1,170 @@
+//! Sets of every type as tables: every level, rbpf and the kernel say what the elements say.
+
+use std::fmt::Write as _;
+
+use polc::place::{devices_of, place};
+use polc::runner::Program;
+use polc::select::Devices;
+use polc::session::{ReadOptions, Session};
+use polc::verify::verify;
+use polc::witness::{Random, Witnesses};
+use polc_backend_ebpf::emit::return_code;
+use polc_ir::env::{Attach, Env, Mode};
+use polc_ir::hook::{Family, Hook};
+use polc_ir::source::SourceMap;
+use polc_loader::sys::{Sys, TestRun};
+use polc_tests::kernel::may_run;
+
+/// A set type, the options of its `create`, and the ends that are asked.
+struct Kind {
+    name: &'static str,
+    options: &'static str,
+    family: Family,
+    ends: &'static str,
+}
+
+const fn kind(name: &'static str, options: &'static str, family: Family, ends: &'static str) -> Kind {
+    Kind { name, options, family, ends }
+}
+
+const KINDS: &[Kind] = &[
+    kind("hash:ip", "", Family::V4, "src"),
+    kind("hash:ip", "netmask 24", Family::V4, "dst"),
+    kind("hash:ip", "", Family::V6, "src"),
+    kind("hash:net", "", Family::V4, "src"),
+    kind("hash:net", "", Family::V6, "dst"),
+    kind("hash:ip,port", "", Family::V4, "src,dst"),
+    kind("hash:ip,port", "", Family::V6, "dst,dst"),
+    kind("hash:ip,mark", "markmask 0xff00", Family::V4, "src,src"),
+    kind("hash:ip,mac", "", Family::V4, "src,src"),
+    kind("hash:mac", "", Family::V4, "src"),
+    kind("hash:ip,port,ip", "", Family::V4, "src,dst,dst"),
+    kind("hash:ip,port,ip", "", Family::V6, "src,dst,dst"),
+    kind("hash:ip,port,net", "", Family::V4, "src,dst,dst"),
+    kind("hash:ip,port,net", "", Family::V6, "src,src,dst"),
+    kind("hash:net,port", "", Family::V4, "src,src"),
+    kind("hash:net,port", "", Family::V6, "dst,dst"),
+    kind("hash:net,net", "", Family::V4, "src,dst"),
+    kind("hash:net,port,net", "", Family::V4, "src,dst,dst"),
+    kind("hash:net,port,net", "", Family::V6, "src,dst,dst"),
+    kind("bitmap:ip", "range 10.0.0.0/20", Family::V4, "src"),
+    kind("bitmap:ip,mac", "range 10.0.0.0/20", Family::V4, "src,src"),
+    kind("bitmap:port", "range 0-65535", Family::V4, "dst"),
+];
+
+fn address(random: &mut Random, family: Family) -> String {
+    // Few values, so that elements neighbour and cover one another.
+    let low = random.next_u64();
+    match family {
+        Family::V4 => format!("10.0.{}.{}", low & 15, low >> 8 & 255),
+        Family::V6 => format!("2001:db8:{:x}::{:x}", low & 7, low >> 8 & 0x3ff),
+    }
+}
+
+fn part(random: &mut Random, what: &str, kind: &Kind, bitmap: bool) -> String {
+    match what {
+        "ip" => address(random, kind.family),
+        "net" => {
+            let lengths: [u8; 5] =
+                if kind.family == Family::V4 { [32, 30, 28, 24, 20] } else { [128, 126, 120, 64, 48] };
+            format!("{}/{}", address(random, kind.family), lengths[random.below(5)])
+        }
+        "port" if bitmap => (random.below(4_000) * 3).to_string(),
+        "port" => match random.below(4) {
+            0 => format!("udp:{}", random.below(64)),
+            1 if kind.family == Family::V4 => format!("icmp:{}/{}", random.below(16), random.below(4)),
+            1 => format!("icmpv6:{}/{}", 128 + random.below(4), random.below(4)),
+            2 => format!("{}:0", [47, 50, 33][random.below(3)]),
+            _ => format!("tcp:{}-{}", 20 + random.below(8), 28 + random.below(8)),
+        },
+        "mark" => format!("{:#x}", random.below(1 << 16)),
+        "mac" => format!("02:00:00:00:{:02x}:{:02x}", random.below(4), random.below(256)),
+        other => unreachable!("{other}"),
+    }
+}
+
+/// A file with one set, and a list that holds it.
+fn file(kind: &Kind, count: usize, seed: u64) -> String {
+    let random = &mut Random::new(seed);
+    let family = match (kind.name.starts_with("bitmap") || kind.name == "hash:mac", kind.family) {
+        (true, _) => "",
+        (_, Family::V4) => "family inet",
+        (_, Family::V6) => "family inet6",
+    };
+    let (form, parts) = kind.name.split_once(':').unwrap();
+    let mut text = format!("create s {} {family} {}\n", kind.name, kind.options);
+    for _ in 0..count {
+        let parts: Vec<String> =
+            parts.split(',').map(|what| part(random, what, kind, form == "bitmap")).collect();
+        let nomatch = kind.name.contains("net") && random.below(4) == 0;
+        _ = writeln!(text, "add s {}{}", parts.join(","), if nomatch { " nomatch" } else { "" });
+    }
+    text + "create l list:set\nadd l s\n"
+}
+
+fn session(kind: &Kind, sets: &str) -> Session {
+    let mut sources = SourceMap::new();
+    let ends = kind.ends;
+    let rules = format!(
+        "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m set --match-set l {ends} -j ACCEPT\n\
+         -A INPUT -m set --match-set s {ends} --return-nomatch -p udp -j ACCEPT\n\
+         -A INPUT -m set --match-set s {ends} -j DROP\nCOMMIT\n"
+    );
+    let rules = sources.add("rules", rules);
+    let sets = sources.add("sets", sets);
+    let options = ReadOptions { family: Some(kind.family), ..ReadOptions::default() };
+    Session::read(sources, rules, &[sets], &options)
+}
+
+#[test]
+fn tables_agree_at_every_level() {
+    let root = may_run("tables_agree_at_every_level, in the kernel");
+    for (at, kind) in KINDS.iter().enumerate() {
+        for (count, live) in [(1_200, false), (60, true), (0, true)] {
+            let name = format!("{} {} {} of {count}, live {live}", kind.name, kind.options, kind.family);
+            let mut session = session(kind, &file(kind, count, at as u64));
+            for set in session.ruleset.sets.values_mut() {
+                set.live = live;
+            }
+            let attach = if kind.name.contains("mark") { Attach::TcIngress } else { Attach::Xdp };
+            let place = place(&[Hook::Input], attach, Mode::Replace, true);
+            let env = Env { local: Some(Vec::new()), ..Env::default() };
+            let devices = Devices { declared: devices_of(&session.ruleset), ..Devices::default() };
+            let compiled = polc::compile(&session.ruleset, &place, &env, &devices);
+            assert!(compiled.diagnostics.is_empty(), "{name}: {:?}", compiled.diagnostics);
+            assert!(!live || compiled.plan.members.len() == 3, "{name}: no table");
+            let verified = verify(&session, &place, &env, &devices, 1, 100, &mut |_, _| {});
+            assert!(verified.disagreement.is_none(), "{name}: {:?}", verified.disagreement);
+            assert!(verified.not_emitted.is_empty(), "{name}: {:?}", verified.not_emitted);
+            if count > 0 {
+                assert!(verified.verdicts["drop"] > 20, "{name}: {:?}", verified.verdicts);
+            }
+            if !root {
+                continue;
+            }
+            let (object, _) = polc::build::object(&session, &compiled).unwrap();
+            let sys = Sys::new();
+            let loaded = polc_loader::load::load(&sys, &object).unwrap_or_else(|error| {
+                let polc_loader::Error::Verifier(refusal) = &error else { panic!("{name}: {error}") };
+                panic!("{name}: {error}\n{}", refusal.log)
+            });
+            let mut program = Program::new(&compiled.plan, attach, &object).unwrap();
+            for input in Witnesses::new(&compiled.classifier, &[], 2).take(100) {
+                if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() {
+                    continue;
+                }
+                let mut context = vec![0; object.programs[0].kind.context_bytes() as usize];
+                if attach == Attach::Xdp {
+                    context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes());
+                } else {
+                    context[8..12].copy_from_slice(&input.mark.to_ne_bytes());
+                }
+                let (ending, _) = program.run(&compiled.plan, &input).unwrap();
+                let run = TestRun { frame: &input.frame, context: &context, repeat: 1 };
+                let Ok(result) = sys.test_run(&loaded.program().unwrap().fd, &run) else { continue };
+                let expected = return_code(attach, place.mode, ending.verdict);
+                assert_eq!(result.return_value as i32, expected, "{name}: {:02x?}", input.frame);
+            }
+        }
+    }
+}
