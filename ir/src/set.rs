@@ -227,11 +227,14 @@ fn covers(
 const SCANNED_MAX: usize = 64;
 
 /// A large set's elements by their numbers, for each combination of prefix lengths that occurs, in the kernel's order.
-struct Index(Vec<([u8; DIMENSIONS_MAX], HashMap<[u128; DIMENSIONS_MAX], bool>)>);
+struct Index(Vec<(ByDimension<u8>, NomatchByNumbers)>);
+
+type ByDimension<T> = [T; DIMENSIONS_MAX];
+type NomatchByNumbers = HashMap<ByDimension<u128>, bool>;
 
 impl Index {
     fn new(data: &SetData, family: Family, elements: &[Element]) -> Index {
-        let mut index: Vec<([u8; DIMENSIONS_MAX], HashMap<[u128; DIMENSIONS_MAX], bool>)> = Vec::new();
+        let mut index: Vec<(ByDimension<u8>, NomatchByNumbers)> = Vec::new();
         let widths = widths(data, family);
         for element in elements {
             patterns(data, family, element, &mut |pattern| {

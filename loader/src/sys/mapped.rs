@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::ptr::NonNull;
@@ -109,19 +110,19 @@ impl<'a> MapWords<'a> {
         assert!(at < self.words, "word {at} of {}", self.words);
         let (page, offset) = (at * 8 / self.page, at * 8 % self.page);
         let mut pages = self.pages.borrow_mut();
-        if !pages.contains_key(&page) {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            match Mapped::new(self.map, self.page, page * self.page, protection) {
-                Ok(mapped) => {
-                    pages.insert(page, mapped);
-                }
-                Err(error) => {
-                    self.failed.set(Some(error));
-                    return None;
+        let mapped = match pages.entry(page) {
+            Entry::Occupied(mapped) => mapped.into_mut(),
+            Entry::Vacant(vacant) => {
+                let protection = libc::PROT_READ | libc::PROT_WRITE;
+                match Mapped::new(self.map, self.page, page * self.page, protection) {
+                    Ok(mapped) => vacant.insert(mapped),
+                    Err(error) => {
+                        self.failed.set(Some(error));
+                        return None;
+                    }
                 }
             }
-        }
-        let mapped = pages.get(&page)?;
+        };
         // SAFETY: the page is mapped as long as `mapped` lives; the word is inside it, aligned, and both this process and
         // programs access it in one piece.
         let word = unsafe { mapped.at.byte_add(offset).cast::<AtomicU64>().as_ref() };

@@ -211,11 +211,11 @@ mod tests {
         for _ in 0..4_000 {
             let length = [16, 20, 24, 28, 32][number(&mut state) as usize % 5];
             let value =
-                u128::from(number(&mut state) as u32 % 64 * 0x0203_0507 >> (32 - length) << (32 - length));
-            let nomatch = number(&mut state) % 4 == 0;
+                u128::from((number(&mut state) as u32 % 64 * 0x0203_0507) & (u32::MAX << (32 - length)));
+            let nomatch = number(&mut state).is_multiple_of(4);
             let pattern = Pattern { values: [value, 0, 0], lengths: [length, 0, 0], nomatch };
             let name = Pattern { nomatch: false, ..pattern };
-            let result = if number(&mut state) % 2 == 0 {
+            let result = if number(&mut state).is_multiple_of(2) {
                 let result = add(&shape, words.as_slice(), &pattern, false);
                 assert_eq!(result == Err(Refusal::Present), have.contains_key(&name));
                 if result.is_ok() {
@@ -269,7 +269,7 @@ mod tests {
                 let value = (number(&mut state) as u32 ^ (number(&mut state) as u32) << 8) & 0x3f0f_ff7f;
                 let host = u32::MAX.checked_shr(length).unwrap_or(0);
                 let range = Interval::new((value & !host).into(), (value | host).into()).unwrap();
-                let nomatch = nomatch && number(&mut state) % 3 == 0;
+                let nomatch = nomatch && number(&mut state).is_multiple_of(3);
                 elements.push((length, Element { values: vec![DimensionValue::Address(range)], nomatch }));
             }
             elements.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
@@ -289,7 +289,7 @@ mod tests {
             }
             for pattern in all.iter().step_by(7) {
                 let bits = u32::from(32 - pattern.lengths[0]);
-                let (lo, hi) = (pattern.values[0], pattern.values[0] | (1u128 << bits) - 1);
+                let (lo, hi) = (pattern.values[0], pattern.values[0] | ((1u128 << bits) - 1));
                 for at in [lo.wrapping_sub(1) & 0xffff_ffff, lo, (lo + hi) / 2, hi, (hi + 1) & 0xffff_ffff] {
                     let covering = |pattern: &&Pattern| {
                         let shift = 32 - u32::from(pattern.lengths[0]);

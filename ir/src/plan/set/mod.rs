@@ -212,7 +212,7 @@ impl SetShape {
             hash ^= hash >> 32;
         }
         hash = hash.wrapping_mul(MULTIPLIER);
-        let scale = |half: u64| (half * u64::from(self.buckets) >> 32) as usize;
+        let scale = |half: u64| ((half * u64::from(self.buckets)) >> 32) as usize;
         [scale(hash >> 32), scale(hash & 0xffff_ffff)]
     }
 

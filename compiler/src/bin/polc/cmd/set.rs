@@ -182,9 +182,8 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
                 }
                 Verb::Add if !present => {
                     new += 1;
-                    match change::add(shape, table, pattern, true) {
-                        Err(refusal) => return refuse(found, why(refusal)),
-                        Ok(_) => {}
+                    if let Err(refusal) = change::add(shape, table, pattern, true) {
+                        return refuse(found, why(refusal));
                     }
                 }
                 _ => {}
