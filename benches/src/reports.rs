@@ -3,7 +3,7 @@
 //! The same rules are compiled with and without reports, and the two programs are measured in turn on the same random
 //! packets.
 
-use polc::build::object_with;
+use polc::build::{Extras, object_with};
 use polc::place::{default_path, devices_of, place};
 use polc::select::Devices;
 use polc_backend_ebpf::object::ProgramKind;
@@ -30,7 +30,7 @@ fn programs(set: &RuleSet, kind: ProgramKind) -> Result<[Loaded; 2], String> {
     let devices = Devices { declared: devices_of(&session.ruleset), ..Devices::default() };
     let compiled = polc::compile(&session.ruleset, &place, &Env::default(), &devices);
     let program = |trace| {
-        let (object, _) = object_with(&session, &compiled, trace)
+        let (object, _) = object_with(&session, &compiled, Extras { trace, ..Extras::default() })
             .map_err(|findings| findings.first().map_or_else(String::new, |first| first.message.clone()))?;
         Loaded::load(&object)
     };

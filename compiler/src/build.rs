@@ -29,6 +29,15 @@ pub struct Built {
     pub budgets: Vec<Budget>,
 }
 
+/// What a program can do beside deciding packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// Report packets as it decides them ([`polc_backend_ebpf::trace`]).
+    pub trace: bool,
+    /// Leave every packet to the kernel while it is told to ([`polc_backend_ebpf::emit::SUSPEND_MAP`]).
+    pub suspend: bool,
+}
+
 /// Emits the object of what was compiled for a place with an attach point, and computes its budget.
 ///
 /// # Errors
@@ -37,11 +46,10 @@ pub struct Built {
 /// # Panics
 /// If the place has no attach point.
 pub fn object(session: &Session, compiled: &Compiled) -> Result<(Object, Vec<Budget>), Vec<Diagnostic>> {
-    object_with(session, compiled, false)
+    object_with(session, compiled, Extras::default())
 }
 
-/// The same; with `trace`, the object's program can report packets as it decides them
-/// ([`polc_backend_ebpf::trace`]).
+/// The same, with what a program in the running kernel can be asked for beside verdicts.
 ///
 /// # Errors
 /// As [`object`].
@@ -51,7 +59,7 @@ pub fn object(session: &Session, compiled: &Compiled) -> Result<(Object, Vec<Bud
 pub fn object_with(
     session: &Session,
     compiled: &Compiled,
-    trace: bool,
+    extras: Extras,
 ) -> Result<(Object, Vec<Budget>), Vec<Diagnostic>> {
     let attach: Attach = compiled.plan.place.attach.expect("programs are made for an attach point");
     let target = Target {
@@ -60,7 +68,8 @@ pub fn object_with(
         rule: &|rule| Some(rule_line(session, rule)),
         chain: &|chain: Chain| Some(chain_name(session, chain)),
         semantics: session.ruleset.semantics,
-        trace,
+        trace: extras.trace,
+        suspend: extras.suspend,
     };
     let object = emit(&compiled.plan, &target)?;
     let mut budgets = Vec::new();

@@ -8,6 +8,7 @@
 //! [`mod@lint`] looks for rules that can't be meant, [`runner`] runs packets through every level. The library does no I/O
 //! and never names the loader, but for `netfilter`, which asks the running kernel (feature `kernel`).
 
+pub mod agree;
 pub mod bound;
 pub mod build;
 pub mod decide;

@@ -118,7 +118,10 @@ pub fn verify(
     // State (counters of `nth`, random numbers) lives as long as the rule set: each level has its own.
     let mut states = [(); 4].map(|()| State::new(seed));
     let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
-    for input in Witnesses::new(&compiled.classifier, &devices.declared, seed).take(total) {
+    for mut input in Witnesses::new(&compiled.classifier, &devices.declared, seed).take(total) {
+        // Where the program sits, every packet comes or leaves by the one device.
+        input.in_device = devices.fixed_in.or(input.in_device);
+        input.out_device = devices.fixed_out.or(input.out_device);
         let mut levels = Vec::with_capacity(5);
         for (level, state) in
             [Level::Ruleset, Level::Classifier, Level::Decision, Level::Plan].into_iter().zip(&mut states)

@@ -127,6 +127,8 @@ pub enum Error {
     },
     /// A kernel function that a program calls is not known.
     KernelTypes(KernelTypesError),
+    /// The kernel's rules are not those that were given.
+    Disagrees(String),
     /// The applied policy has no set of that name, or an element can't be in it.
     Set(String),
     /// Somebody watches the policy's reports already.
@@ -197,6 +199,7 @@ impl Error {
             Error::Call { .. } => 821,
             Error::Unconfirmed(_) => 822,
             Error::KernelTypes(_) => 823,
+            Error::Disagrees(_) => 826,
             Error::Watched(_) => 824,
             Error::NoReports(_) => 825,
         })
@@ -248,6 +251,9 @@ impl Error {
             Error::Canary { .. } => "`polc explain` shows which rule decides the packet".into(),
             Error::TestRun { .. } => {
                 "a fault of polc or of the kernel: please report this rule set with the kernel's version".into()
+            }
+            Error::Disagrees(_) => {
+                "accelerating drops what the kernel's own rules drop: give what iptables-save prints now; --unchecked drops all the same".into()
             }
             Error::KernelTypes(_) => {
                 "compile without what needs it: connection look-ups need Linux 5.18 with conntrack built in, not a module".into()
@@ -320,6 +326,7 @@ impl fmt::Display for Error {
                 write!(f, "the loaded program returns {kernel} for packet {packet}, and {vm} in userspace")
             }
             Error::KernelTypes(error) => error.fmt(f),
+            Error::Disagrees(why) => write!(f, "the kernel's rules are not the ones given: {why}"),
             Error::Set(what) => f.write_str(what),
             Error::Watched(place) => write!(f, "{place}: another polc watches already"),
             Error::NoReports(place) => {

@@ -36,6 +36,7 @@ pub mod kernel_types;
 pub mod load;
 pub mod net;
 pub mod netfilter;
+pub mod nft;
 pub mod probe;
 pub mod sets;
 pub mod state;

@@ -4,7 +4,7 @@
 //! and the program's number. A pin that is something else is an error, not a surprise in the counters.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::{MapType, Object};
@@ -113,9 +113,14 @@ impl Open {
         self.files.lock_reports(sys)
     }
 
+    /// Where a file kept with the generation is.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.files.generation_files(self.number).join(name)
+    }
+
     /// A file kept with the generation.
     pub fn file(&self, sys: &Sys, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let path = self.files.generation_files(self.number).join(name);
+        let path = self.path(name);
         sys.read(&path).map_err(Error::disk(&path))
     }
 
@@ -124,10 +129,7 @@ impl Open {
     /// # Errors
     /// [`Error::Corrupt`] if it is not there, or no UTF-8.
     pub fn kept_text(&self, sys: &Sys, name: &str) -> Result<String, Error> {
-        let corrupt = |why: &str| {
-            let path = self.files.generation_files(self.number).join(name);
-            Error::Corrupt { path, why: why.to_string() }
-        };
+        let corrupt = |why: &str| Error::Corrupt { path: self.path(name), why: why.to_string() };
         let bytes = self.file(sys, name)?.ok_or_else(|| corrupt("it is not there"))?;
         String::from_utf8(bytes).map_err(|_| corrupt("it is not UTF-8"))
     }

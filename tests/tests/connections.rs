@@ -32,6 +32,7 @@ fn dropped(name: &str, ruleset: &Ruleset, place: &Place) -> (usize, usize) {
         chain: &|_| None,
         semantics: Semantics::Legacy,
         trace: false,
+        suspend: false,
     };
     let mut program = emit(&compiled.plan, &target)
         .ok()

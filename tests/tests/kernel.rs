@@ -129,6 +129,7 @@ fn the_kernel_runs_every_dump() {
                 chain: &|_| None,
                 semantics: Semantics::Legacy,
                 trace: false,
+                suspend: false,
             };
             let name = format!("{} {hook}", dump.name);
             let object = match emit(&compiled.plan, &target) {

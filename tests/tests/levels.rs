@@ -54,6 +54,7 @@ fn levels_agree_on_every_dump() {
                 chain: &name,
                 semantics: Semantics::Legacy,
                 trace: false,
+                suspend: false,
             };
             let object = emit(&compiled.plan, &target);
             let mut program = match &object {

@@ -1,7 +1,7 @@
 //! What is read back from a program in the running kernel: reports, counters, code. Without root the tests say that they
 //! are skipped.
 
-use polc::build::object_with;
+use polc::build::{Extras, object_with};
 use polc::place::place;
 use polc::select::Devices;
 use polc::session::{ReadOptions, Session};
@@ -43,7 +43,8 @@ fn loaded(name: &str, sys: &Sys, trace: bool) -> Option<(Object, Loaded)> {
     assert!(!session.has_errors(), "{:?}", session.diagnostics);
     let place = place(&[Hook::Prerouting, Hook::Input], Attach::TcIngress, Mode::Replace, false);
     let compiled = polc::compile(&session.ruleset, &place, &Env::default(), &Devices::default());
-    let (object, _) = object_with(&session, &compiled, trace).expect("emitted");
+    let (object, _) =
+        object_with(&session, &compiled, Extras { trace, ..Extras::default() }).expect("emitted");
     let loaded = load(sys, &object).expect("loaded");
     Some((object, loaded))
 }

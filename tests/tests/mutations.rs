@@ -105,6 +105,7 @@ fn planted_miscompilations_are_caught() {
                     chain: &|_| None,
                     semantics: Semantics::Legacy,
                     trace: false,
+                    suspend: false,
                 };
                 // What can't be emitted is caught before it runs.
                 let Ok(object) = emit(&mutant, &target) else { continue };

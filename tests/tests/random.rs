@@ -163,6 +163,7 @@ fn one(seed: u64, packets: usize) {
         chain: &|_| None,
         semantics,
         trace: false,
+        suspend: false,
     };
     let object = emit(&compiled.plan, &target).unwrap_or_else(|found| panic!("seed {seed}: {found:?}"));
     let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");

@@ -45,6 +45,8 @@ pub const COUNTERS_MAP: &str = "polc_counters";
 pub const DEVICES_MAP: &str = "devices";
 /// The data map of `statistic nth` counters, 32 bits each, by effect test.
 pub const NTH_MAP: &str = "nth";
+/// The data map of one 32-bit word: while it is not 0, the program leaves every packet to the kernel and counts none.
+pub const SUSPEND_MAP: &str = "suspend";
 /// The data map of walk nodes.
 pub const WALK_MAP: &str = "walk";
 /// The data map of walk exits.
@@ -100,6 +102,8 @@ pub struct Target<'a> {
     pub semantics: Semantics,
     /// Whether it can report packets as it decides them, see [`crate::trace`].
     pub trace: bool,
+    /// Whether it can be told to decide nothing, through [`SUSPEND_MAP`].
+    pub suspend: bool,
 }
 
 impl std::fmt::Debug for Target<'_> {
@@ -184,6 +188,8 @@ struct Emitter<'a> {
     devices: Option<Map>,
     nth: Option<Map>,
     trace: Option<trace::Trace>,
+    /// The word that suspends the program.
+    suspend: Option<Map>,
     /// The map of all tables, where each of the plan's tables begins in it, and where the exit words of look-up steps do.
     tables: Option<Map>,
     table_offsets: Vec<u32>,
@@ -229,6 +235,7 @@ impl<'a> Emitter<'a> {
             devices: None,
             nth: None,
             trace: None,
+            suspend: None,
             tables: None,
             table_offsets: Vec::new(),
             exit_words: BTreeMap::new(),
@@ -261,6 +268,10 @@ impl<'a> Emitter<'a> {
         emitter.add_sets();
         if target.trace {
             emitter.add_trace();
+        }
+        if target.suspend {
+            let word = MapDef::data(SUSPEND_MAP, DataSection::Data, vec![0; 8]);
+            emitter.suspend = Some(emitter.maps.push(word));
         }
         if emitter.diagnostics.is_empty() { Ok(emitter) } else { Err(emitter.diagnostics) }
     }
@@ -311,12 +322,28 @@ impl<'a> Emitter<'a> {
     }
 
     fn program(&mut self) {
+        self.suspended();
         self.headers();
         self.derived();
         self.members();
         self.forget_key();
         self.steps();
         self.endings();
+    }
+
+    /// Leaves the packet to the kernel if the program is told to: before anything else, so that it holds from the next
+    /// packet on.
+    fn suspended(&mut self) {
+        let Some(map) = self.suspend else { return };
+        let a = &mut self.asm;
+        let goes_on = a.label();
+        a.comment("is it suspended?");
+        a.load_map_value(Reg::R2, map, 0);
+        a.load(Size::W, Reg::R2, Reg::R2, 0);
+        a.jump32(Cond::Eq, Reg::R2, 0, goes_on);
+        a.mov32(Reg::R0, return_code(self.target.attach, self.plan.place.mode, Verdict::Defer));
+        a.exit();
+        a.bind(goes_on);
     }
 
     /// The ends of frames that no rule sees, the one place that counts, and the safe return.

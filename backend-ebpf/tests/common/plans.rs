@@ -138,6 +138,7 @@ fn object_of(plan: &Plan, trace: bool) -> Result<Object, Vec<polc_ir::diag::Diag
         chain: &|_| None,
         semantics: Semantics::Legacy,
         trace,
+        suspend: false,
     };
     emit(plan, &target)
 }

@@ -26,7 +26,7 @@ pub use bpf::{
 };
 pub use mapped::MapWords;
 pub use namespace::{LiveFrames, Namespace};
-pub use netlink::{Message, NetlinkRequest};
+pub use netlink::{Message, NetlinkRequest, NetworkChanges};
 pub use poll::Signals;
 pub use ring::Ring;
 

@@ -1,10 +1,11 @@
-//! rtnetlink: one request, its answers.
+//! Netlink: one request, its answers; and being told of changes.
 //!
 //! A socket is opened for each request (rtnetlink(7)); the loader asks a handful of times a command. What messages
 //! mean is for `net` and `clsact` to say.
 
-use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use super::{Sys, checked};
 
@@ -55,16 +56,43 @@ impl Sys {
     /// # Errors
     /// What the kernel answers, as `errno`.
     pub fn netlink(&self, request: &NetlinkRequest) -> io::Result<Vec<Message>> {
+        self.netlink_of(libc::NETLINK_ROUTE, request)
+    }
+
+    /// The same of netfilter (include/uapi/linux/netfilter/nfnetlink.h).
+    ///
+    /// # Errors
+    /// As [`Sys::netlink`].
+    pub fn nfnetlink(&self, request: &NetlinkRequest) -> io::Result<Vec<Message>> {
+        self.netlink_of(libc::NETLINK_NETFILTER, request)
+    }
+
+    /// Opens a socket that can be read when links, addresses or routes change.
+    ///
+    /// # Errors
+    /// What the kernel answers, as `errno`.
+    pub fn network_changes(&self) -> io::Result<NetworkChanges> {
         self.enter("netlink")?;
-        // SAFETY: the call touches no memory.
-        let fd = checked(
-            unsafe {
-                libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE)
-            }
-            .into(),
-        )?;
-        // SAFETY: a new descriptor that nobody else has.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let socket = netlink_socket(libc::NETLINK_ROUTE, libc::SOCK_NONBLOCK)?;
+        // SAFETY: all zeros is a valid address, of which the family and the groups are set.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as u16;
+        address.nl_groups = CHANGE_GROUPS;
+        // SAFETY: the address lives and is as long as said.
+        let bound = unsafe {
+            libc::bind(
+                socket.as_raw_fd(),
+                (&raw const address).cast(),
+                size_of::<libc::sockaddr_nl>() as libc::socklen_t,
+            )
+        };
+        checked(bound.into())?;
+        Ok(NetworkChanges(File::from(socket)))
+    }
+
+    fn netlink_of(&self, protocol: i32, request: &NetlinkRequest) -> io::Result<Vec<Message>> {
+        self.enter("netlink")?;
+        let socket = netlink_socket(protocol, 0)?;
         let mut bytes = Vec::with_capacity(HEADER_BYTES + request.body.len());
         bytes.extend_from_slice(&((HEADER_BYTES + request.body.len()) as u32).to_ne_bytes());
         bytes.extend_from_slice(&request.kind.to_ne_bytes());
@@ -102,6 +130,42 @@ impl Sys {
             }
         }
     }
+}
+
+/// Groups of rtnetlink (include/uapi/linux/rtnetlink.h, `RTMGRP_*`): links, addresses and routes of both families.
+const CHANGE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+
+/// What can be read when links, addresses or routes changed.
+#[derive(Debug)]
+pub struct NetworkChanges(File);
+
+impl NetworkChanges {
+    /// Throws away what was told so far. If more was told than the kernel keeps, that is over with too (netlink(7),
+    /// `ENOBUFS`): whoever asks looks at everything anyway.
+    pub fn forget(&mut self) {
+        let mut buffer = vec![0u8; RECEIVE_BYTES];
+        loop {
+            match self.0.read(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(0) => return,
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+}
+
+impl AsFd for NetworkChanges {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn netlink_socket(protocol: i32, flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the call touches no memory.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC | flags, protocol) };
+    let fd = checked(fd.into())?;
+    // SAFETY: a new descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Length and kind of the message that `bytes` starts with, if it is whole.

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use polc_ir::diag::Severity;
-use polc_ir::env::{Attach, Mode};
+use polc_ir::env::{Attach, Connections, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
+
+use crate::failure::Failure;
 
 #[cfg(feature = "kernel")]
 mod applied;
@@ -90,6 +92,10 @@ pub(crate) enum Command {
     #[cfg(feature = "kernel")]
     #[command(subcommand)]
     Set(SetCommand),
+    /// Keep applied policies in step with the host: suspend what the kernel's rules no longer bear out, apply anew when
+    /// addresses or devices change
+    #[cfg(feature = "kernel")]
+    Watch(WatchArgs),
     /// Go back to the policy before unless confirmed (started by apply --confirm)
     #[cfg(feature = "kernel")]
     #[command(hide = true)]
@@ -174,11 +180,28 @@ pub(crate) struct PlaceArgs {
     /// The same as --mode replace
     #[arg(long, conflicts_with = "mode", help_heading = "Place")]
     pub replace: bool,
+    /// Whether programs ask the kernel for the connections of packets they would drop, in accelerate mode where packets
+    /// arrive [default: apply: what the host allows; else unknown]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Place")]
+    pub connections: Option<ConnectionsChoice>,
 }
 
 impl PlaceArgs {
     pub(crate) fn mode(&self) -> Mode {
         if self.replace { Mode::Replace } else { self.mode.into() }
+    }
+
+    /// What is known of connections at an attach point.
+    pub(crate) fn connections(&self, attach: Attach) -> Result<Connections, Failure> {
+        let asked = self.connections.unwrap_or(ConnectionsChoice::Unknown);
+        let arrives = matches!(attach, Attach::Xdp | Attach::TcIngress);
+        if asked != ConnectionsChoice::Unknown && (!arrives || self.mode() == Mode::Replace) {
+            return Err(Failure::Usage(
+                "connections are looked up in accelerate mode, where packets arrive: at xdp and tc-ingress"
+                    .into(),
+            ));
+        }
+        Ok(asked.into())
     }
 
     pub(crate) fn path(&self) -> Option<Vec<Hook>> {
@@ -261,6 +284,38 @@ impl From<ModeChoice> for Mode {
         match choice {
             ModeChoice::Accelerate => Mode::Accelerate,
             ModeChoice::Replace => Mode::Replace,
+        }
+    }
+}
+
+/// A choice as an option's value.
+pub(crate) trait ValueName {
+    /// The value's name.
+    fn name(&self) -> String;
+}
+
+impl<T: ValueEnum> ValueName for T {
+    fn name(&self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConnectionsChoice {
+    /// They don't.
+    Unknown,
+    /// They do; no helper (`-j CT --helper`) announces connections, so the first packet of none is RELATED.
+    Lookup,
+    /// They do; the first packet of a connection may be RELATED.
+    LookupRelated,
+}
+
+impl From<ConnectionsChoice> for Connections {
+    fn from(choice: ConnectionsChoice) -> Connections {
+        match choice {
+            ConnectionsChoice::Unknown => Connections::Unknown,
+            ConnectionsChoice::Lookup => Connections::LookedUp { expectations: false },
+            ConnectionsChoice::LookupRelated => Connections::LookedUp { expectations: true },
         }
     }
 }
@@ -568,12 +623,19 @@ pub(crate) struct ApplyOptions {
     /// Do everything but attach: compile, verify, load, test
     #[arg(long, help_heading = "Safety")]
     pub dry_run: bool,
+    /// Don't compare the rules with the kernel's: accelerate mode drops what they would drop, whether or not the kernel
+    /// has them
+    #[arg(long, help_heading = "Safety")]
+    pub unchecked: bool,
     /// Traffic that accelerate mode leaves to the kernel whatever the rules say
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = KeepChoice::Dhcp, help_heading = "Safety")]
     pub keep: KeepChoice,
     /// Leave out what `polc trace` needs; while nobody watches, it costs a packet next to nothing
     #[arg(long)]
     pub no_trace: bool,
+    /// What reports call the rule set (given by watch)
+    #[arg(long, hide = true)]
+    pub named: Option<String>,
     #[command(flatten)]
     pub input: InputArgs,
     #[command(flatten)]
@@ -670,6 +732,19 @@ pub(crate) struct StatusArgs {
     /// Watch for so many milliseconds to tell packets a second; 0: don't
     #[arg(long, default_value_t = 200, value_name = "MS", value_parser = clap::value_parser!(u32).range(0..=60_000))]
     pub sample: u32,
+}
+
+#[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct WatchArgs {
+    #[command(flatten)]
+    pub slots: SlotArgs,
+    /// How often the kernel's rules are read, in milliseconds: x_tables does not tell when they change
+    #[arg(long, default_value_t = 1_000, value_name = "MS", value_parser = clap::value_parser!(u32).range(10..=3_600_000))]
+    pub interval: u32,
+    /// Look once, and end: status 1 if a policy is suspended or could not be applied anew
+    #[arg(long)]
+    pub once: bool,
 }
 
 #[cfg(feature = "kernel")]

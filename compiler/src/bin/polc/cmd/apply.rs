@@ -4,10 +4,11 @@
 //! program on the same packets, decide the user's canaries. The swap is the last step.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use polc::build::object_with;
+use polc::build::{Extras, object_with};
 use polc::place::{default_path, place as place_of};
 use polc::runner::Program;
 use polc::select::Devices;
@@ -17,7 +18,7 @@ use polc::{Compiled, guard};
 use polc_backend_ebpf::emit::return_code;
 use polc_backend_ebpf::object::Object;
 use polc_frontend_iptables::print;
-use polc_ir::env::{Attach, Device as IrDevice, Env, Input, Mode, Place};
+use polc_ir::env::{Attach, Connections, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
 use polc_ir::outcome::Verdict;
@@ -31,9 +32,10 @@ use polc_loader::sys::Sys;
 use polc_loader::{Error, load, net};
 
 use super::compile::{accept, refuse};
+use super::host::{self, Surroundings};
 use super::test_run::as_tested;
 use super::{FOUND, counted, live, place, show};
-use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, RestoreArgs};
+use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName};
 use crate::failure::Failure;
 use crate::input;
 use crate::output::Output;
@@ -46,6 +48,7 @@ pub(super) fn run(args: &ApplyArgs, output: &Output) -> Result<ExitCode, Failure
         file: &args.file,
         mode: args.place.mode(),
         path: args.place.path(),
+        place: Some(&args.place),
         options: &args.options,
         dry_run: args.options.dry_run,
         counters: false,
@@ -59,6 +62,7 @@ pub(super) fn restore(args: &RestoreArgs, output: &Output) -> Result<ExitCode, F
         file: args.file.as_ref().unwrap_or(&stdin),
         mode: Mode::Replace,
         path: None,
+        place: None,
         options: &args.options,
         dry_run: args.test || args.options.dry_run,
         counters: args.counters,
@@ -70,6 +74,8 @@ struct Job<'a> {
     file: &'a std::path::Path,
     mode: Mode,
     path: Option<Vec<Hook>>,
+    /// What the user says about the place.
+    place: Option<&'a PlaceArgs>,
     options: &'a ApplyOptions,
     dry_run: bool,
     counters: bool,
@@ -99,9 +105,24 @@ impl Job<'_> {
             }
         };
         let env = self.env(&sys, session.family())?;
-        let place = place_of(&self.hooks(attach), attach, self.mode, true);
+        let accelerates = self.mode == Mode::Accelerate;
+        let given = !self.options.input.local.is_empty();
+        let surroundings = Surroundings::now(&sys, session.family(), &device.name, !given)?;
+        let sets = self.sets()?;
+        if accelerates
+            && !self.options.unchecked
+            && let Some(why) = host::disagreement(&sys, &session, &sets)?
+        {
+            return Err(Error::Disagrees(why).into());
+        }
+        let connections = match self.place {
+            Some(place) if place.connections.is_some() => place.connections(attach)?,
+            _ if accelerates => host::connections(&session, attach, &surroundings),
+            _ => Connections::Unknown,
+        };
+        let place = Place { connections, ..place_of(&self.hooks(attach), attach, self.mode, true) };
         let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
-        if self.mode == Mode::Accelerate && self.options.keep == KeepChoice::Dhcp {
+        if accelerates && self.options.keep == KeepChoice::Dhcp {
             guard::keep_dhcp(&mut session.ruleset, &place);
         }
         if attach != Attach::TcEgress {
@@ -117,7 +138,8 @@ impl Job<'_> {
             return Ok(FOUND.into());
         }
         report.defer_bounded(&session, &compiled.diagnostics);
-        let (object, _) = match object_with(&session, &compiled, !self.options.no_trace) {
+        let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
+        let (object, _) = match object_with(&session, &compiled, extras) {
             Ok(made) => made,
             Err(findings) => {
                 show(output, &session.sources, &findings);
@@ -150,7 +172,7 @@ impl Job<'_> {
             ));
             return Ok(ExitCode::SUCCESS);
         }
-        let applied = self.put_in_force(&sys, &session, &part)?;
+        let applied = self.put_in_force(&sys, &session, &part, &sets, &surroundings)?;
         let mut text = format!("{account} at {}\n", place::describe(&place));
         let _ = writeln!(
             text,
@@ -175,16 +197,34 @@ impl Job<'_> {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn put_in_force(&self, sys: &Sys, session: &Session, part: &Part) -> Result<Applied, Failure> {
+    /// The texts of the sets.
+    fn sets(&self) -> Result<Vec<String>, Failure> {
+        let read = |path: &PathBuf| {
+            let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        self.options.input.ipset.iter().map(read).collect()
+    }
+
+    fn put_in_force(
+        &self,
+        sys: &Sys,
+        session: &Session,
+        part: &Part,
+        sets: &[String],
+        surroundings: &Surroundings,
+    ) -> Result<Applied, Failure> {
         let store = live::store(&self.options.store)?;
         let rules = session.sources.file(session.rules_file);
         let mut files: Vec<(String, Vec<u8>)> = vec![
             (live::RULES_FILE.into(), rules.text().as_bytes().to_vec()),
             (live::CANONICAL_FILE.into(), print(&session.dump, false).into_bytes()),
         ];
-        for (index, path) in self.options.input.ipset.iter().enumerate() {
-            let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
-            files.push((format!("{}{index}", live::SETS_PREFIX), bytes));
+        let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
+        files.push((live::HOST_FILE.into(), json(serde_json::to_vec(surroundings))));
+        files.push((live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again()))));
+        for (index, text) in sets.iter().enumerate() {
+            files.push((format!("{}{index}", live::SETS_PREFIX), text.as_bytes().to_vec()));
         }
         let sets = serde_json::to_vec(&part.object.manifest.sets).expect("plain data serializes");
         files.push((SETS_FILE.into(), sets));
@@ -194,7 +234,7 @@ impl Job<'_> {
         let request = Request {
             slot: &part.slot,
             object: &part.object,
-            source: rules.name(),
+            source: self.options.named.as_deref().unwrap_or(rules.name()),
             files: &files,
             contents: &[],
             checks: &part.checks,
@@ -210,6 +250,36 @@ impl Job<'_> {
         };
         let mut watch = |confirm: &Confirm| live::start_watchdog(&self.options.store, &part.slot, confirm);
         Ok(apply(sys, &store, &request, &mut watch)?)
+    }
+
+    /// The options that apply the same rules again, files aside.
+    fn again(&self) -> Vec<String> {
+        let ApplyOptions { input, store, .. } = self.options;
+        let word = |value: &dyn ValueName| value.name();
+        let mut words: Vec<String> = Vec::new();
+        let mut option = |name: &str, value: String| words.extend([format!("--{name}"), value]);
+        option("attach", word(&self.options.attach));
+        option("mode", self.mode.to_string());
+        self.options.dev.iter().for_each(|name| option("dev", name.clone()));
+        self.path.iter().flatten().for_each(|hook| option("hook", hook.to_string()));
+        self.options.order.iter().for_each(|order| option("order", word(order)));
+        option("keep", word(&self.options.keep));
+        let asked = self.place.and_then(|place| place.connections);
+        asked.iter().for_each(|connections| option("connections", word(connections)));
+        option("family", word(&input.family));
+        input.semantics.iter().for_each(|semantics| option("semantics", word(semantics)));
+        input.local.iter().for_each(|address| option("local", address.to_string()));
+        option("bpffs", store.bpffs.to_string_lossy().into_owned());
+        option("state", store.state.to_string_lossy().into_owned());
+        let flags = [
+            ("generic", self.options.generic),
+            ("clsact", self.options.clsact),
+            ("unchecked", self.options.unchecked),
+            ("no-trace", self.options.no_trace),
+            ("strict", input.strict),
+        ];
+        words.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| format!("--{name}")));
+        words
     }
 
     /// The hooks whose chains are compiled. A host that arriving packets may leave again has FORWARD beside INPUT; in

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use polc::build::object_with;
+use polc::build::{Extras, object_with};
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc_backend_ebpf::budget::Budget;
@@ -25,7 +25,7 @@ use crate::write;
 
 pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failure> {
     let session = input::session(&args.file, &args.input)?;
-    let place = place::of(args.attach.into(), &args.place, &args.input);
+    let place = place::of(args.attach.into(), &args.place, &args.input)?;
     let devices = place::declared(&args.devices)?;
     let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
     let env = input::env(&args.input, session.family());
@@ -48,13 +48,14 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
     if args.output.is_none() && !args.emit.contains(&Emit::Asm) {
         return Ok(ExitCode::SUCCESS);
     }
-    let (object, budgets) = match object_with(&session, &compiled, args.trace) {
-        Ok(made) => made,
-        Err(findings) => {
-            show(output, &session.sources, &findings);
-            return Ok(FOUND.into());
-        }
-    };
+    let (object, budgets) =
+        match object_with(&session, &compiled, Extras { trace: args.trace, suspend: false }) {
+            Ok(made) => made,
+            Err(findings) => {
+                show(output, &session.sources, &findings);
+                return Ok(FOUND.into());
+            }
+        };
     if args.emit.contains(&Emit::Asm) {
         output.result(&disassemble(&object));
     }

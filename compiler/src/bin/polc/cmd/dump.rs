@@ -62,7 +62,7 @@ fn compiled(args: &DumpInput, output: &Output) -> Result<ExitCode, Failure> {
         }
     }
     let session = input::session(file, &args.input)?;
-    let place = place::of(args.attach.into(), &args.place, &args.input);
+    let place = place::of(args.attach.into(), &args.place, &args.input)?;
     let devices = place::declared(&args.devices)?;
     if accept(&session, &place, output).is_none() {
         return Ok(FOUND.into());

@@ -38,7 +38,7 @@ pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failu
             return Err(Failure::Usage("the packet is not understood".into()));
         }
     };
-    let place = explained_place(args, &packet);
+    let place = explained_place(args, &packet)?;
     let env = input::env(&args.input, session.family());
     let mut explanation = Explanation::new(&session, &place, &packet);
     let outcome = session.ruleset.eval_traced(&place, &env, &packet, &mut State::new(1), &mut |event| {
@@ -72,7 +72,7 @@ fn packet(words: &str) -> Result<Input, Box<(SourceMap, Diagnostic)>> {
 
 /// Where the packet is explained: the place that was named; else the rules' own meaning, on the hooks that the packet's
 /// devices make sense on.
-fn explained_place(args: &ExplainArgs, packet: &Input) -> Place {
+fn explained_place(args: &ExplainArgs, packet: &Input) -> Result<Place, Failure> {
     if let Some(attach) = args.attach {
         return place::of(attach.into(), &args.place, &args.input);
     }
@@ -81,14 +81,14 @@ fn explained_place(args: &ExplainArgs, packet: &Input) -> Place {
         (None, Some(_)) => vec![Hook::Output, Hook::Postrouting],
         _ => vec![Hook::Prerouting, Hook::Input],
     });
-    Place {
+    Ok(Place {
         path,
         attach: None::<Attach>,
         mode: args.place.mode(),
         fragments: Fragments::Unresolved,
         connections: if packet.connection.is_some() { Connections::Given } else { Connections::Unknown },
         local_addresses: !args.input.local.is_empty(),
-    }
+    })
 }
 
 /// The text so far, and the rule being tried.

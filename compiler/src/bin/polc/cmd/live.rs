@@ -17,6 +17,10 @@ use crate::output::Output;
 pub(super) const RULES_FILE: &str = "rules";
 /// Name of the file that the rules are kept in as iptables-save prints them.
 pub(super) const CANONICAL_FILE: &str = "canonical";
+/// Name of the file that the host is kept in as it was ([`super::host::Surroundings`]).
+pub(super) const HOST_FILE: &str = "host.json";
+/// Name of the file that the options are kept in which apply the same rules again.
+pub(super) const OPTIONS_FILE: &str = "options.json";
 /// What names of the files of sets start with.
 pub(super) const SETS_PREFIX: &str = "sets-";
 

@@ -11,6 +11,8 @@ mod dump;
 mod explain;
 mod fmt;
 #[cfg(feature = "kernel")]
+mod host;
+#[cfg(feature = "kernel")]
 mod live;
 mod man;
 #[cfg(feature = "kernel")]
@@ -30,6 +32,8 @@ mod top;
 #[cfg(feature = "kernel")]
 mod trace;
 mod verify;
+#[cfg(feature = "kernel")]
+mod watch;
 
 use std::process::ExitCode;
 
@@ -74,6 +78,8 @@ pub(crate) fn run(command: &Command, output: &Output) -> Result<ExitCode, Failur
         Command::ServeMetrics(args) => metrics::run(args, output),
         #[cfg(feature = "kernel")]
         Command::Set(command) => set::run(command, output),
+        #[cfg(feature = "kernel")]
+        Command::Watch(args) => watch::run(args, output),
         #[cfg(feature = "kernel")]
         Command::Watchdog(args) => live::watchdog(args),
         Command::Completions { shell } => completions::run(*shell, output),

@@ -10,9 +10,13 @@ use crate::cli::{DeviceArgs, InputArgs, PlaceArgs};
 use crate::failure::Failure;
 
 /// The place that options describe at an attach point.
-pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> Place {
+///
+/// # Errors
+/// What does not go together.
+pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> Result<Place, Failure> {
     let path = place_args.path().unwrap_or_else(|| default_path(attach));
-    place(&path, attach, place_args.mode(), !input.local.is_empty())
+    let connections = place_args.connections(attach)?;
+    Ok(Place { connections, ..place(&path, attach, place_args.mode(), !input.local.is_empty()) })
 }
 
 /// The devices that options declare.

@@ -56,7 +56,7 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
         return Ok(FOUND.into());
     }
     let packets = packets(args, &mut session, output)?;
-    let place = simulated_place(args);
+    let place = simulated_place(args)?;
     let env = input::env(&args.input, session.family());
     let devices = devices(args, &session, &packets)?;
     let Some(mut decide) = Decide::new(&session, args.level, place, env, &devices, output)? else {
@@ -144,12 +144,12 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
     Ok(packets)
 }
 
-fn simulated_place(args: &SimulateArgs) -> Place {
+fn simulated_place(args: &SimulateArgs) -> Result<Place, Failure> {
     match (args.attach, args.place.path()) {
         (Some(attach), _) => place::of(attach.into(), &args.place, &args.input),
         (None, path) => {
             let path = path.unwrap_or_else(|| vec![Hook::Input]);
-            place_of(&path, best_attach(path[0]), args.place.mode(), !args.input.local.is_empty())
+            Ok(place_of(&path, best_attach(path[0]), args.place.mode(), !args.input.local.is_empty()))
         }
     }
 }

@@ -27,9 +27,10 @@ pub(super) fn as_tested(
     device: &Device,
     other: Option<u32>,
 ) -> Option<(Input, Vec<u8>)> {
-    // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags and types of packets
-    // can't be given.
-    if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() {
+    // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags, types of packets and
+    // connections can't be given.
+    let has_connection = input.connection.is_some_and(|connection| connection.is_in_table());
+    if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() || has_connection {
         return None;
     }
     let mut input = input.clone();

@@ -17,7 +17,7 @@ use polc::session::Session;
 use polc::verify::{Disagreement, NOT_RUN, Said, Verified, verify};
 use polc_backend_ebpf::emit::GENERATOR_FAULT;
 use polc_ir::diag::{Diagnostic, Severity};
-use polc_ir::env::{Attach, Input, Mode, Place};
+use polc_ir::env::{Attach, Connections, Input, Mode, Place};
 use polc_ir::hook::Hook;
 use polc_ir::outcome::{Count, Decider, Outcome};
 use serde::Serialize;
@@ -110,7 +110,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     let devices = place::all(&session, &args.devices)?;
     let env = input::env(&args.input, session.family());
     // A rule set that was read in part is another one than the user's.
-    let places = if session.has_errors() { Vec::new() } else { places(args, &session) };
+    let places = if session.has_errors() { Vec::new() } else { places(args, &session)? };
     let scope = match places.as_slice() {
         [one] if args.attach.is_some() => Scope::At(one),
         _ => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
@@ -292,10 +292,11 @@ impl Outside {
 
 /// The places to verify: the one that was named, or every hook with rules where its packets are seen, each hook alone
 /// (so that a hook that defers everything does not hide the next) and as the default paths.
-fn places(args: &VerifyArgs, session: &Session) -> Vec<Place> {
+fn places(args: &VerifyArgs, session: &Session) -> Result<Vec<Place>, Failure> {
     if let Some(attach) = args.attach {
-        return vec![place::of(attach.into(), &args.place, &args.input)];
+        return Ok(vec![place::of(attach.into(), &args.place, &args.input)?]);
     }
+    // Without an attach point, what is asked of connections is asked where packets arrive.
     let mode = args.place.mode();
     let local = !args.input.local.is_empty();
     let mut wanted: Vec<(Vec<Hook>, Attach)> = Vec::new();
@@ -321,10 +322,12 @@ fn places(args: &VerifyArgs, session: &Session) -> Vec<Place> {
                 !session.ruleset.path_chains(&place_of(&[*hook], attach, mode, local)).is_empty()
             });
         if chosen || (adds && !session.ruleset.path_chains(&place).is_empty()) {
-            places.push(place);
+            let arrives = attach != Attach::TcEgress && args.place.connections.is_some();
+            let connections = if arrives { args.place.connections(attach)? } else { Connections::Unknown };
+            places.push(Place { connections, ..place });
         }
     }
-    places
+    Ok(places)
 }
 
 /// The hooks that have a place of their own, but no program at any.

@@ -1,0 +1,195 @@
+//! What an applied policy relies on: the kernel's own rules and sets, and the host around them.
+//!
+//! x_tables tells nobody when rules change, so they are read as the kernel's own tools print them and compared in
+//! canonical form ([`polc::agree`]). The rest is asked of the kernel: addresses and devices over rtnetlink, tables of
+//! nf_tables over nfnetlink, expected connections in /proc.
+
+use std::path::Path;
+use std::process::Command;
+
+use polc::agree::{self, Difference};
+use polc::session::Session;
+use polc_backend_ebpf::kernel_api::KernelFunction;
+use polc_frontend_iptables::ast::Dump;
+use polc_frontend_iptables::ipset::{self, Sets};
+use polc_frontend_iptables::{ParseOptions, parse, print};
+use polc_ir::env::{Attach, Connections};
+use polc_ir::field::Field;
+use polc_ir::hook::{Family, Semantics};
+use polc_ir::ruleset::ClauseKind;
+use polc_ir::source::SourceMap;
+use polc_loader::kernel_types::KernelTypes;
+use polc_loader::sys::Sys;
+use polc_loader::{Error, net, nft};
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+
+/// Tables of nf_tables that iptables-nft keeps its rules in, and prints.
+const IPTABLES_TABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
+
+/// The host as a policy was compiled for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Surroundings {
+    /// The host's own and broadcast addresses, as ranges; none if the user gave them.
+    pub addresses: Option<Vec<String>>,
+    /// Number of the device.
+    pub ifindex: u32,
+    /// Number of the device that it is part of.
+    pub master: Option<u32>,
+    /// Whether connections are announced.
+    pub expectations: bool,
+}
+
+impl Surroundings {
+    /// As they are now. `addresses`: whether they come from the kernel.
+    ///
+    /// # Errors
+    /// The device is not there, or the kernel does not tell.
+    pub(super) fn now(
+        sys: &Sys,
+        family: Family,
+        device: &str,
+        addresses: bool,
+    ) -> Result<Surroundings, Failure> {
+        let devices = net::devices(sys)?;
+        let device = net::find(&devices, device)?;
+        let addresses = match addresses {
+            true => {
+                let found = net::addresses(sys, family)?;
+                let range = |what: &str, range: &polc_ir::interval::Interval| {
+                    let address = |value| net::address(value, family);
+                    format!("{what} {}-{}", address(range.lo()), address(range.hi()))
+                };
+                let local = found.local.iter().map(|one| range("local", one));
+                Some(local.chain(found.broadcast.iter().map(|one| range("broadcast", one))).collect())
+            }
+            false => None,
+        };
+        Ok(Surroundings {
+            addresses,
+            ifindex: device.ifindex,
+            master: device.master,
+            expectations: expectations(),
+        })
+    }
+}
+
+/// Whether the first packet of a connection may be RELATED: connections are announced now, or helpers are given to
+/// connections without being asked for (`net.netfilter.nf_conntrack_helper`, gone since Linux 6.0).
+fn expectations() -> bool {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let tracking = Path::new("/proc/sys/net/netfilter/nf_conntrack_max").exists();
+    let announced = match read("/proc/self/net/nf_conntrack_expect") {
+        Some(text) => !text.trim().is_empty(),
+        None => tracking,
+    };
+    announced || read("/proc/sys/net/netfilter/nf_conntrack_helper").is_some_and(|text| text.trim() == "1")
+}
+
+/// What a program can know of connections here: what the kernel tells, if the rules ask and it has a way to tell.
+pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surroundings) -> Connections {
+    let ruleset = &session.ruleset;
+    let asks = ruleset.rules.values().flat_map(|rule| &rule.clauses).any(|clause| match &clause.kind {
+        ClauseKind::Any(tests) => tests.iter().any(|test| test.field == Field::CtState),
+        _ => false,
+    });
+    let function = match attach {
+        Attach::Xdp => KernelFunction::XdpCtLookup,
+        Attach::TcIngress => KernelFunction::SkbCtLookup,
+        _ => return Connections::Unknown,
+    };
+    let has = |types: KernelTypes| {
+        [function, KernelFunction::CtRelease].iter().all(|function| types.function(function.name()).is_ok())
+    };
+    if !asks || !KernelTypes::read().is_ok_and(has) {
+        return Connections::Unknown;
+    }
+    let helpers = print(&session.dump, false).contains(" --helper ");
+    Connections::LookedUp { expectations: helpers || surroundings.expectations }
+}
+
+/// Why the kernel's rules do not bear out what a rule set with these sets says, if they don't.
+pub(super) fn disagreement(sys: &Sys, session: &Session, sets: &[String]) -> Result<Option<String>, Failure> {
+    let family = session.family();
+    let prefix = match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    };
+    let legacy = saved(&[&format!("{prefix}-legacy-save")])?;
+    let nft = saved(&[&format!("{prefix}-nft-save")])?;
+    // Where the tools are not told apart, there is one kind of rules.
+    let (legacy, nft) = match (legacy, nft) {
+        (None, None) => (saved(&[&format!("{prefix}-save")])?, None),
+        both => both,
+    };
+    if legacy.is_none() && nft.is_none() {
+        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(Error::Call { what: format!("run `{prefix}-save` to compare the rules"), source }.into());
+    }
+    if let Some(text) = nft.iter().flat_map(|text| text.lines()).find(|line| line.contains("is incompatible"))
+    {
+        return Ok(Some(text.trim_start_matches("# ").to_string()));
+    }
+    let (own, other) = match session.ruleset.semantics {
+        Semantics::Nft if nft.is_some() => (nft, legacy),
+        Semantics::Legacy | Semantics::Nft => (legacy.clone().or_else(|| nft.clone()), legacy.and(nft)),
+    };
+    let found = agree::rules(&session.dump, &dump(&own.unwrap_or_default(), family))
+        .or_else(|| agree::anything(&dump(&other.unwrap_or_default(), family)))
+        .map(|difference| difference.to_string());
+    if found.is_some() {
+        return Ok(found);
+    }
+    let foreign = nft::tables(sys)?.into_iter().find(|table| {
+        let known = matches!(table.family_name(), "ip" | "ip6") && IPTABLES_TABLES.contains(&&*table.name);
+        let sees = match family {
+            Family::V4 => ["ip", "inet", "netdev"],
+            Family::V6 => ["ip6", "inet", "netdev"],
+        };
+        !known && sees.contains(&table.family_name())
+    });
+    if let Some(table) = foreign {
+        return Ok(Some(format!("nf_tables has `table {} {}`", table.family_name(), table.name)));
+    }
+    Ok(set_difference(sets)?.map(|difference| difference.to_string()))
+}
+
+/// The first difference between sets that were given and the kernel's.
+fn set_difference(given: &[String]) -> Result<Option<Difference>, Failure> {
+    if given.is_empty() {
+        return Ok(None);
+    }
+    let Some(live) = saved(&["ipset", "save"])? else {
+        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(Error::Call { what: "run `ipset` to compare the sets".into(), source }.into());
+    };
+    let read = |text: &str| -> Sets {
+        let mut sources = SourceMap::new();
+        let file = sources.add("sets", text);
+        ipset::parse(&sources, file).0
+    };
+    let live = read(&live);
+    Ok(given.iter().find_map(|text| agree::sets(&read(text), &live)))
+}
+
+fn dump(text: &str, family: Family) -> Dump {
+    let mut sources = SourceMap::new();
+    let file = sources.add("the kernel's rules", text);
+    parse(&sources, file, &ParseOptions { family: Some(family), ..ParseOptions::default() }).0
+}
+
+/// What a command prints; none if there is no such command.
+fn saved(command: &[&str]) -> Result<Option<String>, Failure> {
+    let what = || format!("run `{}`", command.join(" "));
+    let output = match Command::new(command[0]).args(&command[1..]).output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        output => output.map_err(Error::call(what()))?,
+    };
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        return Err(Error::call(what())(std::io::Error::other(said)).into());
+    }
+    Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned()))
+}

@@ -1,0 +1,152 @@
+//! `polc watch`: applied policies are kept in step with the host.
+//!
+//! An accelerating program is right as long as the kernel's rules and sets are those it was compiled from. x_tables does
+//! not tell when they change, so they are read at intervals; a program whose rules are no longer the kernel's is
+//! suspended by one word in its memory, and leaves every packet to the kernel until they are again. Addresses, links and
+//! announced connections are what programs were compiled for: when they change, the policy is applied anew, which swaps
+//! the program atomically. Changes of the network are told over netlink and wake the command at once.
+//!
+//! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
+//! that reading them takes, for addresses and links the time that applying anew takes.
+
+use std::os::fd::AsFd as _;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use polc::session::{ReadOptions, Session};
+use polc_backend_ebpf::emit::SUSPEND_MAP;
+use polc_ir::env::Mode;
+use polc_ir::source::SourceMap;
+use polc_loader::Error;
+use polc_loader::status::Open;
+use polc_loader::sys::{NetworkChanges, Signals, Sys};
+
+use super::host::{self, Surroundings};
+use super::{FOUND, applied, live};
+use crate::cli::WatchArgs;
+use crate::failure::Failure;
+use crate::output::Output;
+
+pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure> {
+    let sys = Sys::new();
+    if args.once {
+        let policies = applied::open_some(&sys, &args.slots, output)?;
+        let mut well = true;
+        for policy in &policies {
+            well &= look(&sys, policy, output)?;
+        }
+        return Ok(if well { ExitCode::SUCCESS } else { FOUND.into() });
+    }
+    let signals = sys.signals().map_err(Error::call("wait for signals"))?;
+    let mut changes = sys.network_changes().map_err(Error::call("listen for changes of the network"))?;
+    let interval = Duration::from_millis(args.interval.into());
+    loop {
+        for policy in applied::open_all(&sys, &args.slots, output)? {
+            // A policy that is replaced or removed meanwhile is looked at again, or no more.
+            if let Err(failure) = look(&sys, &policy, output)
+                && policy.is_attached(&sys).unwrap_or(true)
+            {
+                output.remark(&format!("{}: {failure}\n", policy.slot));
+            }
+        }
+        if wait(&sys, &signals, &mut changes, interval)? {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+/// Waits until there is something to look at; whether the command was asked to end.
+fn wait(
+    sys: &Sys,
+    signals: &Signals,
+    changes: &mut NetworkChanges,
+    interval: Duration,
+) -> Result<bool, Failure> {
+    let files = [signals.as_fd(), changes.as_fd()];
+    let ready = sys.wait_readable(&files, None, interval).map_err(Error::call("wait"))?;
+    changes.forget();
+    Ok(ready.first() == Some(&true))
+}
+
+/// Brings a policy in step with the host; whether it is.
+fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
+    let manifest = &policy.object.manifest;
+    let accelerates = manifest.mode == Some(Mode::Accelerate);
+    let kept: Option<Vec<u8>> = policy.file(sys, live::HOST_FILE)?;
+    let kept: Option<Surroundings> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let options = policy.file(sys, live::OPTIONS_FILE)?;
+    let options: Option<Vec<String>> = options.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let (Some(kept), Some(options)) = (kept, options) else {
+        output.remark(&format!(
+            "{}: applied by a polc that kept no record of the host; apply it again\n",
+            policy.slot
+        ));
+        return Ok(false);
+    };
+    let checked = accelerates && !options.iter().any(|option| option == "--unchecked");
+    if checked && let Some(why) = disagreement(sys, policy)? {
+        if suspend(sys, policy, true)? {
+            output
+                .remark(&format!("{}: suspended, the kernel's rules are not its own: {why}\n", policy.slot));
+        }
+        return Ok(false);
+    }
+    let family = manifest.family.unwrap_or(policy.slot.family);
+    let device = policy.slot.device.as_deref().unwrap_or_default();
+    let now = Surroundings::now(sys, family, device, kept.addresses.is_some())?;
+    if now == kept {
+        if suspend(sys, policy, false)? {
+            output.remark(&format!("{}: goes on, the kernel's rules are its own again\n", policy.slot));
+        }
+        return Ok(true);
+    }
+    suspend(sys, policy, true)?;
+    output.remark(&format!("{}: the host has changed, applying anew\n", policy.slot));
+    apply_anew(sys, policy, &options)
+}
+
+/// Why the kernel's rules are not those that a policy was compiled from, if they aren't.
+fn disagreement(sys: &Sys, policy: &Open) -> Result<Option<String>, Failure> {
+    let manifest = &policy.object.manifest;
+    let mut sources = SourceMap::new();
+    let rules = sources.add("rules", policy.kept_text(sys, live::RULES_FILE)?);
+    let options =
+        ReadOptions { family: manifest.family, semantics: manifest.semantics, ..ReadOptions::default() };
+    let sets: Vec<String> = policy
+        .files(sys, live::SETS_PREFIX)?
+        .into_iter()
+        .map(|(_, bytes)| String::from_utf8_lossy(&bytes).into_owned())
+        .collect();
+    let session = Session::read(sources, rules, &[], &options);
+    host::disagreement(sys, &session, &sets)
+}
+
+/// Suspends a program or lets it go on; whether that is a change. Programs in replace mode can't be suspended: nothing
+/// else would decide their packets.
+fn suspend(sys: &Sys, policy: &Open, on: bool) -> Result<bool, Failure> {
+    let Some(map) = policy.map(SUSPEND_MAP) else { return Ok(false) };
+    let key = 0u32.to_ne_bytes();
+    let failed = || Error::call(format!("suspend the program {}", policy.slot));
+    let Some(mut value) = sys.map_lookup(map, &key).map_err(failed())? else { return Ok(false) };
+    let word = u32::from(on).to_ne_bytes();
+    if value.get(..4) == Some(&word) {
+        return Ok(false);
+    }
+    value[..4].copy_from_slice(&word);
+    sys.map_update(map, &key, &value).map_err(failed())?;
+    Ok(true)
+}
+
+/// Applies the rules of a policy again, as `polc apply` does; whether that went well. What was in force before stays
+/// otherwise, suspended where it can be.
+fn apply_anew(sys: &Sys, policy: &Open, options: &[String]) -> Result<bool, Failure> {
+    let program = std::env::current_exe().map_err(Error::call("find polc itself"))?;
+    let mut command = Command::new(program);
+    command.arg("apply").args(options).args(["--named", &policy.generation.source]);
+    // The files are read before they are replaced.
+    for (name, _) in policy.files(sys, live::SETS_PREFIX)? {
+        command.arg("--ipset").arg(policy.path(&name));
+    }
+    command.arg(policy.path(live::RULES_FILE)).stdin(Stdio::null());
+    Ok(command.status().map_err(Error::call("run polc apply"))?.success())
+}
