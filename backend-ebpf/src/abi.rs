@@ -7,9 +7,11 @@
 //! | --- | --- | --- | --- |
 //! | `r0`-`r5` | scratch | scratch | scratch |
 //! | `r6` | the context, always | same | same |
-//! | `r7` | frame start; then IPv6 header offset | free | reference being followed |
-//! | `r8` | frame end; then IPv6 next header | free | exit record, or counter slot |
+//! | `r7` | frame start, not at netfilter; then IPv6 header offset | free | reference being followed |
+//! | `r8` | frame end, not at netfilter; then IPv6 next header | free | exit record, or counter slot |
 //! | `r9` | network header, then transport header | free | turns taken, or return code |
+//!
+//! At netfilter there is no frame to point into: headers are copied to the buffer on the stack, where `r9` points.
 //!
 //! To end, code puts the counter slot in `r8` and the return code in `r9` and goes to the one place that counts.
 //!
@@ -68,6 +70,10 @@ pub mod trace {
     pub const SCRATCH_BYTES: i16 = 16;
 }
 
+/// Bytes of a handle to a packet (include/uapi/linux/bpf.h, `struct bpf_dynptr`), which programs at netfilter hooks keep
+/// below the key.
+pub const DYNPTR_BYTES: i16 = 16;
+
 /// Bytes of stack above the key. With the largest key 16 bytes are left at the stack's end, where the check VM keeps its
 /// watch over loops.
 pub const SCRATCH_BYTES: i16 = 112;
@@ -102,6 +108,11 @@ impl KeyLayout {
     /// Stack offset of a word.
     pub fn word(self, word: u8) -> i16 {
         self.base() + 4 * i16::from(word)
+    }
+
+    /// Stack offset of the handle to the packet.
+    pub fn dynptr(self) -> i16 {
+        self.base() - DYNPTR_BYTES
     }
 
     /// Whether word offsets in tables are in two parts, see [`KeyLayout::table_offset`].
@@ -224,6 +235,22 @@ pub mod tc {
     pub const UNSPEC: i32 = -1;
 }
 
+/// Return codes of netfilter programs (include/uapi/linux/netfilter.h).
+pub mod netfilter {
+    /// Drop the packet.
+    pub const DROP: i32 = 0;
+    /// Go on with the next function of the hook.
+    pub const ACCEPT: i32 = 1;
+}
+
+/// Offsets of the netfilter context (include/net/netfilter/nf_bpf_link.h, `struct bpf_nf_ctx`).
+pub mod nf_ctx {
+    /// Pointer to `struct nf_hook_state`.
+    pub const STATE: i16 = 0;
+    /// Pointer to `struct sk_buff`.
+    pub const SKB: i16 = 8;
+}
+
 /// Offsets of the XDP context (include/uapi/linux/bpf.h, `struct xdp_md`).
 pub mod xdp_md {
     /// Start of the frame.
@@ -259,6 +286,7 @@ pub mod sk_buff {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use polc_ir::limits::NETFILTER_KEY_WORDS_MAX;
 
     #[test]
     fn keys_fit_the_stack() {
@@ -274,6 +302,9 @@ mod tests {
             }
         }
         assert_eq!(KeyLayout::new(KEY_WORDS_MAX + 1), None);
+        let widest = KeyLayout::new(NETFILTER_KEY_WORDS_MAX).unwrap();
+        assert!(-widest.dynptr() as usize + 16 <= polc_ir::limits::STACK_BYTES_MAX);
+        assert_eq!(widest.dynptr() % 8, 0);
     }
 
     #[test]

@@ -7,8 +7,7 @@
 //! large policy can reach; see [`AsmError::code`].
 //!
 //! Besides the instructions, [`Code`] records what later stages could only guess: which `ld_imm64` refer to maps,
-//! which kernel function a call is of,
-//! which 32-bit context loads are packet pointers (the kernel widens those; the check VM has to do the same), which
+//! which kernel function a call is of, which field of the kernel's structures a load is of, which 32-bit context loads are packet pointers (the kernel widens those; the check VM has to do the same), which
 //! source rule each instruction comes from, and how often a loop runs at most.
 //!
 //! ```
@@ -34,7 +33,7 @@ use polc_ir::entities::Map;
 use polc_ir::limits::{OBJECT_LINE_NUMBER_MAX, OBJECT_LINE_TEXT_BYTES_MAX, PROGRAM_INSNS_MAX};
 
 use crate::insn::{AluOp, ByteOrder, Cond, Helper, Insn, Operand, Reg, Size, Unsupported, Width, decode_all};
-use crate::kernel_api::{KernelFunction, KernelItem};
+use crate::kernel_api::{KernelField, KernelFunction, KernelItem};
 
 /// A place in a program that jumps can name before it exists. Prints as `label4`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,7 +96,7 @@ pub struct BoundedLoop {
 /// An instruction that uses something of the running kernel's, and has to be put right when the program is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KernelRef {
-    /// The instruction's slot.
+    /// The instruction's slot: a call for a function, a load for a field.
     pub slot: u32,
     /// What it uses.
     pub item: KernelItem,
@@ -110,7 +109,7 @@ pub struct Code {
     pub slots: Vec<u64>,
     /// References to maps, ascending.
     pub relocs: Vec<Reloc>,
-    /// Uses of the kernel's own functions, ascending.
+    /// Uses of the kernel's own functions and structures, ascending.
     pub kernel: Vec<KernelRef>,
     /// `ldxw` of packet pointers from the context, ascending.
     pub ctx_loads: Vec<u32>,
@@ -475,6 +474,12 @@ impl Asm {
     pub fn call_kernel(&mut self, function: KernelFunction) {
         self.code.kernel.push(KernelRef { slot: self.here(), item: KernelItem::Function(function) });
         self.push(Insn::CallKernel { function: 0 });
+    }
+
+    /// `dst` = a field of the kernel's structure at `base`.
+    pub fn load_kernel_field(&mut self, size: Size, dst: Reg, base: Reg, field: KernelField) {
+        self.code.kernel.push(KernelRef { slot: self.here(), item: KernelItem::Field(field) });
+        self.load(size, dst, base, field.local_offset());
     }
 
     /// Ends the program with `r0`.

@@ -70,6 +70,13 @@ impl Builder {
         self.add("int", KIND_INT, 0, 4, &[1 << 24 | 32])
     }
 
+    /// A structure with members: name, type, and offset in bytes.
+    pub(crate) fn struct_of(&mut self, name: &str, bytes: u32, members: &[(&str, u32, u32)]) -> u32 {
+        let members: Vec<[u32; 3]> =
+            members.iter().map(|&(member, of, offset)| [self.string(member), of, offset * 8]).collect();
+        self.add(name, KIND_STRUCT, members.len(), bytes, members.as_flattened())
+    }
+
     /// A pointer.
     pub(crate) fn ptr(&mut self, to: u32) -> u32 {
         self.add("", KIND_PTR, 0, to, &[])
@@ -87,11 +94,9 @@ impl Builder {
 
     /// A structure of pointers, one after the other.
     pub(crate) fn struct_of_ptrs(&mut self, members: &[(&str, u32)]) -> u32 {
-        let mut rest = Vec::with_capacity(members.len() * 3);
-        for (index, (name, member)) in members.iter().enumerate() {
-            rest.extend([self.string(name), *member, index as u32 * 64]);
-        }
-        self.add("", KIND_STRUCT, members.len(), members.len() as u32 * 8, &rest)
+        let members: Vec<(&str, u32, u32)> =
+            members.iter().zip(0..).map(|(&(name, of), index)| (name, of, index * 8)).collect();
+        self.struct_of("", members.len() as u32 * 8, &members)
     }
 
     /// A global variable.
@@ -104,9 +109,9 @@ impl Builder {
         self.add(name, KIND_DATASEC, vars.len(), size, vars.as_flattened())
     }
 
-    /// An unsigned 32-bit integer.
-    pub(crate) fn u32(&mut self) -> u32 {
-        self.add("unsigned int", KIND_INT, 0, 4, &[32])
+    /// An unsigned integer of a number of bytes.
+    pub(crate) fn unsigned(&mut self, name: &str, bytes: u32) -> u32 {
+        self.add(name, KIND_INT, 0, bytes, &[bytes * 8])
     }
 
     /// A function's type: its result's, and name and type of each parameter.
@@ -136,11 +141,12 @@ impl Builder {
     }
 }
 
-/// The header that `.BTF` and `.BTF.ext` share: magic, version, flags, header length, then offsets and lengths.
-pub(crate) fn header(words: &[u32; 4]) -> Vec<u8> {
+/// The header that `.BTF` and `.BTF.ext` share: magic, version, flags, header length, then offsets and lengths, of which
+/// the latter has two more if it relocates fields.
+pub(crate) fn header(words: &[u32]) -> Vec<u8> {
     let mut out = MAGIC.to_le_bytes().to_vec();
     out.extend([VERSION, 0]);
-    out.extend_from_slice(&HEADER_BYTES.to_le_bytes());
+    out.extend_from_slice(&(8 + 4 * words.len() as u32).to_le_bytes());
     words.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
     out
 }

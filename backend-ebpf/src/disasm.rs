@@ -8,6 +8,7 @@ use std::fmt;
 
 use crate::asm::{Code, LineRef, RelocKind};
 use crate::insn::{Insn, Reg};
+use crate::kernel_api::KernelItem;
 use crate::object::{Object, Program};
 
 /// Prints one program of an object.
@@ -80,6 +81,13 @@ impl Disassembly<'_> {
             Insn::LoadMap { dst, .. } | Insn::LoadMapValue { dst, .. } => map(dst),
             Insn::Ja { off } | Insn::Jump { off, .. } => {
                 Some(format!("{insn} <{}>", i64::from(slot) + 1 + i64::from(off)))
+            }
+            Insn::Load { .. } | Insn::CallKernel { .. } => {
+                let index = code.kernel.binary_search_by_key(&slot, |used| used.slot).ok();
+                index.map(|index| match code.kernel[index].item {
+                    KernelItem::Field(_) => format!("{insn} <{}>", code.kernel[index].item),
+                    KernelItem::Function(function) => format!("call {}", function.name()),
+                })
             }
             _ => None,
         };

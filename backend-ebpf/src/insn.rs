@@ -414,6 +414,8 @@ helpers! {
     RINGBUF_OUTPUT = 130, "ringbuf_output";
     /// `(xdp, offset, to, len) -> 0 or -EINVAL`: copies packet bytes, fragments too.
     XDP_LOAD_BYTES = 189, "xdp_load_bytes";
+    /// `(to, len, dynptr, offset, flags) -> 0 or -E2BIG`: copies bytes that a handle stands for.
+    DYNPTR_READ = 201, "dynptr_read";
 }
 
 impl fmt::Display for Helper {

@@ -8,7 +8,8 @@
 //! The rooms, from the ground up: [`insn`] is the instruction set, [`kernel_api`] the kernel functions that programs may
 //! call, [`asm`] turns instructions and labels into
 //! position-fixed code, [`object`] turns code and maps into one ELF file and back, [`disasm`] prints it, [`vm`] runs it
-//! without a kernel, [`budget`] says whether the kernel's verifier will accept it. [`emit`] makes
+//! without a kernel, [`budget`] says whether the kernel's verifier will accept it, and [`kernel_api`] is what programs use
+//! of the kernel beyond helpers. [`emit`] makes
 //! a plan an object, under the contract that [`abi`] writes down; what its programs report of packets is [`trace`]'s. Start with [`emit::emit`], or from below with
 //! [`asm::Asm`].
 

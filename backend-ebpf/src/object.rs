@@ -15,6 +15,7 @@ use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTE
 use crate::asm::{Code, RelocKind};
 use crate::elf;
 use crate::insn::{Insn, Size};
+use crate::kernel_api::KernelItem;
 use crate::manifest::Manifest;
 
 /// The licence polc's programs declare: some helpers are for GPL-compatible programs only.
@@ -51,17 +52,20 @@ pub enum ProgramKind {
     Xdp,
     /// tc and tcx: `struct __sk_buff`, section `classifier` (aya does not know the name `tc`).
     Classifier,
+    /// A netfilter hook: `struct bpf_nf_ctx`, section `netfilter`.
+    Netfilter,
 }
 
 impl ProgramKind {
     /// Every kind, in the order their sections are written.
-    pub const ALL: [ProgramKind; 2] = [ProgramKind::Xdp, ProgramKind::Classifier];
+    pub const ALL: [ProgramKind; 3] = [ProgramKind::Xdp, ProgramKind::Classifier, ProgramKind::Netfilter];
 
     /// The ELF section that loaders know this kind by.
     pub const fn section(self) -> &'static str {
         match self {
             ProgramKind::Xdp => "xdp",
             ProgramKind::Classifier => "classifier",
+            ProgramKind::Netfilter => "netfilter",
         }
     }
 
@@ -75,6 +79,7 @@ impl ProgramKind {
         match self {
             ProgramKind::Xdp => "xdp_md",
             ProgramKind::Classifier => "__sk_buff",
+            ProgramKind::Netfilter => "bpf_nf_ctx",
         }
     }
 }
@@ -85,6 +90,7 @@ impl ProgramKind {
         match self {
             ProgramKind::Xdp => 24,
             ProgramKind::Classifier => 192,
+            ProgramKind::Netfilter => 16,
         }
     }
 }
@@ -453,13 +459,19 @@ impl Object {
         }
         let mut kernel = code.kernel.iter().peekable();
         for &(at, insn) in &insns {
-            let Insn::CallKernel { function } = insn else { continue };
-            if function != 0 || kernel.next_if(|used| used.slot == at).is_none() {
-                return fail(at, "calls a kernel function that nothing names");
+            let used = kernel.next_if(|used| used.slot == at).map(|used| used.item);
+            match (insn, used) {
+                (Insn::CallKernel { function: 0 }, Some(KernelItem::Function(_))) => {}
+                (Insn::CallKernel { .. }, _) => {
+                    return fail(at, "calls a kernel function that nothing names");
+                }
+                (Insn::Load { off, .. }, Some(KernelItem::Field(field))) if off == field.local_offset() => {}
+                (_, None) => {}
+                _ => return fail(at, "recorded as a use of the kernel's own, and isn't one"),
             }
         }
         if let Some(used) = kernel.next() {
-            return fail(used.slot, "names a kernel function where none is called");
+            return fail(used.slot, "recorded as a use of the kernel's own, and is no instruction in order");
         }
         if !code.ctx_loads.is_sorted_by(|a, b| a < b)
             || !code.loops.is_sorted_by(|a, b| a.back_jump < b.back_jump)

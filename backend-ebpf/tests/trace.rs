@@ -92,6 +92,7 @@ impl Traced {
                 put(8, context.mark);
                 put(40, context.ifindex);
             }
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         }
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
@@ -100,6 +101,7 @@ impl Traced {
         match self.kind {
             ProgramKind::Xdp => <&mut Xdp>::try_from(program).unwrap().test_run(options),
             ProgramKind::Classifier => <&mut SchedClassifier>::try_from(program).unwrap().test_run(options),
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         }
         .expect("a test run");
     }

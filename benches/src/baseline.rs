@@ -17,6 +17,7 @@ pub(crate) const fn pass(kind: ProgramKind) -> i32 {
     match kind {
         ProgramKind::Xdp => abi::xdp::PASS,
         ProgramKind::Classifier => abi::tc::UNSPEC,
+        ProgramKind::Netfilter => abi::netfilter::ACCEPT,
     }
 }
 
@@ -25,6 +26,7 @@ pub(crate) const fn drop(kind: ProgramKind) -> i32 {
     match kind {
         ProgramKind::Xdp => abi::xdp::DROP,
         ProgramKind::Classifier => abi::tc::SHOT,
+        ProgramKind::Netfilter => abi::netfilter::DROP,
     }
 }
 
@@ -60,6 +62,7 @@ pub(crate) fn parse(
     let (data, data_end) = match kind {
         ProgramKind::Xdp => (abi::xdp_md::DATA, abi::xdp_md::DATA_END),
         ProgramKind::Classifier => (abi::sk_buff::DATA, abi::sk_buff::DATA_END),
+        ProgramKind::Netfilter => unreachable!("netfilter programs are not measured"),
     };
     let fields = Fields { l3: Reg::R7, l4: Reg::R8, proto: Reg::R9 };
     let header = match family {

@@ -228,6 +228,7 @@ fn load(kind: ProgramKind, form: Form, then: Then) -> Result<Loaded, String> {
     let (data, data_end) = match kind {
         ProgramKind::Xdp => (abi::xdp_md::DATA, abi::xdp_md::DATA_END),
         ProgramKind::Classifier => (abi::sk_buff::DATA, abi::sk_buff::DATA_END),
+        ProgramKind::Netfilter => unreachable!("netfilter programs are not measured"),
     };
     let mut a = Asm::new();
     let short = a.label();

@@ -53,6 +53,7 @@ impl Loaded {
             ProgramKind::Classifier => {
                 <&mut SchedClassifier>::try_from(&mut *program).map(SchedClassifier::load)
             }
+            ProgramKind::Netfilter => unreachable!("netfilter programs are not measured"),
         };
         loaded.and_then(|result| result).map_err(|error| tail(&format!("{error:?}")))?;
         Ok(Loaded { ebpf, kind })
@@ -64,6 +65,7 @@ impl Loaded {
         let fd = match self.kind {
             ProgramKind::Xdp => <&Xdp>::try_from(program).and_then(Xdp::fd),
             ProgramKind::Classifier => <&SchedClassifier>::try_from(program).and_then(SchedClassifier::fd),
+            ProgramKind::Netfilter => unreachable!("netfilter programs are not measured"),
         };
         fd.map_err(|error| error.to_string())
     }
@@ -103,6 +105,7 @@ impl Loaded {
             ProgramKind::Classifier => {
                 <&SchedClassifier>::try_from(program).map(|program| program.test_run(options))
             }
+            ProgramKind::Netfilter => unreachable!("netfilter programs are not measured"),
         };
         result.and_then(|result| result).map_err(|error| format!("{error:?}"))
     }

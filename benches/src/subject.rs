@@ -60,6 +60,7 @@ pub(crate) const fn attach(kind: ProgramKind) -> Attach {
     match kind {
         ProgramKind::Xdp => Attach::Xdp,
         ProgramKind::Classifier => Attach::TcIngress,
+        ProgramKind::Netfilter => Attach::Netfilter,
     }
 }
 

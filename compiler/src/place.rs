@@ -2,13 +2,14 @@
 //!
 //! A frame that arrives passes PREROUTING, then INPUT if it is for this host; one that leaves passes OUTPUT if this
 //! host made it, then POSTROUTING. Those are the default paths. Whether an arriving frame is for this host is not
-//! worked out by the program: whoever compiles for FORWARD names the hooks.
+//! worked out by the program: whoever compiles for FORWARD names the hooks. At netfilter a program sits on one hook and
+//! runs that hook's chains alone, on packets as they are there.
 
 use std::collections::BTreeSet;
 
 use polc_ir::env::{Attach, Connections, Device, Fragments, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
-use polc_ir::hook::Hook;
+use polc_ir::hook::{Hook, TableKind};
 use polc_ir::ruleset::{ClauseKind, Ruleset};
 
 /// The attach point that sees a hook's packets: XDP before routing, tc where the device they leave by is known.
@@ -33,7 +34,25 @@ pub fn default_path(attach: Attach) -> Vec<Hook> {
     match attach {
         Attach::Xdp | Attach::TcIngress => vec![Hook::Prerouting, Hook::Input],
         Attach::TcEgress => vec![Hook::Output, Hook::Postrouting],
+        Attach::Netfilter => vec![Hook::Input],
     }
+}
+
+/// Why no program can be made for these hooks at an attach point, if so.
+pub fn refusal(path: &[Hook], attach: Attach) -> Option<String> {
+    (attach == Attach::Netfilter && path.len() != 1)
+        .then(|| format!("a program at netfilter sits on one hook, and {} are named", path.len()))
+}
+
+/// Priority of the first table whose chain a place runs: a program on the kernel's hook that stands for the chains comes
+/// before it. Where there are none, the filter table's.
+pub fn first_priority(ruleset: &Ruleset, place: &Place) -> i32 {
+    let chains = ruleset.path_chains(place);
+    let priorities = chains.iter().filter_map(|&chain| {
+        let data = &ruleset.chains[chain];
+        Some(ruleset.tables[data.table].kind.priority(data.base?.hook))
+    });
+    priorities.min().unwrap_or(TableKind::Filter.priority(Hook::Input))
 }
 
 /// The place of a program that decides the chains of `path`.
@@ -42,7 +61,11 @@ pub fn place(path: &[Hook], attach: Attach, mode: Mode, local_addresses: bool) -
         path: path.to_vec(),
         attach: Some(attach),
         mode,
-        fragments: Fragments::Unresolved,
+        // At a hook a program meets what the hook's chains meet, reassembled or not.
+        fragments: match attach {
+            Attach::Netfilter => Fragments::AsSeen,
+            Attach::Xdp | Attach::TcIngress | Attach::TcEgress => Fragments::Unresolved,
+        },
         connections: Connections::Unknown,
         local_addresses,
     }

@@ -7,7 +7,7 @@ use polc_ir::derived;
 use polc_ir::env::{Attach, Env, Input};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::outcome::{Count, Ending, Outcome};
-use polc_ir::packet::View;
+use polc_ir::packet::{View, frame_ending, network_packet};
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
@@ -117,7 +117,10 @@ impl Program {
         };
         let (in_number, out_number) = (number(input.in_device), number(input.out_device));
         let mut context = Context { mark: input.mark, ingress_ifindex: in_number, ..Context::default() };
-        context.ifindex = if self.attach == Attach::TcEgress { out_number } else { in_number };
+        context.ifindex = match self.attach {
+            Attach::TcEgress | Attach::Netfilter => out_number,
+            Attach::Xdp | Attach::TcIngress => in_number,
+        };
         context.vlan_tci = input.vlan;
         context.packet_type = input
             .packet_type
@@ -127,9 +130,19 @@ impl Program {
                 _ => 0,
             })
             .into();
+        let mut packet = &input.frame[..];
+        if self.attach == Attach::Netfilter {
+            match network_packet(plan.family, input) {
+                Ok(found) => packet = found,
+                // No hook of this family's sees it.
+                Err(kind) => {
+                    self.mark = input.mark;
+                    return Ok((frame_ending(kind, plan.place.mode), Vec::new()));
+                }
+            }
+        }
         let connections: Vec<Connection> = connection(plan, input).into_iter().collect();
-        let vm_input =
-            VmInput { packet: &input.frame, context, connections: &connections, ..VmInput::default() };
+        let vm_input = VmInput { packet, context, connections: &connections, ..VmInput::default() };
         let result = self.vm.run(0, &vm_input);
         let result = result.map_err(|error| error.to_string())?;
         self.mark = result.mark;

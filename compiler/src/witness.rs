@@ -13,7 +13,7 @@ use polc_ir::cube::Cube;
 use polc_ir::derived::DerivedData;
 use polc_ir::env::{Attach, Connection, Connections, Device, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
-use polc_ir::hook::Family;
+use polc_ir::hook::{Family, Hook};
 use polc_ir::interval::max_value;
 use polc_ir::set::{self, SetContents};
 
@@ -147,6 +147,11 @@ impl<'a> Witnesses<'a> {
                 if self.random.one_in(2) {
                     input.in_device = input_device;
                 }
+            }
+            Some(Attach::Netfilter) => {
+                let at = |has: fn(Hook) -> bool| self.classifier.place.path.iter().any(|hook| has(*hook));
+                input.in_device = input_device.filter(|_| at(Hook::has_in_device));
+                input.out_device = output_device.filter(|_| at(Hook::has_out_device));
             }
             _ => input.in_device = input_device,
         }

@@ -19,6 +19,8 @@ pub enum Attach {
     TcIngress,
     /// tc or tcx egress.
     TcEgress,
+    /// A hook of netfilter, between the kernel's own chains.
+    Netfilter,
 }
 
 impl fmt::Display for Attach {
@@ -27,6 +29,7 @@ impl fmt::Display for Attach {
             Attach::Xdp => "xdp",
             Attach::TcIngress => "tc-ingress",
             Attach::TcEgress => "tc-egress",
+            Attach::Netfilter => "netfilter",
         })
     }
 }

@@ -94,6 +94,9 @@ pub const VM_PACKET_BYTES_MAX: usize = 65_535 + 256;
 /// Most words of a program's key: more do not fit the stack beside what a program keeps there.
 pub const KEY_WORDS_MAX: usize = 96;
 
+/// The same for programs at netfilter hooks, which also keep a handle to the packet on their stack.
+pub const NETFILTER_KEY_WORDS_MAX: usize = 64;
+
 /// Most turns of a walk's loop that a packet may take. The verifier follows the loop turn by turn, about 630
 /// instructions of [`VERIFIER_PROCESSED_MAX`] each.
 pub const WALK_TURNS_MAX: u32 = 1_000;

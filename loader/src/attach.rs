@@ -2,22 +2,21 @@
 //!
 //! Each way keeps one promise: at any moment, and after a crash at any moment, a packet meets the old program or the new
 //! one. Links that can be updated are swapped by compare-and-swap; filters are replaced in place by the kernel; netfilter
-//! links take no other program (net/netfilter/nf_bpf_link.c, `bpf_nf_link_update`), so there the new link comes before
-//! the old one goes, and in between a packet meets both, whose stricter verdict is that of one of the two.
+//! links take no other program, so what they lead to is exchanged ([`crate::dispatch`]).
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use polc_ir::env::Attach;
-use polc_ir::hook::{Family, Hook};
 
 use crate::clsact;
 use crate::coexist::{self, Order};
+use crate::dispatch;
 use crate::error::Error;
 use crate::net::Device;
 use crate::probe::{Feature, missing};
 use crate::state::{Slot, SlotState, Via};
-use crate::sys::{LinkKind, LinkSpec, Sys};
+use crate::sys::{LinkKind, LinkSpec, Map, Sys};
 
 /// The way to attach at a place of this kernel.
 ///
@@ -33,6 +32,10 @@ pub fn choose(sys: &Sys, attach: Attach, force_clsact: bool) -> Result<Via, Erro
             let old = force_clsact || !missing(sys, &[Feature::Tcx]).is_empty();
             Ok(if old { Via::Clsact { priority: 0, own_qdisc: false } } else { Via::Link })
         }
+        Attach::Netfilter => match missing(sys, &[Feature::NetfilterLink]) {
+            missing if missing.is_empty() => Ok(Via::Dispatch { priority: 0, defrag: false }),
+            missing => Err(Error::Kernel(missing)),
+        },
     }
 }
 
@@ -47,14 +50,10 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             }
             None => Ok(None),
         },
-        Via::OwnLink => {
-            for &generation in state.generations.keys().rev() {
-                if let Some(link) = open_pin(sys, &slot.own_link(generation))? {
-                    return Ok(Some(sys.link_info(&link).map_err(ask())?.program_id));
-                }
-            }
-            Ok(None)
-        }
+        Via::Dispatch { .. } => match (open_pin(sys, &slot.link())?, place(sys, slot)?) {
+            (Some(_), Some(place)) => dispatch::current(sys, &place).map_err(ask()),
+            _ => Ok(None),
+        },
         Via::Clsact { priority, .. } => {
             let egress = slot.name.attach == Attach::TcEgress;
             let filters = match clsact::filters(sys, state.ifindex, egress) {
@@ -110,7 +109,7 @@ pub fn first(
         (Via::Link, attach) => {
             let spec = match attach {
                 Attach::Xdp => LinkSpec::Xdp { ifindex: device.ifindex, generic: how.generic },
-                Attach::TcIngress | Attach::TcEgress => LinkSpec::Tcx {
+                _ => LinkSpec::Tcx {
                     ifindex: device.ifindex,
                     egress: attach == Attach::TcEgress,
                     first: how.order == Order::First,
@@ -131,50 +130,17 @@ pub fn first(
             let egress = attach == Attach::TcEgress;
             clsact::set_filter(sys, device.ifindex, egress, priority, program, false).map_err(fail)
         }
-        (Via::OwnLink, _) => own_link(sys, slot, generation, program),
-    }
-}
-
-/// Attaches a program to the slot's hook by a link of its own, at the place right before the filter table's that is
-/// free.
-fn own_link(sys: &Sys, slot: &Slot, generation: u32, program: BorrowedFd<'_>) -> Result<(), Error> {
-    let Some(hook) = slot.name.hook else {
-        return Err(Error::NoProgram(format!("no hook is named {}", slot.name)));
-    };
-    let family = match slot.name.family {
-        Family::V4 => NFPROTO_IPV4,
-        Family::V6 => NFPROTO_IPV6,
-    };
-    let mut priority = FILTER_PRIORITY - 1;
-    let link = loop {
-        let spec = LinkSpec::Netfilter { family, hook: hook_number(hook), priority, defrag: false };
-        match sys.link_create(program, &spec) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && priority > FILTER_PRIORITY - 32 => {
-                priority -= 1;
-            }
-            result => {
-                break result.map_err(Error::call(format!("attach the program {}", slot.name)))?;
-            }
+        (Via::Dispatch { .. }, _) => {
+            dispatch::attach(sys, slot, program, state.generations[&generation].mode, state.via)
         }
-    };
-    let pin = slot.own_link(generation);
-    sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
+    }
 }
 
-/// `NF_IP_PRI_FILTER` and `NF_IP6_PRI_FILTER`.
-const FILTER_PRIORITY: i32 = 0;
-const NFPROTO_IPV4: u32 = 2;
-const NFPROTO_IPV6: u32 = 10;
-
-/// A hook's number (include/uapi/linux/netfilter.h, `enum nf_inet_hooks`).
-const fn hook_number(hook: Hook) -> u32 {
-    match hook {
-        Hook::Prerouting => 0,
-        Hook::Input => 1,
-        Hook::Forward => 2,
-        Hook::Output => 3,
-        Hook::Postrouting => 4,
-    }
+/// The map that says which program a hook goes on with, if it is there.
+pub(crate) fn place(sys: &Sys, slot: &Slot) -> Result<Option<Map>, Error> {
+    let pin = slot.dispatch();
+    let wrong = |error: io::Error| Error::Pin { path: pin.clone(), why: format!("is no map: {error}") };
+    open_pin(sys, &pin)?.map(|fd| sys.map(fd).map_err(wrong)).transpose()
 }
 
 /// Puts the program of generation `to` in place of that of generation `from`, which is attached.
@@ -197,11 +163,14 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
                 _ => Error::Call { what: format!("replace the program {}", slot.name), source },
             })
         }
-        Via::OwnLink => {
-            if open_pin(sys, &slot.own_link(to))?.is_none() {
-                own_link(sys, slot, to, new.as_fd())?;
+        Via::Dispatch { .. } => {
+            let place = place(sys, slot)?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
+            let fail = || Error::call(format!("replace the program {}", slot.name));
+            let now = dispatch::current(sys, &place).map_err(fail())?;
+            if now != state.generations.get(&from).map(|generation| generation.program_id) {
+                return Err(Error::Replaced(slot.name.to_string()));
             }
-            detach_own(sys, slot, from)
+            dispatch::put(sys, &place, &new).map_err(fail())
         }
         Via::Clsact { priority, .. } => {
             let egress = slot.name.attach == Attach::TcEgress;
@@ -211,19 +180,11 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
     }
 }
 
-fn detach_own(sys: &Sys, slot: &Slot, generation: u32) -> Result<(), Error> {
-    let pin = slot.own_link(generation);
-    if let Some(link) = open_pin(sys, &pin)? {
-        sys.link_detach(&link).map_err(Error::call(format!("detach the program {}", slot.name)))?;
-    }
-    sys.remove_file(&pin).map_err(Error::disk(&pin))
-}
-
 /// Detaches what the slot has attached. Nothing happens if nothing is.
 pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
     let fail = || Error::call(format!("detach the program {}", slot.name));
     match state.via {
-        Via::Link => {
+        Via::Link | Via::Dispatch { .. } => {
             let pin = slot.link();
             if let Some(link) = open_pin(sys, &pin)? {
                 match sys.link_detach(&link) {
@@ -232,11 +193,9 @@ pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
                     result => result.map_err(fail())?,
                 }
             }
-            sys.remove_file(&pin).map_err(Error::disk(&pin))
-        }
-        Via::OwnLink => {
-            for &generation in state.generations.keys() {
-                detach_own(sys, slot, generation)?;
+            // The map that a link leads to goes after it.
+            for pin in [pin, slot.dispatch()] {
+                sys.remove_file(&pin).map_err(Error::disk(&pin))?;
             }
             Ok(())
         }
@@ -321,6 +280,8 @@ pub fn check_occupants(
         }
         // Filters form a list by priority; none is ever displaced.
         (Attach::TcIngress | Attach::TcEgress, _) => (Vec::new(), true),
+        // Functions of a hook form a list; `dispatch::choose` finds a place in it.
+        (Attach::Netfilter, _) => (Vec::new(), true),
     };
     if by.is_empty() {
         return Ok(());

@@ -6,9 +6,12 @@
 
 use std::collections::BTreeSet;
 
+use polc_ir::hook::{Family, Hook};
+
+use crate::dispatch::{family_number, hook_number};
 use crate::error::Error;
 use crate::net::Device;
-use crate::sys::{QueryPoint, Sys};
+use crate::sys::{LinkKind, QueryPoint, Sys};
 
 /// Where polc's program goes if others are at the same attach point.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +37,24 @@ pub fn tcx(sys: &Sys, device: &Device, egress: bool, own: &BTreeSet<u32>) -> Res
         .prog_query(device.ifindex, point)
         .map_err(Error::call(format!("ask what is attached to `{}`", device.name)))?;
     Ok(attached.iter().filter(|(id, _)| !own.contains(id)).map(|&(id, _)| name(sys, id)).collect())
+}
+
+/// Programs linked to a netfilter hook at a priority, in whichever network namespace: links don't tell theirs.
+pub fn netfilter(sys: &Sys, family: Family, hook: Hook, priority: i32) -> Vec<String> {
+    let wanted = (family_number(family), hook_number(hook), priority);
+    let mut found = Vec::new();
+    let mut id = 0;
+    while let Ok(Some(next)) = sys.link_next_id(id) {
+        id = next;
+        // A link that is gone by now is in nobody's way.
+        let Ok(info) = sys.link_by_id(id).and_then(|link| sys.link_info(&link)) else { continue };
+        if let LinkKind::Netfilter { family, hook, priority, .. } = info.kind
+            && (family, hook, priority) == wanted
+        {
+            found.push(format!("{} by link {id}", name(sys, info.program_id)));
+        }
+    }
+    found
 }
 
 /// Refuses a device whose packets rules see as another's: bridges, bonds, teams and VRFs take the packets of their ports

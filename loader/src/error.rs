@@ -56,6 +56,31 @@ pub enum Error {
         /// Whether polc could go beside it.
         may_chain: bool,
     },
+    /// A priority of a netfilter hook, or every one that would do, is taken.
+    PriorityTaken {
+        /// Where.
+        place: String,
+        /// The priority.
+        priority: i32,
+        /// Programs that have it, possibly in another network namespace; none if a table of the kernel's own has.
+        by: Vec<String>,
+    },
+    /// A priority that the kernel gives no program.
+    Priority {
+        /// The priority.
+        priority: i32,
+        /// Whether fragments were to be reassembled first.
+        defrag: bool,
+    },
+    /// A policy is applied at another priority, or with fragments treated differently.
+    OtherPlace {
+        /// Where.
+        place: String,
+        /// Its priority.
+        priority: i32,
+        /// Whether fragments are reassembled first.
+        defrag: bool,
+    },
     /// The device is part of another, whose name the rules see.
     LowerDevice {
         /// The device.
@@ -202,6 +227,9 @@ impl Error {
             Error::Disagrees(_) => 826,
             Error::Watched(_) => 824,
             Error::NoReports(_) => 825,
+            Error::PriorityTaken { .. } => 826,
+            Error::Priority { .. } => 827,
+            Error::OtherPlace { .. } => 828,
         })
     }
 
@@ -225,6 +253,17 @@ impl Error {
             }
             Error::Occupied { may_chain: false, .. } => {
                 "detach it first, or use another attach point; polc never removes what is not its own".into()
+            }
+            Error::PriorityTaken { .. } => {
+                "choose another with --priority; polc never removes what is not its own".into()
+            }
+            Error::Priority { defrag: true, .. } => {
+                "with --defrag it has to be above -400, where fragments are reassembled".into()
+            }
+            Error::Priority { defrag: false, .. } => "the lowest and the highest number are not to be had".into(),
+            Error::OtherPlace { .. } => {
+                "apply with the same options, or `polc flush` first: packets would meet both programs for a moment"
+                    .into()
             }
             Error::LowerDevice { upper, .. } => format!("apply to `{upper}` with --attach tc-ingress"),
             Error::MapMemory { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
@@ -289,6 +328,22 @@ impl fmt::Display for Error {
             }
             Error::Occupied { place, by, .. } => {
                 write!(f, "{place} is taken by {}", by.join(", "))
+            }
+            Error::PriorityTaken { place, priority, by } if by.is_empty() => {
+                write!(f, "priority {priority} {place} is taken by a table or module of the kernel's own")
+            }
+            Error::PriorityTaken { place, priority, by } => {
+                write!(f, "priority {priority} {place} is taken by {}", by.join(", "))
+            }
+            Error::Priority { priority, .. } => {
+                write!(f, "the kernel gives no program priority {priority}")
+            }
+            Error::OtherPlace { place, priority, defrag } => {
+                let with = if *defrag { "with" } else { "without" };
+                write!(
+                    f,
+                    "the policy {place} is applied at priority {priority}, {with} reassembly of fragments"
+                )
             }
             Error::LowerDevice { device, upper, kind } => {
                 write!(

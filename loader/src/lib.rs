@@ -10,7 +10,7 @@
 //! | [`probe`] | what the running kernel can do |
 //! | [`net`] | devices and the host's addresses |
 //! | [`load`] | an object into the kernel |
-//! | [`attach`], [`clsact`] | a program onto its attach point, off it, and in place of another |
+//! | [`attach`], [`clsact`], [`dispatch`] | a program onto its attach point, off it, and in place of another |
 //! | [`coexist`] | others' programs |
 //! | [`state`] | what is kept about applied policies, on disk and in bpffs |
 //! | [`swap`] | applying, confirming, flushing, repairing |
@@ -29,6 +29,7 @@ pub mod carry;
 pub mod clsact;
 pub mod coexist;
 pub mod counters;
+pub mod dispatch;
 pub mod error;
 pub mod events;
 pub mod jited;

@@ -20,6 +20,8 @@ use crate::sys::{self, BtfBlob, MapFlags, MapSpec, ProgramSpec, ProgramType, Sys
 
 /// `BPF_XDP` of `enum bpf_attach_type`.
 const ATTACH_XDP: u32 = 37;
+/// `BPF_NETFILTER`.
+const ATTACH_NETFILTER: u32 = 45;
 
 /// An object's programs and maps in the kernel.
 #[derive(Debug)]
@@ -148,6 +150,7 @@ fn load_program<'m>(
     let (kind, attach_type) = match program.kind {
         ProgramKind::Xdp => (ProgramType::XDP, ATTACH_XDP),
         ProgramKind::Classifier => (ProgramType::SCHED_CLS, 0),
+        ProgramKind::Netfilter => (ProgramType::NETFILTER, ATTACH_NETFILTER),
     };
     let spec = ProgramSpec {
         kind,
@@ -173,13 +176,22 @@ fn load_program<'m>(
     Ok(LoadedProgram { name: program.name.clone(), kind: program.kind, fd })
 }
 
-/// Gives calls of kernel functions the numbers that the functions have in this kernel.
+/// Gives calls of kernel functions the numbers that the functions have in this kernel, and loads of fields of its
+/// structures the offsets.
 fn resolve(code: &Code, slots: &mut [u64], types: Option<&KernelTypes>) -> Result<(), Error> {
     let Some(types) = types else { return Ok(()) };
-    for &KernelRef { slot, item: KernelItem::Function(function) } in &code.kernel {
-        let id = types.function(function.name()).map_err(Error::KernelTypes)?;
+    for &KernelRef { slot, item } in &code.kernel {
         let slot = &mut slots[slot as usize];
-        *slot = *slot & 0xffff_ffff | u64::from(id) << 32;
+        match item {
+            KernelItem::Function(function) => {
+                let id = types.function(function.name()).map_err(Error::KernelTypes)?;
+                *slot = *slot & 0xffff_ffff | u64::from(id) << 32;
+            }
+            KernelItem::Field(field) => {
+                let found = types.field_offset(field.structure, field.name).map_err(Error::KernelTypes)?;
+                *slot = *slot & !0xffff_0000 | u64::from(found as u16) << 16;
+            }
+        }
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! BPFFS/polc/NETNS/eth0-xdp-4/link            the link, the same for all generations
+//! BPFFS/polc/NETNS/input-netfilter-4/dispatch the map that says which generation's program a hook goes on with
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/prog      a generation's program
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/map_NAME  and its maps
 //! STATE/NETNS/eth0-xdp-4/state.json           this file's `SlotState`
@@ -89,8 +90,13 @@ pub enum Via {
         /// Whether polc made the qdisc, and has to remove it.
         own_qdisc: bool,
     },
-    /// By a link of each generation: netfilter's links take no other program.
-    OwnLink,
+    /// By a link that all generations share, to a program that goes on with the current one's ([`crate::dispatch`]).
+    Dispatch {
+        /// The link's priority among the hook's functions.
+        priority: i32,
+        /// Whether fragments are reassembled first.
+        defrag: bool,
+    },
 }
 
 /// One applied object.
@@ -293,9 +299,9 @@ impl Slot {
         self.generation_pins(generation).join("prog")
     }
 
-    /// The pin of a generation's own link.
-    pub fn own_link(&self, generation: u32) -> PathBuf {
-        self.generation_pins(generation).join("link")
+    /// The pin of the map that holds the current program of a netfilter hook.
+    pub fn dispatch(&self) -> PathBuf {
+        self.pins.join("dispatch")
     }
 
     /// The pin of a generation's map.

@@ -19,11 +19,12 @@ use polc_ir::env::Attach;
 use crate::attach::{self, How};
 use crate::carry;
 use crate::coexist::{self, Order};
+use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, Slot, SlotName, SlotState, Store, Via};
-use crate::sys::{Sys, TestRun};
+use crate::sys::{LinkKind, Map, Sys, TestRun};
 
 /// Name of a generation's object among its files.
 pub const OBJECT_FILE: &str = "object.o";
@@ -49,6 +50,8 @@ pub struct Request<'a> {
     pub clsact: bool,
     /// Where among others' tcx programs.
     pub order: Order,
+    /// Where among a netfilter hook's functions.
+    pub hook_order: dispatch::Order,
     /// Go back after this time unless confirmed.
     pub confirm: Option<Duration>,
     /// Packets and bytes that rules start with, by the manifest's `counted`, if nothing was applied before.
@@ -136,7 +139,10 @@ fn change(
         Some(Repaired { state, unconfirmed: Some(_), .. }) => {
             return Err(Error::Unconfirmed(state.slot.to_string()));
         }
-        Some(Repaired { state, current, .. }) => (state, Some(current)),
+        Some(Repaired { state, current, .. }) => {
+            keeps_place(&state, request)?;
+            (state, Some(current))
+        }
         None => (fresh(sys, store, slot, &device, request)?, None),
     };
     let present = slot.generations_present(sys)?;
@@ -158,6 +164,17 @@ fn change(
     let untidy =
         settle(sys, slot, &mut state, to, from).and_then(|()| prune(sys, slot, &mut state, to)).err();
     Ok(Applied { generation: to, program_id, replaced: from, via, confirm, untidy, attach_time })
+}
+
+/// Refuses to change where among a hook's functions an applied policy is: that takes a new link, and until the old one is
+/// gone packets would meet both.
+fn keeps_place(state: &SlotState, request: &Request<'_>) -> Result<(), Error> {
+    let Via::Dispatch { priority, defrag } = state.via else { return Ok(()) };
+    let wanted = request.hook_order;
+    if wanted.defrag == defrag && wanted.priority.is_none_or(|wanted| wanted == priority) {
+        return Ok(());
+    }
+    Err(Error::OtherPlace { place: state.slot.to_string(), priority, defrag })
 }
 
 fn device(sys: &Sys, request: &Request<'_>) -> Result<net::Device, Error> {
@@ -187,7 +204,8 @@ fn fresh(
     attach::check_occupants(sys, slot, via, device, request.order, &own)?;
     let via = match via {
         Via::Clsact { .. } => attach::clsact_place(sys, device, slot.name.attach == Attach::TcEgress)?,
-        via => via,
+        Via::Dispatch { .. } => dispatch::choose(sys, slot, request.hook_order)?,
+        via @ Via::Link => via,
     };
     Ok(SlotState {
         version: STATE_VERSION,
@@ -358,14 +376,17 @@ fn read_or_rebuild(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
     if let Some(state) = slot.read(sys)? {
         return Ok(Some(state));
     }
-    if attach::open_pin(sys, &slot.link())?.is_none() {
-        return Ok(None);
-    }
+    let Some(link) = attach::open_pin(sys, &slot.link())? else { return Ok(None) };
+    let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
+    let via = match info.kind {
+        LinkKind::Netfilter { priority, defrag, .. } => Via::Dispatch { priority, defrag },
+        LinkKind::Xdp { .. } | LinkKind::Tcx { .. } | LinkKind::Other(_) => Via::Link,
+    };
     let mut state = SlotState {
         version: STATE_VERSION,
         slot: slot.name.clone(),
         ifindex: 0,
-        via: Via::Link,
+        via,
         generations: Default::default(),
         intent: None,
     };
@@ -518,6 +539,8 @@ pub struct Held {
     slot: Slot,
     store: Store,
     link: Option<std::os::fd::OwnedFd>,
+    /// At a netfilter hook, the map that says which program it goes on with.
+    place: Option<Map>,
     old: Option<std::os::fd::OwnedFd>,
 }
 
@@ -528,7 +551,8 @@ impl Held {
         let from = slot.read(sys)?.and_then(|state| state.intent).and_then(|intent| intent.from);
         let old = from.map(|from| attach::program(sys, &slot, from)).transpose()?;
         let link = attach::open_pin(sys, &slot.link())?;
-        Ok(Held { slot, store: store.clone(), link, old })
+        let place = attach::place(sys, &slot)?;
+        Ok(Held { slot, store: store.clone(), link, place, old })
     }
 
     /// Whether the change still waits for its confirmation. What can't be read does.
@@ -558,6 +582,9 @@ impl Held {
             // The files are of no use; the link and the old program are.
             Err(error) => {
                 let pinned = attach::open_pin(sys, &self.slot.link())?;
+                if let (Some(place), Some(old)) = (&self.place, &self.old) {
+                    return dispatch::put(sys, place, old).map_err(Error::call("go back to the old program"));
+                }
                 match (self.link.as_ref().or(pinned.as_ref()), &self.old) {
                     (Some(link), Some(old)) => {
                         sys.link_update(link, old, None).map_err(Error::call("go back to the old program"))

@@ -376,6 +376,7 @@ impl<'a> Bench<'a> {
             generic: false,
             clsact: false,
             order: Order::Alone,
+            hook_order: Default::default(),
             confirm: None,
             initial: &[],
         };

@@ -36,6 +36,7 @@ fn load(object: &Object) -> Result<Loaded, String> {
     let loaded = kernel::load(|| match kind {
         ProgramKind::Xdp => <&mut Xdp>::try_from(&mut *program).expect("XDP").load(),
         ProgramKind::Classifier => <&mut SchedClassifier>::try_from(&mut *program).expect("tc").load(),
+        ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
     });
     loaded.map_err(|error| {
         let text = format!("{error:?}");
@@ -55,10 +56,12 @@ impl Loaded {
         let mut context = match self.kind {
             ProgramKind::Xdp => vec![0; 24],
             ProgramKind::Classifier => vec![0; 192],
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
         match self.kind {
             ProgramKind::Xdp => context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes()),
             ProgramKind::Classifier => context[8..12].copy_from_slice(&input.mark.to_ne_bytes()),
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         }
         let mut options = TestRunOptions::new();
         options.data_in = Some(&input.frame);
@@ -69,6 +72,7 @@ impl Loaded {
             ProgramKind::Classifier => {
                 <&mut SchedClassifier>::try_from(program).expect("tc").test_run(options)
             }
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
         result.ok().map(|result| result.return_value as i32)
     }

@@ -34,6 +34,8 @@ const PACKETS: usize = 24;
 const CROSSING_MAX: Duration = Duration::from_secs(5);
 
 const ATTACH: [Attach; 3] = [Attach::Xdp, Attach::TcIngress, Attach::TcEgress];
+/// Why these tests have none for netfilter hooks.
+const NETFILTER: &str = "ip, tc and aya load no netfilter programs";
 
 /// The pair of devices: programs are attached to the first.
 const DEVICES: [&str; 2] = ["in0", "out0"];
@@ -152,6 +154,7 @@ impl Bench {
                     "direct-action not_in_hw id ",
                 )
             }
+            Attach::Netfilter => unreachable!("{NETFILTER}"),
         };
         let crossed = if said.is_empty() {
             self.crosses(&case, &shown, marker, &pin)
@@ -162,6 +165,7 @@ impl Bench {
             Attach::Xdp => run("ip", &["link", "set", "dev", device, "xdp", "off"])?,
             Attach::TcIngress => run("tc", &["filter", "del", "dev", device, "ingress"])?,
             Attach::TcEgress => run("tc", &["filter", "del", "dev", device, "egress"])?,
+            Attach::Netfilter => unreachable!("{NETFILTER}"),
         };
         // The pin keeps the program, which no packet of the kernel's own passes any more.
         let result = crossed.and_then(|()| self.judge(&case, "ip or tc", &pin));
@@ -306,6 +310,7 @@ impl Pinned {
         let result = match attach {
             Attach::Xdp => Xdp::from_pin(pin, XdpAttachType::Interface).map(Pinned::Xdp),
             Attach::TcIngress | Attach::TcEgress => SchedClassifier::from_pin(pin).map(Pinned::Classifier),
+            Attach::Netfilter => unreachable!("{NETFILTER}"),
         };
         result.map_err(|error| format!("{pin}: {error}"))
     }

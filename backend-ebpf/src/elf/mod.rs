@@ -5,10 +5,10 @@
 //! | `license` | NUL-terminated licence |
 //! | `.maps` | zeros; the declarations are in `.BTF` |
 //! | `.rodata.*` `.data.*` `.bss` | a data map each |
-//! | `xdp`, `classifier` | programs of that kind, one after the other, a global function symbol each |
-//! | `.relxdp`, `.relclassifier` | `R_BPF_64_64` for each map reference, `R_BPF_64_32` for each call of a kernel function |
+//! | `xdp`, `classifier`, `netfilter` | programs of that kind, one after the other, a global function symbol each |
+//! | `.relxdp`, `.relclassifier`, `.relnetfilter` | `R_BPF_64_64` for each map reference, `R_BPF_64_32` for each call of a kernel function |
 //! | `.BTF` | types of maps and programs, strings |
-//! | `.BTF.ext` | functions and source lines |
+//! | `.BTF.ext` | functions, source lines, and loads of fields of the kernel's structures (CO-RE) |
 //! | `polc.manifest` | [`Notes`] as JSON |
 //!
 //! A reference to a declared map points at its variable's symbol; a reference into a data map at the section's
@@ -47,6 +47,11 @@ const MAP_BYTES: u32 = MAP_ATTRIBUTES.len() as u32 * 8;
 pub(crate) const FUNC_INFO_BYTES: u32 = 8;
 pub(crate) const LINE_INFO_BYTES: u32 = 16;
 
+/// Bytes of a record of a field relocation, and its kind: the field's offset in bytes (include/uapi/linux/bpf.h,
+/// `struct bpf_core_relo` and `BPF_CORE_FIELD_BYTE_OFFSET`).
+const CORE_RELO_BYTES: u32 = 16;
+const CORE_FIELD_BYTE_OFFSET: u32 = 0;
+
 /// Line numbers take 22 bits of a record, columns the lower 10 (include/uapi/linux/bpf.h).
 const LINE_SHIFT: u32 = 10;
 
@@ -69,4 +74,7 @@ struct ProgramNotes {
     ctx_loads: Vec<u32>,
     /// Backward jumps: slot, trips.
     loops: Vec<(u32, u32)>,
+    /// Loads of fields of the kernel's structures: slot, field.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    fields: Vec<(u32, String)>,
 }

@@ -260,6 +260,11 @@ fn read_program(
         restore(&mut slots[at..at + 2], dst, kind);
         relocs.push(Reloc { slot: at as u32, map, kind });
     }
+    for (slot, name) in &note.fields {
+        let unknown = || ObjectError::Manifest(format!("`{name}` is no field that polc reads"));
+        let item = KernelItem::from_text(name).filter(|item| matches!(item, KernelItem::Field(_)));
+        kernel.push(KernelRef { slot: *slot, item: item.ok_or_else(unknown)? });
+    }
     relocs.sort_by_key(|reloc| reloc.slot);
     kernel.sort_by_key(|used| used.slot);
 

@@ -14,13 +14,13 @@ use polc_ir::entities::Map;
 use polc_ir::limits::BTF_BYTES_MAX;
 
 use super::{
-    BTF, BTF_EXT, EXTERN_CALL, FUNC_INFO_BYTES, KSYMS, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST,
-    MAP_ATTRIBUTES, MAP_BYTES, MAPS, Notes, ProgramNotes,
+    BTF, BTF_EXT, CORE_FIELD_BYTE_OFFSET, CORE_RELO_BYTES, EXTERN_CALL, FUNC_INFO_BYTES, KSYMS, LICENSE,
+    LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAP_BYTES, MAPS, Notes, ProgramNotes,
 };
 use crate::asm::{Code, KernelRef, RelocKind};
 use crate::btf;
 use crate::insn::{Insn, Reg};
-use crate::kernel_api::{CType, KernelFunction, KernelItem};
+use crate::kernel_api::{CType, KernelFunction, KernelItem, MemberType, STRUCTURES};
 use crate::object::{DataSection, MapKind, Object, ObjectError, Program, ProgramKind};
 
 /// The ELF file of a verified object.
@@ -34,7 +34,8 @@ pub(crate) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
     let int = types.int();
     let symbols = Symbols {
         maps: add_maps(&mut elf, &mut types, int, object),
-        functions: add_functions(&mut elf, &mut types, object),
+        functions: add_functions(&mut elf, &mut types, int, object),
+        structures: add_structures(&mut types, int, object),
     };
 
     let mut ext = Ext::default();
@@ -68,6 +69,13 @@ fn notes_of(program: &Program) -> ProgramNotes {
         name: program.name.clone(),
         ctx_loads: program.code.ctx_loads.clone(),
         loops: program.code.loops.iter().map(|l| (l.back_jump, l.trips)).collect(),
+        fields: program
+            .code
+            .kernel
+            .iter()
+            .filter(|used| matches!(used.item, KernelItem::Field(_)))
+            .map(|used| (used.slot, used.item.to_string()))
+            .collect(),
     }
 }
 
@@ -156,26 +164,65 @@ fn add_maps(
 struct Symbols {
     maps: SecondaryMap<Map, Option<SymbolId>>,
     functions: BTreeMap<KernelFunction, SymbolId>,
+    /// Types of the kernel's structures, by name.
+    structures: BTreeMap<&'static str, u32>,
+}
+
+/// Describes the kernel's structures in the local layout, if the object's programs read them.
+fn add_structures(types: &mut btf::Builder, int: u32, object: &Object) -> BTreeMap<&'static str, u32> {
+    let mut known = BTreeMap::new();
+    let mut used = object.programs.iter().flat_map(|program| &program.code.kernel);
+    if !used.any(|used| matches!(used.item, KernelItem::Field(_))) {
+        return known;
+    }
+    let (byte, word) = (types.unsigned("unsigned char", 1), types.unsigned("unsigned int", 4));
+    let place = types.array(byte, int, 0);
+    let mut pointers: BTreeMap<&str, u32> = BTreeMap::new();
+    for structure in &STRUCTURES {
+        let members: Vec<(&str, u32, u32)> = structure
+            .members
+            .iter()
+            .map(|member| {
+                let of = match member.of {
+                    MemberType::U32 => word,
+                    MemberType::Device => pointers["net_device"],
+                    MemberType::Place => place,
+                };
+                (member.field.name, of, member.offset as u32)
+            })
+            .collect();
+        let id = types.struct_of(structure.name, structure.bytes, &members);
+        known.insert(structure.name, id);
+        pointers.insert(structure.name, types.ptr(id));
+    }
+    known
 }
 
 /// Names the kernel functions that the object's programs call, with their prototypes.
 fn add_functions(
     elf: &mut Elf<'_>,
     types: &mut btf::Builder,
+    int: u32,
     object: &Object,
 ) -> BTreeMap<KernelFunction, SymbolId> {
     let mut symbols = BTreeMap::new();
     let used = object.programs.iter().flat_map(|program| &program.code.kernel);
-    let functions: BTreeSet<KernelFunction> =
-        used.map(|KernelRef { item: KernelItem::Function(function), .. }| *function).collect();
+    let functions: BTreeSet<KernelFunction> = used
+        .filter_map(|used| match used.item {
+            KernelItem::Function(function) => Some(function),
+            KernelItem::Field(_) => None,
+        })
+        .collect();
     if functions.is_empty() {
         return symbols;
     }
     let mut structs: BTreeMap<&str, u32> = BTreeMap::new();
-    let word = types.u32();
+    let (word, wide) = (types.unsigned("unsigned int", 4), types.unsigned("unsigned long long", 8));
     let mut type_of = |types: &mut btf::Builder, of: CType| match of {
         CType::Void => 0,
+        CType::Int => int,
         CType::U32 => word,
+        CType::U64 => wide,
         CType::Struct(name) => *structs.entry(name).or_insert_with(|| {
             let opaque = types.opaque_struct(name, 0);
             types.ptr(opaque)
@@ -232,12 +279,22 @@ fn add_programs(
             elf.add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
                 .map_err(|error| ObjectError::Elf(error.to_string()))?;
         }
-        for &KernelRef { slot, item: KernelItem::Function(function) } in &program.code.kernel {
+        for &KernelRef { slot, item } in &program.code.kernel {
             let offset = base + u64::from(slot) * 8;
-            let symbol = symbols.functions[&function];
-            let flags = RelocationFlags::Elf { r_type: R_BPF_64_32 };
-            elf.add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
-                .map_err(|error| ObjectError::Elf(error.to_string()))?;
+            match item {
+                KernelItem::Function(function) => {
+                    let symbol = symbols.functions[&function];
+                    let flags = RelocationFlags::Elf { r_type: R_BPF_64_32 };
+                    elf.add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
+                        .map_err(|error| ObjectError::Elf(error.to_string()))?;
+                }
+                KernelItem::Field(field) => {
+                    let (structure, member, _) = field.place();
+                    let access = types.string(&format!("0:{member}"));
+                    let of = symbols.structures[structure.name];
+                    infos.fields.push([offset as u32, of, access, CORE_FIELD_BYTE_OFFSET]);
+                }
+            }
         }
         infos.funcs.push([base as u32, types.func(&program.name, proto)]);
         add_lines(types, &mut infos.lines, base as u32, &program.code);
@@ -260,7 +317,7 @@ fn file_slots(code: &Code) -> Vec<u64> {
         Insn::LoadImm64 { dst, imm }.encode(&mut plain);
         slots[at..at + 2].copy_from_slice(&plain);
     }
-    for used in &code.kernel {
+    for used in code.kernel.iter().filter(|used| matches!(used.item, KernelItem::Function(_))) {
         slots[used.slot as usize] = EXTERN_CALL;
     }
     slots
@@ -293,6 +350,7 @@ struct Ext {
 struct Infos {
     funcs: Vec<[u32; 2]>,
     lines: Vec<[u32; 4]>,
+    fields: Vec<[u32; 4]>,
 }
 
 impl Ext {
@@ -304,9 +362,22 @@ impl Ext {
             lines.extend([*section, infos.lines.len() as u32]);
             lines.extend_from_slice(infos.lines.as_flattened());
         }
-        let (func_bytes, line_bytes) = (funcs.len() as u32 * 4, lines.len() as u32 * 4);
-        let mut out = btf::header(&[0, func_bytes, func_bytes, line_bytes]);
-        for word in funcs.iter().chain(&lines) {
+        let mut fields = Vec::new();
+        for (section, infos) in self.sections.iter().filter(|(_, infos)| !infos.fields.is_empty()) {
+            if fields.is_empty() {
+                fields.push(CORE_RELO_BYTES);
+            }
+            fields.extend([*section, infos.fields.len() as u32]);
+            fields.extend_from_slice(infos.fields.as_flattened());
+        }
+        let [func_bytes, line_bytes, field_bytes] =
+            [&funcs, &lines, &fields].map(|words| words.len() as u32 * 4);
+        let mut parts = vec![0, func_bytes, func_bytes, line_bytes];
+        if field_bytes > 0 {
+            parts.extend([func_bytes + line_bytes, field_bytes]);
+        }
+        let mut out = btf::header(&parts);
+        for word in funcs.iter().chain(&lines).chain(&fields) {
             out.extend_from_slice(&word.to_le_bytes());
         }
         out

@@ -23,6 +23,12 @@ impl Emitter<'_> {
         if !self.plan.traces.iter().any(|trace| trace.if_absent) {
             return;
         }
+        let look_up = match self.target.attach {
+            Attach::Xdp => KernelFunction::XdpCtLookup,
+            Attach::TcIngress | Attach::TcEgress => KernelFunction::SkbCtLookup,
+            // `check_fields` refuses the plan.
+            Attach::Netfilter => return,
+        };
         let (asks, known, release) = (self.asm.label(), self.asm.label(), self.asm.label());
         let counted = self.asm.label();
         let verdict = |verdict| return_code(self.target.attach, self.plan.place.mode, verdict);
@@ -51,10 +57,7 @@ impl Emitter<'_> {
         a.mov64(Reg::R4, Reg::FP);
         a.alu64(AluOp::Add, Reg::R4, i32::from(lookup::OPTS));
         a.mov64(Reg::R5, i32::from(lookup::OPTS_BYTES));
-        a.call_kernel(match self.target.attach {
-            Attach::Xdp => KernelFunction::XdpCtLookup,
-            Attach::TcIngress | Attach::TcEgress => KernelFunction::SkbCtLookup,
-        });
+        a.call_kernel(look_up);
         a.jump64(Cond::Ne, Reg::R0, 0, release);
         a.load(Size::W, Reg::R1, Reg::FP, lookup::OPTS + lookup::OPTS_ERROR);
         a.jump32(Cond::Ne, Reg::R1, -lookup::ENOENT, known);

@@ -7,17 +7,19 @@
 //! Every read needs two checks that look alike: one against the packet's length, which decides what the bytes mean,
 //! and one against the end of what can be read directly, which the kernel's verifier asks for. The second can't fail
 //! at XDP. At tc a packet may have parts that can't be read directly; the headers are pulled in first
-//! (`bpf_skb_pull_data`), and should even that not bring the bytes, the program fails safe.
+//! (`bpf_skb_pull_data`), and should even that not bring the bytes, the program fails safe. At netfilter nothing is read
+//! directly (`netfilter`).
 
 use polc_ir::env::{Attach, Fragments};
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
 use polc_ir::outcome::FrameKind;
 
-use super::Emitter;
+use super::{Emitter, netfilter};
 use crate::abi::{self, CTX, sk_buff, xdp_md};
 use crate::asm::Label;
-use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
+use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size};
+use crate::kernel_api::KernelField;
 
 /// Most bytes before the transport header that a tc packet is pulled in for: Ethernet, two priority tags, the largest
 /// IPv4 header; and as many again for the transport header and IPv6 extension headers.
@@ -26,11 +28,24 @@ const PULL_BYTES: i32 = 2 * (14 + 8 + 60);
 /// EtherTypes of VLAN tags (IEEE 802.1Q, 802.1ad).
 pub(super) const VLAN_TYPES: [i32; 2] = [0x8100, 0x88a8];
 
+/// Where a device's number is.
+#[derive(Clone, Copy)]
+enum Number {
+    /// At this offset of the context.
+    Context(i16),
+    /// In the device that this field points to.
+    Kernel(KernelField),
+}
+
 impl Emitter<'_> {
     /// From the start of the program to a complete key, derived words aside.
     pub(super) fn headers(&mut self) {
-        self.prologue();
-        self.ethernet();
+        if self.target.attach == Attach::Netfilter {
+            self.packet();
+        } else {
+            self.prologue();
+            self.ethernet();
+        }
         match self.plan.family {
             Family::V4 => self.ipv4(),
             Family::V6 => self.ipv6(),
@@ -88,8 +103,13 @@ impl Emitter<'_> {
             a.bind(linear);
             a.load(Size::W, Reg::R3, CTX, sk_buff::LEN);
         }
+        self.asm.store(Size::W, Reg::FP, abi::LENGTH, 0);
+        self.clear_key();
+    }
+
+    /// Zeros in all words of the key. `r3` is the frame's or packet's length.
+    pub(super) fn clear_key(&mut self) {
         let a = &mut self.asm;
-        a.store(Size::W, Reg::FP, abi::LENGTH, 0);
         a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
         a.mov64(Reg::R0, Reg::R3);
         a.alu32(AluOp::Rsh, Reg::R0, 31);
@@ -197,7 +217,7 @@ impl Emitter<'_> {
     fn ipv4(&mut self) {
         let malformed = self.frame_end(FrameKind::Malformed);
         self.asm.comment("IPv4");
-        self.need(Reg::R9, 20, malformed);
+        self.network_header(20, malformed);
         let a = &mut self.asm;
         a.load(Size::B, Reg::R0, Reg::R9, 0);
         a.mov64(Reg::R1, Reg::R0);
@@ -243,18 +263,41 @@ impl Emitter<'_> {
                 self.store_field(Field::Fragment, Reg::R4);
             }
         }
-        if self.needs_offsets() {
+        let netfilter = self.target.attach == Attach::Netfilter;
+        if self.needs_offsets() || netfilter {
             let a = &mut self.asm;
             a.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R0);
             a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
-            a.mov64(Reg::R4, Reg::R9);
-            a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
-            a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+        }
+        if self.needs_offsets() {
+            self.keep_network_offset();
+            let a = &mut self.asm;
             a.load(Size::B, Reg::R4, Reg::R9, 9);
             a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R4);
         }
-        self.asm.alu64(AluOp::Add, Reg::R9, Reg::R0);
+        if !netfilter {
+            self.asm.alu64(AluOp::Add, Reg::R9, Reg::R0);
+        }
         self.transport();
+    }
+
+    /// Keeps where the network header is in the frame. At netfilter it is where everything begins.
+    pub(super) fn keep_network_offset(&mut self) {
+        if self.target.attach != Attach::Netfilter {
+            let a = &mut self.asm;
+            a.mov64(Reg::R4, Reg::R9);
+            a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
+            a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+        }
+    }
+
+    /// Makes the first `bytes` of the packet readable at `r9`. `r3`: bytes left. `r4` is lost.
+    pub(super) fn network_header(&mut self, bytes: i32, malformed: Label) {
+        if self.target.attach == Attach::Netfilter {
+            self.copy_network_header(bytes, malformed);
+        } else {
+            self.need(Reg::R9, bytes, malformed);
+        }
     }
 
     /// Whether later parts copy bytes out of the packet and so need its offsets.
@@ -262,7 +305,7 @@ impl Emitter<'_> {
         self.plan.key.iter().any(|slot| matches!(slot.field, Field::Derived(_)))
     }
 
-    /// Fields of the transport header at `r9`, of which the packet has `r2` bytes.
+    /// Fields of the transport header at `r9` (at netfilter, at [`abi::L4_OFFSET`]), of which the packet has `r2` bytes.
     pub(super) fn transport(&mut self) {
         if self.slot(Field::L4Len).is_some() {
             // A jumbogram has more than the field's 16 bits hold.
@@ -292,17 +335,27 @@ impl Emitter<'_> {
         let done = self.asm.label();
         let bail = self.bail_label();
         self.asm.comment("transport header");
+        let netfilter = self.target.attach == Attach::Netfilter;
+        if netfilter {
+            self.copy_transport_header(loads.iter().map(|load| load.0), done);
+        }
         let mut checked = 0;
         for (end, offset, bytes, shift, word) in loads {
             if end > checked {
                 checked = end;
                 let a = &mut self.asm;
                 a.jump64(Cond::Lt, Reg::R2, end, done);
-                a.mov64(Reg::R4, Reg::R9);
-                a.alu64(AluOp::Add, Reg::R4, end);
-                a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+                if !netfilter {
+                    a.mov64(Reg::R4, Reg::R9);
+                    a.alu64(AluOp::Add, Reg::R4, end);
+                    a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+                }
             }
-            self.load_be(Reg::R1, Reg::R9, offset, bytes);
+            if netfilter && end > i32::from(abi::BUFFER_BYTES) {
+                self.copy_far_bytes(offset, bytes);
+            } else {
+                self.load_be(Reg::R1, Reg::R9, offset, bytes);
+            }
             if shift != 0 {
                 self.asm.alu32(AluOp::Rsh, Reg::R1, i32::from(shift));
             }
@@ -315,18 +368,23 @@ impl Emitter<'_> {
     fn devices(&mut self) {
         let attach = self.target.attach;
         let (input, output) = match attach {
-            Attach::Xdp => (Some(xdp_md::INGRESS_IFINDEX), None),
-            Attach::TcIngress => (Some(sk_buff::IFINDEX), None),
-            Attach::TcEgress => (Some(sk_buff::INGRESS_IFINDEX), Some(sk_buff::IFINDEX)),
+            Attach::Xdp => (Some(Number::Context(xdp_md::INGRESS_IFINDEX)), None),
+            Attach::TcIngress => (Some(Number::Context(sk_buff::IFINDEX)), None),
+            Attach::TcEgress => {
+                (Some(Number::Context(sk_buff::INGRESS_IFINDEX)), Some(Number::Context(sk_buff::IFINDEX)))
+            }
+            Attach::Netfilter => {
+                (Some(Number::Kernel(KernelField::STATE_IN)), Some(Number::Kernel(KernelField::STATE_OUT)))
+            }
         };
         let classes = &self.plan.devices;
-        for (field, fixed, context) in
+        for (field, fixed, number) in
             [(Field::InDevice, classes.fixed_in, input), (Field::OutDevice, classes.fixed_out, output)]
         {
             let Some(slot) = self.slot(field) else { continue };
             let word = self.layout.word(slot.word);
             self.asm.comment(format!("{field}"));
-            match (fixed, context, self.devices) {
+            match (fixed, number, self.devices) {
                 (Some(0), ..) => {
                     let unknown = self.frame_end(FrameKind::UnknownDevice);
                     // A device nobody declared, fixed: no packet goes on, but the rest must stay reachable.
@@ -334,11 +392,14 @@ impl Emitter<'_> {
                     self.asm.jump32(Cond::Eq, Reg::R0, 0, unknown);
                 }
                 (Some(class), ..) => self.asm.store(Size::W, Reg::FP, word, i32::from(class)),
-                (None, Some(offset), Some(map)) => {
+                (None, Some(number), Some(map)) => {
                     let unknown = self.frame_end(FrameKind::UnknownDevice);
                     let numbers = self.maps[map].contents().map_or(0, |bytes| bytes.len() / 2);
                     let a = &mut self.asm;
-                    a.load(Size::W, Reg::R1, CTX, offset);
+                    match number {
+                        Number::Context(offset) => a.load(Size::W, Reg::R1, CTX, offset),
+                        Number::Kernel(device) => netfilter::device_number(a, device),
+                    }
                     a.jump32(Cond::Ge, Reg::R1, numbers as i32, unknown);
                     a.alu64(AluOp::Lsh, Reg::R1, 1);
                     a.load_map_value(Reg::R2, map, 0);
@@ -355,8 +416,10 @@ impl Emitter<'_> {
 
     /// What the context alone knows.
     fn given(&mut self) {
-        if self.target.attach == Attach::Xdp {
-            return;
+        match self.target.attach {
+            Attach::Xdp => return,
+            Attach::Netfilter => return self.given_by_kernel(),
+            Attach::TcIngress | Attach::TcEgress => {}
         }
         for (field, offset) in [(Field::Mark, sk_buff::MARK), (Field::PacketType, sk_buff::PKT_TYPE)] {
             if let Some(slot) = self.slot(field) {
@@ -404,18 +467,27 @@ impl Emitter<'_> {
     /// The same with a number of bytes in a register, which the verifier has to know the bounds of.
     pub(super) fn copy_bytes_of(&mut self, bytes: Operand, at: i16) {
         let bail = self.bail_label();
+        if self.target.attach != Attach::Netfilter {
+            self.asm.load(Size::W, Reg::R1, Reg::FP, abi::L3_OFFSET);
+            self.asm.alu64(AluOp::Add, Reg::R2, Reg::R1);
+        }
+        self.load_bytes(bytes, abi::BUFFER + at, bail);
+    }
+
+    /// Copies bytes of the frame (at netfilter, of the packet) to the stack at `to`, or jumps if it does not have them.
+    /// `r2` holds their offset; `r0`-`r5` are lost.
+    pub(super) fn load_bytes(&mut self, bytes: Operand, to: i16, absent: Label) {
         let helper = match self.target.attach {
             Attach::Xdp => Helper::XDP_LOAD_BYTES,
             Attach::TcIngress | Attach::TcEgress => Helper::SKB_LOAD_BYTES,
+            Attach::Netfilter => return self.load_packet_bytes(bytes, to, absent),
         };
         let a = &mut self.asm;
-        a.load(Size::W, Reg::R1, Reg::FP, abi::L3_OFFSET);
-        a.alu64(AluOp::Add, Reg::R2, Reg::R1);
         a.mov64(Reg::R1, CTX);
         a.mov64(Reg::R3, Reg::FP);
-        a.alu64(AluOp::Add, Reg::R3, i32::from(abi::BUFFER + at));
+        a.alu64(AluOp::Add, Reg::R3, i32::from(to));
         a.mov64(Reg::R4, bytes);
         a.call(helper);
-        a.jump(Width::W64, Cond::Ne, Reg::R0, 0, bail);
+        a.jump64(Cond::Ne, Reg::R0, 0, absent);
     }
 }

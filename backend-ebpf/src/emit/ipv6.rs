@@ -5,7 +5,7 @@
 //! comes near (RFC 8200, section 4.1, has six kinds, all but one at most once). A packet beyond it ends as a frame of its
 //! own kind, at every level, so every packet is walked, whether rules ask for what follows or not.
 
-use polc_ir::env::Fragments;
+use polc_ir::env::{Attach, Fragments};
 use polc_ir::field::{EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, Field};
 use polc_ir::limits::IPV6_EXT_HEADERS_MAX;
 use polc_ir::outcome::FrameKind;
@@ -23,13 +23,9 @@ impl Emitter<'_> {
     /// The IPv6 header (net/ipv6/ip6_input.c, `ip6_rcv_core`) and what follows.
     pub(super) fn ipv6(&mut self) {
         let malformed = self.frame_end(FrameKind::Malformed);
-        let bail = self.bail_label();
         self.asm.comment("IPv6");
+        self.network_header(40, malformed);
         let a = &mut self.asm;
-        a.jump64(Cond::Lt, Reg::R3, 40, malformed);
-        a.mov64(Reg::R4, Reg::R9);
-        a.alu64(AluOp::Add, Reg::R4, 40);
-        a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
         a.load(Size::B, Reg::R0, Reg::R9, 0);
         a.alu64(AluOp::Rsh, Reg::R0, 4);
         a.jump32(Cond::Ne, Reg::R0, 6, malformed);
@@ -71,12 +67,12 @@ impl Emitter<'_> {
     fn extension_headers(&mut self) {
         let bail = self.bail_label();
         let many = self.frame_end(FrameKind::ManyHeaders);
-        let a = &mut self.asm;
-        a.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
-        a.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
-        a.mov64(Reg::R4, Reg::R9);
-        a.alu64(AluOp::Sub, Reg::R4, Reg::R7);
-        a.store(Size::W, Reg::FP, abi::L3_OFFSET, Reg::R4);
+        let netfilter = self.target.attach == Attach::Netfilter;
+        if !netfilter {
+            self.asm.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
+            self.asm.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
+        }
+        self.keep_network_offset();
         if self.slot(Field::ExtHeaderMask).is_some() {
             self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
             self.header_mask();
@@ -167,10 +163,12 @@ impl Emitter<'_> {
         a.alu64(AluOp::Sub, Reg::R2, Reg::R1);
         a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
         a.load(Size::W, Reg::R2, Reg::FP, abi::L4_LENGTH);
-        a.jump64(Cond::Gt, Reg::R1, L4_OFFSET_MAX, bail);
-        a.load(Size::Dw, Reg::R8, Reg::FP, abi::SAVED_END);
-        a.load(Size::Dw, Reg::R9, Reg::FP, abi::SAVED_L3);
-        a.alu64(AluOp::Add, Reg::R9, Reg::R1);
+        if !netfilter {
+            a.jump64(Cond::Gt, Reg::R1, L4_OFFSET_MAX, bail);
+            a.load(Size::Dw, Reg::R8, Reg::FP, abi::SAVED_END);
+            a.load(Size::Dw, Reg::R9, Reg::FP, abi::SAVED_L3);
+            a.alu64(AluOp::Add, Reg::R9, Reg::R1);
+        }
         self.transport();
         self.asm.bind(done);
     }

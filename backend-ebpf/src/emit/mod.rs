@@ -17,7 +17,7 @@ use polc_ir::entities::{Map, Rule, Set, Step};
 use polc_ir::env::{Attach, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
-use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX};
+use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX, NETFILTER_KEY_WORDS_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Verdict};
 use polc_ir::plan::{KeySlot, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
 
@@ -34,6 +34,7 @@ mod derived;
 mod headers;
 mod ipv6;
 mod lookup;
+mod netfilter;
 mod set;
 mod steps;
 mod trace;
@@ -138,6 +139,8 @@ pub fn return_code(attach: Attach, mode: Mode, verdict: Verdict) -> i32 {
         (Attach::Xdp, false) => abi::xdp::PASS,
         (Attach::TcIngress | Attach::TcEgress, true) => abi::tc::SHOT,
         (Attach::TcIngress | Attach::TcEgress, false) => abi::tc::UNSPEC,
+        (Attach::Netfilter, true) => abi::netfilter::DROP,
+        (Attach::Netfilter, false) => abi::netfilter::ACCEPT,
     }
 }
 
@@ -213,10 +216,12 @@ impl<'a> Emitter<'a> {
     fn new(plan: &'a Plan, target: &'a Target<'a>) -> Result<Emitter<'a>, Vec<Diagnostic>> {
         let words =
             plan.key.iter().map(|slot| usize::from(slot.word) + usize::from(slot.words)).max().unwrap_or(0);
-        let Some(layout) = KeyLayout::new(words) else {
+        let words_max =
+            if target.attach == Attach::Netfilter { NETFILTER_KEY_WORDS_MAX } else { KEY_WORDS_MAX };
+        let Some(layout) = KeyLayout::new(words).filter(|_| words <= words_max) else {
             let message = format!(
-                "the rules test fields of {words} words in all; a program's stack holds {}",
-                KEY_WORDS_MAX
+                "the rules test fields of {words} words in all; a program's stack at {} holds {words_max}",
+                target.attach
             );
             let hint = "split the rule set, or test fewer different sets";
             return Err(vec![Diagnostic::error(KEY_TOO_LARGE, message, None).with_hint(hint)]);
@@ -278,14 +283,21 @@ impl<'a> Emitter<'a> {
 
     /// Refuses fields that packets do not have where the program sits.
     fn check_fields(&mut self) {
+        // The kernel gives programs at its hooks no function for it (net/netfilter/nf_conntrack_bpf.c).
+        if self.target.attach == Attach::Netfilter && self.plan.traces.iter().any(|trace| trace.if_absent) {
+            let message = "connections can't be looked up by a program at netfilter".to_string();
+            self.diagnostics.push(Diagnostic::error(FIELD_UNAVAILABLE, message, None));
+        }
         for slot in &self.plan.key {
             let available = match slot.field {
                 Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark | Field::CtAbsent => {
                     false
                 }
                 Field::OutDevice => {
-                    self.target.attach == Attach::TcEgress || self.plan.devices.fixed_out.is_some()
+                    matches!(self.target.attach, Attach::TcEgress | Attach::Netfilter)
+                        || self.plan.devices.fixed_out.is_some()
                 }
+                Field::SrcMac | Field::DstMac => self.target.attach != Attach::Netfilter,
                 _ => true,
             };
             if !available {
@@ -366,7 +378,7 @@ impl<'a> Emitter<'a> {
         self.write_mark_back();
         self.trace_switch();
         self.asm.mov64(Reg::R0, Reg::R9);
-        self.asm.exit();
+        self.leave();
         if self.bail_used {
             self.asm.bind(self.bail);
             self.asm.comment("what can't be: the safe return");
@@ -375,6 +387,14 @@ impl<'a> Emitter<'a> {
             self.asm.exit();
         }
         self.trace_report();
+    }
+
+    /// Ends the program with `r0`. At netfilter the verifier asks for proof that it is one of the two verdicts.
+    fn leave(&mut self) {
+        if self.target.attach == Attach::Netfilter {
+            self.asm.alu64(AluOp::And, Reg::R0, abi::netfilter::ACCEPT);
+        }
+        self.asm.exit();
     }
 
     /// Adds the packet to a counter slot. `r0` to `r5` are lost.
@@ -404,7 +424,8 @@ impl<'a> Emitter<'a> {
             PlanExit::Then { writes, .. } => writes.iter().any(|write| write.word == slot.word),
             _ => false,
         });
-        if self.plan.place.mode == Mode::Replace && self.target.attach != Attach::Xdp && written {
+        let writable = matches!(self.target.attach, Attach::TcIngress | Attach::TcEgress);
+        if self.plan.place.mode == Mode::Replace && writable && written {
             self.asm.load(Size::W, Reg::R1, Reg::FP, self.layout.word(slot.word));
             self.asm.store(Size::W, CTX, abi::sk_buff::MARK, Reg::R1);
         }
@@ -517,6 +538,7 @@ impl<'a> Emitter<'a> {
         let kind = match self.target.attach {
             Attach::Xdp => ProgramKind::Xdp,
             Attach::TcIngress | Attach::TcEgress => ProgramKind::Classifier,
+            Attach::Netfilter => ProgramKind::Netfilter,
         };
         let mut object = Object::new(manifest);
         object.maps = self.maps;
@@ -550,8 +572,12 @@ fn manifest(plan: &Plan, target: &Target<'_>) -> Manifest {
         trace: target.trace.then(TraceManifest::current),
         sets: Vec::new(),
         needs: Needs::default(),
-        // Direct access to the stack at a variable offset.
-        kernel_min: KernelVersion(5, 18),
+        kernel_min: match target.attach {
+            // Direct access to the stack at a variable offset.
+            Attach::Xdp | Attach::TcIngress | Attach::TcEgress => KernelVersion(5, 18),
+            // Programs at netfilter hooks.
+            Attach::Netfilter => KernelVersion(6, 4),
+        },
     }
 }
 

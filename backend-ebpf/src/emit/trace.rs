@@ -7,10 +7,11 @@
 use polc_ir::env::Attach;
 use polc_ir::field::Field;
 
-use super::Emitter;
-use crate::abi::{self, CTX, sk_buff, trace as place, xdp_md};
+use super::{Emitter, netfilter};
+use crate::abi::{self, CTX, nf_ctx, sk_buff, trace as place, xdp_md};
 use crate::asm::Label;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
+use crate::kernel_api::KernelField;
 use crate::object::{DataSection, MapDef, MapKind, MapType};
 use crate::trace::{self, config, flag, pattern, record, state};
 use polc_ir::entities::Map;
@@ -81,7 +82,7 @@ impl Emitter<'_> {
         let a = &mut self.asm;
         a.bind(out);
         a.load(Size::W, Reg::R0, Reg::FP, place::RETURN);
-        a.exit();
+        self.leave();
     }
 
     /// The record's part that needs no look at the frame; the rest becomes 0.
@@ -97,32 +98,35 @@ impl Emitter<'_> {
             a.load(Size::W, Reg::R1, Reg::FP, from);
             a.store(Size::W, Reg::FP, place::RECORD + to, Reg::R1);
         }
-        let ifindex = if attach == Attach::Xdp { xdp_md::INGRESS_IFINDEX } else { sk_buff::IFINDEX };
-        a.load(Size::W, Reg::R1, CTX, ifindex);
+        match attach {
+            Attach::Xdp => a.load(Size::W, Reg::R1, CTX, xdp_md::INGRESS_IFINDEX),
+            Attach::TcIngress | Attach::TcEgress => a.load(Size::W, Reg::R1, CTX, sk_buff::IFINDEX),
+            Attach::Netfilter => {
+                let known = a.label();
+                netfilter::device_number(a, KernelField::STATE_IN);
+                a.jump32(Cond::Ne, Reg::R1, 0, known);
+                netfilter::device_number(a, KernelField::STATE_OUT);
+                a.bind(known);
+            }
+        }
         a.store(Size::W, Reg::FP, place::RECORD + record::IFINDEX, Reg::R1);
-        match mark {
-            Some(slot) => a.load(Size::W, Reg::R1, Reg::FP, layout.word(slot.word)),
-            None if attach == Attach::Xdp => return,
-            None => a.load(Size::W, Reg::R1, CTX, sk_buff::MARK),
+        match (mark, attach) {
+            (Some(slot), _) => a.load(Size::W, Reg::R1, Reg::FP, layout.word(slot.word)),
+            (None, Attach::Xdp) => return,
+            (None, Attach::TcIngress | Attach::TcEgress) => a.load(Size::W, Reg::R1, CTX, sk_buff::MARK),
+            (None, Attach::Netfilter) => {
+                a.load(Size::Dw, Reg::R1, CTX, nf_ctx::SKB);
+                a.load_kernel_field(Size::W, Reg::R1, Reg::R1, KernelField::SKB_MARK);
+            }
         }
         a.store(Size::W, Reg::FP, place::RECORD + record::MARK, Reg::R1);
     }
 
-    /// Copies `bytes` of the frame, from `r7 + offset` on, to the stack. `r0`-`r5` are lost.
+    /// Copies `bytes` of the frame (at netfilter, of the packet), from `r7 + offset` on, to the stack. `r0`-`r5` are lost.
     fn trace_copy(&mut self, offset: i16, bytes: i32, to: i16, fail: Label) {
-        let helper = match self.target.attach {
-            Attach::Xdp => Helper::XDP_LOAD_BYTES,
-            Attach::TcIngress | Attach::TcEgress => Helper::SKB_LOAD_BYTES,
-        };
-        let a = &mut self.asm;
-        a.mov64(Reg::R1, CTX);
-        a.mov64(Reg::R2, Reg::R7);
-        a.alu64(AluOp::Add, Reg::R2, i32::from(offset));
-        a.mov64(Reg::R3, Reg::FP);
-        a.alu64(AluOp::Add, Reg::R3, i32::from(to));
-        a.mov64(Reg::R4, bytes);
-        a.call(helper);
-        a.jump64(Cond::Ne, Reg::R0, 0, fail);
+        self.asm.mov64(Reg::R2, Reg::R7);
+        self.asm.alu64(AluOp::Add, Reg::R2, i32::from(offset));
+        self.load_bytes(bytes.into(), to, fail);
     }
 
     fn trace_flags(&mut self, flags: u8) {
@@ -138,23 +142,29 @@ impl Emitter<'_> {
         let (v4, v6, transport, later) =
             (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
         let network = self.asm.label();
-        self.asm.comment("the frame once more");
-        self.asm.mov64(Reg::R7, 12);
-        self.trace_copy(0, 2, place::SCRATCH, done);
-        self.load_be(Reg::R8, Reg::FP, place::SCRATCH, 2);
-        for _ in 0..2 {
-            let tag = self.asm.label();
-            self.asm.jump32(Cond::Eq, Reg::R8, super::headers::VLAN_TYPES[0], tag);
-            self.asm.jump32(Cond::Ne, Reg::R8, super::headers::VLAN_TYPES[1], network);
-            self.asm.bind(tag);
-            self.asm.alu64(AluOp::Add, Reg::R7, 4);
+        if self.target.attach == Attach::Netfilter {
+            self.asm.comment("the packet once more");
+            self.asm.mov64(Reg::R7, 0);
+            self.asm.mov32(Reg::R8, i32::from(self.plan.family.ether_type()));
+        } else {
+            self.asm.comment("the frame once more");
+            self.asm.mov64(Reg::R7, 12);
             self.trace_copy(0, 2, place::SCRATCH, done);
             self.load_be(Reg::R8, Reg::FP, place::SCRATCH, 2);
+            for _ in 0..2 {
+                let tag = self.asm.label();
+                self.asm.jump32(Cond::Eq, Reg::R8, super::headers::VLAN_TYPES[0], tag);
+                self.asm.jump32(Cond::Ne, Reg::R8, super::headers::VLAN_TYPES[1], network);
+                self.asm.bind(tag);
+                self.asm.alu64(AluOp::Add, Reg::R7, 4);
+                self.trace_copy(0, 2, place::SCRATCH, done);
+                self.load_be(Reg::R8, Reg::FP, place::SCRATCH, 2);
+            }
+            self.asm.bind(network);
+            self.asm.alu64(AluOp::Add, Reg::R7, 2);
         }
         let a = &mut self.asm;
-        a.bind(network);
         a.store(Size::H, Reg::FP, place::RECORD + record::ETHER_TYPE, Reg::R8);
-        a.alu64(AluOp::Add, Reg::R7, 2);
         a.jump32(Cond::Eq, Reg::R8, 0x0800, v4);
         a.jump32(Cond::Eq, Reg::R8, 0x86dd, v6);
         a.goto(done);

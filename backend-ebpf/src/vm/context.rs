@@ -1,11 +1,16 @@
-//! What a program is given with a packet: the context structures of XDP and tc, emulated.
+//! What a program is given with a packet: the context structures of XDP, tc and netfilter, emulated.
 //!
 //! Offsets are those of `struct xdp_md` and `struct __sk_buff` in include/uapi/linux/bpf.h. Their packet pointers are
 //! 32-bit fields that no 64-bit address fits, so behind the structure the VM keeps the same pointers at full width,
 //! and the linker turns recorded loads of the narrow fields into loads of the wide ones, much as the kernel rewrites
 //! them (net/core/filter.c, `xdp_convert_ctx_access`, `bpf_convert_ctx_access`).
+//!
+//! At netfilter the context is two pointers to structures of the kernel's own. They lie behind it, in the local layout of
+//! [`crate::kernel_api`], which is what programs have before they are loaded.
 
 use super::Connection;
+use crate::abi::nf_ctx;
+use crate::kernel_api::KernelField;
 use crate::object::ProgramKind;
 
 /// What the kernel knows about a packet besides its bytes. Numbers are in the CPU's order unless said otherwise.
@@ -13,13 +18,14 @@ use crate::object::ProgramKind;
 pub struct Context {
     /// The device it came by; 0 for none.
     pub ingress_ifindex: u32,
-    /// The device it is on: at egress, the one it leaves by. XDP has no such field; its `egress_ifindex` is 0.
+    /// The device it is on: at egress and at netfilter, the one it leaves by, 0 for none. XDP has no such field; its
+    /// `egress_ifindex` is 0.
     pub ifindex: u32,
     /// Receive queue.
     pub rx_queue_index: u32,
-    /// Mark. tc only.
+    /// Mark. Not XDP's.
     pub mark: u32,
-    /// `PACKET_HOST` and so on (include/uapi/linux/if_packet.h). tc only.
+    /// `PACKET_HOST` and so on (include/uapi/linux/if_packet.h). Not XDP's.
     pub packet_type: u32,
     /// VLAN tag that the device took out of the frame, as the 16 bits of TCI. tc only.
     pub vlan_tci: Option<u16>,
@@ -34,7 +40,7 @@ pub struct Context {
 /// A packet for [`super::Vm::run`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Input<'a> {
-    /// The frame, from the Ethernet header on.
+    /// The frame, from the Ethernet header on; at netfilter, the packet from the network header on.
     pub packet: &'a [u8],
     /// How many bytes of it `data` and `data_end` enclose, the rest being in pages or fragments; `None`: all.
     pub linear: Option<usize>,
@@ -63,8 +69,18 @@ const XDP_RX_QUEUE_INDEX: usize = 16;
 
 /// Bytes of the context that a program of that kind may address, wide pointers included.
 pub(crate) const fn bytes(kind: ProgramKind) -> usize {
-    wide_pointers(kind) + 3 * 8
+    match kind {
+        ProgramKind::Xdp | ProgramKind::Classifier => wide_pointers(kind) + 3 * 8,
+        ProgramKind::Netfilter => NF_OUT + 8,
+    }
 }
+
+/// Where the structures are that a netfilter context points to.
+const NF_STATE: usize = 16;
+/// `struct sk_buff`.
+pub(crate) const NF_SKB: usize = 32;
+const NF_IN: usize = 48;
+const NF_OUT: usize = 56;
 
 /// Where the wide pointers `data`, `data_end` and `data_meta` are.
 pub(crate) const fn wide_pointers(kind: ProgramKind) -> usize {
@@ -76,17 +92,19 @@ pub(crate) fn widen(kind: ProgramKind, off: i16) -> Option<i16> {
     let narrow = match kind {
         ProgramKind::Xdp => [0, 4, 8],
         ProgramKind::Classifier => [76, 80, 140],
+        ProgramKind::Netfilter => return None,
     };
     let index = narrow.iter().position(|&known| known == off)?;
     Some((wide_pointers(kind) + index * 8) as i16)
 }
 
-/// Fills in the context of a packet whose bytes are at `data`.
+/// Fills in the context at `address` of a packet whose bytes are at `data`.
 pub(crate) fn fill(
     kind: ProgramKind,
     input: &Input<'_>,
     linear: usize,
     data: u64,
+    address: u64,
     out: &mut [u8; CONTEXT_BYTES_MAX],
 ) {
     out.fill(0);
@@ -113,8 +131,34 @@ pub(crate) fn fill(
             put(SKB_INGRESS_IFINDEX, context.ingress_ifindex);
             put(SKB_IFINDEX, context.ifindex);
         }
+        ProgramKind::Netfilter => return fill_netfilter(input, address, out),
     }
     pointers(kind, data, linear, out);
+}
+
+/// Fills in a netfilter context and what it points to, with null pointers for devices that there are none of.
+fn fill_netfilter(input: &Input<'_>, address: u64, out: &mut [u8; CONTEXT_BYTES_MAX]) {
+    let context = &input.context;
+    let at = |base: usize, field: KernelField| base + field.local_offset() as usize;
+    for (place, to, there) in [
+        (nf_ctx::STATE as usize, NF_STATE, true),
+        (nf_ctx::SKB as usize, NF_SKB, true),
+        (at(NF_STATE, KernelField::STATE_IN), NF_IN, context.ingress_ifindex != 0),
+        (at(NF_STATE, KernelField::STATE_OUT), NF_OUT, context.ifindex != 0),
+    ] {
+        let to = if there { address + to as u64 } else { 0 };
+        out[place..place + 8].copy_from_slice(&to.to_ne_bytes());
+    }
+    for (place, value) in [
+        (at(NF_SKB, KernelField::SKB_LEN), input.packet.len() as u32),
+        (at(NF_SKB, KernelField::SKB_MARK), context.mark),
+        // The bits above the packet type's three are other fields'.
+        (at(NF_SKB, KernelField::SKB_PACKET_TYPE), context.packet_type & 7 | 0xf8),
+        (at(NF_IN, KernelField::DEVICE_NUMBER), context.ingress_ifindex),
+        (at(NF_OUT, KernelField::DEVICE_NUMBER), context.ifindex),
+    ] {
+        out[place..place + 4].copy_from_slice(&value.to_ne_bytes());
+    }
 }
 
 /// Fills in the wide pointers.

@@ -10,6 +10,7 @@ use std::cell::Cell;
 
 use super::connections::{self, Connection};
 use super::context::{self, CONTEXT_BYTES_MAX};
+use super::dynptr;
 use super::maps::{self, MapState};
 use crate::insn::Helper;
 use crate::kernel_api::KernelFunction;
@@ -24,6 +25,7 @@ pub(crate) const STEP: Helper = Helper(0x504f_0002);
 /// Not kernel helpers: what calls of kernel functions become.
 const CT_LOOKUP: Helper = Helper(0x504f_0003);
 const CT_RELEASE: Helper = Helper(0x504f_0004);
+const DYNPTR_FROM_SKB: Helper = Helper(0x504f_0005);
 
 /// Tail calls a packet may take (include/linux/bpf.h, `MAX_TAIL_CALL_CNT`).
 pub(crate) const TAIL_CALLS_MAX: u32 = 33;
@@ -39,11 +41,12 @@ pub(crate) fn of_kernel_function(function: KernelFunction) -> Helper {
     match function {
         KernelFunction::XdpCtLookup | KernelFunction::SkbCtLookup => CT_LOOKUP,
         KernelFunction::CtRelease => CT_RELEASE,
+        KernelFunction::DynptrFromSkb => DYNPTR_FROM_SKB,
     }
 }
 
 /// All helpers, and whether they take pointers to a program's memory.
-pub(crate) const HELPERS: [(Helper, bool, Function); 16] = [
+pub(crate) const HELPERS: [(Helper, bool, Function); 18] = [
     (ENTER, false, enter),
     (STEP, false, step),
     (Helper::MAP_LOOKUP_ELEM, true, map_lookup_elem),
@@ -60,6 +63,8 @@ pub(crate) const HELPERS: [(Helper, bool, Function); 16] = [
     (Helper::XDP_LOAD_BYTES, true, xdp_load_bytes),
     (CT_LOOKUP, true, connections::lookup),
     (CT_RELEASE, false, connections::release),
+    (DYNPTR_FROM_SKB, true, dynptr::from_skb),
+    (Helper::DYNPTR_READ, true, dynptr::read),
 ];
 
 /// Whether programs may call it.
@@ -140,7 +145,7 @@ pub(super) fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
     f(unsafe { &mut *state })
 }
 
-fn error(errno: i64) -> u64 {
+pub(super) fn error(errno: i64) -> u64 {
     -errno as u64
 }
 
@@ -182,7 +187,7 @@ impl State {
     }
 
     /// The packet, paged part included.
-    fn packet_bytes(&self, offset: usize, bytes: usize) -> Option<Vec<u8>> {
+    pub(super) fn packet_bytes(&self, offset: usize, bytes: usize) -> Option<Vec<u8>> {
         let end = offset.checked_add(bytes).filter(|end| *end <= self.packet_bytes)?;
         // SAFETY: the packet lies at `packet`, `packet_bytes` long, in the arena.
         Some(

@@ -1,8 +1,9 @@
 //! Turns an object's program into one that rbpf can run.
 //!
 //! The loader's part: map references become addresses in the arena or handles, calls of kernel functions become calls
-//! of helpers that emulate them. The kernel's part: recorded loads of packet pointers become 64 bits wide. And what rbpf lacks is woven in: `tail_call` ends the program when it
-//! succeeds, and, since rbpf has no step limit, each backward jump asks a helper first whether the run may go on.
+//! of helpers that emulate them. The kernel's part: recorded loads of packet pointers become 64 bits wide. And what rbpf
+//! lacks is woven in: `tail_call` ends the program when it succeeds, and, since rbpf has no step limit, each backward
+//! jump asks a helper first whether the run may go on.
 //! A program without backward jumps ends after at most as many steps as it has instructions and is left as it is.
 //!
 //! What is woven in, `X` being the instruction at hand:
@@ -62,7 +63,9 @@ pub(crate) fn link(program: &Program, value_base: impl Fn(usize) -> u64) -> Resu
     // Jumps to fix: index in `new`, its new slot, its old target.
     let mut jumps: Vec<(usize, u32, u32)> = Vec::new();
     let (mut relocs, mut ctx_loads) = (code.relocs.iter().peekable(), code.ctx_loads.iter().peekable());
-    let mut kernel = code.kernel.iter().peekable();
+    // Fields need nothing: what the VM lays out is where unrelocated programs look for it.
+    let mut kernel =
+        code.kernel.iter().filter(|used| matches!(used.item, KernelItem::Function(_))).peekable();
     let mut longest_back = 0u32;
     let mut pulls = false;
     let takes_pointers = insns
@@ -115,8 +118,12 @@ pub(crate) fn link(program: &Program, value_base: impl Fn(usize) -> u64) -> Resu
                 let used = kernel
                     .next_if(|used| used.slot == at)
                     .ok_or_else(|| refuse(at, "a kernel function without a name".to_string()))?;
-                let KernelItem::Function(function) = used.item;
-                Insn::Call { helper: helpers::of_kernel_function(function) }
+                match used.item {
+                    KernelItem::Function(function) => {
+                        Insn::Call { helper: helpers::of_kernel_function(function) }
+                    }
+                    KernelItem::Field(_) => unreachable!("left out above"),
+                }
             }
             Insn::Call { helper } => {
                 pulls |= helper == Helper::SKB_PULL_DATA;

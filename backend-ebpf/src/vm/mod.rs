@@ -14,6 +14,7 @@
 mod arena;
 mod connections;
 mod context;
+mod dynptr;
 mod helpers;
 mod link;
 mod maps;
@@ -50,9 +51,9 @@ const HEADROOM_BYTES: usize = 256;
 /// What a program did with a packet. What it did to maps is seen through [`Vm::map`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunResult {
-    /// The lower half of `r0`: `XDP_*` or `TC_ACT_*`.
+    /// The lower half of `r0`: `XDP_*`, `TC_ACT_*` or `NF_*`.
     pub return_value: u32,
-    /// The packet's mark afterwards (tc; unchanged for XDP).
+    /// The packet's mark afterwards (tc; the others don't change it).
     pub mark: u32,
 }
 
@@ -216,7 +217,7 @@ impl Vm {
             (state.context, state.packet)
         };
         let mut filled = [0; CONTEXT_BYTES_MAX];
-        context::fill(kind, input, linear, packet, &mut filled);
+        context::fill(kind, input, linear, packet, context, &mut filled);
         self.arena.copy_in(context, &filled);
         self.arena.copy_in(packet, input.packet);
 
@@ -227,7 +228,11 @@ impl Vm {
             state.tail_call = None;
             state.frame = 0;
             // Where the packet may grow while the program runs, its end is checked against the whole.
-            let readable = if linked.pulls { length } else { state.linear_bytes };
+            let readable = match kind {
+                ProgramKind::Netfilter => 0,
+                _ if linked.pulls => length,
+                _ => state.linear_bytes,
+            };
             let mbuff = self.arena.slice(context, context::bytes(kind));
             let mem = self.arena.slice(packet, readable);
             let outcome = {
@@ -252,7 +257,7 @@ impl Vm {
             }
         };
         let mark = match kind {
-            ProgramKind::Xdp => input.context.mark,
+            ProgramKind::Xdp | ProgramKind::Netfilter => input.context.mark,
             ProgramKind::Classifier => {
                 let bytes = self.arena.slice(context + context::SKB_MARK as u64, 4);
                 u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])

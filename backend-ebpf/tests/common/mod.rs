@@ -18,6 +18,9 @@ use polc_ir::entities::Map;
 /// Dropped ports in network order, then one that is compared and never there.
 pub(crate) const PORTS: [u16; 4] = [22, 23, 445, 0xffff];
 
+/// The kinds of programs that see frames, which every loader knows.
+pub(crate) const FRAME_KINDS: [ProgramKind; 2] = [ProgramKind::Xdp, ProgramKind::Classifier];
+
 /// What programs return.
 pub(crate) struct Actions {
     pub(crate) pass: i32,
@@ -28,6 +31,7 @@ pub(crate) fn actions(kind: ProgramKind) -> Actions {
     match kind {
         ProgramKind::Xdp => Actions { pass: 2, drop: 1 },
         ProgramKind::Classifier => Actions { pass: 0, drop: 2 },
+        ProgramKind::Netfilter => Actions { pass: 1, drop: 0 },
     }
 }
 
@@ -36,6 +40,7 @@ pub(crate) fn packet_pointers(kind: ProgramKind) -> (i16, i16) {
     match kind {
         ProgramKind::Xdp => (0, 4),
         ProgramKind::Classifier => (76, 80),
+        ProgramKind::Netfilter => panic!("a netfilter program has no packet pointers"),
     }
 }
 
@@ -187,6 +192,7 @@ pub(crate) fn looks_up_connections(kind: ProgramKind) -> Object {
     a.call_kernel(match kind {
         ProgramKind::Xdp => KernelFunction::XdpCtLookup,
         ProgramKind::Classifier => KernelFunction::SkbCtLookup,
+        ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
     });
     a.jump64(Cond::Ne, Reg::R0, 0, found);
     a.load(Size::W, Reg::R0, Reg::FP, opts + 4);

@@ -257,6 +257,7 @@ impl Pair {
         let mut given = match self.kind {
             ProgramKind::Xdp => vec![0; 24],
             ProgramKind::Classifier => vec![0; 192],
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
         let mut put = |at: usize, value: u32| given[at..at + 4].copy_from_slice(&value.to_ne_bytes());
         match self.kind {
@@ -269,6 +270,7 @@ impl Pair {
                 put(36, context.ingress_ifindex);
                 put(40, context.ifindex);
             }
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         }
         let mut options = TestRunOptions::new();
         options.data_in = Some(input.packet);
@@ -283,6 +285,7 @@ impl Pair {
             ProgramKind::Classifier => {
                 <&mut SchedClassifier>::try_from(program).expect("tc").test_run(options)
             }
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
         match result {
             Ok(result) => {
@@ -316,6 +319,7 @@ pub(crate) fn load(object: &Object) -> aya::Ebpf {
         let result = match program.kind {
             ProgramKind::Xdp => <&mut Xdp>::try_from(loaded).expect("XDP").load(),
             ProgramKind::Classifier => <&mut SchedClassifier>::try_from(loaded).expect("tc").load(),
+            ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
         result.unwrap_or_else(|error| {
             let text = format!("{error:?}").replace("\\n", "\n");

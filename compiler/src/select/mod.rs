@@ -311,8 +311,8 @@ impl<'a> Selector<'a> {
         };
         let (values, names) = (&mut self.class_values, &mut self.devices.names);
         let mut declared = Vec::new();
-        if self.classifier.place.attach == Some(Attach::TcEgress) {
-            // A packet of this host's own has no input device: number 0.
+        if matches!(self.classifier.place.attach, Some(Attach::TcEgress | Attach::Netfilter)) {
+            // A packet of this host's own has no input device, and one for this host no output device: number 0.
             declared.push((Device { ifindex: 0, name: DeviceName::default() }, 1));
         }
         for device in &devices.declared {

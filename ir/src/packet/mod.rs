@@ -274,8 +274,11 @@ impl<'a> View<'a> {
     }
 }
 
-/// The packet behind Ethernet header and priority tags.
-fn network_packet(family: Family, input: &Input) -> Result<&[u8], FrameKind> {
+/// The packet behind Ethernet header and priority tags: what netfilter sees of a frame, link padding included.
+///
+/// # Errors
+/// What the frame is, if it is none of the family's packets on this device.
+pub fn network_packet(family: Family, input: &Input) -> Result<&[u8], FrameKind> {
     let frame = &input.frame[..];
     if frame.len() < 14 {
         return Err(FrameKind::Runt);

@@ -92,6 +92,9 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
         Field::SrcMac | Field::DstMac if place.attach == Some(Attach::TcEgress) => {
             missing("the frame's addresses are no longer the received ones")
         }
+        Field::SrcMac | Field::DstMac if place.attach == Some(Attach::Netfilter) => {
+            missing("a program at a netfilter hook sees packets, not frames")
+        }
         Field::PacketType if place.attach == Some(Attach::TcEgress) => {
             missing("the packet type is no longer the received one")
         }
@@ -239,6 +242,13 @@ pub fn action_deferral(place: &Place, action: &Action) -> Option<Deferral> {
         }
         Action::Write(_) if place.mode == Mode::Replace && place.attach == Some(Attach::Xdp) => {
             Some(Deferral::Field { field: Field::Mark, reason: "a frame has no mark at XDP" })
+        }
+        // The kernel's verifier lets such a program read `struct sk_buff` only (net/netfilter/nf_bpf_link.c).
+        Action::Write(_) if place.mode == Mode::Replace && place.attach == Some(Attach::Netfilter) => {
+            Some(Deferral::Field {
+                field: Field::Mark,
+                reason: "a program at a netfilter hook can't write a packet's mark",
+            })
         }
         Action::Reject(_) if place.mode == Mode::Replace => Some(Deferral::Opaque {
             name: "REJECT".into(),

@@ -38,6 +38,7 @@ const MAP_UPDATE_BATCH: i32 = 26;
 const LINK_CREATE: i32 = 28;
 const LINK_UPDATE: i32 = 29;
 const LINK_GET_FD_BY_ID: i32 = 30;
+const LINK_GET_NEXT_ID: i32 = 31;
 const LINK_DETACH: i32 = 34;
 
 /// Map types that calls here treat differently (`enum bpf_map_type`).
@@ -264,6 +265,8 @@ pub enum LinkKind {
         hook: u32,
         /// Its place.
         priority: i32,
+        /// Whether packets are defragmented first.
+        defrag: bool,
     },
     /// Something else, by its number in `enum bpf_link_type`.
     Other(u32),
@@ -792,6 +795,17 @@ impl Sys {
         self.by_id("link_by_id", LINK_GET_FD_BY_ID, id)
     }
 
+    /// The number of the link after `id` in all network namespaces; `None` at the end. From 0 on all of them.
+    pub fn link_next_id(&self, id: u32) -> io::Result<Option<u32>> {
+        let mut attr = [id, 0, 0];
+        // SAFETY: no addresses.
+        match unsafe { self.bpf("link_next_id", LINK_GET_NEXT_ID, &mut attr) } {
+            Ok(_) => Ok(Some(attr[1])),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn by_id(&self, name: &'static str, command: i32, id: u32) -> io::Result<OwnedFd> {
         let mut attr = [id, 0, 0];
         // SAFETY: no addresses.
@@ -870,6 +884,7 @@ impl Sys {
                 family: info.extra[0],
                 hook: info.extra[1],
                 priority: info.extra[2] as i32,
+                defrag: info.extra[3] & F_NETFILTER_IP_DEFRAG != 0,
             },
             other => LinkKind::Other(other),
         };

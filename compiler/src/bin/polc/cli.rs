@@ -240,6 +240,8 @@ pub(crate) enum AttachChoice {
     TcIngress,
     /// tc or tcx egress.
     TcEgress,
+    /// A netfilter hook: the one that --hook names.
+    Netfilter,
 }
 
 impl From<AttachChoice> for Attach {
@@ -248,6 +250,7 @@ impl From<AttachChoice> for Attach {
             AttachChoice::Xdp => Attach::Xdp,
             AttachChoice::TcIngress => Attach::TcIngress,
             AttachChoice::TcEgress => Attach::TcEgress,
+            AttachChoice::Netfilter => Attach::Netfilter,
         }
     }
 }
@@ -613,6 +616,13 @@ pub(crate) struct ApplyOptions {
     /// Go beside others' tcx programs, before or after them [default: refuse, and name them]
     #[arg(long, value_enum, value_name = "ORDER", help_heading = "Place")]
     pub order: Option<OrderChoice>,
+    /// The program's priority among a netfilter hook's functions [default: the highest free one before the first table
+    /// that the rules have chains of]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Place")]
+    pub priority: Option<i32>,
+    /// At a netfilter hook, have fragments reassembled first, as connection tracking does
+    #[arg(long, help_heading = "Place")]
+    pub defrag: bool,
     /// Go back to what was in force before, unless `polc confirm` follows within this time
     #[arg(long, value_name = "SECONDS", help_heading = "Safety", value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub confirm: Option<u32>,
@@ -683,6 +693,9 @@ pub(crate) struct SlotArgs {
     /// Only policies for this address family
     #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, hide_default_value = true, hide_possible_values = true, value_name = "4|6")]
     pub family: FamilyChoice,
+    /// Only policies at this netfilter hook
+    #[arg(long, value_enum, value_name = "HOOK")]
+    pub hook: Option<HookChoice>,
     #[command(flatten)]
     pub store: StoreArgs,
 }

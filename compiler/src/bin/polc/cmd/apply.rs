@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use polc::build::{Extras, object_with};
-use polc::place::{default_path, place as place_of};
+use polc::place::{default_path, first_priority, place as place_of};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
@@ -29,11 +29,11 @@ use polc_loader::sets::SETS_FILE;
 use polc_loader::state::{Confirm, SlotName};
 use polc_loader::swap::{Applied, Check, Request, apply, check};
 use polc_loader::sys::Sys;
-use polc_loader::{Error, load, net};
+use polc_loader::{Error, dispatch, load, net};
 
 use super::compile::{accept, refuse};
 use super::host::{self, Surroundings};
-use super::test_run::as_tested;
+use super::test_run::{Setup, as_tested};
 use super::{FOUND, counted, live, place, show};
 use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName};
 use crate::failure::Failure;
@@ -86,6 +86,19 @@ struct Part {
     slot: SlotName,
     object: Object,
     checks: Vec<Check>,
+    /// How many of its rules are compiled, and for where.
+    account: String,
+    hook_order: dispatch::Order,
+}
+
+/// The host that programs are made for.
+#[derive(Clone, Copy)]
+struct Live<'a> {
+    sys: &'a Sys,
+    devices: &'a [net::Device],
+    /// The device; an empty one for hooks, which see those of all devices.
+    device: &'a net::Device,
+    surroundings: &'a Surroundings,
 }
 
 impl Job<'_> {
@@ -97,83 +110,62 @@ impl Job<'_> {
         let began = Instant::now();
         let mut session = input::session(self.file, &self.options.input)?;
         let attach: Attach = self.options.attach.into();
+        self.check_options(attach)?;
         let devices = net::devices(&sys)?;
         let device = match &self.options.dev {
-            Some(name) => net::find(&devices, name)?,
+            Some(name) => net::find(&devices, name)?.clone(),
+            None if attach == Attach::Netfilter => net::Device::default(),
             None => {
                 return Err(Failure::Usage(format!("--attach {attach} needs --dev NAME")));
             }
         };
-        let env = self.env(&sys, session.family())?;
-        let accelerates = self.mode == Mode::Accelerate;
         let given = !self.options.input.local.is_empty();
-        let surroundings = Surroundings::now(&sys, session.family(), &device.name, !given)?;
+        let surroundings = Surroundings::now(&sys, session.family(), self.options.dev.as_deref(), !given)?;
         let sets = self.sets()?;
-        if accelerates
+        if self.mode == Mode::Accelerate
             && !self.options.unchecked
             && let Some(why) = host::disagreement(&sys, &session, &sets)?
         {
             return Err(Error::Disagrees(why).into());
         }
-        let connections = match self.place {
-            Some(place) if place.connections.is_some() => place.connections(attach)?,
-            _ if accelerates => host::connections(&session, attach, &surroundings),
-            _ => Connections::Unknown,
-        };
-        let place = Place { connections, ..place_of(&self.hooks(attach), attach, self.mode, true) };
-        let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
-        if accelerates && self.options.keep == KeepChoice::Dhcp {
-            guard::keep_dhcp(&mut session.ruleset, &place);
-        }
-        if attach != Attach::TcEgress {
-            guard::split_local(&mut session.ruleset, &place, &env);
-        }
-        // In accelerate mode the kernel's own sets decide, and what they hold may change without polc.
-        for set in session.ruleset.sets.values_mut() {
-            set.live = self.mode == Mode::Replace;
-        }
-        let names = self.names(&devices, attach)?;
-        let compiled = polc::compile(&session.ruleset, &place, &env, &names);
-        if refuse(&session, &compiled.diagnostics, place.mode, output) {
-            return Ok(FOUND.into());
-        }
-        report.defer_bounded(&session, &compiled.diagnostics);
-        let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
-        let (object, _) = match object_with(&session, &compiled, extras) {
-            Ok(made) => made,
-            Err(findings) => {
-                show(output, &session.sources, &findings);
-                return Ok(FOUND.into());
+        let mut parts = Vec::new();
+        for path in self.paths(&sys, &session, attach)? {
+            let live = Live { sys: &sys, devices: &devices, device: &device, surroundings: &surroundings };
+            match self.part(&live, &mut session, attach, &path, output)? {
+                Some(part) => parts.push(part),
+                None => return Ok(FOUND.into()),
             }
-        };
-        let verified = verify(&session, &place, &env, &names, 1, CHECKED_PACKETS, &mut |_, _| {});
-        if let Some(wrong) = &verified.disagreement {
-            return Err(Failure::Input(format!(
-                "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
-                hex(&wrong.input.frame)
-            )));
         }
-        let mut checks = checks(&session, &compiled, &object, device)?;
-        for canary in &self.options.canary {
-            checks.push(self.canary(canary, &session, &place, &env, &compiled, &object, device)?);
-        }
-        let slot =
-            SlotName { device: Some(device.name.clone()), attach, hook: None, family: session.family() };
-        let part = Part { slot, object, checks };
         let compiled_in = began.elapsed();
-        let account = super::check::account(&report);
         if self.dry_run {
-            let loaded = load::load(&sys, &part.object)?;
-            check(&sys, &loaded, &part.checks)?;
-            output.remark(&format!(
-                "{account} at {}; loaded and tested with {}, nothing attached\n",
-                place::describe(&place),
-                counted(part.checks.len(), "packet")
-            ));
+            for part in &parts {
+                let loaded = load::load(&sys, &part.object)?;
+                check(&sys, &loaded, &part.checks)?;
+                output.remark(&format!(
+                    "{}; loaded and tested with {}, nothing attached\n",
+                    part.account,
+                    counted(part.checks.len(), "packet")
+                ));
+            }
             return Ok(ExitCode::SUCCESS);
         }
-        let applied = self.put_in_force(&sys, &session, &part, &sets, &surroundings)?;
-        let mut text = format!("{account} at {}\n", place::describe(&place));
+        for (index, part) in parts.iter().enumerate() {
+            let applied =
+                self.put_in_force(&sys, &session, part, &sets, &surroundings).inspect_err(|_| {
+                    if index > 0 {
+                        let done: Vec<String> =
+                            parts[..index].iter().map(|part| part.slot.to_string()).collect();
+                        output.remark(&format!("already in force: {}\n", done.join(", ")));
+                    }
+                })?;
+            output.remark(&self.said(part, &applied, began, compiled_in));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// What is told of a part in force.
+    fn said(&self, part: &Part, applied: &Applied, began: Instant, compiled_in: Duration) -> String {
+        let mut text = format!("{}\n", part.account);
         let _ = writeln!(
             text,
             "in force {} as program {} ({}), in {:.1} ms: {:.1} ms to compile and verify, {:.1} ms of the kernel's to attach",
@@ -193,8 +185,113 @@ impl Job<'_> {
         if let Some(error) = &applied.untidy {
             let _ = writeln!(text, "not everything old could be removed ({error}); the next polc does it");
         }
-        output.remark(&text);
-        Ok(ExitCode::SUCCESS)
+        text
+    }
+
+    /// Refuses options that mean nothing at an attach point.
+    fn check_options(&self, attach: Attach) -> Result<(), Failure> {
+        let options = &self.options;
+        let wrong = if attach == Attach::Netfilter {
+            [("--dev", options.dev.is_some()), ("--generic", options.generic), ("--clsact", options.clsact)]
+                .into_iter()
+                .chain([("--order", options.order.is_some())])
+                .find(|(_, given)| *given)
+        } else {
+            [("--priority", options.priority.is_some()), ("--defrag", options.defrag)]
+                .into_iter()
+                .find(|(_, given)| *given)
+        };
+        match wrong {
+            Some((option, _)) => {
+                Err(Failure::Usage(format!("{option} means nothing with --attach {attach}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Compiles, emits and verifies the program for a path of hooks; `None` if that found something, which was shown.
+    fn part(
+        &self,
+        live: &Live<'_>,
+        session: &mut Session,
+        attach: Attach,
+        path: &[Hook],
+        output: &Output,
+    ) -> Result<Option<Part>, Failure> {
+        let Live { sys, devices, device, surroundings } = *live;
+        let env = self.env(sys, session.family())?;
+        let accelerates = self.mode == Mode::Accelerate;
+        let connections = match self.place {
+            Some(place) if place.connections.is_some() => place.connections(attach)?,
+            _ if accelerates => host::connections(session, attach, surroundings),
+            _ => Connections::Unknown,
+        };
+        let place = Place { connections, ..place_of(path, attach, self.mode, true) };
+        let Some(mut report) = accept(session, &place, output) else { return Ok(None) };
+        // At a netfilter hook packet sockets have seen the packet already, and the kernel has routed it.
+        if attach != Attach::Netfilter {
+            if accelerates && self.options.keep == KeepChoice::Dhcp {
+                guard::keep_dhcp(&mut session.ruleset, &place);
+            }
+            if attach != Attach::TcEgress {
+                guard::split_local(&mut session.ruleset, &place, &env);
+            }
+        }
+        // In accelerate mode the kernel's own sets decide, and what they hold may change without polc.
+        for set in session.ruleset.sets.values_mut() {
+            set.live = self.mode == Mode::Replace;
+        }
+        let names = self.names(devices, attach)?;
+        let compiled = polc::compile(&session.ruleset, &place, &env, &names);
+        if refuse(session, &compiled.diagnostics, place.mode, output) {
+            return Ok(None);
+        }
+        report.defer_bounded(session, &compiled.diagnostics);
+        let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
+        let (object, _) = match object_with(session, &compiled, extras) {
+            Ok(made) => made,
+            Err(findings) => {
+                show(output, &session.sources, &findings);
+                return Ok(None);
+            }
+        };
+        let verified = verify(session, &place, &env, &names, 1, CHECKED_PACKETS, &mut |_, _| {});
+        if let Some(wrong) = &verified.disagreement {
+            return Err(Failure::Input(format!(
+                "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
+                hex(&wrong.input.frame)
+            )));
+        }
+        let mut checks = checks(session, &compiled, &object, device)?;
+        for canary in &self.options.canary {
+            checks.push(self.canary(canary, session, &place, &env, &compiled, &object, device)?);
+        }
+        let netfilter = attach == Attach::Netfilter;
+        let slot = SlotName {
+            device: (!netfilter).then(|| device.name.clone()),
+            attach,
+            hook: if netfilter { path.first().copied() } else { None },
+            family: session.family(),
+        };
+        let account = format!("{} at {}", super::check::account(&report), place::describe(&place));
+        let hook_order = self.hook_order(session, &place)?;
+        Ok(Some(Part { slot, object, checks, account, hook_order }))
+    }
+
+    /// Where a netfilter program goes among its hook's functions.
+    fn hook_order(&self, session: &Session, place: &Place) -> Result<dispatch::Order, Failure> {
+        let before = first_priority(&session.ruleset, place);
+        let priority = self.options.priority;
+        // Behind a table of the kernel's, packets are no longer what that table's rules saw.
+        if let Some(priority) = priority.filter(|priority| *priority >= before)
+            && self.mode == Mode::Accelerate
+            && place.attach == Some(Attach::Netfilter)
+        {
+            return Err(Failure::Usage(format!(
+                "--priority {priority} is behind the kernel's own rules, the first of which run at {before}"
+            )));
+        }
+        Ok(dispatch::Order { priority, before, defrag: self.options.defrag })
     }
 
     /// The texts of the sets.
@@ -222,7 +319,7 @@ impl Job<'_> {
         ];
         let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
         files.push((live::HOST_FILE.into(), json(serde_json::to_vec(surroundings))));
-        files.push((live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again()))));
+        files.push((live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again(part)))));
         for (index, text) in sets.iter().enumerate() {
             files.push((format!("{}{index}", live::SETS_PREFIX), text.as_bytes().to_vec()));
         }
@@ -245,6 +342,7 @@ impl Job<'_> {
                 Some(OrderChoice::First) => Order::First,
                 Some(OrderChoice::Last) => Order::Last,
             },
+            hook_order: part.hook_order,
             confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
             initial: &initial,
         };
@@ -253,7 +351,7 @@ impl Job<'_> {
     }
 
     /// The options that apply the same rules again, files aside.
-    fn again(&self) -> Vec<String> {
+    fn again(&self, part: &Part) -> Vec<String> {
         let ApplyOptions { input, store, .. } = self.options;
         let word = |value: &dyn ValueName| value.name();
         let mut words: Vec<String> = Vec::new();
@@ -261,8 +359,12 @@ impl Job<'_> {
         option("attach", word(&self.options.attach));
         option("mode", self.mode.to_string());
         self.options.dev.iter().for_each(|name| option("dev", name.clone()));
-        self.path.iter().flatten().for_each(|hook| option("hook", hook.to_string()));
+        match part.slot.hook {
+            Some(hook) => option("hook", hook.to_string()),
+            None => self.path.iter().flatten().for_each(|hook| option("hook", hook.to_string())),
+        }
         self.options.order.iter().for_each(|order| option("order", word(order)));
+        self.options.priority.iter().for_each(|priority| option("priority", priority.to_string()));
         option("keep", word(&self.options.keep));
         let asked = self.place.and_then(|place| place.connections);
         asked.iter().for_each(|connections| option("connections", word(connections)));
@@ -274,12 +376,34 @@ impl Job<'_> {
         let flags = [
             ("generic", self.options.generic),
             ("clsact", self.options.clsact),
+            ("defrag", self.options.defrag),
             ("unchecked", self.options.unchecked),
             ("no-trace", self.options.no_trace),
             ("strict", input.strict),
         ];
         words.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| format!("--{name}")));
         words
+    }
+
+    /// The hooks of each program. At netfilter each hook has its own: the hooks named, else those whose chains have rules
+    /// or have a program of polc's by now.
+    fn paths(&self, sys: &Sys, session: &Session, attach: Attach) -> Result<Vec<Vec<Hook>>, Failure> {
+        if attach != Attach::Netfilter {
+            return Ok(vec![self.hooks(attach)]);
+        }
+        if let Some(path) = &self.path {
+            return Ok(path.iter().map(|hook| vec![*hook]).collect());
+        }
+        let applied = live::store(&self.options.store)?.slots(sys)?;
+        let applied = |hook| {
+            let slots = applied.iter().map(|(slot, _)| &slot.name);
+            slots.filter(|slot| slot.family == session.family()).any(|slot| slot.hook == Some(hook))
+        };
+        let wanted = |hook: &Hook| {
+            let place = place_of(&[*hook], attach, self.mode, true);
+            !session.ruleset.path_chains(&place).is_empty() || applied(*hook)
+        };
+        Ok(Hook::ALL.into_iter().filter(wanted).map(|hook| vec![hook]).collect())
     }
 
     /// The hooks whose chains are compiled. A host that arriving packets may leave again has FORWARD beside INPUT; in
@@ -316,7 +440,8 @@ impl Job<'_> {
         let own = self.options.dev.as_deref().map(place::device_name).transpose()?;
         Ok(match attach {
             Attach::TcEgress => Devices { declared, fixed_in: None, fixed_out: own },
-            _ => Devices { declared, fixed_in: own, fixed_out: None },
+            Attach::Netfilter => Devices { declared, fixed_in: None, fixed_out: None },
+            Attach::Xdp | Attach::TcIngress => Devices { declared, fixed_in: own, fixed_out: None },
         })
     }
 
@@ -341,10 +466,11 @@ impl Job<'_> {
         }
         let spec = text::parse(packet).map_err(|error| usage(error.message))?;
         let mut input = spec.input().map_err(usage)?;
-        let name = place::device_name(&device.name)?;
         match place.attach {
-            Some(Attach::TcEgress) => input.out_device = Some(name),
-            _ => input.in_device = Some(name),
+            // Which ones is the packet's to say.
+            Some(Attach::Netfilter) => {}
+            Some(Attach::TcEgress) => input.out_device = Some(place::device_name(&device.name)?),
+            _ => input.in_device = Some(place::device_name(&device.name)?),
         }
         let outcome = session.ruleset.eval(place, env, &input, &mut State::new(1));
         let given = outcome.ending.verdict;
@@ -411,18 +537,29 @@ fn one_check(
     let plan = &compiled.plan;
     let attach = plan.place.attach.expect("programs are made for an attach point");
     let bytes = object.programs[0].kind.context_bytes() as usize;
-    let (mut input, context) = as_tested(input, attach, bytes, device, None)?;
+    let Setup { mut input, frame, context } = as_tested(input, plan, bytes, device, None)?;
     let name = DeviceName::new(&device.name);
     match attach {
         Attach::TcEgress => (input.in_device, input.out_device) = (None, name),
-        _ => (input.in_device, input.out_device) = (name, None),
+        Attach::Xdp | Attach::TcIngress => (input.in_device, input.out_device) = (name, None),
+        Attach::Netfilter => {}
     }
-    let (ending, _) = match program.run(plan, &input) {
-        Ok(ending) => ending,
-        Err(error) => return Some(Err(Failure::Input(format!("the program fails in userspace: {error}")))),
-    };
-    let returns = return_code(attach, plan.place.mode, ending.verdict);
-    Some(Ok(Check { text: hex(&input.frame), frame: input.frame, context, returns }))
+    Some(returned(program, compiled, &input).map(|returns| Check {
+        text: hex(&frame),
+        frame,
+        context,
+        returns,
+    }))
+}
+
+/// What the program returns for a packet in userspace.
+fn returned(program: &mut Program, compiled: &Compiled, input: &Input) -> Result<i32, Failure> {
+    let place = &compiled.plan.place;
+    let attach = place.attach.expect("programs are made for an attach point");
+    let (ending, _) = program
+        .run(&compiled.plan, input)
+        .map_err(|error| Failure::Input(format!("the program fails in userspace: {error}")))?;
+    Ok(return_code(attach, place.mode, ending.verdict))
 }
 
 /// The counters that the dump gives, by the manifest's `counted`.

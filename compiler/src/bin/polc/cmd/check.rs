@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use polc::lint::lint;
-use polc::place::{best_attach, default_path, place};
+use polc::place::best_attach;
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::{Attach, Place};
 use serde::Serialize;
 
-use super::{FOUND, counted, show, worst};
+use super::{FOUND, counted, place, show, worst};
 use crate::cli::{CheckArgs, ReportFormat};
 use crate::failure::Failure;
 use crate::input;
@@ -33,7 +33,7 @@ struct CheckResult<'a> {
 pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure> {
     let session = input::session(&args.file, &args.input)?;
     let mode = args.place.mode();
-    let given = given_place(args);
+    let given = given_place(args)?;
     let scope = match &given {
         Some(place) => Scope::At(place),
         None => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
@@ -81,17 +81,13 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
 }
 
 /// The place the user asked about, if they named an attach point or a hook.
-fn given_place(args: &CheckArgs) -> Option<Place> {
-    let path = args.place.path();
-    if args.attach.is_none() && path.is_none() {
-        return None;
-    }
-    let attach: Attach = match (args.attach, &path) {
+fn given_place(args: &CheckArgs) -> Result<Option<Place>, Failure> {
+    let attach: Attach = match (args.attach, args.place.path()) {
         (Some(attach), _) => attach.into(),
-        (None, path) => best_attach(path.as_ref()?[0]),
+        (None, Some(path)) => best_attach(path[0]),
+        (None, None) => return Ok(None),
     };
-    let path = path.unwrap_or_else(|| default_path(attach));
-    Some(place(&path, attach, args.place.mode(), !args.input.local.is_empty()))
+    place::of(attach, &args.place, &args.input).map(Some)
 }
 
 /// Orders findings as the text is read; those about no text come last.

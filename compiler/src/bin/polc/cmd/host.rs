@@ -34,10 +34,13 @@ const IPTABLES_TABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"
 pub(super) struct Surroundings {
     /// The host's own and broadcast addresses, as ranges; none if the user gave them.
     pub addresses: Option<Vec<String>>,
-    /// Number of the device.
+    /// Number of the device; 0 for netfilter's hooks.
     pub ifindex: u32,
     /// Number of the device that it is part of.
     pub master: Option<u32>,
+    /// Names and numbers of all devices; none where a program sees those of one alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<(String, u32)>,
     /// Whether connections are announced.
     pub expectations: bool,
 }
@@ -50,11 +53,13 @@ impl Surroundings {
     pub(super) fn now(
         sys: &Sys,
         family: Family,
-        device: &str,
+        device: Option<&str>,
         addresses: bool,
     ) -> Result<Surroundings, Failure> {
         let devices = net::devices(sys)?;
-        let device = net::find(&devices, device)?;
+        let all = devices.iter().map(|device| (device.name.clone(), device.ifindex));
+        let all = if device.is_none() { all.collect() } else { Vec::new() };
+        let device = device.map(|name| net::find(&devices, name)).transpose()?;
         let addresses = match addresses {
             true => {
                 let found = net::addresses(sys, family)?;
@@ -69,8 +74,9 @@ impl Surroundings {
         };
         Ok(Surroundings {
             addresses,
-            ifindex: device.ifindex,
-            master: device.master,
+            ifindex: device.map_or(0, |device| device.ifindex),
+            master: device.and_then(|device| device.master),
+            devices: all,
             expectations: expectations(),
         })
     }

@@ -39,6 +39,7 @@ pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure
         args.attach.is_none_or(|attach| slot.attach == attach.into())
             && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
             && args.family.family().is_none_or(|family| slot.family == family)
+            && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
     };
     Ok(found.into_iter().map(|(slot, _)| slot.name).filter(wanted).collect())
 }
@@ -54,6 +55,9 @@ pub(super) fn nothing(args: &SlotArgs) -> Failure {
     }
     if let Some(family) = args.family.family() {
         place += &format!(" for {family}");
+    }
+    if let Some(hook) = args.hook {
+        place += &format!(" on {}", polc_ir::hook::Hook::from(hook));
     }
     Error::NotApplied(place).into()
 }

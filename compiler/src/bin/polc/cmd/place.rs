@@ -1,6 +1,6 @@
 //! From options to a place and its devices: what compile, verify, simulate, explain and dump share.
 
-use polc::place::{default_path, devices_of, place};
+use polc::place::{default_path, devices_of, place, refusal};
 use polc::select::Devices;
 use polc::session::Session;
 use polc_ir::env::{Attach, Device, Place};
@@ -15,6 +15,9 @@ use crate::failure::Failure;
 /// What does not go together.
 pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> Result<Place, Failure> {
     let path = place_args.path().unwrap_or_else(|| default_path(attach));
+    if let Some(why) = refusal(&path, attach) {
+        return Err(Failure::Usage(format!("{why}; give --hook once")));
+    }
     let connections = place_args.connections(attach)?;
     Ok(Place { connections, ..place(&path, attach, place_args.mode(), !input.local.is_empty()) })
 }

@@ -115,7 +115,7 @@ pub(super) fn via(policy: &Open) -> &'static str {
         Via::Link if policy.slot.attach == Attach::Xdp => "xdp link",
         Via::Link => "tcx link",
         Via::Clsact { .. } => "clsact filter",
-        Via::OwnLink => "netfilter link",
+        Via::Dispatch { .. } => "netfilter link",
     }
 }
 

@@ -5,7 +5,9 @@ use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
 use polc_backend_ebpf::object::Object;
 use polc_ir::env::{Attach, Input};
 use polc_ir::field::DeviceName;
+use polc_ir::hook::Family;
 use polc_ir::outcome::{Count, Decider, Ending, FrameKind};
+use polc_ir::packet::network_packet;
 use polc_ir::plan::Plan;
 use polc_loader::load::{Loaded, load};
 use polc_loader::net::Device;
@@ -18,15 +20,26 @@ use crate::failure::Failure;
 /// Where the kernel finds the mark in the context of a tc program (`struct __sk_buff`).
 const MARK: std::ops::Range<usize> = 8..12;
 
-/// The context of a test run, and the packet as a program sees it then: it comes by `device` and, where it leaves by
-/// that, by `other`. `None` for packets that the kernel tests no program with.
+/// A test run: what the kernel is given, and the packet as the program sees it then.
+#[derive(Debug)]
+pub(super) struct Setup {
+    pub input: Input,
+    /// The frame; at netfilter, the packet.
+    pub frame: Vec<u8>,
+    pub context: Vec<u8>,
+}
+
+/// The test run of a packet: it comes by `device` and, where it leaves by that, by `other`. At netfilter it is one that
+/// this host makes, of no device, leaving by the loopback device. `None` for packets that the kernel tests no program
+/// with.
 pub(super) fn as_tested(
     input: &Input,
-    attach: Attach,
+    plan: &Plan,
     context_bytes: usize,
     device: &Device,
     other: Option<u32>,
-) -> Option<(Input, Vec<u8>)> {
+) -> Option<Setup> {
+    let attach = plan.place.attach.expect("programs are made for an attach point");
     // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags, types of packets and
     // connections can't be given.
     let has_connection = input.connection.is_some_and(|connection| connection.is_in_table());
@@ -35,6 +48,17 @@ pub(super) fn as_tested(
     }
     let mut input = input.clone();
     let mut context = vec![0; context_bytes];
+    if attach == Attach::Netfilter {
+        // `bpf_prog_test_run_nf`; the context is the start of a `struct nf_hook_state`.
+        input.mark = 0;
+        input.packet_type = Some(0);
+        input.in_device = None;
+        let loopback = plan.devices.devices.iter().find(|(device, _)| device.ifindex == LOOPBACK);
+        input.out_device = loopback.map(|(device, _)| device.name).or_else(|| DeviceName::new("lo"));
+        context[..2].copy_from_slice(&[HOOK_OUTPUT, if plan.family == Family::V4 { 2 } else { 10 }]);
+        let frame = network_packet(plan.family, &input).ok()?.to_vec();
+        return Some(Setup { input, frame, context });
+    }
     if attach == Attach::Xdp {
         context[4..8].copy_from_slice(&(input.frame.len() as u32).to_ne_bytes());
         context[12..16].copy_from_slice(&device.ifindex.to_ne_bytes());
@@ -52,8 +76,13 @@ pub(super) fn as_tested(
             _ => 3,
         });
     }
-    Some((input, context))
+    Some(Setup { frame: input.frame.clone(), input, context })
 }
+
+/// `NF_INET_LOCAL_OUT` (include/uapi/linux/netfilter.h).
+const HOOK_OUTPUT: u8 = 3;
+/// Number of the loopback device, in every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// What the kernel made of a packet.
 #[derive(Debug)]
@@ -106,7 +135,8 @@ impl KernelProgram {
         let (came, leaves) = (number(input.in_device), number(input.out_device));
         let (at, other, named) = match self.attach {
             Attach::TcEgress => (leaves, came, input.out_device),
-            _ => (came, None, input.in_device),
+            Attach::Netfilter => (None, None, None),
+            Attach::Xdp | Attach::TcIngress => (came, None, input.in_device),
         };
         // A packet of no device comes by one that the program was not told about.
         let at = match at {
@@ -115,19 +145,22 @@ impl KernelProgram {
             None => return Ok(None),
         };
         let Some(device) = self.bare.device(at) else { return Ok(None) };
-        let Some((input, context)) = as_tested(input, self.attach, self.context_bytes, device, other) else {
+        let Some(Setup { input, frame, context }) = as_tested(input, plan, self.context_bytes, device, other)
+        else {
             return Ok(None);
         };
         let program = self.loaded.program().ok_or_else(|| Error::NoProgram("it has none".into()))?;
-        let run = TestRun { frame: &input.frame, context: &context, repeat: 1 };
+        let run = TestRun { frame: &frame, context: &context, repeat: 1 };
         let result = match self.sys.test_run(&program.fd, &run) {
             // A frame that the kernel makes no packet of for this kind of program.
             Err(error) if error.raw_os_error() == Some(EINVAL) => return Ok(None),
             result => result.map_err(Error::call("run the loaded program"))?,
         };
         let mark = match self.attach {
-            Attach::Xdp => input.mark,
-            _ => u32::from_ne_bytes(result.context[MARK].try_into().expect("four bytes")),
+            Attach::Xdp | Attach::Netfilter => input.mark,
+            Attach::TcIngress | Attach::TcEgress => {
+                u32::from_ne_bytes(result.context[MARK].try_into().expect("four bytes"))
+            }
         };
         let grown = self.grown()?;
         let result = ending_of(plan, self.attach, &grown, result.return_value as i32);

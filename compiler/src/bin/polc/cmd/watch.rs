@@ -92,7 +92,7 @@ fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
         return Ok(false);
     }
     let family = manifest.family.unwrap_or(policy.slot.family);
-    let device = policy.slot.device.as_deref().unwrap_or_default();
+    let device = policy.slot.device.as_deref();
     let now = Surroundings::now(sys, family, device, kept.addresses.is_some())?;
     if now == kept {
         if suspend(sys, policy, false)? {

@@ -1,0 +1,186 @@
+//! Netfilter hooks: a small program that goes on with whichever generation's program is current.
+//!
+//! A netfilter link takes no other program (net/netfilter/nf_bpf_link.c, `bpf_nf_link_update`), and two links at once
+//! would have packets decided, and counted, twice. So what is linked to the hook stays the same for good: a program that
+//! jumps to the one in a map of one place, which is exchanged at once for every packet (kernel/bpf/arraymap.c,
+//! `bpf_fd_array_map_update_elem`). The place is filled before the program is linked and never emptied while it is.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+
+use polc_backend_ebpf::abi::netfilter;
+use polc_backend_ebpf::asm::Asm;
+use polc_backend_ebpf::insn::{Helper, Reg};
+use polc_backend_ebpf::object::MapType;
+use polc_ir::env::Mode;
+use polc_ir::hook::{Family, Hook};
+
+use crate::coexist;
+use crate::error::Error;
+use crate::state::{Slot, Via};
+use crate::sys::{LinkSpec, Map, MapSpec, ProgramSpec, ProgramType, Sys};
+
+/// `BPF_NETFILTER` of `enum bpf_attach_type`.
+const ATTACH_NETFILTER: u32 = 45;
+/// Name of the map and of the program.
+const NAME: &str = "polc_dispatch";
+/// The place in the map.
+const PLACE: [u8; 4] = [0; 4];
+
+const NFPROTO_IPV4: u32 = 2;
+const NFPROTO_IPV6: u32 = 10;
+
+/// Priorities tried before giving up.
+const PRIORITIES_TRIED: i32 = 32;
+
+/// Where among a hook's functions a program goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    /// The priority; none for the highest free one before `before`.
+    pub priority: Option<i32>,
+    /// Priority of the first function that has to come after it.
+    pub before: i32,
+    /// Whether fragments are reassembled before packets get there.
+    pub defrag: bool,
+}
+
+/// `NFPROTO_*` (include/uapi/linux/netfilter.h).
+pub(crate) const fn family_number(family: Family) -> u32 {
+    match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    }
+}
+
+/// A hook's number (include/uapi/linux/netfilter.h, `enum nf_inet_hooks`).
+pub(crate) const fn hook_number(hook: Hook) -> u32 {
+    match hook {
+        Hook::Prerouting => 0,
+        Hook::Input => 1,
+        Hook::Forward => 2,
+        Hook::Output => 3,
+        Hook::Postrouting => 4,
+    }
+}
+
+/// The slot's hook.
+fn hook(slot: &Slot) -> Result<Hook, Error> {
+    slot.name.hook.ok_or_else(|| Error::NoProgram(format!("no hook is named {}", slot.name)))
+}
+
+/// Attaches `program`, or rather what jumps to it; how it is attached then.
+///
+/// # Errors
+/// [`Error::PriorityTaken`], or the call that failed. Nothing is attached.
+pub fn attach(sys: &Sys, slot: &Slot, program: impl AsFd, mode: Option<Mode>, via: Via) -> Result<(), Error> {
+    let Via::Dispatch { priority, defrag } = via else {
+        return Err(Error::NoProgram(format!("no priority is chosen {}", slot.name)));
+    };
+    // What is left of an attempt that went no further.
+    for pin in [slot.link(), slot.dispatch()] {
+        sys.remove_file(&pin).map_err(Error::disk(&pin))?;
+    }
+    let spec = MapSpec {
+        map_type: MapType::PROG_ARRAY.0,
+        key_bytes: 4,
+        value_bytes: 4,
+        max_entries: 1,
+        flags: 0,
+        name: NAME,
+    };
+    let fail = || Error::call(format!("make what the program {} is reached by", slot.name));
+    let place = sys.map_create(&spec).map_err(fail())?;
+    put(sys, &place, program).map_err(fail())?;
+    // A map of programs forgets them when nobody in userspace has it: the pin has.
+    let pin = slot.dispatch();
+    sys.obj_pin(&place, &pin).map_err(Error::disk(&pin))?;
+    let dispatcher = load(sys, &place, mode).map_err(fail())?;
+    let spec = link_spec(slot, priority, defrag)?;
+    let link = match sys.link_create(&dispatcher, &spec) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Err(taken(sys, slot, priority)),
+        result => result.map_err(Error::call(format!("attach the program {}", slot.name)))?,
+    };
+    // Unpinned it would go with this process, and so it does if pinning fails.
+    let pin = slot.link();
+    sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
+}
+
+fn link_spec(slot: &Slot, priority: i32, defrag: bool) -> Result<LinkSpec, Error> {
+    let (family, hook) = (family_number(slot.name.family), hook_number(hook(slot)?));
+    Ok(LinkSpec::Netfilter { family, hook, priority, defrag })
+}
+
+fn taken(sys: &Sys, slot: &Slot, priority: i32) -> Error {
+    let by = hook(slot).map(|hook| coexist::netfilter(sys, slot.name.family, hook, priority));
+    Error::PriorityTaken { place: slot.name.to_string(), priority, by: by.unwrap_or_default() }
+}
+
+/// The priority that a first program gets: the user's, or the highest free one. A program that lets every packet on
+/// tries, since nothing else tells whether a priority is free.
+///
+/// # Errors
+/// [`Error::PriorityTaken`] if none is free.
+pub fn choose(sys: &Sys, slot: &Slot, order: Order) -> Result<Via, Error> {
+    let fail = || Error::call(format!("find a free priority {}", slot.name));
+    let mut asm = Asm::new();
+    asm.mov32(Reg::R0, netfilter::ACCEPT);
+    asm.exit();
+    let program = load_code(sys, asm, &[]).map_err(fail())?;
+    let candidates = match order.priority {
+        Some(priority) => priority..=priority,
+        None => order.before.saturating_sub(PRIORITIES_TRIED)..=order.before.saturating_sub(1),
+    };
+    for priority in candidates.clone().rev() {
+        match sys.link_create(&program, &link_spec(slot, priority, order.defrag)?) {
+            Ok(_) => return Ok(Via::Dispatch { priority, defrag: order.defrag }),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            // net/netfilter/nf_bpf_link.c, `bpf_nf_check_pf_and_hooks`: before defragmentation, or at either end.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && order.priority.is_some() => {
+                return Err(Error::Priority { priority, defrag: order.defrag });
+            }
+            Err(error) => return Err(fail()(error)),
+        }
+    }
+    Err(taken(sys, slot, *candidates.end()))
+}
+
+/// The program that jumps: what it cannot reach it would leave to the kernel's own rules, or drop where there are none.
+fn load(sys: &Sys, place: &Map, mode: Option<Mode>) -> io::Result<OwnedFd> {
+    let mut asm = Asm::new();
+    asm.load_map(Reg::R2, polc_ir::entities::Map::from_u32(0));
+    asm.mov64(Reg::R3, 0);
+    asm.call(Helper::TAIL_CALL);
+    asm.mov32(Reg::R0, if mode == Some(Mode::Replace) { netfilter::DROP } else { netfilter::ACCEPT });
+    asm.exit();
+    load_code(sys, asm, &[place])
+}
+
+/// Assembles and loads; map numbers in the code are indices into `maps`.
+fn load_code(sys: &Sys, asm: Asm, maps: &[&Map]) -> io::Result<OwnedFd> {
+    let mut code = asm.finish().expect("a fixed program assembles");
+    for reloc in &code.relocs {
+        let fd = maps[reloc.map.as_u32() as usize].as_fd().as_raw_fd();
+        let slot = &mut code.slots[reloc.slot as usize];
+        *slot = *slot & 0xffff_ffff | (fd as u64) << 32;
+    }
+    let spec = ProgramSpec {
+        kind: ProgramType::NETFILTER,
+        attach_type: ATTACH_NETFILTER,
+        name: NAME,
+        license: "GPL",
+        slots: &code.slots,
+        btf: None,
+    };
+    sys.prog_load(&spec, &mut [])
+}
+
+/// Puts `program` in place of the one that packets meet.
+pub fn put(sys: &Sys, place: &Map, program: impl AsFd) -> io::Result<()> {
+    sys.map_update(place, &PLACE, &program.as_fd().as_raw_fd().to_ne_bytes())
+}
+
+/// Number of the program that packets meet.
+pub fn current(sys: &Sys, place: &Map) -> io::Result<Option<u32>> {
+    let found = sys.map_lookup(place, &PLACE)?;
+    Ok(found.map(|id| u32::from_ne_bytes(id.try_into().expect("values of four bytes"))))
+}
