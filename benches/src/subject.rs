@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use polc::build::build;
 use polc::place::{default_path, devices_of, place};
-use polc::select::Devices;
+use polc::select::{Devices, longest_tenths_ns};
 use polc::session::{ReadOptions, Session};
 use polc_backend_ebpf::object::{MapKind, Object, ProgramKind};
 use polc_ir::diag::Diagnostic;
@@ -43,6 +43,8 @@ pub(crate) struct Cost {
     pub(crate) compile: Duration,
     /// From an object in memory to a loaded program by polc's own loader: maps, verification, JIT.
     pub(crate) load: Duration,
+    /// What the cost model expects of a packet, in tenths of a nanosecond.
+    pub(crate) predicted_tenths_ns: u32,
     /// Bytes of tables.
     pub(crate) table_bytes: usize,
     /// Bytes of counters on one CPU.
@@ -135,6 +137,7 @@ impl Subject {
             read,
             compile,
             load,
+            predicted_tenths_ns: longest_tenths_ns(&built.compiled.plan),
             table_bytes,
             counter_bytes,
             insns: built.object.programs[0].code.slots.len(),

@@ -25,9 +25,10 @@ pub fn bound(
     ruleset: &Ruleset,
     classifier: &mut Classifier,
     decision: &Decision,
+    walked: &SecondaryMap<Stage, bool>,
     diagnostics: &mut Vec<Diagnostic>,
 ) -> bool {
-    let costs = costs(classifier, decision);
+    let costs = costs(classifier, decision, walked);
     // Most turns taken before a stage is entered. Stages lead to smaller numbers: the root comes first.
     let mut reached: SecondaryMap<Stage, Option<u32>> = SecondaryMap::new();
     reached[classifier.root] = Some(0);
@@ -89,8 +90,13 @@ pub fn bound(
     true
 }
 
-/// Most turns that deciding each stage takes: a turn is five steps, and a stage begins one.
-fn costs(classifier: &Classifier, decision: &Decision) -> SecondaryMap<Stage, u32> {
+/// Most turns that deciding each stage takes: a turn is five steps, and a stage begins one. Stages that the walk does
+/// not decide take none.
+fn costs(
+    classifier: &Classifier,
+    decision: &Decision,
+    walked: &SecondaryMap<Stage, bool>,
+) -> SecondaryMap<Stage, u32> {
     let family = classifier.family;
     let tests = |test: &Test| -> u32 {
         // A range of a field of several words takes two tests a word at the most, and one of one word a single one.
@@ -116,6 +122,9 @@ fn costs(classifier: &Classifier, decision: &Decision) -> SecondaryMap<Stage, u3
     }
     let mut costs = SecondaryMap::new();
     for stage in classifier.stages.keys() {
+        if !walked[stage] {
+            continue;
+        }
         costs[stage] = 1 + decision.roots[stage].map_or(0, |root| nodes[root]) / STEPS_PER_TURN;
     }
     costs

@@ -1,11 +1,12 @@
 //! `decide`: how each stage's first matching entry is found.
 //!
-//! A short stage stays a list. A longer one is cut in two at a value of the field that divides it best, until the parts
+//! A stage that a structure of its own decides is a list, and so is a short one. A longer one is cut in two at a value of the field that divides it best, until the parts
 //! are short or cutting would copy too many entries into both.
 
+use cranelift_entity::SecondaryMap;
 use polc_ir::classifier::Classifier;
 use polc_ir::decision::{Decision, NodeData};
-use polc_ir::entities::{Entry, Node};
+use polc_ir::entities::{Entry, Node, Stage};
 use polc_ir::field::Field;
 use polc_ir::interval::{IntervalSet, max_value};
 
@@ -18,10 +19,15 @@ const COPIES_MAX: usize = 4;
 /// Cuts on the way to a list.
 const DEPTH_MAX: usize = 40;
 
-/// Decides every stage.
-pub fn decide(classifier: &Classifier) -> Decision {
+/// Decides every stage, those that are `walked` by few steps.
+pub fn decide(classifier: &Classifier, walked: &SecondaryMap<Stage, bool>) -> Decision {
     let mut decision = Decision::default();
     for (stage, data) in classifier.stages.iter() {
+        if !walked[stage] {
+            let list = decision.nodes.push(NodeData::List { entries: data.entries.clone() });
+            decision.roots[stage] = Some(list);
+            continue;
+        }
         let mut cutter =
             Cutter { classifier, decision: &mut decision, budget: COPIES_MAX * data.entries.len() + 64 };
         let root = cutter.cut(data.entries.clone(), 0);

@@ -5,7 +5,8 @@
 //! its having no connection. From its position it
 //! runs down its chain, an entry for each way a rule can turn out. What changes a field or spends state ends the stage,
 //! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of `BLOCK` rules
-//! once something in it comes back later. Entries therefore grow linearly with the rules for each return stack; their
+//! once something in it comes back later. Doubt does not come back later but begins the stage again: what did not hold
+//! before does not hold then either, and every stage has at most one such double. Entries therefore grow linearly with the rules for each return stack; their
 //! number is bounded all the same, and what lies beyond the bound is deferred.
 
 use std::collections::HashMap;
@@ -317,7 +318,7 @@ impl Flattener<'_> {
                 entries.push(Entry::rest(onward));
                 return entries;
             }
-            let ends = self.rule(rule, key, &mut entries, &mut comes_back);
+            let ends = self.rule(rule, start, key, &mut entries, &mut comes_back);
             if entries.last().is_some_and(|entry| entry.cube.is_all()) {
                 return entries;
             }
@@ -331,7 +332,14 @@ impl Flattener<'_> {
     }
 
     /// Adds a rule's entries. True if the stage has to end behind it.
-    fn rule(&mut self, rule: Rule, key: Key, entries: &mut Vec<Entry>, comes_back: &mut bool) -> bool {
+    fn rule(
+        &mut self,
+        rule: Rule,
+        start: Key,
+        key: Key,
+        entries: &mut Vec<Entry>,
+        comes_back: &mut bool,
+    ) -> bool {
         let ruleset = self.ruleset;
         let data = &ruleset.rules[rule];
         let next = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
@@ -353,9 +361,8 @@ impl Flattener<'_> {
                 }
                 ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Hotdrop(_)) => {
                     if !key.doubt {
-                        let onward = self.go_on(Key { clause: index + 1, unknown, doubt: true, ..key });
+                        let onward = self.go_on(Key { doubt: true, ..start });
                         emit(entries, &cubes, rule, &onward);
-                        *comes_back = true;
                         return false;
                     }
                 }
@@ -416,18 +423,17 @@ impl Flattener<'_> {
             }
         }
         if unknown {
-            self.possible(rule, key, next, &cubes, entries, comes_back)
+            self.possible(rule, [start, key, next], &cubes, entries, comes_back)
         } else {
             self.matched(rule, key, next, &cubes, entries, comes_back)
         }
     }
 
-    /// A rule that may match: see `Ruleset::eval`.
+    /// A rule that may match: see `Ruleset::eval`. The positions are where the stage starts, the rule's, and the next.
     fn possible(
         &mut self,
         rule: Rule,
-        key: Key,
-        next: Key,
+        [start, key, next]: [Key; 3],
         cubes: &[Cube],
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
@@ -436,9 +442,8 @@ impl Flattener<'_> {
             Action::Continue => {}
             Action::Drop if key.doubt => {}
             Action::Drop => {
-                let onward = self.go_on(Key { doubt: true, ..next });
+                let onward = self.go_on(Key { doubt: true, ..start });
                 emit(entries, cubes, rule, &onward);
-                *comes_back = true;
             }
             Action::Jump(to) => {
                 let stack = self.push(key.stack, key.chain, next.rule, true);

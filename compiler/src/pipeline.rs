@@ -10,7 +10,7 @@ use polc_ir::ruleset::Ruleset;
 use crate::bound::bound;
 use crate::decide::decide;
 use crate::flatten::flatten;
-use crate::select::{Devices, Prefer, select_with};
+use crate::select::{Devices, Prefer, select, structure};
 
 /// A rule set at every level down to the plan.
 #[derive(Clone, Debug)]
@@ -47,13 +47,14 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let mut classifier = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let mut decision = decide(&classifier);
-    if bound(ruleset, &mut classifier, &decision, &mut diagnostics) {
+    let structures = structure(&classifier, devices, prefer);
+    let mut decision = decide(&classifier, &structures.walked);
+    if bound(ruleset, &mut classifier, &decision, &structures.walked, &mut diagnostics) {
         assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
-        decision = decide(&classifier);
+        decision = decide(&classifier, &structures.walked);
     }
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
-    let plan = select_with(&classifier, &decision, devices, prefer);
+    let plan = select(&classifier, &decision, structures);
     assert_eq!(plan.verify(), Vec::<String>::new(), "select makes a well-formed plan");
     Compiled { classifier, decision, plan, diagnostics }
 }

@@ -14,7 +14,7 @@ use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::diag::Severity;
 use polc_ir::env::{Connection, Connections, Env, Input, Mode, Place, ct_state};
 use polc_ir::field::Field;
-use polc_ir::hook::{Hook, Semantics};
+use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::Verdict;
 use polc_ir::packet::View;
 use polc_ir::ruleset::Ruleset;
@@ -152,7 +152,7 @@ fn one(seed: u64, packets: usize) {
     let env = Env::default();
     // Every structure gets its share of small rule sets, whatever the cost model thinks of it.
     let prefer =
-        [Prefer::Matrix, Prefer::Linear, Prefer::Cheapest, Prefer::Matrix, Prefer::Walk][seed as usize % 5];
+        [Prefer::Matrix, Prefer::Linear, Prefer::Cheapest, Prefer::Groups, Prefer::Walk][seed as usize % 5];
     let compiled = polc::compile_with(&ruleset, &place, &env, &devices, prefer);
     assert!(compiled.diagnostics.is_empty(), "seed {seed}: {:?}", compiled.diagnostics);
     let attach = attach_for(hook);
@@ -211,5 +211,71 @@ fn dropped_in_every_state(ruleset: &Ruleset, place: &Place, env: &Env, input: &I
             "{:?} in state {state:#x}: {verdict} for {input:02x?}\n{text}",
             place.connections
         );
+    }
+}
+
+/// A chain of many rules whose addresses, prefixes and services meet often enough that most packets match.
+fn many(random: &mut Random, family: Family, count: usize) -> String {
+    let address = |random: &mut Random| -> String {
+        let (a, b, c) = (random.below(40), random.below(30), random.below(200));
+        let (text, lengths) = match family {
+            Family::V4 => (format!("10.{a}.{b}.{c}"), [0, 8, 16, 24, 30, 32, 32, 32]),
+            Family::V6 => (format!("2001:db8:{a:x}::{b:x}:{c:x}"), [0, 32, 48, 64, 112, 128, 128, 128]),
+        };
+        format!("{text}/{}", lengths[random.below(lengths.len())])
+    };
+    let mut text = String::from("*filter\n:INPUT DROP [0:0]\n");
+    for _ in 0..count {
+        write!(text, "-A INPUT -s {} -d {}", address(random), address(random)).expect("strings take text");
+        match random.below(4) {
+            0 => {}
+            1 => write!(text, " -p udp -m udp --dport {}", random.below(30)).expect("strings take text"),
+            2 => write!(text, " -p tcp -m tcp --dport {}:65535", random.below(9) * 1_000)
+                .expect("strings take text"),
+            _ => text.push_str(" -p tcp -m tcp --syn"),
+        }
+        text.push_str(pick(random, &[" -j ACCEPT\n", " -j DROP\n"]));
+    }
+    text + "COMMIT\n"
+}
+
+#[test]
+fn large_rule_sets_are_decided_by_groups() {
+    for (seed, family) in [(1, Family::V4), (2, Family::V6)] {
+        let text = many(&mut Random::new(seed), family, 1_500);
+        let mut sources = SourceMap::new();
+        let file = sources.add("many", text.as_str());
+        let options = ParseOptions { family: Some(family), ..ParseOptions::default() };
+        let (dump, _) = parse(&sources, file, &options);
+        let ruleset = lower(&dump, &[], Semantics::Legacy);
+        assert_eq!(ruleset.rules.len(), 1_500);
+        let place = place(&[Hook::Input], attach_for(Hook::Input), Mode::Replace, false);
+        let (env, devices) = (Env::default(), Devices::default());
+        let compiled = polc::compile_with(&ruleset, &place, &env, &devices, Prefer::Groups);
+        assert!(compiled.plan.walk.nodes.is_empty(), "{family}: nothing is left to the walk");
+        let structure = compiled.plan.to_string();
+        assert!(structure.contains(" groups, "), "{family}: {structure}");
+        let attach = attach_for(Hook::Input);
+        let target = Target {
+            attach,
+            name: "polc".into(),
+            rule: &|_| None::<RuleLine>,
+            chain: &|_| None,
+            semantics: Semantics::Legacy,
+            trace: false,
+            suspend: false,
+        };
+        let object = emit(&compiled.plan, &target).expect("it is small");
+        let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");
+        for input in Witnesses::new(&compiled.classifier, &[], seed).take(PACKETS) {
+            let of = |level| run(level, &ruleset, &compiled, &env, &input, &mut State::new(seed));
+            let expected = of(Level::Ruleset);
+            assert_eq!(of(Level::Plan), expected, "{family}: {input:02x?}");
+            let said = program.run(&compiled.plan, &input);
+            assert!(
+                said.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted)),
+                "{family} rbpf: {said:?} instead of {expected:?} for {input:02x?}"
+            );
+        }
     }
 }

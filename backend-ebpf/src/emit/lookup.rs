@@ -1,23 +1,21 @@
-//! Look-up steps: a line of operations becomes a line of instructions, one register a value.
+//! Look-up steps: a line of operations becomes a line of instructions.
 //!
 //! All tables of a plan are one read-only map, each table at its own offset, so that an address is one instruction and
 //! an addition. An offset is masked to its table unless it follows from the operations before it that it can't lead
 //! out, by the same reasoning as the kernel's verifier. The last read turns the exit's number into a word that says
 //! what to do; all exits that only end share the code that counts and returns.
 
-use polc_ir::entities::{Data, Value};
+use polc_ir::entities::Data;
 use polc_ir::outcome::Verdict;
 use polc_ir::plan::{AluKind, LookupStep, Op, Operand as OpOperand, PlanExit, Target as PlanTarget};
 
 use super::steps::StepLabels;
+use super::values::{Values, make};
 use super::{Emitter, TABLES_MAP, return_code};
 use crate::abi;
 use crate::asm::Label;
 use crate::insn::{AluOp, Cond, Operand, Reg, Size};
 use crate::object::{DataSection, MapDef};
-
-/// Registers that hold values. `r0` is scratch, `r6` the context.
-const REGISTERS: [Reg; 8] = [Reg::R1, Reg::R2, Reg::R3, Reg::R4, Reg::R5, Reg::R7, Reg::R8, Reg::R9];
 
 /// Tables begin at multiples of a cache line.
 const ALIGN: usize = 64;
@@ -184,39 +182,27 @@ impl Emitter<'_> {
         }
     }
 
-    /// The operations; gives the register of the result. `None` if there are too few registers.
+    /// The operations; gives the register of the result. `None` if there is no room for the values.
     fn operations(&mut self, data: &LookupStep, map: polc_ir::entities::Map) -> Option<Reg> {
         let known = data.known(&self.plan.tables);
-        let last = data.last_uses();
-        let mut registers: Vec<Option<Reg>> = vec![None; data.ops.len()];
-        let mut free: Vec<Reg> = REGISTERS.iter().rev().copied().collect();
+        let mut values = Values::new(data);
         for (value, op) in data.ops.iter() {
-            let at = value.as_u32() as usize;
-            let register = |of: Value| registers[of.as_u32() as usize];
-            let dies = |of: Value| last[of.as_u32() as usize] == at;
-            // A register is free again once the last operation that uses it has read it.
-            let into = match *op {
-                Op::Word(_) | Op::Const(_) => free.pop()?,
-                Op::Alu(_, a, OpOperand::Value(b)) if dies(a) && a != b => register(a)?,
-                Op::Alu(_, a, OpOperand::Const(_)) | Op::Read(_, a) if dies(a) => register(a)?,
-                _ => free.pop()?,
-            };
             let asm = &mut self.asm;
+            let layout = self.layout;
             match *op {
-                Op::Word(word) => asm.load(Size::W, into, Reg::FP, self.layout.word(word)),
-                Op::Const(value) => match i32::try_from(value) {
-                    Ok(value) => asm.mov64(into, value),
-                    Err(_) => match u32::try_from(value) {
-                        Ok(value) => asm.mov32(into, Operand::bits(value)),
-                        Err(_) => asm.load_imm64(into, value),
-                    },
-                },
+                Op::Word(_) | Op::Const(_) => {
+                    let into = values.define(asm, data, value, None)?;
+                    make(asm, layout, *op, into);
+                }
                 Op::Alu(kind, a, b) => {
-                    let source = register(a)?;
+                    let source = values.bring(asm, data, layout, a)?;
                     let b: Operand = match b {
-                        OpOperand::Value(b) => register(b)?.into(),
+                        OpOperand::Value(b) => values.bring(asm, data, layout, b)?.into(),
                         OpOperand::Const(b) => (b as i32).into(),
                     };
+                    // The result takes the place of the first operand, unless the second needs that one.
+                    let reuse = if b == Operand::Reg(source) { None } else { Some(a) };
+                    let into = values.define(asm, data, value, reuse)?;
                     if into != source {
                         asm.mov64(into, source);
                     }
@@ -234,28 +220,15 @@ impl Emitter<'_> {
                     asm.alu64(op, into, b);
                 }
                 Op::Read(table, offset) => {
-                    let source = register(offset)?;
+                    let source = values.bring(asm, data, layout, offset)?;
+                    let into = values.define(asm, data, value, Some(offset))?;
                     let known = known[offset.as_u32() as usize];
                     self.read(map, table, into, source, known.max, known.zeros);
                 }
             }
-            for operand in op.operands() {
-                let register = registers[operand.as_u32() as usize];
-                if dies(operand)
-                    && let Some(register) = register
-                    && register != into
-                    && !free.contains(&register)
-                {
-                    free.push(register);
-                }
-            }
-            registers[at] = Some(into);
-            // A value that nothing uses.
-            if last[at] == at && value != data.result {
-                free.push(into);
-            }
+            values.done(data, value);
         }
-        registers[data.result.as_u32() as usize]
+        values.bring(&mut self.asm, data, self.layout, data.result)
     }
 
     fn read(

@@ -38,6 +38,7 @@ mod netfilter;
 mod set;
 mod steps;
 mod trace;
+mod values;
 mod walk;
 
 /// The counter map: packets and bytes as two 64-bit numbers, a slot for each of `Plan::traces`.

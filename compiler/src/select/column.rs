@@ -8,32 +8,32 @@ use polc_ir::plan::AluKind;
 
 use super::classes::FastMap;
 use super::line::Line;
-use super::problem::{Column, Run};
+use super::problem::{Masked, Run};
 use super::search::search;
 
 /// Writes the search of a column whose values make these runs; a class stands for what `map` gives.
-pub(super) fn look_up(line: &mut Line<'_>, column: &Column, runs: &[Run], map: &dyn Fn(u32) -> u64) -> Value {
+pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dyn Fn(u32) -> u64) -> Value {
     let runs = merged(runs.iter().map(|run| (run.start, map(run.class))));
-    let words = column.slot.words;
-    let mask = |index: u8| (column.mask >> (32 * u32::from(words - 1 - index))) as u32;
+    let words = field.slot.words;
+    let mask = |index: u8| (field.mask >> (32 * u32::from(words - 1 - index))) as u32;
     let word = |line: &mut Line<'_>, index: u8| {
-        let value = line.word(column.slot.word + index);
+        let value = line.word(field.slot.word + index);
         // A word holds no bits above the field's own, so a mask of all of those changes nothing.
-        let whole = u32::from(column.field_bits.saturating_sub(32 * (words - 1 - index)).min(32));
+        let whole = u32::from(field.field_bits.saturating_sub(32 * (words - 1 - index)).min(32));
         let all = u64::from(u32::MAX) >> (32 - whole.max(1));
         if u64::from(mask(index)) == all { value } else { line.with(AluKind::And, value, mask(index).into()) }
     };
     if words == 1 {
-        return search(line, &|line| word(line, 0), column.bits.into(), &narrow(&runs));
+        return search(line, &|line| word(line, 0), field.bits.into(), &narrow(&runs));
     }
-    if words == 2 && column.bits <= 63 {
+    if words == 2 && field.bits <= 63 {
         let number = |line: &mut Line<'_>| {
             let high = word(line, 0);
             let high = line.with(AluKind::Shl, high, 32);
             let low = word(line, 1);
             line.alu(AluKind::Or, high, low)
         };
-        return search(line, &number, column.bits.into(), &narrow(&runs));
+        return search(line, &number, field.bits.into(), &narrow(&runs));
     }
     let mut labels: Vec<Vec<(u128, u64)>> = vec![runs];
     let mut state: Option<Value> = None;

@@ -1,16 +1,16 @@
 //! Writes look-up steps: operations and tables, each made once.
 
-use std::collections::HashMap;
-
 use cranelift_entity::PrimaryMap;
 use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable, Op, Operand};
+
+use super::classes::FastMap;
 
 /// The tables of a plan. Equal tables are one.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     all: PrimaryMap<Data, DataTable>,
-    known: HashMap<DataTable, Data>,
+    known: FastMap<DataTable, Data>,
 }
 
 impl Tables {
@@ -110,9 +110,34 @@ impl<'a> Line<'a> {
         self.alu(kind, a, b)
     }
 
-    /// The element that begins at `offset` bytes of a table of these elements.
-    pub(super) fn read(&mut self, table: DataTable, offset: Value) -> Value {
-        let table = self.tables.add(table);
+    /// The smaller of two values below 2^63.
+    pub(super) fn min(&mut self, a: Value, b: Value) -> Value {
+        // b + (a - b if that is negative)
+        let less = self.alu(AluKind::Sub, a, b);
+        let sign = self.with(AluKind::Sar, less, 63);
+        let less = self.alu(AluKind::And, less, sign);
+        self.alu(AluKind::Add, less, b)
+    }
+
+    /// A table to read.
+    pub(super) fn table(&mut self, table: DataTable) -> Data {
+        self.tables.add(table)
+    }
+
+    /// Bytes of a table's elements.
+    pub(super) fn width(&self, table: Data) -> u64 {
+        self.tables.all[table].width.into()
+    }
+
+    /// The element that begins at `offset` bytes of a table.
+    pub(super) fn read(&mut self, table: Data, offset: Value) -> Value {
         self.ops.push(Op::Read(table, offset))
+    }
+
+    /// The element of this index.
+    pub(super) fn index(&mut self, table: Data, index: Value) -> Value {
+        let shift = self.width(table).trailing_zeros();
+        let offset = self.with(AluKind::Shl, index, shift.into());
+        self.read(table, offset)
     }
 }

@@ -11,7 +11,7 @@ use polc_ir::plan::{AluKind, DataTable};
 use super::classes::{Sets, cut_after, first_of_both, insert};
 use super::column::look_up;
 use super::line::Line;
-use super::problem::{Column, Problem, Run};
+use super::problem::{Masked, Problem, Run};
 
 /// Entries that bit sets are good for.
 const ENTRIES_MAX: usize = 1 << 13;
@@ -27,8 +27,7 @@ const WORDS_MAX: usize = 1 << 26;
 
 /// A stage as tables.
 #[derive(Debug)]
-pub(super) struct Matrix<'a> {
-    problem: &'a Problem,
+pub(super) struct Matrix {
     nodes: Vec<Node>,
     /// For each class of the last node, its exit.
     exits: Vec<u32>,
@@ -37,7 +36,7 @@ pub(super) struct Matrix<'a> {
 #[derive(Clone, Debug)]
 enum Node {
     /// The classes of a column's values.
-    Column { column: usize, runs: Vec<Run> },
+    Column { field: Masked, runs: Vec<Run> },
     /// The class of two classes is `cells[left * width + right]`.
     Pair { left: usize, right: usize, width: usize, cells: Vec<u32> },
 }
@@ -52,15 +51,58 @@ struct Partial {
 }
 
 /// Makes the tables, if they are small enough.
-pub(super) fn matrix(problem: &Problem) -> Option<Matrix<'_>> {
+pub(super) fn matrix(problem: &Problem) -> Option<Matrix> {
+    let (nodes, last) = combine(problem, Wanted::First)?;
+    let exits = (0..last.sets.len() as u32)
+        .map(|class| {
+            let entry = first_of_both(last.sets.get(class), last.sets.get(class));
+            // A combination that no packet has may have no entry.
+            entry.map_or(0, |entry| problem.exit_of[entry])
+        })
+        .collect();
+    Some(Matrix { nodes, exits })
+}
+
+/// The sets of entries that packets satisfy, as classes.
+#[derive(Debug)]
+pub(super) struct Classes {
+    tables: Matrix,
+    /// For each class, the entries.
+    pub(super) sets: Sets,
+}
+
+/// Makes tables that tell all the entries a packet satisfies, if they are small enough.
+pub(super) fn classes(problem: &Problem) -> Option<Classes> {
+    let (nodes, last) = combine(problem, Wanted::All)?;
+    Some(Classes { tables: Matrix { nodes, exits: Vec::new() }, sets: last.sets })
+}
+
+impl Classes {
+    /// Writes the look-up; a class stands for what `map` gives.
+    pub(super) fn write(&self, line: &mut Line<'_>, map: &dyn Fn(u32) -> u64) -> Value {
+        self.tables.node(line, self.tables.nodes.len() - 1, map)
+    }
+}
+
+/// What a look-up is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The first entry.
+    First,
+    /// All entries.
+    All,
+}
+
+/// Combines all columns.
+fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
     if problem.entries.len() > ENTRIES_MAX
         || problem.columns.iter().any(|column| column.predicates.len() > PREDICATES_MAX)
     {
         return None;
     }
-    let mut builder = Builder { problem, nodes: Vec::new(), work: 0 };
+    let mut builder = Builder { problem, wanted, nodes: Vec::new(), work: 0 };
     let mut partials: Vec<Partial> =
-        (0..problem.columns.len()).map(|column| builder.column(column)).collect();
+        (0..problem.columns.len()).map(|column| builder.column(column)).collect::<Option<_>>()?;
     // A column that tells nothing apart is not looked at; one has to be.
     while partials.len() > 1
         && let Some(idle) = partials.iter().position(|partial| partial.sets.len() == 1)
@@ -105,15 +147,7 @@ pub(super) fn matrix(problem: &Problem) -> Option<Matrix<'_>> {
     } else if partials.len() == 2 {
         partials = vec![builder.last(&partials[0].clone(), &partials[1].clone())?];
     }
-    let last = &partials[0];
-    let exits = (0..last.sets.len() as u32)
-        .map(|class| {
-            let entry = first_of_both(last.sets.get(class), last.sets.get(class));
-            // A combination that no packet has may have no entry.
-            entry.map_or(0, |entry| problem.exit_of[entry])
-        })
-        .collect();
-    Some(Matrix { problem, nodes: builder.nodes, exits })
+    Some((builder.nodes, partials.remove(0)))
 }
 
 /// The two that make the smallest table.
@@ -125,15 +159,19 @@ fn smallest(partials: &[Partial]) -> Option<(usize, usize)> {
 
 struct Builder<'a> {
     problem: &'a Problem,
+    wanted: Wanted,
     nodes: Vec<Node>,
     /// Words looked at so far.
     work: usize,
 }
 
 impl Builder<'_> {
-    /// Entries that test nothing but these columns.
+    /// Entries that test nothing but these columns, and so win over all behind them; none if all are wanted.
     fn done(&self, columns: &[bool]) -> Vec<u64> {
         let mut done = vec![0; self.problem.entries.len().div_ceil(64).max(1)];
+        if self.wanted == Wanted::All {
+            return done;
+        }
         for (entry, tests) in self.problem.entries.iter().enumerate() {
             if tests.iter().all(|&(column, _)| columns[column as usize]) {
                 insert(&mut done, entry);
@@ -142,7 +180,7 @@ impl Builder<'_> {
         done
     }
 
-    fn column(&mut self, column: usize) -> Partial {
+    fn column(&mut self, column: usize) -> Option<Partial> {
         let problem = self.problem;
         let mut sets = Sets::new(problem.entries.len());
         let words = sets.words();
@@ -161,11 +199,17 @@ impl Builder<'_> {
         // Every entry tests for one set of a column, so that the entries of sets are apart.
         let mut now = untested;
         let mut kept = vec![0; words];
-        for (start, changes) in problem.columns[column].changes() {
-            for (predicate, begins) in changes {
+        let events = problem.columns[column].events();
+        let mut start = 0;
+        let mut at = 0;
+        loop {
+            while let Some(&(value, predicate, begins)) = events.get(at)
+                && value == start
+            {
                 for (word, entries) in now.iter_mut().zip(&testing[predicate as usize]) {
                     *word = if begins { *word | entries } else { *word & !entries };
                 }
+                at += 1;
             }
             kept.copy_from_slice(&now);
             if let Some(first) = first_of_both(&kept, &done) {
@@ -175,9 +219,15 @@ impl Builder<'_> {
             if runs.last().is_none_or(|run| run.class != class) {
                 runs.push(Run { start, class });
             }
+            match events.get(at) {
+                Some(&(value, ..)) => start = value,
+                None => break,
+            }
         }
-        self.nodes.push(Node::Column { column, runs });
-        Partial { node: self.nodes.len() - 1, sets, columns }
+        self.afford(runs.len(), words)?;
+        let field = problem.columns[column].field;
+        self.nodes.push(Node::Column { field, runs });
+        Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
     /// The table of two.
@@ -217,8 +267,11 @@ impl Builder<'_> {
         Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
-    /// The table of two that gives the first entry.
+    /// The table of two that gives what is wanted.
     fn last(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
+        if self.wanted == Wanted::All {
+            return self.pair(left, right);
+        }
         let exits = self.problem.exits.len();
         let mut sets = Sets::new(self.problem.entries.len());
         let (height, width) = (left.sets.len(), right.sets.len());
@@ -247,7 +300,7 @@ impl Builder<'_> {
     }
 }
 
-impl Matrix<'_> {
+impl Matrix {
     /// Writes the look-up; the value is the index of the problem's exit.
     pub(super) fn write(&self, line: &mut Line<'_>) -> Value {
         let exits = &self.exits;
@@ -266,14 +319,11 @@ impl Matrix<'_> {
     /// Writes a node, a class of which stands for what `map` gives. Depth is bounded by the number of columns.
     fn node(&self, line: &mut Line<'_>, node: usize, map: &dyn Fn(u32) -> u64) -> Value {
         match &self.nodes[node] {
-            Node::Column { column, runs } => {
-                let column: &Column = &self.problem.columns[*column];
-                look_up(line, column, runs, map)
-            }
+            Node::Column { field, runs } => look_up(line, *field, runs, map),
             Node::Pair { left, right, width, cells } => {
                 let cells: Vec<u64> = cells.iter().map(|&class| map(class)).collect();
-                let table = DataTable::new(&cells);
-                let (bytes, width) = (u64::from(table.width), *width as u64);
+                let table = line.table(DataTable::new(&cells));
+                let (bytes, width) = (line.width(table), *width as u64);
                 let left = self.node(line, *left, &|class| u64::from(class) * width * bytes);
                 let right = self.node(line, *right, &|class| u64::from(class) * bytes);
                 let offset = line.alu(AluKind::Add, left, right);

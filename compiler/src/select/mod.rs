@@ -1,8 +1,9 @@
 //! `select`: fields get words of the key, devices get classes, and each stage becomes code, tables or both.
 //!
 //! A structure takes a stage or hands it back. Comparing (`linear`) takes short stages, matrices of classes
-//! (`matrix`) all whose tables stay small; of two that take a stage the cost model (`cost`) chooses. The walk table
-//! takes anything, and everything behind it.
+//! (`matrix`) all whose tables stay small, grouped classes (`groups`) any number of entries that ask for few different
+//! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
+//! and everything behind it.
 
 use std::collections::BTreeMap;
 
@@ -23,6 +24,8 @@ use polc_ir::plan::{
     PlanExit, StepData, Target, Trace, WordTest, WordWrite,
 };
 
+pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
+use self::groups::groups;
 use self::line::{Line, Tables};
 use self::matrix::matrix;
 use self::problem::Problem;
@@ -31,12 +34,16 @@ use self::words::word_ranges;
 mod classes;
 mod column;
 mod cost;
+mod cuckoo;
+mod explain;
+mod groups;
 mod line;
 mod matrix;
 mod members;
 mod problem;
 mod search;
 mod walk;
+mod wide;
 mod words;
 
 /// The devices a program is made for.
@@ -60,6 +67,8 @@ pub enum Prefer {
     Linear,
     /// Matrices of classes, where they are small.
     Matrix,
+    /// Grouped classes.
+    Groups,
     /// The walk table.
     Walk,
 }
@@ -77,6 +86,9 @@ const INSNS_PER_OP: usize = 4;
 /// Instructions that a word test becomes, and an exit.
 const INSNS_PER_TEST: usize = 4;
 
+/// Bytes of tables below which no other structure is tried.
+const SMALL_BYTES: usize = 256 << 10;
+
 /// Bytes that the tables of one stage may have.
 const TABLE_BYTES_MAX: usize = 64 << 20;
 
@@ -91,18 +103,24 @@ pub const LOOKED_UP_BY: [Field; 7] = [
     Field::DstPort,
 ];
 
-/// Chooses how every stage is decided.
-pub fn select(classifier: &Classifier, decision: &Decision, devices: &Devices) -> Plan {
-    select_with(classifier, decision, devices, Prefer::Cheapest)
+/// What every stage is decided by.
+#[derive(Debug)]
+pub struct Structures {
+    keys: Keys,
+    tables: Tables,
+    shapes: SecondaryMap<Stage, Option<Shape>>,
+    /// The stages that the walk table decides.
+    pub walked: SecondaryMap<Stage, bool>,
 }
 
-/// Chooses how every stage is decided, by preference.
-pub fn select_with(classifier: &Classifier, decision: &Decision, devices: &Devices, prefer: Prefer) -> Plan {
-    let selector = Selector::new(classifier, devices);
+/// Finds a structure for every stage, by preference.
+pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
+    let keys = Keys::new(classifier, devices);
+    let selector = Selector { classifier, keys: &keys };
     let mut tables = Tables::default();
     let mut shapes: SecondaryMap<Stage, Option<Shape>> = SecondaryMap::new();
     // Where packets may come from: the root comes first, stages lead to smaller numbers.
-    let (mut by_code, mut by_walk) = (SecondaryMap::new(), SecondaryMap::new());
+    let (mut by_code, mut walked) = (SecondaryMap::new(), SecondaryMap::new());
     by_code[classifier.root] = true;
     let mut insns = 0;
     for stage in classifier.stages.keys().rev() {
@@ -115,24 +133,32 @@ pub fn select_with(classifier: &Classifier, decision: &Decision, devices: &Devic
                     insns += shape.insns();
                     shapes[stage] = Some(shape);
                 }
-                None => by_walk[stage] = true,
+                None => walked[stage] = true,
             }
         }
         for &entry in &classifier.stages[stage].entries {
             for next in classifier.entries[entry].exit.successors() {
                 by_code[next] |= shapes[stage].is_some();
-                by_walk[next] |= by_walk[stage];
+                walked[next] |= walked[stage];
             }
         }
     }
-    let (walk, walk_roots) = selector.walk(decision, &by_walk);
+    Structures { keys, tables, shapes, walked }
+}
+
+/// Makes a plan of the structures. `decision` is what the walk table is made of.
+pub fn select(classifier: &Classifier, decision: &Decision, structures: Structures) -> Plan {
+    let Structures { keys, tables, mut shapes, walked } = structures;
+    let selector = Selector { classifier, keys: &keys };
+    let counting = Counting::new(&selector);
+    let (walk, walk_roots) = selector.walk(&counting, decision, &walked);
     let mut steps: PrimaryMap<Step, StepData> = PrimaryMap::new();
     let mut targets: SecondaryMap<Stage, Option<Target>> = SecondaryMap::new();
     for stage in classifier.stages.keys() {
         targets[stage] = match shapes[stage].take() {
             Some(shape) => {
                 let target = |next: Stage| targets[next].expect("what code leads to comes before it");
-                Some(Target::Step(steps.push(selector.step(stage, shape, target))))
+                Some(Target::Step(steps.push(selector.step(&counting, stage, shape, target))))
             }
             None => walk_roots[stage].map(Target::Walk),
         };
@@ -143,12 +169,12 @@ pub fn select_with(classifier: &Classifier, decision: &Decision, devices: &Devic
         root: targets[classifier.root].expect("the root is decided"),
         members: members::steps(classifier, |field| selector.slot(field)),
         set_tables: members::tables(classifier),
-        key: selector.key,
-        devices: selector.devices,
+        traces: counting.traces,
+        key: keys.key,
+        devices: keys.devices,
         steps,
         tables: tables.finish(),
         walk,
-        traces: selector.traces,
         derived: classifier.derived.clone(),
         sets: classifier.sets.clone(),
         effect_tests: classifier.effect_tests.iter().map(|(_, test)| test.kind).collect(),
@@ -187,18 +213,68 @@ impl Shape {
     }
 }
 
-struct Selector<'a> {
-    classifier: &'a Classifier,
+/// Where fields are in the key, and devices as classes.
+#[derive(Debug)]
+struct Keys {
     key: Vec<KeySlot>,
     devices: DeviceClasses,
     /// For each class the value (a device's name) that stands for it, to evaluate tests on.
     class_values: Vec<u128>,
+}
+
+/// What packets are counted for.
+struct Counting {
     traces: Vec<Trace>,
     slots: BTreeMap<Trace, u32>,
 }
 
-impl<'a> Selector<'a> {
-    fn new(classifier: &'a Classifier, devices: &Devices) -> Selector<'a> {
+struct Selector<'a> {
+    classifier: &'a Classifier,
+    keys: &'a Keys,
+}
+
+impl Counting {
+    fn new(selector: &Selector<'_>) -> Counting {
+        let classifier = selector.classifier;
+        let frames = [
+            FrameKind::Runt,
+            FrameKind::NotIp,
+            FrameKind::OtherFamily,
+            FrameKind::Vlan,
+            FrameKind::Malformed,
+            FrameKind::UnknownDevice,
+        ];
+        let many_headers = (classifier.family == Family::V6).then_some(FrameKind::ManyHeaders);
+        let mut traces: Vec<Trace> = classifier
+            .entries
+            .values()
+            .filter_map(trace)
+            .chain(
+                frames
+                    .into_iter()
+                    .chain(many_headers)
+                    .map(|kind| frame_ending(kind, classifier.place.mode).into()),
+            )
+            .collect();
+        traces.sort_unstable();
+        traces.dedup();
+        let mut counting = Counting { traces: Vec::new(), slots: BTreeMap::new() };
+        for trace in traces {
+            let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {
+                ending: Some(Ending { verdict: Verdict::Defer, ..ending }),
+                if_absent: false,
+                ..trace.clone()
+            });
+            counting.slots.insert(trace.clone(), counting.traces.len() as u32);
+            counting.traces.push(trace);
+            counting.traces.extend(deferred);
+        }
+        counting
+    }
+}
+
+impl Keys {
+    fn new(classifier: &Classifier, devices: &Devices) -> Keys {
         let family = classifier.family;
         let mut fields: Vec<Field> = classifier
             .entries
@@ -229,55 +305,15 @@ impl<'a> Selector<'a> {
             key.push(KeySlot { field, word, words });
             word += words;
         }
-        let mut selector = Selector {
-            classifier,
-            key,
-            devices: DeviceClasses::default(),
-            class_values: Vec::new(),
-            traces: Vec::new(),
-            slots: BTreeMap::new(),
-        };
-        selector.classes(devices);
-        let frames = [
-            FrameKind::Runt,
-            FrameKind::NotIp,
-            FrameKind::OtherFamily,
-            FrameKind::Vlan,
-            FrameKind::Malformed,
-            FrameKind::UnknownDevice,
-        ];
-        let many_headers = (classifier.family == Family::V6).then_some(FrameKind::ManyHeaders);
-        let mut traces: Vec<Trace> = classifier
-            .entries
-            .values()
-            .filter_map(trace)
-            .chain(
-                frames
-                    .into_iter()
-                    .chain(many_headers)
-                    .map(|kind| frame_ending(kind, classifier.place.mode).into()),
-            )
-            .collect();
-        traces.sort_unstable();
-        traces.dedup();
-        for trace in traces {
-            let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {
-                ending: Some(Ending { verdict: Verdict::Defer, ..ending }),
-                if_absent: false,
-                ..trace.clone()
-            });
-            selector.slots.insert(trace.clone(), selector.traces.len() as u32);
-            selector.traces.push(trace);
-            selector.traces.extend(deferred);
-        }
-        selector
+        let mut keys = Keys { key, devices: DeviceClasses::default(), class_values: Vec::new() };
+        keys.classes(classifier, devices);
+        keys
     }
 
     /// Groups devices that no test tells apart.
-    fn classes(&mut self, devices: &Devices) {
+    fn classes(&mut self, classifier: &Classifier, devices: &Devices) {
         let tests: Vec<&Test> = {
-            let mut tests: Vec<&Test> = self
-                .classifier
+            let mut tests: Vec<&Test> = classifier
                 .entries
                 .values()
                 .flat_map(|entry| entry.cube.tests())
@@ -311,7 +347,7 @@ impl<'a> Selector<'a> {
         };
         let (values, names) = (&mut self.class_values, &mut self.devices.names);
         let mut declared = Vec::new();
-        if matches!(self.classifier.place.attach, Some(Attach::TcEgress | Attach::Netfilter)) {
+        if matches!(classifier.place.attach, Some(Attach::TcEgress | Attach::Netfilter)) {
             // A packet of this host's own has no input device, and one for this host no output device: number 0.
             declared.push((Device { ifindex: 0, name: DeviceName::default() }, 1));
         }
@@ -323,10 +359,12 @@ impl<'a> Selector<'a> {
         self.devices.fixed_out = devices.fixed_out.map(|name| class(name.value(), values, names));
         self.devices.devices = declared;
     }
+}
 
+impl Selector<'_> {
     fn slot(&self, field: Field) -> KeySlot {
-        let at = self.key.binary_search_by_key(&field, |slot| slot.field);
-        self.key[at.expect("every tested or written field has a slot")]
+        let at = self.keys.key.binary_search_by_key(&field, |slot| slot.field);
+        self.keys.key[at.expect("every tested or written field has a slot")]
     }
 
     /// A test as alternatives of word tests; none means that it never holds.
@@ -356,8 +394,8 @@ impl<'a> Selector<'a> {
             .collect()
     }
 
-    fn exit(&self, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
-        let count = trace(entry).map(|trace| self.slots[&trace]);
+    fn exit(&self, counting: &Counting, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
+        let count = trace(entry).map(|trace| counting.slots[&trace]);
         match &entry.exit {
             Exit::End(_) | Exit::EndIfAbsent(_) => PlanExit::End(count.expect("an end is a trace")),
             Exit::Then { writes, stage } => PlanExit::Then {
@@ -384,7 +422,7 @@ impl<'a> Selector<'a> {
         match prefer {
             Prefer::Walk => return None,
             Prefer::Linear => return linear,
-            Prefer::Cheapest | Prefer::Matrix => {}
+            Prefer::Cheapest | Prefer::Matrix | Prefer::Groups => {}
         }
         let few = linear.as_ref().is_some_and(|shape| match shape {
             Shape::Linear(entries) => entries.len() <= 1,
@@ -394,7 +432,7 @@ impl<'a> Selector<'a> {
             return linear;
         }
         let before = tables.len();
-        let lookup = self.lookup(stage, tables);
+        let lookup = self.lookup(stage, prefer, tables);
         match (linear, lookup) {
             (Some(linear), Some(lookup)) => {
                 if prefer == Prefer::Cheapest && linear.modelled() <= lookup.modelled() {
@@ -429,44 +467,90 @@ impl<'a> Selector<'a> {
         Some(Shape::Linear(entries))
     }
 
-    /// A stage as a look-up, if a structure takes it.
-    fn lookup(&self, stage: Stage, tables: &mut Tables) -> Option<Shape> {
+    /// A stage as a look-up, if a structure takes it; of two, the cheaper.
+    fn lookup(&self, stage: Stage, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
         let problem = Problem::new(self, stage);
         let before = tables.len();
-        let matrix = matrix(&problem)?;
-        let mut line = Line::new(tables);
-        let result = matrix.write(&mut line);
-        let ops = line.finish();
+        let by_matrix = (prefer != Prefer::Groups)
+            .then(|| {
+                let matrix = matrix(&problem)?;
+                write(stage, matrix.describe(), &problem.exits, tables, |line| Some(matrix.write(line)))
+            })
+            .flatten();
         let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
-        let step =
-            LookupStep { stage, structure: matrix.describe(), ops, result, exits: Vec::new(), modelled: 0 };
-        if bytes > TABLE_BYTES_MAX || step.ops.len() > LOOKUP_OPS_MAX || step.pressure() > PRESSURE_MAX {
-            tables.truncate(before);
-            return None;
+        if by_matrix.is_some() && (prefer == Prefer::Matrix || bytes <= SMALL_BYTES) {
+            return by_matrix;
         }
-        let modelled = cost::line(&step.ops, tables.all(), result);
-        let LookupStep { ops, structure, .. } = step;
-        Some(Shape::Lookup { ops, result, structure, exits: problem.exits, modelled })
+        let between = tables.len();
+        let by_groups = groups(&problem).and_then(|groups| {
+            write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
+        });
+        let better = |a: &Shape, b: &Shape| a.modelled() <= b.modelled();
+        match (by_matrix, by_groups) {
+            (Some(matrix), Some(groups)) if better(&matrix, &groups) => {
+                tables.truncate(between);
+                Some(matrix)
+            }
+            (Some(_), Some(_)) => {
+                // Written anew, without the tables of the matrix before its own.
+                tables.truncate(before);
+                let groups = self::groups::groups(&problem)?;
+                write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
+            }
+            (matrix, groups) => matrix.or(groups),
+        }
     }
 
     /// A stage's step, once the stages it leads to have theirs.
-    fn step(&self, stage: Stage, shape: Shape, target: impl Fn(Stage) -> Target) -> StepData {
+    fn step(
+        &self,
+        counting: &Counting,
+        stage: Stage,
+        shape: Shape,
+        target: impl Fn(Stage) -> Target,
+    ) -> StepData {
         let entries = &self.classifier.entries;
         match shape {
             Shape::Linear(shape) => {
                 let entries = shape.into_iter().map(|(entry, tests)| LinearEntry {
                     tests,
-                    exit: self.exit(&entries[entry], &target),
+                    exit: self.exit(counting, &entries[entry], &target),
                     rule: entries[entry].rule,
                 });
                 StepData::Linear(LinearStep { stage, entries: entries.collect() })
             }
             Shape::Lookup { ops, result, structure, exits, modelled } => {
-                let exits = exits.into_iter().map(|entry| self.exit(&entries[entry], &target)).collect();
+                let exits =
+                    exits.into_iter().map(|entry| self.exit(counting, &entries[entry], &target)).collect();
                 StepData::Lookup(LookupStep { stage, structure, ops, result, exits, modelled })
             }
         }
     }
+}
+
+/// Writes a look-up; `None`, and no tables, if it grows too large.
+fn write(
+    stage: Stage,
+    structure: String,
+    exits: &[Entry],
+    tables: &mut Tables,
+    ops: impl FnOnce(&mut Line<'_>) -> Option<Value>,
+) -> Option<Shape> {
+    let before = tables.len();
+    let mut line = Line::new(tables);
+    let result = ops(&mut line);
+    let ops = line.finish();
+    let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
+    if let Some(result) = result {
+        let step = LookupStep { stage, structure, ops, result, exits: Vec::new(), modelled: 0 };
+        if bytes <= TABLE_BYTES_MAX && step.ops.len() <= LOOKUP_OPS_MAX && step.pressure() <= PRESSURE_MAX {
+            let modelled = cost::line(&step.ops, tables.all(), result);
+            let LookupStep { ops, structure, .. } = step;
+            return Some(Shape::Lookup { ops, result, structure, exits: exits.to_vec(), modelled });
+        }
+    }
+    tables.truncate(before);
+    None
 }
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.

@@ -15,9 +15,9 @@ use polc_ir::plan::KeySlot;
 use super::Selector;
 use super::classes::FastMap;
 
-/// What entries test one field under one mask for.
-#[derive(Clone, Debug)]
-pub(super) struct Column {
+/// A field under a mask.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Masked {
     /// Where the field is in the key.
     pub(super) slot: KeySlot,
     /// The bits that count.
@@ -26,6 +26,13 @@ pub(super) struct Column {
     pub(super) field_bits: u8,
     /// How many bits masked values have.
     pub(super) bits: u8,
+}
+
+/// What entries test one field under one mask for.
+#[derive(Clone, Debug)]
+pub(super) struct Column {
+    /// What is looked at.
+    pub(super) field: Masked,
     /// The distinct sets, over masked values.
     pub(super) predicates: Vec<IntervalSet>,
 }
@@ -136,7 +143,8 @@ impl Problem {
                 Field::InDevice | Field::OutDevice => 16,
                 field => field.bits(selector.classifier.family),
             };
-            self.columns.push(Column { slot, mask, field_bits, bits: bits.max(1), predicates: Vec::new() });
+            let field = Masked { slot, mask, field_bits, bits: bits.max(1) };
+            self.columns.push(Column { field, predicates: Vec::new() });
             predicate_of.push(FastMap::default());
             self.columns.len() as u32 - 1
         });
@@ -155,9 +163,9 @@ impl Problem {
 }
 
 impl Column {
-    /// Where the sets that hold change: a value, and the sets that begin or end there. Starts at 0.
-    pub(super) fn changes(&self) -> Vec<(u128, Vec<(u32, bool)>)> {
-        let mut events: Vec<(u128, u32, bool)> = Vec::new();
+    /// Where sets begin to hold (true) and end to, ascending by value.
+    pub(super) fn events(&self) -> Vec<(u128, u32, bool)> {
+        let mut events: Vec<(u128, u32, bool)> = Vec::with_capacity(2 * self.predicates.len());
         for (predicate, set) in (0..).zip(&self.predicates) {
             for interval in set.intervals() {
                 events.push((interval.lo(), predicate, true));
@@ -167,27 +175,20 @@ impl Column {
             }
         }
         events.sort_unstable();
-        let mut changes: Vec<(u128, Vec<(u32, bool)>)> = vec![(0, Vec::new())];
-        for (at, predicate, begins) in events {
-            if changes.last().is_none_or(|(last, _)| *last != at) {
-                changes.push((at, Vec::new()));
-            }
-            changes.last_mut().expect("it is not empty").1.push((predicate, begins));
-        }
-        changes
+        events
     }
 
     /// The largest value.
     pub(super) fn top(&self) -> u128 {
-        max_value(self.bits)
+        max_value(self.field.bits)
     }
 }
 
 impl Selector<'_> {
     /// The classes of devices for which a test of a device's name holds.
     pub(super) fn device_classes(&self, test: &polc_ir::cube::Test) -> IntervalSet {
-        (1..self.class_values.len())
-            .filter(|&class| test.holds(self.class_values[class]))
+        (1..self.keys.class_values.len())
+            .filter(|&class| test.holds(self.keys.class_values[class]))
             .map(|class| Interval::point(class as u128))
             .collect()
     }

@@ -23,8 +23,21 @@ const COUNTED_MAX: usize = 5;
 /// Runs that are searched by halving: more take longer than any trie.
 const HALVED_MAX: usize = 1 << 21;
 
-/// Bytes of a trie that is worth trying.
-const TRIE_BYTES_MAX: usize = 1 << 26;
+/// Elements that a trie's root may have in any case, and for each run.
+const ROOT_ELEMENTS: usize = 1 << 8;
+const ROOT_ELEMENTS_PER_RUN: usize = 8;
+
+/// Elements for each run that a table of first bits may have.
+const FIRST_ELEMENTS_PER_RUN: usize = 8;
+
+/// Bytes that a processor fetches at once.
+const CACHE_LINE: usize = 64;
+
+/// Elements of a trie that is worth building: larger ones lose to sorted runs.
+const TRIE_ELEMENTS_MAX: usize = 1 << 18;
+
+/// First bits that are looked up before runs are halved.
+const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];
 
 /// How to search.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +46,8 @@ pub(super) enum Search {
     Count,
     /// Halve.
     Halve,
+    /// Look so many first bits up, then halve the runs that begin with them.
+    First(u32),
     /// Take so many bits at a time.
     Trie(Vec<u32>),
 }
@@ -62,7 +77,8 @@ pub(super) fn search(
         // What the number is made of costs every structure alike.
         let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
         let ops = trial.finish();
-        let cost = cost::line(&ops, tables.all(), result);
+        let cost =
+            cost::line(&ops, tables.all(), result).saturating_sub(near(&tables, &how, bits, runs) / 10);
         if best.as_ref().is_none_or(|(known, _)| cost < *known) {
             best = Some((cost, how));
         }
@@ -74,7 +90,14 @@ pub(super) fn search(
         consider(Search::Halve);
     }
     if runs.len() > 2 {
-        for strides in strides(bits) {
+        let worthwhile =
+            |&&first: &&u32| first < bits && 1usize << first <= FIRST_ELEMENTS_PER_RUN * runs.len();
+        for &first in FIRST_BITS.iter().filter(worthwhile) {
+            consider(Search::First(first));
+        }
+        // A root with many more elements than runs mostly repeats itself.
+        let root_max = (ROOT_ELEMENTS_PER_RUN * runs.len()).max(ROOT_ELEMENTS);
+        for strides in strides(bits).iter().filter(|strides| 1 << strides[0] <= root_max) {
             consider(Search::Trie(strides.to_vec()));
         }
     }
@@ -93,6 +116,7 @@ pub(super) fn write(
     match how {
         Search::Count => Some(count(line, number, runs)),
         Search::Halve => Some(halve(line, number, runs)),
+        Search::First(first) => Some(first_bits(line, number, bits, runs, *first)),
         Search::Trie(strides) => trie(line, number, bits, runs, strides),
     }
 }
@@ -145,12 +169,10 @@ fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Ru
     }
     // A number equal to `beyond` would count as at or above the padding: "below" is then 0 as it should be for a
     // number that no start exceeds, and the values that follow are those of the last run.
-    let table = DataTable::new(&laid_out);
-    let shift = u64::from(table.width.trailing_zeros());
+    let table = line.table(DataTable::new(&laid_out));
     let mut place = line.constant(1);
     for _ in 0..levels {
-        let offset = line.with(AluKind::Shl, place, shift);
-        let start = line.read(table.clone(), offset);
+        let start = line.index(table, place);
         let x = number(line);
         // 1 where the number is below the start.
         let below = line.alu(AluKind::Sub, x, start);
@@ -163,11 +185,96 @@ fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Ru
     let mut leaves: Vec<u64> = values;
     let last = *leaves.last().expect("there is a run");
     leaves.resize(size, last);
-    let leaves = DataTable::new(&leaves);
+    let leaves = line.table(DataTable::new(&leaves));
     let index = line.with(AluKind::Sub, place, size as u64);
-    let shift = u64::from(leaves.width.trailing_zeros());
-    let offset = line.with(AluKind::Shl, index, shift);
-    line.read(leaves, offset)
+    line.index(leaves, index)
+}
+
+/// Where the runs of numbers with the same first bits begin, and into how many parts halving may have to cut them.
+fn by_first_bits(bits: u32, runs: &Runs, first: u32) -> (Vec<usize>, u32) {
+    let shift = bits - first;
+    let mut begin = Vec::with_capacity(1 << first);
+    let (mut run, mut most) = (0, 0);
+    for high in 0..1u64 << first {
+        while runs.get(run + 1).is_some_and(|&(start, _)| start <= high << shift) {
+            run += 1;
+        }
+        begin.push(run);
+        let within = runs[run + 1..].iter().take_while(|(start, _)| start >> shift == high).count();
+        run += within;
+        most = most.max(within);
+    }
+    (begin, usize::BITS - most.leading_zeros())
+}
+
+/// Looks the first bits up, then halves. All runs' starts are in one ascending table, so that a step which goes beyond
+/// the runs of these first bits finds starts above the number, and nothing has to be padded.
+fn first_bits(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+    first: u32,
+) -> Value {
+    let (begin, steps) = by_first_bits(bits, runs, first);
+    // A number equal to the padding goes on in it, and there is the value of the last run.
+    let size = runs.len() + (1 << steps);
+    let last = runs.last().map_or(0, |&(start, _)| start);
+    let beyond = u64::MAX >> (64 - 8 * u32::from(DataTable::new(&[last]).width));
+    let beyond = beyond.min(i64::MAX as u64);
+    let mut starts: Vec<u64> = runs.iter().map(|&(start, _)| start).collect();
+    starts.resize(size.next_power_of_two(), beyond);
+    let mut values: Vec<u64> = runs.iter().map(|&(_, value)| value).collect();
+    values.resize(size, values.last().copied().unwrap_or(0));
+    let starts = line.table(DataTable::new(&starts));
+    let width = line.width(starts);
+    let begin: Vec<u64> = begin.into_iter().map(|run| run as u64 * width).collect();
+    let begin = line.table(DataTable::new(&begin));
+    let high = number(line);
+    let high = line.with(AluKind::Shr, high, (bits - first).into());
+    let mut at = line.index(begin, high);
+    for step in (0..steps).rev() {
+        let ahead = line.with(AluKind::Add, at, width << step);
+        let start = line.read(starts, ahead);
+        let x = number(line);
+        // 1 where the number is below the start: back again.
+        let below = line.alu(AluKind::Sub, x, start);
+        let below = line.with(AluKind::Shr, below, 63);
+        let back = line.with(AluKind::Shl, below, u64::from(width.trailing_zeros() + step));
+        at = line.alu(AluKind::Sub, ahead, back);
+    }
+    let values = line.table(DataTable::new(&values));
+    let (from, to) = (width.trailing_zeros(), line.width(values).trailing_zeros());
+    let offset = if to >= from {
+        line.with(AluKind::Shl, at, u64::from(to - from))
+    } else {
+        line.with(AluKind::Shr, at, u64::from(from - to))
+    };
+    line.read(values, offset)
+}
+
+/// What the cost model takes too much for a search whose reads are close together, in hundredths of a nanosecond.
+fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
+    let size = |table: usize| tables.all().values().nth(table).map_or(0, |table| table.bytes.len());
+    let width = DataTable::new(&[runs.last().map_or(0, |&(start, _)| start)]).width;
+    let saved = match how {
+        Search::Count | Search::Trie(_) => 0,
+        Search::Halve if runs.len() == 1 => 0,
+        // The first levels of the tree are read by every packet.
+        Search::Halve => {
+            let all = size(0);
+            let levels = (all / usize::from(width)).ilog2();
+            (0..levels).map(|level| cost::read(all) - cost::read(usize::from(width) << level)).sum()
+        }
+        // The last steps stay within what is there already.
+        Search::First(first) => {
+            let all = size(0);
+            let (_, steps) = by_first_bits(bits, runs, *first);
+            let near = steps.min((CACHE_LINE / usize::from(width)).ilog2());
+            u64::from(near) * (cost::read(all) - cost::read(CACHE_LINE))
+        }
+    };
+    saved as u32
 }
 
 /// A node of a level of a trie while it is built.
@@ -217,7 +324,7 @@ fn trie(
             own.insert(Part::Same(value), elements.len() as u64);
             elements.push(element(Part::Same(value), &places));
         }
-        if elements.len() * 8 > TRIE_BYTES_MAX {
+        if elements.len() > TRIE_ELEMENTS_MAX {
             return None;
         }
         let table = DataTable::new(&elements);
@@ -252,6 +359,7 @@ fn trie(
                 line.alu(AluKind::Add, base, part)
             }
         };
+        let table = line.table(table);
         element = Some((line.read(table, offset), mask_bits));
         shift -= strides.get(level + 1).map_or(0, |&stride| i64::from(stride));
     }
@@ -290,7 +398,7 @@ fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
                 None => {
                     let number = level.nodes.len() as u32;
                     elements += done.parts.len();
-                    if elements * 8 > TRIE_BYTES_MAX {
+                    if elements > TRIE_ELEMENTS_MAX {
                         return None;
                     }
                     known[done.level].insert(done.parts.clone(), number);
@@ -324,6 +432,79 @@ fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
         } else {
             let (level, shift, run) = (node.level + 1, node.shift - strides[node.level + 1], node.run);
             open.push(Open { level, shift, low, run, parts: Vec::new() });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use polc_ir::entities::Stage;
+    use polc_ir::plan::{LookupStep, PlanExit};
+
+    use super::*;
+    use crate::witness::Random;
+
+    /// What a structure says of a number of `bits` bits.
+    fn asked(tables: &mut Tables, bits: u32, runs: &Runs, how: &Search) -> Option<LookupStep> {
+        let number = |line: &mut Line<'_>| {
+            if bits <= 32 {
+                return line.word(0);
+            }
+            let high = line.word(1);
+            let high = line.with(AluKind::Shl, high, 32);
+            let low = line.word(0);
+            line.alu(AluKind::Or, high, low)
+        };
+        let mut line = Line::new(tables);
+        let result = write(&mut line, &number, bits, runs, how)?;
+        let ops = line.finish();
+        let (stage, structure) = (Stage::from_u32(0), String::new());
+        Some(LookupStep { stage, structure, ops, result, exits: vec![PlanExit::End(0)], modelled: 0 })
+    }
+
+    #[test]
+    fn every_search_finds_the_run_of_every_number() {
+        let mut random = Random::new(7);
+        for bits in [5u32, 8, 13, 16, 32, 40, 63] {
+            for count in [1usize, 2, 3, 5, 17, 200, 3_000] {
+                let top = u64::MAX >> (64 - bits);
+                let below =
+                    |random: &mut Random, bound: u64| random.below(bound.min(1 << 40) as usize) as u64;
+                // Some starts lie close together, some at the ends.
+                let mut starts: Vec<u64> = (1..count)
+                    .map(|_| match random.below(4) {
+                        0 => top - below(&mut random, 9.min(top)),
+                        1 => 1 + below(&mut random, 40.min(top)),
+                        _ => 1 + below(&mut random, top) * (top / (1 << 40)).max(1),
+                    })
+                    .filter(|start| (1..=top).contains(start))
+                    .collect();
+                starts.push(0);
+                starts.sort_unstable();
+                starts.dedup();
+                let runs: Vec<(u64, u64)> =
+                    (0..).zip(&starts).map(|(index, &start)| (start, 3 + index * 7 % 1_000)).collect();
+                let mut numbers = vec![0, top];
+                for &start in &starts {
+                    numbers.extend([start, start.saturating_sub(1), (start + 1).min(top)]);
+                }
+                numbers.extend((0..200).map(|_| below(&mut random, top)));
+                let mut ways = vec![Search::Count, Search::Halve];
+                ways.extend([3, 8, 11].into_iter().filter(|&first| first < bits).map(Search::First));
+                ways.extend(strides(bits).iter().map(|strides| Search::Trie(strides.to_vec())));
+                for how in ways {
+                    if how == Search::Count && runs.len() > COUNTED_MAX {
+                        continue;
+                    }
+                    let mut tables = Tables::default();
+                    let Some(step) = asked(&mut tables, bits, &runs, &how) else { continue };
+                    for &number in &numbers {
+                        let run = runs.partition_point(|&(start, _)| start <= number) - 1;
+                        let found = step.eval(tables.all(), &[number as u32, (number >> 32) as u32]);
+                        assert_eq!(found, runs[run].1, "{how:?}: {number:#x} of {bits} bits, {count} runs");
+                    }
+                }
+            }
         }
     }
 }

@@ -9,12 +9,13 @@ use polc_ir::entities::{Entry, Stage};
 use polc_ir::interval::IntervalSet;
 use polc_ir::plan::{PlanExit, Target, WalkNode, WalkRef, WalkTable, WordTest};
 
-use super::Selector;
+use super::{Counting, Selector};
 
 impl Selector<'_> {
     /// The stages that `needed` names in the walk table, and where each begins.
     pub(super) fn walk(
         &self,
+        counting: &Counting,
         decision: &Decision,
         needed: &SecondaryMap<Stage, bool>,
     ) -> (WalkTable, SecondaryMap<Stage, Option<WalkRef>>) {
@@ -32,7 +33,7 @@ impl Selector<'_> {
             }
             let first = walk.table.exits.len() as u32;
             for &entry in &data.entries {
-                let exit = self.exit(&classifier.entries[entry], |stage| {
+                let exit = self.exit(counting, &classifier.entries[entry], |stage| {
                     Target::Walk(roots[stage].expect("what a stage of the walk leads to is in it"))
                 });
                 walk.add_exit(exit);

@@ -424,7 +424,7 @@ pub(crate) struct CompileArgs {
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
     /// The object to write
-    #[arg(short, long, value_name = "OBJECT", value_hint = ValueHint::FilePath, required_unless_present = "emit")]
+    #[arg(short, long, value_name = "OBJECT", value_hint = ValueHint::FilePath, required_unless_present_any = ["emit", "explain_cost"])]
     pub output: Option<PathBuf>,
     /// Where the program sits
     #[arg(long, value_enum, value_name = "WHERE", default_value_t = AttachChoice::Xdp, help_heading = "Place")]
@@ -439,6 +439,9 @@ pub(crate) struct CompileArgs {
     /// Print these levels on standard output
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LEVEL")]
     pub emit: Vec<Emit>,
+    /// Print what decides each stage, and what the cost model expects it to take
+    #[arg(long)]
+    pub explain_cost: bool,
     #[command(flatten)]
     pub input: InputArgs,
 }

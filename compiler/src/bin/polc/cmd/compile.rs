@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use polc::build::{Extras, object_with};
 use polc::report::{Report, Scope};
+use polc::select::{longest_tenths_ns, stage_costs};
 use polc::session::Session;
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::disasm::disassemble;
@@ -13,6 +14,7 @@ use polc_ir::env::{Attach, Mode, Place};
 use polc_ir::limits::{
     PROGRAM_INSNS_MAX, STACK_BYTES_MAX, VERIFIER_PENDING_JUMPS_MAX, VERIFIER_PROCESSED_MAX,
 };
+use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
 use super::check::account;
@@ -44,8 +46,11 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
             Emit::Asm => continue,
         };
     }
+    if args.explain_cost {
+        emitted += &cost_text(&compiled.plan);
+    }
     output.result(&emitted);
-    if args.output.is_none() && !args.emit.contains(&Emit::Asm) {
+    if args.output.is_none() && !args.emit.contains(&Emit::Asm) && !args.explain_cost {
         return Ok(ExitCode::SUCCESS);
     }
     let (object, budgets) =
@@ -68,6 +73,26 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
         output.remark(&format!("program `{}`: {}\n", program.name, budget_text(budget)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What decides each stage, and what that is expected to take.
+fn cost_text(plan: &Plan) -> String {
+    let tenths = |tenths: u32| format!("{}.{} ns", tenths / 10, tenths % 10);
+    let mut text = String::new();
+    for cost in stage_costs(plan) {
+        text += &format!("{}: {}: {}", cost.stage, cost.structure, tenths(cost.tenths_ns));
+        text += &match cost.table_bytes {
+            0 => "\n".to_string(),
+            bytes => format!(", tables of {bytes} bytes\n"),
+        };
+    }
+    let walk = &plan.walk;
+    if !walk.exits.is_empty() {
+        text += &format!("walk table: {} nodes, {} visits at the most\n", walk.nodes.len(), walk.visits_max);
+    }
+    let longest = tenths(longest_tenths_ns(plan));
+    let bytes: usize = plan.tables.values().map(|table| table.bytes.len()).sum();
+    text + &format!("in all: {longest} on the longest way through code, tables of {bytes} bytes\n")
 }
 
 /// Shows what reading and the account found; `None` if the rule set can't be compiled as asked.

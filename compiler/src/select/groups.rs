@@ -1,0 +1,571 @@
+//! Grouped classes: a stage of any size by its two most selective columns, and a table of classes for all the others.
+//!
+//! Let the two columns be source and destination. Entries are put in groups by whether what they ask of either is wide
+//! (holds for many of the ranges that other entries tell apart): a wide source crossed with all narrow ones is what
+//! makes a single matrix large. In a group every pair of a source class and a destination class has a list of
+//! entries, first match first; pairs without one are left out of a table of two hash functions, or the table is
+//! indexed directly where that is small. What an entry asks of the other columns is its *service*; all services that a
+//! packet satisfies are its service class. A list's entries differ in their services, and lists with the same services
+//! share a row that says, for every service class, which entry of the list is first. So a list is a row and where its
+//! entries' numbers begin, and the least number over all groups wins.
+//!
+//! ```text
+//! source ──▶ classes, one for each group ─┐
+//! dest. ───▶ classes, one for each group ─┴▶ (row, base) ─▶ place = row[service class] ─▶ number = list[base + place]
+//! others ──▶ service class ──────────────────────────────────┘
+//! ```
+
+use polc_ir::entities::{Entry, Value};
+use polc_ir::plan::{AluKind, DataTable};
+
+use super::classes::FastMap;
+use super::column::look_up;
+use super::cuckoo::Cuckoo;
+use super::line::Line;
+use super::matrix::{Classes, classes};
+use super::problem::{Column, Masked, Problem, Run};
+use super::wide::{GROUPS, Group, partition};
+
+/// Pairs of classes with an entry each, over all groups: what time and memory allow.
+const CROSSED_MAX: usize = 1 << 23;
+
+/// Cells of all rows.
+const ROW_CELLS_MAX: usize = 1 << 25;
+
+/// Bits of one value that hold a column's classes for all groups.
+const PACKED_BITS_MAX: u32 = 62;
+
+/// Elements of a table that is indexed directly, as a multiple of those of one with two hash functions.
+const DIRECT_FACTOR: usize = 4;
+
+/// Elements below which a table is always indexed directly.
+const DIRECT_ELEMENTS: usize = 1 << 13;
+
+/// A stage as grouped classes.
+#[derive(Debug)]
+pub(super) struct Groups {
+    /// The column of each side.
+    sides: [Side; 2],
+    /// The service classes, by which rows have their cells.
+    services: Option<Classes>,
+    groups: Vec<Pairs>,
+    /// Rows of places in a list, from 1; 0: none.
+    rows: Vec<u16>,
+    row_cells: usize,
+    /// The numbers of lists' entries, each list behind a [`NOBODY`].
+    lists: Vec<u32>,
+    /// For each number its exit, or `None` if the number is the exit's.
+    exit_of: Option<Vec<u32>>,
+    /// The exits, each by an entry that has it.
+    pub(super) exits: Vec<Entry>,
+    /// How many pairs have a list.
+    pairs: usize,
+}
+
+/// The entries of one group.
+#[derive(Debug)]
+struct Pairs {
+    /// How many classes each side has.
+    classes: [u32; 2],
+    /// The lists of pairs of classes, ascending: the classes, the row, the base.
+    lists: Vec<([u32; 2], u32, u32)>,
+}
+
+/// What a side's column stands for.
+#[derive(Debug)]
+struct Side {
+    field: Option<Masked>,
+    /// Where classes change, and the classes for each group there.
+    runs: Vec<(u128, [u32; GROUPS])>,
+}
+
+impl Side {
+    /// A column of which nothing is asked.
+    fn none() -> Side {
+        Side { field: None, runs: vec![(0, [0; GROUPS])] }
+    }
+}
+
+/// What is asked of the columns of the sides, and of the others.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    /// The predicate of each side.
+    pub(super) sides: [Option<u32>; 2],
+    /// The service.
+    pub(super) service: u32,
+}
+
+/// A number behind every entry's.
+const NOBODY: u32 = u32::MAX;
+
+/// Makes the tables, if they are small enough.
+pub(super) fn groups(problem: &Problem) -> Option<Groups> {
+    let columns = selective(problem);
+    let (services, asked) = services(problem, columns);
+    let told = if services.columns.is_empty() { None } else { Some(classes(&services)?) };
+    let mut lists = Lists::new(told.as_ref(), services.entries.len());
+    let (numbers, exit_of, exits) = number(problem);
+    let parts = partition(problem, columns, &asked);
+    let mut sides = [Side::none(), Side::none()];
+    let mut members: Vec<[Members; 2]> = (0..GROUPS).map(|_| Default::default()).collect();
+    for (at, side) in sides.iter_mut().enumerate() {
+        if let Some(column) = columns[at] {
+            let (runs, of_groups) = classes_of(&problem.columns[column], &parts, &asked, at)?;
+            *side = Side { field: Some(problem.columns[column].field), runs };
+            for (members, mine) in members.iter_mut().zip(of_groups) {
+                members[at] = mine;
+            }
+        }
+    }
+    let mut groups = Vec::new();
+    let mut crossed: Vec<(u64, u32)> = Vec::new();
+    let mut room = CROSSED_MAX;
+    let mut pairs = 0;
+    for (part, members) in parts.iter().zip(&members) {
+        crossed.clear();
+        for &entry in part {
+            let asked = asked[entry as usize];
+            let [left, right] = [0, 1].map(|at| members[at].of(asked.sides[at]));
+            room = room.checked_sub(left.len() * right.len())?;
+            for &a in left {
+                crossed.extend(right.iter().map(|&b| (u64::from(a) << 32 | u64::from(b), entry)));
+            }
+        }
+        crossed.sort_unstable();
+        let mut of_group = Vec::new();
+        for list in crossed.chunk_by(|a, b| a.0 == b.0) {
+            let entries =
+                list.iter().map(|&(_, entry)| (asked[entry as usize].service, numbers[entry as usize]));
+            let (row, base) = lists.add(entries)?;
+            of_group.push(([(list[0].0 >> 32) as u32, list[0].0 as u32], row, base));
+        }
+        pairs += of_group.len();
+        groups.push(Pairs { classes: [0, 1].map(|at| members[at].count()), lists: of_group });
+    }
+    Some(Groups {
+        sides,
+        row_cells: lists.cells,
+        rows: lists.rows,
+        lists: lists.numbers,
+        services: told,
+        groups,
+        exit_of,
+        exits,
+        pairs,
+    })
+}
+
+/// The two columns that entries ask the most different things of.
+fn selective(problem: &Problem) -> [Option<usize>; 2] {
+    let mut columns: Vec<usize> = (0..problem.columns.len()).collect();
+    columns.sort_by_key(|&column| std::cmp::Reverse(problem.columns[column].predicates.len()));
+    let mut sides = [columns.first().copied(), columns.get(1).copied()];
+    sides.sort_unstable_by_key(|side| side.unwrap_or(usize::MAX));
+    sides
+}
+
+/// The services as a problem of their own, and what every entry asks.
+fn services(problem: &Problem, sides: [Option<usize>; 2]) -> (Problem, Vec<Asked>) {
+    let mut own =
+        Problem { columns: Vec::new(), entries: Vec::new(), exit_of: Vec::new(), exits: Vec::new() };
+    let mut number = vec![0u32; problem.columns.len()];
+    for (column, data) in problem.columns.iter().enumerate() {
+        if !sides.contains(&Some(column)) {
+            number[column] = own.columns.len() as u32;
+            own.columns.push(data.clone());
+        }
+    }
+    let mut known: FastMap<Vec<(u32, u32)>, u32> = FastMap::default();
+    let mut asked = Vec::with_capacity(problem.entries.len());
+    for tests in &problem.entries {
+        let mut one = Asked { sides: [None; 2], service: 0 };
+        let mut others: Vec<(u32, u32)> = Vec::with_capacity(tests.len());
+        for &(column, predicate) in tests {
+            match sides.iter().position(|side| *side == Some(column as usize)) {
+                Some(side) => one.sides[side] = Some(predicate),
+                None => others.push((number[column as usize], predicate)),
+            }
+        }
+        one.service = *known.entry(others).or_insert_with_key(|others| {
+            own.entries.push(others.clone());
+            own.entries.len() as u32 - 1
+        });
+        asked.push(one);
+    }
+    (own, asked)
+}
+
+/// Numbers entries so that a smaller number wins: by the exits if neighbours share theirs often enough, else by place,
+/// and a table gives the exits.
+fn number(problem: &Problem) -> (Vec<u32>, Option<Vec<u32>>, Vec<Entry>) {
+    let mut numbers = Vec::with_capacity(problem.entries.len());
+    let mut of_runs: Vec<u32> = Vec::new();
+    for &exit in &problem.exit_of {
+        if of_runs.last() != Some(&exit) {
+            of_runs.push(exit);
+        }
+        numbers.push(of_runs.len() as u32 - 1);
+    }
+    if of_runs.len() <= problem.exits.len() + problem.exits.len() / 8 {
+        let exits = of_runs.iter().map(|&exit| problem.exits[exit as usize]).collect();
+        (numbers, None, exits)
+    } else {
+        (numbers, Some(of_runs), problem.exits.clone())
+    }
+}
+
+/// For a group and a side: the classes in which each predicate holds.
+#[derive(Debug, Default)]
+struct Members {
+    classes: u32,
+    of: FastMap<u32, Vec<u32>>,
+    /// All classes, for what asks nothing.
+    all: Vec<u32>,
+}
+
+impl Members {
+    fn of(&self, predicate: Option<u32>) -> &[u32] {
+        match predicate {
+            Some(predicate) => self.of.get(&predicate).map_or(&[], Vec::as_slice),
+            None if self.all.is_empty() => &[0],
+            None => &self.all,
+        }
+    }
+
+    fn count(&self) -> u32 {
+        self.classes.max(1)
+    }
+}
+
+/// The classes of a column's values for every group, and which predicates hold in them.
+#[expect(clippy::type_complexity, reason = "two lists by group")]
+fn classes_of(
+    column: &Column,
+    parts: &[Group; GROUPS],
+    asked: &[Asked],
+    side: usize,
+) -> Option<(Vec<(u128, [u32; GROUPS])>, [Members; GROUPS])> {
+    let mut in_groups: Vec<u8> = vec![0; column.predicates.len()];
+    for (group, part) in parts.iter().enumerate() {
+        for &entry in part {
+            if let Some(predicate) = asked[entry as usize].sides[side] {
+                in_groups[predicate as usize] |= 1 << group;
+            }
+        }
+    }
+    let mut members: [Members; GROUPS] = Default::default();
+    let mut active: [Vec<u32>; GROUPS] = Default::default();
+    let mut known: [FastMap<Vec<u32>, u32>; GROUPS] = Default::default();
+    let mut changed = [true; GROUPS];
+    let mut now = [0u32; GROUPS];
+    let mut runs: Vec<(u128, [u32; GROUPS])> = Vec::new();
+    let mut room = CROSSED_MAX;
+    let events = column.events();
+    let mut at = 0;
+    let mut start = 0u128;
+    loop {
+        while let Some(&(value, predicate, begins)) = events.get(at)
+            && value == start
+        {
+            for group in 0..GROUPS {
+                if in_groups[predicate as usize] >> group & 1 == 0 {
+                    continue;
+                }
+                changed[group] = true;
+                let active = &mut active[group];
+                match active.binary_search(&predicate) {
+                    Ok(place) if !begins => {
+                        active.remove(place);
+                    }
+                    Err(place) if begins => active.insert(place, predicate),
+                    _ => {}
+                }
+            }
+            at += 1;
+        }
+        for group in 0..GROUPS {
+            if !std::mem::take(&mut changed[group]) {
+                continue;
+            }
+            now[group] = match known[group].get(&active[group]) {
+                Some(&class) => class,
+                None => {
+                    let class = members[group].classes;
+                    members[group].classes += 1;
+                    members[group].all.push(class);
+                    room = room.checked_sub(active[group].len())?;
+                    for &predicate in &active[group] {
+                        members[group].of.entry(predicate).or_default().push(class);
+                    }
+                    known[group].insert(active[group].clone(), class);
+                    class
+                }
+            };
+        }
+        if runs.last().is_none_or(|(_, last)| *last != now) {
+            runs.push((start, now));
+        }
+        match events.get(at) {
+            Some(&(next, ..)) => start = next,
+            None => return Some((runs, members)),
+        }
+    }
+}
+
+/// Lists of entries, with their rows.
+struct Lists {
+    /// Service classes.
+    cells: usize,
+    /// For each service, the classes in which it holds.
+    holds: Vec<Vec<u32>>,
+    /// For each service, the last list that has it.
+    seen: Vec<u32>,
+    count: u32,
+    rows: Vec<u16>,
+    row_of: FastMap<Vec<u32>, u32>,
+    row_contents: FastMap<Vec<u16>, u32>,
+    numbers: Vec<u32>,
+    base_of: FastMap<Vec<u32>, u32>,
+}
+
+impl Lists {
+    fn new(told: Option<&Classes>, services: usize) -> Lists {
+        let cells = told.map_or(1, |told| told.sets.len());
+        let mut holds: Vec<Vec<u32>> = vec![Vec::new(); services];
+        for class in 0..cells as u32 {
+            match told {
+                None => holds[0].push(0),
+                Some(told) => {
+                    for (index, &word) in told.sets.get(class).iter().enumerate() {
+                        let mut word = word;
+                        while word != 0 {
+                            holds[64 * index + word.trailing_zeros() as usize].push(class);
+                            word &= word - 1;
+                        }
+                    }
+                }
+            }
+        }
+        // Row 0 and the number at 0 are those of pairs without a list.
+        let rows = vec![0; cells];
+        let mut lists = Lists {
+            cells,
+            holds,
+            seen: vec![u32::MAX; services],
+            count: 0,
+            row_of: FastMap::default(),
+            row_contents: FastMap::default(),
+            rows,
+            numbers: vec![NOBODY],
+            base_of: FastMap::default(),
+        };
+        lists.row_contents.insert(vec![0; cells], 0);
+        lists
+    }
+
+    /// The row and base of a list of services and numbers, ascending by number. `None` if rows grow too large.
+    fn add(&mut self, entries: impl Iterator<Item = (u32, u32)>) -> Option<(u32, u32)> {
+        let (mut services, mut numbers) = (Vec::new(), Vec::new());
+        for (service, number) in entries {
+            // A service that came before never gets here.
+            if std::mem::replace(&mut self.seen[service as usize], self.count) == self.count {
+                continue;
+            }
+            services.push(service);
+            numbers.push(number);
+            if self.holds[service as usize].len() == self.cells {
+                break;
+            }
+        }
+        self.count += 1;
+        if services.len() >= usize::from(u16::MAX) {
+            return None;
+        }
+        let row = match self.row_of.get(&services) {
+            Some(&row) => row,
+            None => {
+                let mut cells = vec![0u16; self.cells];
+                for (place, &service) in services.iter().enumerate().rev() {
+                    for &class in &self.holds[service as usize] {
+                        cells[class as usize] = place as u16 + 1;
+                    }
+                }
+                if self.rows.len() + self.cells > ROW_CELLS_MAX {
+                    return None;
+                }
+                let next = (self.rows.len() / self.cells) as u32;
+                let row = *self.row_contents.entry(cells).or_insert_with_key(|cells| {
+                    self.rows.extend(cells);
+                    next
+                });
+                self.row_of.insert(services, row);
+                row
+            }
+        };
+        let base = match self.base_of.get(&numbers) {
+            Some(&base) => base,
+            None => {
+                let base = self.numbers.len() as u32;
+                self.numbers.push(NOBODY);
+                self.numbers.extend(&numbers);
+                self.base_of.insert(numbers, base);
+                base
+            }
+        };
+        Some((row, base))
+    }
+}
+
+/// Bits that numbers below `count` take.
+fn bits(count: usize) -> u32 {
+    usize::BITS - count.saturating_sub(1).leading_zeros()
+}
+
+impl Groups {
+    /// What this is, for people.
+    pub(super) fn describe(&self) -> String {
+        let groups = self.groups.iter().filter(|group| !group.lists.is_empty()).count();
+        format!(
+            "{groups} groups, {} pairs, {} rows of {} services",
+            self.pairs,
+            self.rows.len() / self.row_cells,
+            self.row_cells
+        )
+    }
+
+    /// Writes the look-up; the value is an index into `exits`. `None` if classes or lists are too many for a word.
+    pub(super) fn write(&self, line: &mut Line<'_>) -> Option<Value> {
+        let groups: Vec<usize> = (0..GROUPS).filter(|&group| !self.groups[group].lists.is_empty()).collect();
+        // Where each group's class is in a side's value.
+        let mut shifts = [[0u32; GROUPS]; 2];
+        let mut widths = [[0u32; GROUPS]; 2];
+        let mut used = [0u32; 2];
+        for &group in &groups {
+            for side in 0..2 {
+                shifts[side][group] = used[side];
+                widths[side][group] = bits(self.groups[group].classes[side] as usize);
+                used[side] += widths[side][group];
+            }
+        }
+        if used.iter().any(|&bits| bits > PACKED_BITS_MAX) {
+            return None;
+        }
+        let sides = [0, 1].map(|side| self.side(line, side, &groups, shifts[side]));
+        let row_bits = bits(self.rows.len() / self.row_cells);
+        let base_bits = bits(self.lists.len());
+        let mut leaves: Vec<Value> = Vec::new();
+        for &group in &groups {
+            let pairs = &self.groups[group];
+            let last = Some(&group) == groups.last();
+            let classes = [0, 1].map(|side| {
+                let class = line.with(AluKind::Shr, sides[side], shifts[side][group].into());
+                if last { class } else { line.with(AluKind::And, class, (1 << widths[side][group]) - 1) }
+            });
+            let of = |row: u32, base: u32| u64::from(row) | u64::from(base) << row_bits;
+            let width = widths[0][group] + widths[1][group];
+            let hashed = Cuckoo::elements(pairs.lists.len());
+            let all = pairs.classes.iter().map(|&count| count as usize).product::<usize>();
+            if all <= DIRECT_ELEMENTS.max(DIRECT_FACTOR * hashed) {
+                let mut elements = vec![0u64; all];
+                for &([a, b], row, base) in &pairs.lists {
+                    elements[a as usize * pairs.classes[1] as usize + b as usize] = of(row, base);
+                }
+                let index = line.with(AluKind::Mul, classes[0], pairs.classes[1].into());
+                let index = line.alu(AluKind::Add, index, classes[1]);
+                leaves.push({
+                    let table = line.table(DataTable::new(&elements));
+                    line.index(table, index)
+                });
+                continue;
+            }
+            let mut items: Vec<(u64, u64)> = pairs
+                .lists
+                .iter()
+                .map(|&([a, b], row, base)| (u64::from(a) << widths[1][group] | u64::from(b), of(row, base)))
+                .collect();
+            let mut leaf_bits = row_bits + base_bits;
+            let mut leaves_apart = None;
+            if width + leaf_bits > 63 {
+                // The leaf is too wide to lie beside its key: a number of the leaf does.
+                let mut distinct: Vec<u64> = items.iter().map(|&(_, leaf)| leaf).collect();
+                distinct.push(0);
+                distinct.sort_unstable();
+                distinct.dedup();
+                leaf_bits = bits(distinct.len());
+                for item in &mut items {
+                    item.1 = distinct.binary_search(&item.1).expect("it is among them") as u64;
+                }
+                leaves_apart = Some(DataTable::new(&distinct));
+                if width + leaf_bits > 63 {
+                    return None;
+                }
+            }
+            let key = line.with(AluKind::Shl, classes[0], widths[1][group].into());
+            let key = line.alu(AluKind::Or, key, classes[1]);
+            let leaf = Cuckoo::new(&items, leaf_bits.max(1))?.write(line, key);
+            leaves.push(match leaves_apart {
+                None => leaf,
+                Some(table) => {
+                    let table = line.table(table);
+                    line.index(table, leaf)
+                }
+            });
+        }
+        let cells: Vec<u64> = self.rows.iter().map(|&cell| cell.into()).collect();
+        let rows = line.table(DataTable::new(&cells));
+        let cell_bytes = line.width(rows);
+        let service =
+            self.services.as_ref().map(|told| told.write(line, &|class| u64::from(class) * cell_bytes));
+        let numbers: Vec<u64> = self.lists.iter().map(|&number| self.listed(number)).collect();
+        let lists = line.table(DataTable::new(&numbers));
+        let mut least: Option<Value> = None;
+        for leaf in leaves {
+            let row = if base_bits == 0 { leaf } else { line.with(AluKind::And, leaf, (1 << row_bits) - 1) };
+            let row = line.with(AluKind::Mul, row, self.row_cells as u64 * cell_bytes);
+            let cell = match service {
+                Some(service) => line.alu(AluKind::Add, row, service),
+                None => row,
+            };
+            let place = line.read(rows, cell);
+            let base = line.with(AluKind::Shr, leaf, row_bits.into());
+            let at = line.alu(AluKind::Add, base, place);
+            let number = line.index(lists, at);
+            least = Some(match least {
+                None => number,
+                Some(least) => line.min(least, number),
+            });
+        }
+        let least = least?;
+        Some(match &self.exit_of {
+            None => least,
+            Some(exit_of) => {
+                let exits: Vec<u64> = exit_of.iter().map(|&exit| exit.into()).collect();
+                let exits = line.table(DataTable::new(&exits));
+                line.index(exits, least)
+            }
+        })
+    }
+
+    /// The numbers as they stand in the table: [`NOBODY`] needs no more bytes than the others.
+    fn listed(&self, number: u32) -> u64 {
+        let beyond = self.exit_of.as_ref().map_or(self.exits.len(), Vec::len) as u64;
+        if number == NOBODY { beyond } else { number.into() }
+    }
+
+    /// Writes the look-up of a side.
+    fn side(&self, line: &mut Line<'_>, side: usize, groups: &[usize], shifts: [u32; GROUPS]) -> Value {
+        let Side { field, runs } = &self.sides[side];
+        let pack = |classes: &[u32; GROUPS]| -> u64 {
+            groups.iter().map(|&group| u64::from(classes[group]) << shifts[group]).sum()
+        };
+        match field {
+            None => line.constant(0),
+            Some(field) => {
+                let packed: Vec<u64> = runs.iter().map(|(_, classes)| pack(classes)).collect();
+                let runs: Vec<Run> =
+                    (0..).zip(runs).map(|(class, &(start, _))| Run { start, class }).collect();
+                look_up(line, *field, &runs, &|class| packed[class as usize])
+            }
+        }
+    }
+}
