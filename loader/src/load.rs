@@ -256,4 +256,49 @@ mod tests {
         assert_eq!(last_words(log), ("invalid bpf_context access off=200 size=4".to_string(), Some(0)));
         assert_eq!(last_words(""), ("without a word".to_string(), None));
     }
+
+    fn object(ctx_offset: i16) -> Object {
+        use polc_backend_ebpf::asm::Asm;
+        use polc_backend_ebpf::insn::{Reg, Size};
+        let mut object = Object::new(Default::default());
+        object.maps.push(MapDef::percpu_array("counts", 16, 1_000));
+        let mut a = Asm::new();
+        let file = a.file("rules.v4");
+        let line = a.line(file, 7, "-A INPUT -j DROP");
+        a.set_line(Some(line));
+        a.load(Size::W, Reg::R0, Reg::R1, ctx_offset);
+        a.exit();
+        let code = a.finish().expect("assembles");
+        object.programs.push(Program { name: "polc".into(), kind: ProgramKind::Classifier, code });
+        object
+    }
+
+    #[test]
+    fn maps_that_memory_does_not_hold_are_named() {
+        let sys = Sys::with_hook(|call| match call {
+            "map_create" => Err(std::io::Error::from_raw_os_error(libc::ENOMEM)),
+            _ => Ok(()),
+        });
+        let error = load(&sys, &object(8)).expect_err("no memory");
+        assert!(matches!(&error, Error::MapMemory { map, bytes: 20_000, .. } if map == "counts"), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.contains("free memory")));
+    }
+
+    #[test]
+    fn the_verifiers_refusal_names_the_rule() {
+        let sys = Sys::new();
+        if !sys.is_root() {
+            eprintln!("skipped the_verifiers_refusal_names_the_rule: needs root");
+            return;
+        }
+        assert!(load(&sys, &object(8)).is_ok());
+        // Beyond the end of `struct __sk_buff`.
+        let error = load(&sys, &object(200)).expect_err("refused");
+        let Error::Verifier(refusal) = &error else { panic!("{error}") };
+        let rule = ("rules.v4".to_string(), 7, "-A INPUT -j DROP".to_string());
+        assert_eq!(refusal.rule, Some(rule));
+        let text = error.to_string();
+        assert!(text.contains("invalid bpf_context access") && text.contains("rules.v4:7"), "{text}");
+        assert!(error.hint().is_some());
+    }
 }
