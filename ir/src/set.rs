@@ -41,7 +41,8 @@ pub enum DimensionKind {
 pub enum DimensionValue {
     /// Addresses from lowest to highest, of hosts or of a prefix.
     Address(Interval),
-    /// Ports of one protocol. A protocol of `None` means TCP, UDP, UDP-Lite, SCTP and ICMP alike, as bitmap:port has it.
+    /// Ports of one protocol. A protocol of `None` means TCP and UDP alike, as bitmap:port has it
+    /// (net/netfilter/ipset/ip_set_bitmap_port.c, `ip_set_get_ip_port`).
     Port {
         /// IP protocol number.
         proto: Option<u8>,
@@ -291,7 +292,7 @@ pub fn element_cubes(family: Family, element: &Element, ends: &[End]) -> Vec<Cub
                 vec![vec![Test::new(Field::address(end), family, interval.into())]]
             }
             DimensionValue::Port { proto, ports } => {
-                let protos = proto.map_or(PORT_PROTOS.to_vec(), |proto| vec![proto]);
+                let protos = proto.map_or(BITMAP_PROTOS.to_vec(), |proto| vec![proto]);
                 protos
                     .into_iter()
                     .map(|proto| {
@@ -330,6 +331,8 @@ pub fn element_cubes(family: Family, element: &Element, ends: &[End]) -> Vec<Cub
 /// Protocols with ports, as sets see it: TCP, UDP, SCTP and UDP-Lite (net/netfilter/ipset/ip_set_getport.c,
 /// `get_port`).
 pub const PORT_PROTOS: [u8; 4] = [6, 17, 132, 136];
+/// Protocols that a port without one stands for.
+const BITMAP_PROTOS: [u8; 2] = [6, 17];
 /// ICMP and ICMPv6, whose type and code stand for a port.
 pub const ICMP_PROTOS: [u8; 2] = [1, 58];
 
@@ -433,7 +436,7 @@ pub fn patterns(data: &SetData, family: Family, element: &Element, give: &mut im
                 (u128::from(proto) << 16 | ports.lo(), width)
             }
             DimensionValue::Port { proto, ports } => {
-                let protos = proto.map_or(PORT_PROTOS.to_vec(), |proto| vec![proto]);
+                let protos = proto.map_or(BITMAP_PROTOS.to_vec(), |proto| vec![proto]);
                 let all = protos.into_iter().flat_map(|proto| {
                     let high = u128::from(proto) << 16;
                     if !one_by_one(data) && data.dimensions.len() == 1 {
@@ -483,7 +486,7 @@ pub fn patterns_count(data: &SetData, family: Family, element: &Element) -> u128
             let each = ports.hi() - ports.lo() + 1;
             let whole = !one_by_one(data) && data.dimensions.len() == 1;
             let each = if whole { each.min(32) } else { each };
-            if proto.is_some() { each } else { each * PORT_PROTOS.len() as u128 }
+            if proto.is_some() { each } else { each * BITMAP_PROTOS.len() as u128 }
         }
         _ => 1,
     };

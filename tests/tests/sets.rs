@@ -1,6 +1,8 @@
 //! Sets of every type as tables: every level, rbpf and the kernel say what the elements say.
 
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use polc::place::{devices_of, place};
 use polc::runner::Program;
@@ -8,10 +10,14 @@ use polc::select::Devices;
 use polc::session::{ReadOptions, Session};
 use polc::verify::verify;
 use polc::witness::{Random, Witnesses};
+use polc_backend_ebpf::abi;
 use polc_backend_ebpf::emit::return_code;
 use polc_ir::env::{Attach, Env, Mode};
 use polc_ir::hook::{Family, Hook};
+use polc_ir::plan::set::change;
+use polc_ir::set::Pattern;
 use polc_ir::source::SourceMap;
+use polc_loader::sets::LiveTable;
 use polc_loader::sys::{Sys, TestRun};
 use polc_tests::kernel::may_run;
 
@@ -167,4 +173,95 @@ fn tables_agree_at_every_level() {
             }
         }
     }
+}
+
+/// A frame from an address.
+fn frame_from(address: u32) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+    frame.extend([0x45, 0, 0, 40, 0, 1, 0, 0, 64, 6, 0, 0]);
+    frame.extend(address.to_be_bytes());
+    frame.extend([198, 51, 100, 2, 4, 0, 0, 22]);
+    frame.extend([0, 0, 0, 0, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0]);
+    frame
+}
+
+#[test]
+fn a_set_of_100k_changes_under_packets() {
+    if !may_run("a_set_of_100k_changes_under_packets") {
+        return;
+    }
+    let random = &mut Random::new(3);
+    let mut text = String::from("create s hash:net family inet maxelem 100100\n");
+    let mut hosts: Vec<u32> = (0..100_000).map(|_| random.next_u64() as u32 & 0x7fff_ffff | 1).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    for host in &hosts {
+        _ = writeln!(text, "add s {}", std::net::Ipv4Addr::from_bits(*host));
+    }
+    let mut sources = SourceMap::new();
+    let rules = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m set --match-set s src -j DROP\nCOMMIT\n";
+    let (rules, sets) = (sources.add("rules", rules), sources.add("sets", text));
+    let mut session = Session::read(sources, rules, &[sets], &ReadOptions::default());
+    session.ruleset.sets.values_mut().for_each(|set| set.live = true);
+    let place = place(&[Hook::Input], Attach::Xdp, Mode::Replace, false);
+    let compiled = polc::compile(&session.ruleset, &place, &Env::default(), &Devices::default());
+    let (object, _) = polc::build::object(&session, &compiled).unwrap();
+    let sys = Sys::new();
+    let loaded = polc_loader::load::load(&sys, &object).unwrap();
+    let set = &object.manifest.sets[0];
+    let table = LiveTable::new(&sys, loaded.map(&set.map).unwrap()).unwrap();
+
+    // Addresses whose membership never changes: some of them share cells and buckets with what does.
+    let steady: Vec<(Vec<u8>, u32)> = hosts
+        .iter()
+        .step_by(997)
+        .flat_map(|host| [(*host, abi::xdp::DROP), (*host ^ 0x8000_0000, abi::xdp::PASS)])
+        .map(|(host, returns)| (frame_from(host), returns as u32))
+        .collect();
+    let done = AtomicBool::new(false);
+    let mut times = Vec::new();
+    let packets = std::thread::scope(|scope| {
+        let packets = scope.spawn(|| {
+            let mut packets = 0u64;
+            while !done.load(Ordering::Relaxed) {
+                for (frame, returns) in &steady {
+                    let run = TestRun { frame, context: &[], repeat: 1 };
+                    let result = sys.test_run(&loaded.program().unwrap().fd, &run).unwrap();
+                    assert_eq!(result.return_value, *returns, "{frame:02x?}");
+                    packets += 1;
+                }
+            }
+            packets
+        });
+        let mut change = |stores: Result<Vec<change::Store>, change::Refusal>| {
+            let began = Instant::now();
+            let result = stores.map(|stores| table.make(&sys, &stores).unwrap());
+            times.push(began.elapsed());
+            result
+        };
+        for round in 0..20_000u32 {
+            // Neighbours of steady addresses, and new ones that take keys' slots one after another.
+            let host = hosts[round as usize * 7 % hosts.len()] ^ if round % 2 == 0 { 2 } else { round << 9 };
+            if hosts.binary_search(&host).is_ok() || host >= 0x8000_0000 {
+                continue;
+            }
+            let pattern = Pattern { values: [host.into(), 0, 0], lengths: [32, 0, 0], nomatch: false };
+            match change(change::add(&set.shape, &table, &pattern, false)) {
+                Ok(()) => change(change::remove(&set.shape, &table, &pattern)).unwrap(),
+                Err(refusal) => assert_eq!(refusal, change::Refusal::Full),
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        packets.join().expect("every packet was decided right")
+    });
+    times.sort_unstable();
+    let (median, last) = (times[times.len() / 2], times[times.len() - 1]);
+    eprintln!("{} changes under {packets} packets: median {median:?}, slowest {last:?}", times.len());
+    assert!(median < Duration::from_millis(1), "{median:?}");
+    // What was added was taken out again.
+    let words = polc_loader::sets::read(&sys, loaded.map(&set.map).unwrap()).unwrap();
+    let mut left = Vec::new();
+    set.shape.decode(words.as_slice(), &mut |pattern| left.push(pattern.values[0] as u32));
+    left.sort_unstable();
+    assert_eq!(left, hosts);
 }

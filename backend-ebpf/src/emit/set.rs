@@ -3,8 +3,9 @@
 //! A table is a data map of its own, so that its words can change while the program runs; how it is laid out, and in
 //! which order words may be read, is in [`polc_ir::plan::set`]. For each level in turn the key is put together from
 //! constants and words of the stack, its two buckets are found, and the eight slots are compared. Nothing that is
-//! loaded decides where another load goes, so the levels' loads overlap. A slot that matches leads to the one place
-//! that looks at its cell: the registers there say the same whatever the slot, so the verifier follows it once.
+//! loaded decides where another load goes, so the levels' loads overlap. Keys of one word are compared without jumps.
+//! For longer ones a slot that matches leads to the one place that looks at its cell: the registers there say the same
+//! whatever the slot, so the verifier follows it once.
 //!
 //! | register | holds |
 //! | --- | --- |
@@ -151,6 +152,16 @@ impl Emitter<'_> {
             a.alu64(AluOp::Add, bucket, half);
         }
         self.path(shape, map, part, level);
+        if shape.nomatch || count > 1 {
+            self.compare(shape, part.nomatch, (member, other, next));
+        } else {
+            self.gather(shape, member);
+        }
+    }
+
+    /// Looks for the slot that has the key, and then at its cell.
+    fn compare(&mut self, shape: &SetShape, nomatch: bool, (member, other, next): (Label, Label, Label)) {
+        let (count, slot_bytes) = (shape.key_words(), 8 * shape.slot_words() as i32);
         let a = &mut self.asm;
         let cell = a.label();
         let mut found: Vec<(Label, Reg, i16)> = Vec::new();
@@ -191,12 +202,37 @@ impl Emitter<'_> {
             // The highest bit found is in one of the two numbers, and makes it the larger.
             a.alu64(AluOp::And, Reg::R2, Reg::R1);
             a.alu64(AluOp::Xor, Reg::R1, Reg::R2);
-            let cond = if part.nomatch { Cond::Gt } else { Cond::Lt };
+            let cond = if nomatch { Cond::Gt } else { Cond::Lt };
             a.jump64(cond, Reg::R2, Reg::R1, member);
             a.goto(other);
         } else {
             a.goto(member);
         }
+    }
+
+    /// Where a key is one word, and any element that covers the packet makes it a member: gathers the cell of the slot
+    /// that has the key without a jump, since which slot it is can't be foretold.
+    fn gather(&mut self, shape: &SetShape, member: Label) {
+        let slot_bytes = 8 * shape.slot_words() as i16;
+        let a = &mut self.asm;
+        a.mov64(Reg::R4, 0);
+        for bucket in [Reg::R8, Reg::R9] {
+            for slot in 0..SLOTS as i16 {
+                a.load(Size::Dw, Reg::R0, bucket, slot * slot_bytes);
+                a.alu64(AluOp::Xor, Reg::R0, Reg::R7);
+                // Ones if nothing differs, zeros if anything does: only 0 has a sign that taking 1 changes to set.
+                a.mov64(Reg::R1, Reg::R0);
+                a.alu64(AluOp::Sub, Reg::R1, 1);
+                a.alu64(AluOp::Xor, Reg::R0, -1);
+                a.alu64(AluOp::And, Reg::R0, Reg::R1);
+                a.alu64(AluOp::Arsh, Reg::R0, 63);
+                a.load(Size::Dw, Reg::R1, bucket, slot * slot_bytes + 8);
+                a.alu64(AluOp::And, Reg::R0, Reg::R1);
+                a.alu64(AluOp::Or, Reg::R4, Reg::R0);
+            }
+        }
+        a.alu64(AluOp::And, Reg::R4, Reg::R5);
+        a.jump64(Cond::Ne, Reg::R4, 0, member);
     }
 
     /// The key's words: the first to `r7`, the others to the buffer.

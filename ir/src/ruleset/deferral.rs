@@ -150,10 +150,24 @@ fn set_deferral(
             (DimensionKind::Device, End::Dst) => Field::OutDevice,
             (DimensionKind::Mac, End::Src) => Field::SrcMac,
             (DimensionKind::Mac, End::Dst) => Field::DstMac,
+            // Membership is worked out once, before the first rule.
+            (DimensionKind::Mark, _) if writes_marks(ruleset) => {
+                return Some(Deferral::Field {
+                    field: Field::Mark,
+                    reason: "the rules may change the mark before the set is asked",
+                });
+            }
             (DimensionKind::Mark, _) => Field::Mark,
         };
         field_deferral(ruleset, place, field, fragment)
     })
+}
+
+fn writes_marks(ruleset: &Ruleset) -> bool {
+    ruleset
+        .rules
+        .values()
+        .any(|rule| matches!(&rule.action, Action::Write(write) if write.field == Field::Mark))
 }
 
 /// How a clause is evaluated at a place, for fragments or for whole packets.

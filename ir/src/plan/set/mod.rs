@@ -324,7 +324,9 @@ impl SetShape {
 impl SetTable {
     /// The table's bytes, as programs read them.
     pub fn bytes(&self) -> Vec<u8> {
-        self.words.iter().flat_map(|word| word.to_le_bytes()).collect()
+        let mut bytes = Vec::with_capacity(8 * self.words.len());
+        self.words.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        bytes
     }
 
     /// Everything wrong with the table: its shape, its header, or that what can be read back from it is not what was

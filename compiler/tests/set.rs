@@ -1,0 +1,121 @@
+//! `polc set` on applied policies, as people and scripts see it. Without root the test says that it is skipped.
+
+use std::process::{Command, Output};
+
+use polc_tests::kernel::{self, BpfFs, Namespace, TempDir};
+
+const RULES: &str = "\
+*filter
+:INPUT ACCEPT [0:0]
+-A INPUT -m set --match-set hosts src -j DROP
+-A INPUT -m set --match-set nets src -j DROP
+-A INPUT -m set --match-set services src,dst -j DROP
+COMMIT
+";
+
+const SETS: &str = "\
+create hosts hash:ip family inet hashsize 1024 maxelem 4
+add hosts 192.0.2.1
+create nets hash:net family inet hashsize 1024 maxelem 65536
+add nets 10.0.0.0/8
+create services hash:ip,port family inet hashsize 1024 maxelem 65536
+";
+
+struct Host {
+    bpffs: String,
+    files: TempDir,
+    _pins: BpfFs,
+}
+
+impl Host {
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+        command.current_dir(self.files.path()).args(args);
+        command.output().expect("polc runs")
+    }
+
+    /// What a command prints, and its exit status.
+    fn says(&self, words: &str) -> (i32, String) {
+        let words: Vec<&str> = words.split(' ').collect();
+        // `set add` and the like take options before the set.
+        let (command, rest) = words.split_at(if words[0] == "set" { 2 } else { 1 });
+        let store = ["--bpffs", &self.bpffs, "--state", "state"];
+        let output = self.run(&[command, &store, rest].concat());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code().expect("an exit status"), text + &String::from_utf8_lossy(&output.stderr))
+    }
+
+    fn well(&self, words: &str) -> String {
+        let (status, text) = self.says(words);
+        assert_eq!(status, 0, "{words}: {text}");
+        text
+    }
+
+    fn fails(&self, words: &str, status: i32, with: &str) {
+        let (found, text) = self.says(words);
+        assert_eq!(found, status, "{words}: {text}");
+        assert!(text.contains(with), "{words}: {text}");
+    }
+}
+
+#[test]
+fn sets_change_while_they_are_in_force() {
+    let name = "sets_change_while_they_are_in_force";
+    if !kernel::may_run(name) || !kernel::has_tools(name, &["ip"]) {
+        return;
+    }
+    let _namespace = Namespace::enter("set-host");
+    kernel::run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "peer"]).unwrap();
+    kernel::run("ip", &["link", "set", "eth0", "up"]).unwrap();
+    let (files, pins) = (TempDir::new("set"), BpfFs::new("set-pins"));
+    files.file("rules.v4", RULES.as_bytes());
+    files.file("sets", SETS.as_bytes());
+    let host = Host { bpffs: pins.join(""), files, _pins: pins };
+    host.fails("set list", 3, "no policy of polc's is applied");
+    let apply = "apply rules.v4 --ipset sets --attach tc-ingress --dev eth0";
+    host.well(&format!("{apply} --replace"));
+    let program =
+        |text: &str| text.split("program ").nth(1).map(|rest| rest.split(' ').next().map(str::to_owned));
+    let before = program(&host.well("status --sample 0"));
+
+    assert_eq!(host.well("set list"), SETS);
+    host.well("set add hosts 192.0.2.2");
+    assert_eq!(host.well("set test hosts 192.0.2.2"), "192.0.2.2 is in set hosts.\n");
+    host.fails("set test hosts 192.0.2.3", 1, "192.0.2.3 is NOT in set hosts.");
+    host.fails("set add hosts 192.0.2.2", 1, "it's already added");
+    host.well("set add hosts 192.0.2.2 -exist");
+    host.well("set del hosts 192.0.2.1");
+    host.fails("set del hosts 192.0.2.1", 1, "it's not added");
+    host.well("set del -exist hosts 192.0.2.1");
+    // Four hosts, where maxelem leaves room for three more: none of them.
+    host.fails("set add hosts 192.0.2.8/30", 1, "Hash is full");
+    host.well("set add hosts 192.0.2.8/31");
+    host.well("set add nets 10.1.0.0/16 nomatch");
+    host.well("set add nets 2.0.0.0/7");
+    host.fails("set test nets 10.1.2.3", 1, "NOT");
+    host.well("set test nets 10.2.2.3");
+    host.well("set add services 192.0.2.1,udp:53");
+    host.fails("set add services 192.0.2.1", 2, "has 2 parts");
+    host.fails("set add nothing 192.0.2.1", 2, "does not exist");
+    host.fails("set add hosts 2001:db8::1", 2, "is not an IPv4 address");
+    host.fails("set add hosts 192.0.2.200 timeout 5", 2, "timeout");
+    assert_eq!(
+        host.well("set list hosts"),
+        "create hosts hash:ip family inet hashsize 1024 maxelem 4\n\
+         add hosts 192.0.2.2\nadd hosts 192.0.2.8\nadd hosts 192.0.2.9\n"
+    );
+    assert_eq!(
+        host.well("set list nets"),
+        "create nets hash:net family inet hashsize 1024 maxelem 65536\n\
+         add nets 2.0.0.0/7\nadd nets 10.0.0.0/8\nadd nets 10.1.0.0/16 nomatch\n"
+    );
+    assert_eq!(program(&host.well("status --sample 0")), before);
+    // What is listed can be applied again.
+    host.files.file("listed", host.well("set list").as_bytes());
+    host.well("apply rules.v4 --ipset listed --attach tc-ingress --dev eth0 --replace");
+    host.well("set test nets 3.0.0.1");
+
+    host.well(apply);
+    host.fails("set add hosts 192.0.2.7", 2, "the kernel's own set `hosts` decides");
+    host.well("flush");
+}
