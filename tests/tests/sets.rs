@@ -127,6 +127,10 @@ fn tables_agree_at_every_level() {
     let root = may_run("tables_agree_at_every_level, in the kernel");
     for (at, kind) in KINDS.iter().enumerate() {
         for (count, live) in [(1_200, false), (60, true), (0, true)] {
+            if count == 0 && at > 0 {
+                // An empty set is the same for every type.
+                continue;
+            }
             let name = format!("{} {} {} of {count}, live {live}", kind.name, kind.options, kind.family);
             let mut session = session(kind, &file(kind, count, at as u64));
             for set in session.ruleset.sets.values_mut() {
