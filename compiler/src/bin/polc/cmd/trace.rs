@@ -466,10 +466,9 @@ fn ip(event: &Event) -> Option<Ip> {
 /// A packet in one line: when, where, the verdict, the packet, and who decided.
 fn human(packet: &Packet<'_>, time: jiff::Timestamp) -> String {
     let clock = time.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%H:%M:%S.%6f").to_string();
-    let mut text = format!("{clock} {} ", packet.device);
-    match packet.hook {
-        Some(hook) => text += &format!("{hook} "),
-        None => text += &format!("{} ", packet.attach),
+    let mut text = format!("{clock} {} {} ", packet.device, packet.attach);
+    if let Some(hook) = packet.hook {
+        text += &format!("{hook} ");
     }
     text += &format!("{:<6} ", packet.verdict);
     match &packet.ip {
