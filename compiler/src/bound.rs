@@ -20,6 +20,9 @@ pub const TOO_DEEP: Code = Code(501);
 /// Steps of a turn, as the backend emits it.
 const STEPS_PER_TURN: u32 = 5;
 
+/// Writes of an exit's record.
+const WRITES_PER_TURN: usize = 2;
+
 /// Replaces stages that lie too deep by deferrals. True if there were any, so that the decision has to be made anew.
 pub fn bound(
     ruleset: &Ruleset,
@@ -90,6 +93,17 @@ pub fn bound(
     true
 }
 
+/// Turns that an entry's exit takes beyond one: counting on the way takes one, and so does every second write.
+fn more(entry: &EntryData) -> u32 {
+    match &entry.exit {
+        Exit::Then { writes, .. } => (writes.len().div_ceil(WRITES_PER_TURN)
+            + usize::from(!entry.counts.is_empty()))
+        .saturating_sub(1) as u32,
+        Exit::Test { .. } => u32::from(!entry.counts.is_empty()),
+        Exit::End(_) | Exit::EndIfAbsent(_) => 0,
+    }
+}
+
 /// Most turns that deciding each stage takes: a turn is five steps, and a stage begins one. Stages that the walk does
 /// not decide take none.
 fn costs(
@@ -125,7 +139,10 @@ fn costs(
         if !walked[stage] {
             continue;
         }
-        costs[stage] = 1 + decision.roots[stage].map_or(0, |root| nodes[root]) / STEPS_PER_TURN;
+        let exits = classifier.stages[stage].entries.iter().map(|&entry| more(&classifier.entries[entry]));
+        costs[stage] = 1
+            + exits.max().unwrap_or(0)
+            + decision.roots[stage].map_or(0, |root| nodes[root]) / STEPS_PER_TURN;
     }
     costs
 }

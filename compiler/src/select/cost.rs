@@ -13,7 +13,7 @@ use polc_ir::plan::{DataTable, LinearTest, Op, Operand};
 const INSN: u64 = 6;
 
 /// Hundredths of a nanosecond from an arithmetic operation's inputs to its result.
-const ALU: u64 = 30;
+const ALU: u64 = 20;
 
 /// What starting and ending a look-up takes, in hundredths: from its result to the return code.
 const LOOKUP_ENDS: u64 = 150;
@@ -28,9 +28,9 @@ const MISPREDICTED: u64 = 350;
 /// Hundredths of a nanosecond from an offset to the element of a table of so many bytes.
 pub(super) fn read(bytes: usize) -> u64 {
     match bytes {
-        0..=0x4000 => 170,
-        0x4001..=0x1_0000 => 220,
-        0x1_0001..=0x4_0000 => 350,
+        0..=0x4000 => 110,
+        0x4001..=0x1_0000 => 170,
+        0x1_0001..=0x4_0000 => 300,
         0x4_0001..=0x10_0000 => 600,
         0x10_0001..=0x40_0000 => 1_500,
         0x40_0001..=0x200_0000 => 4_000,

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use cranelift_entity::SecondaryMap;
 use polc_ir::entities::{Data, Stage, Step};
-use polc_ir::plan::{Op, Plan, PlanExit, StepData, Target};
+use polc_ir::field::Field;
+use polc_ir::plan::{LinearEntry, Op, Plan, PlanExit, StepData, Target};
 
 use super::cost;
 
@@ -47,18 +48,30 @@ fn stage_cost(plan: &Plan, step: &StepData) -> StageCost {
     }
 }
 
-/// What is expected of the packet that takes longest, as far as code decides it, in tenths of a nanosecond.
+/// What is expected of the packet that takes longest, as far as code decides it and fragments aside, in tenths of a
+/// nanosecond.
 pub fn longest_tenths_ns(plan: &Plan) -> u32 {
+    let fragment = plan.key.iter().find(|slot| slot.field == Field::Fragment).map(|slot| slot.word);
+    let rare = |entry: &LinearEntry| {
+        let words = entry.tests.iter().flat_map(|test| &test.any).flatten().map(|test| Some(test.word));
+        !entry.tests.is_empty() && words.into_iter().all(|word| word == fragment)
+    };
     // Steps lead to smaller numbers.
     let mut from: SecondaryMap<Step, u32> = SecondaryMap::new();
     for (step, data) in plan.steps.iter() {
         let after = |target: &Target| if let Target::Step(next) = target { from[*next] } else { 0 };
-        let ahead = data.exits().map(|exit| match exit {
+        let ahead = |exit: &PlanExit| match exit {
             PlanExit::End(_) => 0,
             PlanExit::Then { next, .. } => after(next),
             PlanExit::Test { yes, no, .. } => after(yes).max(after(no)),
-        });
-        from[step] = ahead.max().unwrap_or(0) + stage_cost(plan, data).tenths_ns;
+        };
+        let most = match data {
+            StepData::Linear(step) => {
+                step.entries.iter().filter(|entry| !rare(entry)).map(|entry| ahead(&entry.exit)).max()
+            }
+            StepData::Lookup(step) => step.exits.iter().map(ahead).max(),
+        };
+        from[step] = most.unwrap_or(0) + stage_cost(plan, data).tenths_ns;
     }
     if let Target::Step(root) = plan.root { from[root] } else { 0 }
 }

@@ -428,7 +428,12 @@ impl Selector<'_> {
             Shape::Linear(entries) => entries.len() <= 1,
             Shape::Lookup { .. } => false,
         });
-        if few {
+        // Fragments are so rare that a branch for them is foreseen.
+        let entries = &self.classifier.stages[stage].entries;
+        let guard = entries.iter().all(|&entry| {
+            self.classifier.entries[entry].cube.tests().iter().all(|test| test.field == Field::Fragment)
+        });
+        if few || (guard && linear.is_some()) {
             return linear;
         }
         let before = tables.len();

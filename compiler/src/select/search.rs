@@ -34,7 +34,7 @@ const FIRST_ELEMENTS_PER_RUN: usize = 8;
 const CACHE_LINE: usize = 64;
 
 /// Elements of a trie that is worth building: larger ones lose to sorted runs.
-const TRIE_ELEMENTS_MAX: usize = 1 << 18;
+const TRIE_ELEMENTS_MAX: usize = 1 << 16;
 
 /// First bits that are looked up before runs are halved.
 const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];

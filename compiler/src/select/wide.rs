@@ -18,7 +18,7 @@ pub(super) type Group = Vec<u32>;
 const THRESHOLDS: [u32; 6] = [8, 32, 128, 512, 2_048, u32::MAX];
 
 /// Pairs that a group more has to save.
-const GROUP_PAIRS: u64 = 1 << 12;
+const GROUP_PAIRS: u64 = 1 << 14;
 
 /// The entries of each group.
 pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &[Asked]) -> [Group; GROUPS] {
@@ -40,7 +40,32 @@ pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &
             best = Some((pairs, parts));
         }
     }
-    best.expect("thresholds were tried").1
+    let (_, parts) = best.expect("thresholds were tried");
+    joined(parts, [column(0), column(1)], asked)
+}
+
+/// Joins the smallest group with another as long as that costs less than a group more.
+fn joined(mut parts: [Group; GROUPS], columns: [Option<&Column>; 2], asked: &[Asked]) -> [Group; GROUPS] {
+    let mut costs = [0, 1, 2, 3].map(|part: usize| crossed(&parts[part], columns, asked));
+    loop {
+        let used = || (0..GROUPS).filter(|&part| !parts[part].is_empty());
+        let Some(smallest) = used().min_by_key(|&part| parts[part].len()) else { return parts };
+        let join = |other: usize| {
+            let mut both = [parts[smallest].as_slice(), &parts[other]].concat();
+            both.sort_unstable();
+            (crossed(&both, columns, asked), other, both)
+        };
+        let best = used().filter(|&other| other != smallest).map(join).min_by_key(|(cost, ..)| *cost);
+        match best {
+            Some((cost, other, both)) if cost < costs[smallest] + costs[other] => {
+                parts[smallest].clear();
+                costs[smallest] = 0;
+                parts[other] = both;
+                costs[other] = cost;
+            }
+            _ => return parts,
+        }
+    }
 }
 
 /// Pairs of classes that a group has at the most, and what a group costs at all.
