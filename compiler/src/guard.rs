@@ -43,7 +43,7 @@ pub fn keep_dhcp(ruleset: &mut Ruleset, place: &Place) {
 
 /// Lets only packets for this host meet the rules on INPUT, and only others those on FORWARD, as routing does
 /// (net/ipv4/route.c, `ip_route_input_rcu`; net/ipv6/route.c). A destination is for this host if it is a local, broadcast
-/// or multicast address. `env` gives the host's addresses; without them nothing is done.
+/// or multicast address, or if both addresses are 0.0.0.0. `env` gives the host's addresses; without them nothing is done.
 pub fn split_local(ruleset: &mut Ruleset, place: &Place, env: &Env) {
     let Some(local) = &env.local else { return };
     let multicast = match ruleset.family {
@@ -56,18 +56,40 @@ pub fn split_local(ruleset: &mut Ruleset, place: &Place, env: &Env) {
         local.iter().chain(&env.broadcast).copied().chain(multicast.into_iter().flatten()).collect();
     let to_host = Test::new(Field::DstAddr, ruleset.family, own);
     let to_others = to_host.negated(ruleset.family);
+    // A host that has no address yet asks all others for one (net/ipv4/route.c, `ip_route_input_slow`, `brd_input`).
+    let zero = |field| Test::new(field, ruleset.family, IntervalSet::point(0));
+    let nameless = match ruleset.family {
+        Family::V4 => vec![zero(Field::SrcAddr), zero(Field::DstAddr)],
+        Family::V6 => Vec::new(),
+    };
+    let named: Vec<Test> = nameless.iter().map(|test| test.negated(ruleset.family)).collect();
     for chain in ruleset.path_chains(place) {
         match ruleset.chains[chain].base.map(|base| base.hook) {
-            Some(Hook::Input) => add(ruleset, chain, vec![to_others.clone()], Action::Accept),
-            Some(Hook::Forward) => add(ruleset, chain, vec![to_host.clone()], Action::Accept),
+            Some(Hook::Input) => {
+                let mut clauses = vec![vec![to_others.clone()]];
+                clauses.extend((!named.is_empty()).then(|| named.clone()));
+                add_any(ruleset, chain, clauses, Action::Accept);
+            }
+            Some(Hook::Forward) => {
+                if !nameless.is_empty() {
+                    add(ruleset, chain, nameless.clone(), Action::Accept);
+                }
+                add(ruleset, chain, vec![to_host.clone()], Action::Accept);
+            }
             _ => {}
         }
     }
 }
 
+/// Adds a rule for packets of which all the tests hold.
 fn add(ruleset: &mut Ruleset, chain: Chain, tests: Vec<Test>, action: Action) {
+    add_any(ruleset, chain, tests.into_iter().map(|test| vec![test]).collect(), action);
+}
+
+/// Adds a rule for packets of which one test of each clause holds.
+fn add_any(ruleset: &mut Ruleset, chain: Chain, clauses: Vec<Vec<Test>>, action: Action) {
     let span = ruleset.chains[chain].span;
-    let clauses = tests.into_iter().map(|test| Clause { kind: ClauseKind::Any(vec![test]), span }).collect();
+    let clauses = clauses.into_iter().map(|tests| Clause { kind: ClauseKind::Any(tests), span }).collect();
     let rule: Rule = ruleset.rules.push(RuleData {
         chain,
         number: GUARD_NUMBER,

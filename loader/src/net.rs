@@ -28,6 +28,7 @@ const IFLA_XDP: u16 = 43;
 const IFLA_XDP_PROG_ID: u16 = 4;
 const IFLA_XDP_MODE_IDS: [u16; 3] = [5, 6, 7];
 const RTA_DST: u16 = 1;
+const RT_TABLE_LOCAL: u8 = 255;
 const RTN_LOCAL: u8 = 2;
 const RTN_BROADCAST: u8 = 3;
 const AF_INET: u8 = 2;
@@ -85,7 +86,9 @@ pub fn find<'d>(devices: &'d [Device], name: &str) -> Result<&'d Device, Error> 
     devices.iter().find(|device| device.name == name).ok_or_else(|| Error::NoDevice(name.to_string()))
 }
 
-/// The host's own addresses, as its routing tables have them: that is what decides between INPUT and FORWARD.
+/// The host's own addresses, as its local routing table has them: that is what decides between INPUT and FORWARD. Other
+/// tables may call addresses local for packets of some marks only. Some addresses are what they are whatever the table
+/// says (net/ipv4/fib_frontend.c, `__inet_dev_addr_type`; net/ipv6/addrconf_core.c, `__ipv6_addr_type`).
 pub fn addresses(sys: &Sys, family: Family) -> Result<Addresses, Error> {
     let mut body = vec![0; ROUTE_HEADER_BYTES];
     body[0] = match family {
@@ -107,6 +110,20 @@ pub fn addresses(sys: &Sys, family: Family) -> Result<Addresses, Error> {
             _ => {}
         }
     }
+    let unicast = match family {
+        // Beside 0.0.0.0, multicast (224.0.0.0/4) and 255.255.255.255.
+        Family::V4 => [Interval::new(1, 0xdfff_ffff), Interval::new(0xf000_0000, 0xffff_fffe)],
+        // Below multicast (ff00::/8).
+        Family::V6 => [Interval::new(0, (0xff << 120) - 1), None],
+    };
+    let part = |local: &Interval, range: Interval| {
+        Interval::new(local.lo().max(range.lo()), local.hi().min(range.hi()))
+    };
+    let parts = found
+        .local
+        .iter()
+        .flat_map(|local| unicast.into_iter().flatten().map(move |range| part(local, range)));
+    found.local = parts.flatten().collect();
     for list in [&mut found.local, &mut found.broadcast] {
         list.sort_unstable();
         list.dedup();
@@ -141,9 +158,12 @@ fn device(body: &[u8]) -> Option<Device> {
     Some(device)
 }
 
-/// Type of a route and the addresses it is about.
+/// Type of a route of the local table, and the addresses it is about.
 fn route(body: &[u8], family: Family) -> Option<(u8, Interval)> {
-    let (length, kind) = (*body.get(1)?, *body.get(7)?);
+    let (length, table, kind) = (*body.get(1)?, *body.get(4)?, *body.get(7)?);
+    if table != RT_TABLE_LOCAL {
+        return None;
+    }
     let bits = family.address_bits();
     let destination = attributes(body.get(ROUTE_HEADER_BYTES..)?).find(|(kind, _)| *kind == RTA_DST);
     let first = match destination.map(|(_, value)| value) {

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use polc::build::object;
 use polc::guard::{GUARD_NUMBER, split_local};
 use polc::netfilter::{Sample, device_names, renumbered, samples};
+use polc::runner::{Level, run};
 use polc::select::Devices;
 use polc_ir::diag::Diagnostic;
 use polc_ir::env::{Attach, Device, Env, Input, Place};
@@ -313,7 +314,8 @@ impl<'a> Bench<'a> {
         if let Some(at) = differing {
             let (one, other) = (expected.passed[at], found.passed[at]);
             let packet = text(&samples[at]);
-            return Ok(Some(format!("iptables: {}, polc: {} {packet}", fate(one), fate(other))));
+            let levels = self.levels(judge, &samples[at].input);
+            return Ok(Some(format!("iptables: {}, polc: {} ({levels}) {packet}", fate(one), fate(other))));
         }
         let Some(mut difference) = unequal(&expected.counts, &found.counts) else { return Ok(None) };
         // By halves, to the one packet whose counters differ when it goes alone.
@@ -338,6 +340,21 @@ impl<'a> Bench<'a> {
         Ok(Some(format!("{difference} {}", suspects.first().map(text).unwrap_or_default())))
     }
 
+    /// What polc's levels make of a packet.
+    fn levels(&self, judge: &Judge, input: &Input) -> String {
+        let compiled = polc::compile(&judge.ruleset, &judge.place, &judge.env, &self.devices());
+        let levels = [Level::Ruleset, Level::Classifier, Level::Decision, Level::Plan].map(|level| {
+            let state = &mut State::new(0);
+            let outcome = run(level, &judge.ruleset, &compiled, &judge.env, input, state);
+            format!("{level}: {} by {}", outcome.ending.verdict.word(), outcome.ending.by)
+        });
+        levels.join(", ")
+    }
+
+    fn devices(&self) -> Devices {
+        Devices { declared: self.declared.clone(), fixed_in: Some(self.input), fixed_out: None }
+    }
+
     fn slot(&self, attach: Attach) -> SlotName {
         let family = self.rules.session.ruleset.family;
         SlotName { device: Some(self.input.to_string()), attach, hook: None, family }
@@ -357,9 +374,7 @@ impl<'a> Bench<'a> {
         let mut session = self.rules.session.clone();
         session.ruleset = judge.ruleset.clone();
         let slot = self.slot(judge.attach);
-        let devices =
-            Devices { declared: self.declared.clone(), fixed_in: Some(self.input), fixed_out: None };
-        let compiled = polc::compile(&session.ruleset, &judge.place, &judge.env, &devices);
+        let compiled = polc::compile(&session.ruleset, &judge.place, &judge.env, &self.devices());
         let said =
             |findings: &[Diagnostic]| NetfilterError::Refused("polc apply".into(), format!("{findings:?}"));
         if !compiled.diagnostics.is_empty() {

@@ -10,8 +10,9 @@ use super::{Action, ClauseKind, Policy, Ruleset};
 use crate::cube::Test;
 use crate::derived::DerivedData;
 use crate::entities::{Chain, Rule};
-use crate::env::{Connections, Env, Fragments, Input, Place};
+use crate::env::{Connections, Env, Fragments, Input, Mode, Place};
 use crate::field::Field;
+use crate::hook::TableKind;
 use crate::outcome::{Count, Decider, Ending, Outcome, Verdict};
 use crate::packet::View;
 use crate::state::State;
@@ -101,22 +102,31 @@ impl Ruleset {
         Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
 
-    /// The base chains that a path runs: those that hold a rule or do not accept by policy.
+    /// The base chains that a path runs: those that hold a rule or do not accept by policy. In replace mode there is
+    /// nobody else to count for the others' policies; `nat` counts connections, not packets.
     pub fn path_chains(&self, place: &Place) -> Vec<Chain> {
         let chains = place.path.iter().flat_map(|&hook| self.base_chains(hook));
-        chains
-            .filter(|&chain| {
-                let data = &self.chains[chain];
-                !data.rules.is_empty() || data.base.is_some_and(|base| base.policy == Policy::Drop)
-            })
-            .collect()
+        let counts = |chain: Chain| {
+            place.mode == Mode::Replace && self.tables[self.chains[chain].table].kind != TableKind::Nat
+        };
+        chains.filter(|&chain| self.bears(chain) || counts(chain)).collect()
+    }
+
+    /// Whether anything on a path decides or counts packets by more than an accepting policy.
+    pub fn bears_on(&self, place: &Place) -> bool {
+        place.path.iter().flat_map(|&hook| self.base_chains(hook)).any(|chain| self.bears(chain))
+    }
+
+    fn bears(&self, chain: Chain) -> bool {
+        let data = &self.chains[chain];
+        !data.rules.is_empty() || data.base.is_some_and(|base| base.policy == Policy::Drop)
     }
 
     /// Whether a base chain rewrites addresses by what connections remember, so that nothing after it knows them: it
     /// is one of `nat`, and some rule of that table translates.
     pub fn translates(&self, chain: Chain) -> bool {
         let table = self.chains[chain].table;
-        self.tables[table].kind == crate::hook::TableKind::Nat
+        self.tables[table].kind == TableKind::Nat
             && self
                 .rules
                 .values()

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use super::Sys;
 
@@ -45,7 +46,7 @@ impl Sys {
             if wait {
                 file.lock()?;
             } else {
-                file.try_lock()?;
+                lock_soon(&file)?;
             }
             // Whoever held it may have removed the file; a lock on a file without a name keeps nobody out.
             let named = fs::metadata(path).is_ok_and(|named| {
@@ -107,6 +108,22 @@ impl Sys {
         Ok(names)
     }
 }
+
+/// Locks a file that nobody holds for long. A process that another thread is about to start has copies of all
+/// descriptors until it runs its own program (execve(2)), and so keeps a lock for a moment after it was dropped.
+fn lock_soon(file: &File) -> io::Result<()> {
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            result => return Ok(result?),
+        }
+    }
+    Ok(file.try_lock()?)
+}
+
+/// How often, and after which pause, a held lock is tried again before it is another polc's.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {

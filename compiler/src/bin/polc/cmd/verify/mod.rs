@@ -318,10 +318,8 @@ fn places(args: &VerifyArgs, session: &Session) -> Result<Vec<Place>, Failure> {
         let place = place_of(&path, attach, mode, local);
         // A path that adds nothing to a hook alone is that hook.
         let adds = path.len() == 1
-            || path.iter().all(|hook| {
-                !session.ruleset.path_chains(&place_of(&[*hook], attach, mode, local)).is_empty()
-            });
-        if chosen || (adds && !session.ruleset.path_chains(&place).is_empty()) {
+            || path.iter().all(|hook| session.ruleset.bears_on(&place_of(&[*hook], attach, mode, local)));
+        if chosen || (adds && session.ruleset.bears_on(&place)) {
             let arrives = attach != Attach::TcEgress && args.place.connections.is_some();
             let connections = if arrives { args.place.connections(attach)? } else { Connections::Unknown };
             places.push(Place { connections, ..place });

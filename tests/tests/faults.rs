@@ -1,0 +1,430 @@
+//! Whatever call of the loader's fails, and wherever the process is killed, the old policy or the new one is in force;
+//! the next polc repairs what is left over, and after a flush nothing is.
+//!
+//! Every operation is tried with call 1 failing, with call 2 failing, and so on until it makes no more calls, and then
+//! with the process killed at each of them: the test runs itself again for that. Without root the tests say that they
+//! are skipped.
+
+use std::os::fd::AsFd as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use std::{fs, io};
+
+use polc::build::build;
+use polc::place::place;
+use polc::select::Devices;
+use polc::session::{ReadOptions, Session};
+use polc_backend_ebpf::object::Object;
+use polc_ir::env::{Attach, Env, Mode};
+use polc_ir::hook::{Family, Hook};
+use polc_ir::source::SourceMap;
+use polc_loader::coexist::Order;
+use polc_loader::state::{SlotName, Store};
+use polc_loader::swap::{self, Held, Request};
+use polc_loader::sys::{QueryPoint, Sys, TestRun};
+use polc_loader::{Error, clsact, net};
+use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run};
+
+const DEVICE: &str = "in0";
+
+/// Calls that an operation makes at most; it ends long before.
+const CALLS_MAX: usize = 400;
+
+/// The child's part: which operation, where it dies, and where things are.
+const CHILD: &str = "POLC_FAULTS_CHILD";
+
+/// Policies: each drops the UDP port that is its own.
+const POLICIES: [u16; 2] = [1_001, 1_002];
+
+/// How a policy is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Tcx,
+    Clsact,
+    Xdp,
+}
+
+impl Way {
+    fn attach(self) -> Attach {
+        if self == Way::Xdp { Attach::Xdp } else { Attach::TcIngress }
+    }
+}
+
+/// What is done while a call fails. Before each the first policy is in force, except before the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    /// A policy where none is.
+    First,
+    /// The second policy in place of the first.
+    Swap,
+    /// The same, to be confirmed.
+    SwapUnconfirmed,
+    /// The second policy, confirmed.
+    Confirm,
+    /// The second policy, not confirmed in time.
+    GoBack,
+    /// Nothing.
+    Flush,
+}
+
+impl Operation {
+    const ALL: [Operation; 6] = [
+        Operation::First,
+        Operation::Swap,
+        Operation::SwapUnconfirmed,
+        Operation::Confirm,
+        Operation::GoBack,
+        Operation::Flush,
+    ];
+
+    /// The policies (by index; `None`: none) in force before and after.
+    fn changes(self) -> (Option<usize>, Option<usize>) {
+        match self {
+            Operation::First => (None, Some(0)),
+            Operation::Swap | Operation::SwapUnconfirmed => (Some(0), Some(1)),
+            Operation::Confirm => (Some(1), Some(1)),
+            Operation::GoBack => (Some(1), Some(0)),
+            Operation::Flush => (Some(0), None),
+        }
+    }
+}
+
+/// Where a policy is applied to, and what is applied.
+struct Host {
+    store: Store,
+    slot: SlotName,
+    way: Way,
+    objects: Vec<Object>,
+    bpffs: PathBuf,
+    state: PathBuf,
+}
+
+impl Host {
+    fn new(way: Way, bpffs: &Path, state: &Path, objects: Vec<Object>) -> Host {
+        let slot =
+            SlotName { device: Some(DEVICE.into()), attach: way.attach(), hook: None, family: Family::V4 };
+        let store = Store::new(bpffs, state).expect("the namespace is known");
+        Host { store, slot, way, objects, bpffs: bpffs.into(), state: state.into() }
+    }
+
+    fn apply(&self, sys: &Sys, policy: usize, confirm: Option<Duration>) -> Result<(), Error> {
+        let request = Request {
+            slot: &self.slot,
+            object: &self.objects[policy],
+            source: "rules",
+            files: &[("rules", b"text")],
+            contents: &[],
+            checks: &[],
+            generic: false,
+            clsact: self.way == Way::Clsact,
+            order: Order::Alone,
+            confirm,
+            initial: &[],
+        };
+        swap::apply(sys, &self.store, &request, &mut |_| Ok(())).map(|_| ())
+    }
+
+    /// What goes before an operation; nothing of it fails.
+    fn prepare(&self, operation: Operation) {
+        let sys = Sys::new();
+        let applied = |result: Result<(), Error>| result.expect("nothing fails here");
+        match operation {
+            Operation::First => {}
+            Operation::Swap | Operation::SwapUnconfirmed | Operation::Flush => {
+                applied(self.apply(&sys, 0, None))
+            }
+            Operation::Confirm => {
+                applied(self.apply(&sys, 0, None));
+                applied(self.apply(&sys, 1, Some(Duration::from_secs(600))));
+            }
+            Operation::GoBack => {
+                applied(self.apply(&sys, 0, None));
+                applied(self.apply(&sys, 1, Some(Duration::from_millis(1))));
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+
+    fn operate(&self, sys: &Sys, operation: Operation) -> Result<(), Error> {
+        match operation {
+            Operation::First => self.apply(sys, 0, None),
+            Operation::Swap => self.apply(sys, 1, None),
+            Operation::SwapUnconfirmed => self.apply(sys, 1, Some(Duration::from_secs(600))),
+            Operation::Confirm => swap::confirm(sys, &self.store, &self.slot).map(|_| ()),
+            Operation::GoBack => {
+                let held = Held::new(sys, &self.store, &self.slot)?;
+                let state = self.store.slot(&self.slot).read(&Sys::new()).expect("readable").expect("there");
+                let token = state.intent.and_then(|intent| intent.confirm).expect("it waits").token;
+                held.go_back(sys, &token)
+            }
+            Operation::Flush => swap::flush(sys, &self.store, &self.slot).map(|_| ()),
+        }
+    }
+
+    /// The policy that packets meet.
+    fn in_force(&self) -> Result<Option<usize>, String> {
+        let sys = Sys::new();
+        let devices = net::devices(&sys).map_err(|error| error.to_string())?;
+        let device = net::find(&devices, DEVICE).map_err(|error| error.to_string())?;
+        let mut programs = Vec::new();
+        if self.way == Way::Xdp {
+            programs.extend(&device.xdp);
+        } else {
+            // Where the question for tcx fails, a filter is the way that is left.
+            let found = sys.prog_query(device.ifindex, QueryPoint::TcxIngress).expect("asked");
+            programs.extend(found.into_iter().map(|(program, _)| program));
+            if clsact::has_qdisc(&sys, device.ifindex).expect("asked") {
+                let filters = clsact::filters(&sys, device.ifindex, false).expect("asked");
+                programs.extend(filters.into_iter().map(|filter| filter.program_id));
+            }
+        }
+        let program = match programs[..] {
+            [] => return Ok(None),
+            [program] => sys.prog_by_id(program).map_err(|error| error.to_string())?,
+            _ => return Err(format!("several programs are attached: {programs:?}")),
+        };
+        let dropped: Vec<bool> = POLICIES
+            .iter()
+            .map(|port| {
+                let run = TestRun { frame: &frame(*port), context: &[], repeat: 1 };
+                let result = sys.test_run(program.as_fd(), &run).expect("a test run");
+                // `XDP_DROP`, `TC_ACT_SHOT`.
+                result.return_value == if self.way == Way::Xdp { 1 } else { 2 }
+            })
+            .collect();
+        match dropped[..] {
+            [true, false] => Ok(Some(0)),
+            [false, true] => Ok(Some(1)),
+            _ => Err(format!("neither policy: dropped {dropped:?}")),
+        }
+    }
+
+    /// What a next, unhindered polc finds and leaves.
+    fn settle(&self, operation: Operation, found: Option<usize>) -> Result<(), String> {
+        let sys = Sys::new();
+        let slot = self.store.slot(&self.slot);
+        // An apply that has to be confirmed keeps the next one out.
+        let next = match swap::confirm(&sys, &self.store, &self.slot) {
+            Ok(_) => found,
+            Err(Error::NotApplied(_)) => None,
+            Err(error) => return Err(format!("the next polc says: {error}")),
+        };
+        let expected = match operation {
+            // It is overdue, and the next polc takes it back.
+            Operation::GoBack => Some(0),
+            _ => next,
+        };
+        let now = self.in_force()?;
+        if now != expected {
+            return Err(format!("policy {now:?} is in force after the next polc, and {found:?} was before"));
+        }
+        let present = slot.generations_present(&sys).map_err(|error| error.to_string())?;
+        if present.len() != usize::from(now.is_some()) {
+            return Err(format!("generations {present:?} are left with policy {now:?}"));
+        }
+        self.apply(&sys, 1, None).map_err(|error| format!("applying afterwards: {error}"))?;
+        if self.in_force()? != Some(1) {
+            return Err("what was applied afterwards is not in force".into());
+        }
+        self.clear()
+    }
+
+    /// Flushes, and looks for anything left.
+    fn clear(&self) -> Result<(), String> {
+        swap::flush(&Sys::new(), &self.store, &self.slot).map_err(|error| format!("flushing: {error}"))?;
+        if let Some(policy) = self.in_force()? {
+            return Err(format!("policy {policy} is in force after a flush"));
+        }
+        for folder in [&self.bpffs, &self.state] {
+            let left: Vec<_> = fs::read_dir(folder)
+                .map_err(|error| error.to_string())?
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                // The kernel puts two files into every bpffs.
+                .filter(|name| !name.ends_with(".debug"))
+                .collect();
+            if !left.is_empty() {
+                return Err(format!("after a flush {left:?} is left in {}", folder.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// UDP to a port.
+fn frame(port: u16) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+    frame.extend([0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0, 192, 0, 2, 1, 198, 51, 100, 2]);
+    frame.extend([4, 0]);
+    frame.extend(port.to_be_bytes());
+    frame.extend([0, 8, 0, 0]);
+    frame
+}
+
+fn object(port: u16, attach: Attach) -> Object {
+    let rules =
+        format!("*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p udp -m udp --dport {port} -j DROP\nCOMMIT\n");
+    let mut sources = SourceMap::new();
+    let file = sources.add("rules.v4", rules);
+    let session = Session::read(sources, file, &[], &ReadOptions::default());
+    let place = place(&[Hook::Input], attach, Mode::Replace, false);
+    build(&session, &place, &Env::default(), &Devices::default()).expect("it compiles").object
+}
+
+/// A call to the kernel that fails: the number, counted from 1, and whether the process ends there instead.
+fn faulty(number: usize, dies: bool) -> (Sys, Arc<AtomicUsize>) {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = calls.clone();
+    let sys = Sys::with_hook(move |_| {
+        if counted.fetch_add(1, Ordering::Relaxed) + 1 != number {
+            return Ok(());
+        }
+        if dies {
+            let own = rustix::process::getpid();
+            _ = rustix::process::kill_process(own, rustix::process::Signal::KILL);
+        }
+        // EIO: nothing in the loader takes it for anything but a failure.
+        Err(io::Error::from_raw_os_error(5))
+    });
+    (sys, calls)
+}
+
+/// A namespace with the device, for as long as the result lives.
+fn bench(name: &str) -> (BpfFs, TempDir, Namespace) {
+    let bench = (BpfFs::new(&format!("{name}-fs")), TempDir::in_memory(name), Namespace::enter(name));
+    let ip = |line: &str| run("ip", &line.split(' ').collect::<Vec<_>>()).expect("root may");
+    ip("link add name in0 type veth peer name out0");
+    ip("link set in0 up");
+    ip("link set out0 up");
+    bench
+}
+
+#[test]
+fn every_failing_call_leaves_the_old_policy_or_the_new() {
+    const NAME: &str = "every_failing_call_leaves_the_old_policy_or_the_new";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("faults");
+    let mut wrong = Vec::new();
+    for way in [Way::Tcx, Way::Clsact, Way::Xdp] {
+        let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
+        let host = Host::new(way, Path::new(&bpffs.join("")), state.path(), objects);
+        let mut summary = Vec::new();
+        for operation in Operation::ALL {
+            let (before, after) = operation.changes();
+            let (mut tried, mut failed) = (0, 0);
+            for number in 1..=CALLS_MAX {
+                host.prepare(operation);
+                let (sys, calls) = faulty(number, false);
+                let result = host.operate(&sys, operation);
+                let done = calls.load(Ordering::Relaxed) < number;
+                let found = host.in_force();
+                let expected = if result.is_ok() { after } else { before };
+                let error = result.as_ref().err().map(ToString::to_string);
+                // Where taking away what was confirmed or is overdue fails, it may have been done already.
+                let may_be_done =
+                    found == Ok(after) && matches!(operation, Operation::GoBack | Operation::Flush);
+                let verdict = match found {
+                    Ok(found) if found == expected || may_be_done => host.settle(operation, found),
+                    Ok(found) => Err(format!("policy {found:?} is in force instead of {expected:?}")),
+                    Err(why) => Err(why),
+                };
+                if let Err(why) = verdict {
+                    wrong.push(format!("{way:?} {operation:?}, call {number} ({error:?}): {why}"));
+                    _ = host.clear();
+                }
+                failed += usize::from(error.is_some());
+                if done {
+                    assert!(result.is_ok(), "{operation:?} fails by itself: {error:?}");
+                    break;
+                }
+                tried += 1;
+            }
+            assert!(tried > 5, "{operation:?} makes {tried} calls only");
+            summary.push(format!("{operation:?} {tried} calls, {failed} of them fatal"));
+        }
+        eprintln!("{way:?}: {}", summary.join("; "));
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
+}
+
+#[test]
+fn killed_at_any_call_it_leaves_the_old_policy_or_the_new() {
+    const NAME: &str = "killed_at_any_call_it_leaves_the_old_policy_or_the_new";
+    if std::env::var_os(CHILD).is_some() {
+        return child();
+    }
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("kills");
+    let way = Way::Tcx;
+    let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
+    let files = TempDir::in_memory("kills-objects");
+    for (policy, object) in objects.iter().enumerate() {
+        files.file(&policy.to_string(), &object.write().expect("written"));
+    }
+    let host = Host::new(way, Path::new(&bpffs.join("")), state.path(), objects);
+    let (mut wrong, mut summary) = (Vec::new(), Vec::new());
+    for (index, operation) in Operation::ALL.into_iter().enumerate() {
+        let (before, after) = operation.changes();
+        let mut killed = 0;
+        for number in 1..=CALLS_MAX {
+            host.prepare(operation);
+            let folder = |path: &Path| path.to_str().expect("UTF-8").to_string();
+            let part = [
+                index.to_string(),
+                number.to_string(),
+                bpffs.join(""),
+                folder(state.path()),
+                folder(files.path()),
+            ];
+            let status = Command::new(std::env::current_exe().expect("it has a path"))
+                .args(["--exact", NAME, "--nocapture"])
+                .env(CHILD, part.join("\n"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .expect("it runs");
+            let found = host.in_force();
+            let verdict = match found {
+                Ok(found) if found == before || found == after => host.settle(operation, found),
+                Ok(found) => Err(format!("policy {found:?} is in force")),
+                Err(why) => Err(why),
+            };
+            if let Err(why) = verdict {
+                wrong.push(format!("{operation:?}, killed at call {number}: {why}"));
+                _ = host.clear();
+            }
+            if status.success() {
+                break;
+            }
+            assert_eq!(status.signal(), Some(9), "{operation:?} {number}");
+            killed += 1;
+        }
+        assert!(killed > 5, "{operation:?} was killed {killed} times only");
+        summary.push(format!("{operation:?} {killed} times"));
+    }
+    eprintln!("killed: {}", summary.join(", "));
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
+}
+
+/// The operation, in a process of its own that ends at a call.
+fn child() {
+    let part = std::env::var(CHILD).expect("it was asked for");
+    let [operation, number, bpffs, state, files] = part.split('\n').collect::<Vec<_>>()[..] else {
+        panic!("five lines: {part}");
+    };
+    let operation = Operation::ALL[operation.parse::<usize>().expect("a number")];
+    let read = |policy: usize| {
+        let bytes = fs::read(Path::new(files).join(policy.to_string())).expect("the object is there");
+        Object::read(&bytes).expect("it is one")
+    };
+    let host = Host::new(Way::Tcx, Path::new(bpffs), Path::new(state), vec![read(0), read(1)]);
+    let (sys, _) = faulty(number.parse().expect("a number"), true);
+    host.operate(&sys, operation).expect("what is not killed is done");
+}
