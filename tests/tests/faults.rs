@@ -122,6 +122,7 @@ impl Host {
             generic: false,
             clsact: self.way == Way::Clsact,
             order: Order::Alone,
+            hook_order: Default::default(),
             confirm,
             initial: &[],
         };
