@@ -91,6 +91,8 @@ fn by_word(runs: &[(u128, u64)], rest: u32) -> Vec<(u64, Vec<(u128, u64)>)> {
             words.push((start >> rest) + 1);
         }
     }
+    // The word behind one run's is pushed before the next run's own.
+    words.sort_unstable();
     words.dedup();
     let mut found = Vec::with_capacity(words.len());
     let mut at = 0;
@@ -120,4 +122,24 @@ fn merged(runs: impl Iterator<Item = (u128, u64)>) -> Vec<(u128, u64)> {
 
 fn narrow(runs: &[(u128, u64)]) -> Vec<(u64, u64)> {
     runs.iter().map(|&(start, value)| (start as u64, value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_begin_within_one_word_are_one_label() {
+        let at = |high: u128, low: u128| high << 32 | low;
+        let runs = [(0, 1), (at(5, 7), 2), (at(5, 9), 3), (at(6, 0), 4), (at(8, 1), 5)];
+        let found = by_word(&runs, 32);
+        let expected = [
+            (0, vec![(0, 1)]),
+            (5, vec![(0, 1), (7, 2), (9, 3)]),
+            (6, vec![(0, 4)]),
+            (8, vec![(0, 4), (1, 5)]),
+            (9, vec![(0, 5)]),
+        ];
+        assert_eq!(found, expected);
+    }
 }
