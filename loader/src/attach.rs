@@ -50,6 +50,9 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             }
             None => Ok(None),
         },
+        // A link of this kind doesn't tell that it was detached (net/netfilter/nf_bpf_link.c, `bpf_nf_link_detach`); that
+        // it was going to be is written down.
+        Via::Dispatch { .. } if state.intent.as_ref().is_some_and(|intent| intent.to.is_none()) => Ok(None),
         Via::Dispatch { .. } => match (open_pin(sys, &slot.link())?, place(sys, slot)?) {
             (Some(_), Some(place)) => dispatch::current(sys, &place).map_err(ask()),
             _ => Ok(None),

@@ -5,6 +5,7 @@
 //! with the process killed at each of them: the test runs itself again for that. Without root the tests say that they
 //! are skipped.
 
+use std::net::UdpSocket;
 use std::os::fd::AsFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -40,19 +41,45 @@ const CHILD: &str = "POLC_FAULTS_CHILD";
 /// Policies: each drops the UDP port that is its own.
 const POLICIES: [u16; 2] = [1_001, 1_002];
 
+/// A UDP port that no policy drops.
+const OPEN: u16 = 1_003;
+
+/// Time within which a packet to it arrives.
+const ARRIVES_WITHIN: Duration = Duration::from_secs(10);
+
 /// How a policy is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Tcx,
     Clsact,
     Xdp,
+    Netfilter,
 }
 
 impl Way {
     fn attach(self) -> Attach {
-        if self == Way::Xdp { Attach::Xdp } else { Attach::TcIngress }
+        match self {
+            Way::Tcx | Way::Clsact => Attach::TcIngress,
+            Way::Xdp => Attach::Xdp,
+            Way::Netfilter => Attach::Netfilter,
+        }
+    }
+
+    fn slot(self) -> SlotName {
+        let at_hook = self == Way::Netfilter;
+        SlotName {
+            device: (!at_hook).then(|| DEVICE.into()),
+            attach: self.attach(),
+            hook: at_hook.then_some(Hook::Input),
+            family: Family::V4,
+        }
     }
 }
+
+const WAYS: [Way; 4] = [Way::Tcx, Way::Clsact, Way::Xdp, Way::Netfilter];
+
+/// The test that runs itself again, to be killed.
+const KILLED: &str = "killed_at_any_call_it_leaves_the_old_policy_or_the_new";
 
 /// What is done while a call fails. Before each the first policy is in force, except before the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,8 +132,7 @@ struct Host {
 
 impl Host {
     fn new(way: Way, bpffs: &Path, state: &Path, objects: Vec<Object>) -> Host {
-        let slot =
-            SlotName { device: Some(DEVICE.into()), attach: way.attach(), hook: None, family: Family::V4 };
+        let slot = way.slot();
         let store = Store::new(bpffs, state).expect("the namespace is known");
         Host { store, slot, way, objects, bpffs: bpffs.into(), state: state.into() }
     }
@@ -168,6 +194,22 @@ impl Host {
 
     /// The policy that packets meet.
     fn in_force(&self) -> Result<Option<usize>, String> {
+        let dropped = match self.way {
+            Way::Netfilter => dropped_by_hook().map(Some).map_err(|error| error.to_string())?,
+            _ => self.dropped_by_device()?,
+        };
+        match dropped {
+            // At a hook nothing else tells that there is no program.
+            Some([false, false]) if self.way == Way::Netfilter => Ok(None),
+            None => Ok(None),
+            Some([true, false]) => Ok(Some(0)),
+            Some([false, true]) => Ok(Some(1)),
+            dropped => Err(format!("neither policy: dropped {dropped:?}")),
+        }
+    }
+
+    /// Whether the device's program drops what each policy does; `None`: it has none.
+    fn dropped_by_device(&self) -> Result<Option<[bool; 2]>, String> {
         let sys = Sys::new();
         let devices = net::devices(&sys).map_err(|error| error.to_string())?;
         let device = net::find(&devices, DEVICE).map_err(|error| error.to_string())?;
@@ -188,20 +230,12 @@ impl Host {
             [program] => sys.prog_by_id(program).map_err(|error| error.to_string())?,
             _ => return Err(format!("several programs are attached: {programs:?}")),
         };
-        let dropped: Vec<bool> = POLICIES
-            .iter()
-            .map(|port| {
-                let run = TestRun { frame: &frame(*port), context: &[], repeat: 1 };
-                let result = sys.test_run(program.as_fd(), &run).expect("a test run");
-                // `XDP_DROP`, `TC_ACT_SHOT`.
-                result.return_value == if self.way == Way::Xdp { 1 } else { 2 }
-            })
-            .collect();
-        match dropped[..] {
-            [true, false] => Ok(Some(0)),
-            [false, true] => Ok(Some(1)),
-            _ => Err(format!("neither policy: dropped {dropped:?}")),
-        }
+        Ok(Some(POLICIES.map(|port| {
+            let run = TestRun { frame: &frame(port), context: &[], repeat: 1 };
+            let result = sys.test_run(program.as_fd(), &run).expect("a test run");
+            // `XDP_DROP`, `TC_ACT_SHOT`.
+            result.return_value == if self.way == Way::Xdp { 1 } else { 2 }
+        })))
     }
 
     /// What a next, unhindered polc finds and leaves.
@@ -255,6 +289,29 @@ impl Host {
     }
 }
 
+/// Whether packets that each policy drops are dropped on the way in. A packet sent after them tells that they have been
+/// decided.
+fn dropped_by_hook() -> io::Result<[bool; 2]> {
+    let socket = |port: u16| UdpSocket::bind(("127.0.0.1", port));
+    let (receivers, last, sender) = (POLICIES.map(socket), socket(OPEN)?, socket(0)?);
+    for port in POLICIES.into_iter().chain([OPEN]) {
+        sender.send_to(&[0], ("127.0.0.1", port))?;
+    }
+    last.set_read_timeout(Some(ARRIVES_WITHIN))?;
+    last.recv(&mut [0])?;
+    let mut dropped = [false; 2];
+    for (receiver, dropped) in receivers.into_iter().zip(&mut dropped) {
+        let receiver = receiver?;
+        receiver.set_nonblocking(true)?;
+        *dropped = match receiver.recv(&mut [0]) {
+            Ok(_) => false,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(dropped)
+}
+
 /// UDP to a port.
 fn frame(port: u16) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
@@ -298,6 +355,7 @@ fn bench(name: &str) -> (BpfFs, TempDir, Namespace) {
     let bench = (BpfFs::new(&format!("{name}-fs")), TempDir::in_memory(name), Namespace::enter(name));
     let ip = |line: &str| run("ip", &line.split(' ').collect::<Vec<_>>()).expect("root may");
     ip("link add name in0 type veth peer name out0");
+    ip("link set lo up");
     ip("link set in0 up");
     ip("link set out0 up");
     bench
@@ -311,7 +369,7 @@ fn every_failing_call_leaves_the_old_policy_or_the_new() {
     }
     let (bpffs, state, _namespace) = bench("faults");
     let mut wrong = Vec::new();
-    for way in [Way::Tcx, Way::Clsact, Way::Xdp] {
+    for way in WAYS {
         let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
         let host = Host::new(way, Path::new(&bpffs.join("")), state.path(), objects);
         let mut summary = Vec::new();
@@ -355,15 +413,22 @@ fn every_failing_call_leaves_the_old_policy_or_the_new() {
 
 #[test]
 fn killed_at_any_call_it_leaves_the_old_policy_or_the_new() {
-    const NAME: &str = "killed_at_any_call_it_leaves_the_old_policy_or_the_new";
     if std::env::var_os(CHILD).is_some() {
         return child();
     }
-    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+    if !may_run(KILLED) || !has_tools(KILLED, &["ip", "mount"]) {
         return;
     }
     let (bpffs, state, _namespace) = bench("kills");
-    let way = Way::Tcx;
+    for (index, way) in WAYS.into_iter().enumerate() {
+        // Programs of a device are linked, or listed, much alike.
+        if matches!(way, Way::Tcx | Way::Netfilter) {
+            killed_at_any_call(way, index, &bpffs, &state);
+        }
+    }
+}
+
+fn killed_at_any_call(way: Way, way_index: usize, bpffs: &BpfFs, state: &TempDir) {
     let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
     let files = TempDir::in_memory("kills-objects");
     for (policy, object) in objects.iter().enumerate() {
@@ -378,6 +443,7 @@ fn killed_at_any_call_it_leaves_the_old_policy_or_the_new() {
             host.prepare(operation);
             let folder = |path: &Path| path.to_str().expect("UTF-8").to_string();
             let part = [
+                way_index.to_string(),
                 index.to_string(),
                 number.to_string(),
                 bpffs.join(""),
@@ -385,7 +451,7 @@ fn killed_at_any_call_it_leaves_the_old_policy_or_the_new() {
                 folder(files.path()),
             ];
             let status = Command::new(std::env::current_exe().expect("it has a path"))
-                .args(["--exact", NAME, "--nocapture"])
+                .args(["--exact", KILLED, "--nocapture"])
                 .env(CHILD, part.join("\n"))
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -410,22 +476,27 @@ fn killed_at_any_call_it_leaves_the_old_policy_or_the_new() {
         assert!(killed > 5, "{operation:?} was killed {killed} times only");
         summary.push(format!("{operation:?} {killed} times"));
     }
-    eprintln!("killed: {}", summary.join(", "));
+    eprintln!("{way:?} killed: {}", summary.join(", "));
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
 }
 
 /// The operation, in a process of its own that ends at a call.
 fn child() {
     let part = std::env::var(CHILD).expect("it was asked for");
-    let [operation, number, bpffs, state, files] = part.split('\n').collect::<Vec<_>>()[..] else {
-        panic!("five lines: {part}");
+    let [way, operation, number, bpffs, state, files] = part.split('\n').collect::<Vec<_>>()[..] else {
+        panic!("six lines: {part}");
     };
     let operation = Operation::ALL[operation.parse::<usize>().expect("a number")];
     let read = |policy: usize| {
         let bytes = fs::read(Path::new(files).join(policy.to_string())).expect("the object is there");
         Object::read(&bytes).expect("it is one")
     };
-    let host = Host::new(Way::Tcx, Path::new(bpffs), Path::new(state), vec![read(0), read(1)]);
+    let host = Host::new(
+        WAYS[way.parse::<usize>().expect("a number")],
+        Path::new(bpffs),
+        Path::new(state),
+        vec![read(0), read(1)],
+    );
     let (sys, _) = faulty(number.parse().expect("a number"), true);
     host.operate(&sys, operation).expect("what is not killed is done");
 }
