@@ -609,7 +609,8 @@ impl Parser<'_> {
         Ok(rules)
     }
 
-    /// Chains may not jump in a circle, directly or not (net/ipv4/netfilter/ip_tables.c, `mark_source_chains`).
+    /// Chains may not jump in a circle, directly or not (net/ipv4/netfilter/ip_tables.c, `mark_source_chains`), nor nest
+    /// deeper than is followed.
     fn check_loops(&mut self, ast: &TableAst) {
         #[derive(Clone, Copy, PartialEq)]
         enum Mark {
@@ -618,6 +619,8 @@ impl Parser<'_> {
             Done,
         }
         let mut marks = vec![Mark::New; ast.chains.len()];
+        // How many chains a packet may be in at once from each on.
+        let mut depths = vec![0; ast.chains.len()];
         for start in 0..ast.chains.len() {
             if marks[start] != Mark::New {
                 continue;
@@ -627,6 +630,15 @@ impl Parser<'_> {
             while let Some((chain, next)) = path.last_mut() {
                 let Some(&rule) = ast.chains[*chain].rules.get(*next) else {
                     marks[*chain] = Mark::Done;
+                    let deepest = deepest_jump(ast, *chain, &depths);
+                    depths[*chain] = 1 + deepest.map_or(0, |(depth, _)| depth);
+                    if let Some((limits::JUMP_DEPTH_MAX, rule)) = deepest {
+                        let message = format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
+                        self.report(
+                            Diagnostic::error(codes::LIMIT, message, rule.target.span)
+                                .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
+                        );
+                    }
                     path.pop();
                     continue;
                 };
@@ -723,6 +735,16 @@ fn is_rule(text: &str) -> bool {
     };
     let text = text.trim_start();
     ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
+}
+
+/// The jump of a chain that leads deepest, by the depths of the chains that are known, and how deep.
+fn deepest_jump<'a>(ast: &'a TableAst, chain: usize, depths: &[usize]) -> Option<(usize, &'a RuleAst)> {
+    let rules = ast.chains[chain].rules.iter().map(|&rule| &ast.rules[rule as usize]);
+    let jumps = rules.filter_map(|rule| match rule.target.verdict {
+        TargetVerdict::Jump(to) | TargetVerdict::Goto(to) => Some((depths[to.0 as usize], rule)),
+        _ => None,
+    });
+    jumps.max_by_key(|(depth, _)| *depth)
 }
 
 fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {

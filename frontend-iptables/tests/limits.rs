@@ -1,0 +1,103 @@
+//! Every bound on the text, at its edge: what just fits is read, what is one more gets a finding that names the bound.
+
+use std::fmt::Write as _;
+
+use polc_frontend_iptables::{ParseOptions, ipset, parse};
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::limits::{
+    CHAIN_NAME_BYTES_MAX, CHAINS_MAX, DIAGNOSTICS_MAX, JUMP_DEPTH_MAX, LINE_BYTES_MAX, WORD_BYTES_MAX,
+};
+use polc_ir::source::SourceMap;
+
+fn findings(text: &str) -> Vec<Diagnostic> {
+    let mut sources = SourceMap::new();
+    let file = sources.add("rules.v4", text);
+    parse(&sources, file, &ParseOptions::default()).1
+}
+
+fn errors(text: &str) -> Vec<String> {
+    let errors = findings(text).into_iter().filter(|found| found.severity == Severity::Error);
+    errors.map(|found| found.message).collect()
+}
+
+/// A filter table with these lines.
+fn table(lines: &str) -> String {
+    format!("*filter\n{lines}COMMIT\n")
+}
+
+#[test]
+fn lines() {
+    let line = |len: usize| {
+        let start = "-A INPUT -j ACCEPT";
+        table(&format!("{start}{}\n", " ".repeat(len - start.len())))
+    };
+    assert_eq!(errors(&line(LINE_BYTES_MAX)), Vec::<String>::new());
+    assert_eq!(
+        errors(&line(LINE_BYTES_MAX + 1)),
+        [format!("the line is longer than {LINE_BYTES_MAX} bytes")]
+    );
+}
+
+#[test]
+fn words() {
+    let word = |len: usize| table(&format!("-A INPUT -i {} -j ACCEPT\n", "x".repeat(len)));
+    let [short, long] = [WORD_BYTES_MAX, WORD_BYTES_MAX + 1].map(|len| errors(&word(len)));
+    assert!(!short.iter().any(|error| error.contains(&WORD_BYTES_MAX.to_string())), "{short:?}");
+    assert!(long.iter().any(|error| error.contains(&WORD_BYTES_MAX.to_string())), "{long:?}");
+}
+
+#[test]
+fn chain_names() {
+    let chain = |len: usize| table(&format!(":{} - [0:0]\n", "c".repeat(len)));
+    assert_eq!(errors(&chain(CHAIN_NAME_BYTES_MAX)), Vec::<String>::new());
+    let long = errors(&chain(CHAIN_NAME_BYTES_MAX + 1));
+    assert!(matches!(&long[..], [error] if error.contains("is longer than")), "{long:?}");
+}
+
+#[test]
+fn chains() {
+    // INPUT is there already, and FORWARD and OUTPUT.
+    let chains = |count: usize| {
+        let mut text = String::new();
+        for chain in 0..count {
+            _ = writeln!(text, ":c{chain} - [0:0]");
+        }
+        table(&text)
+    };
+    assert_eq!(errors(&chains(CHAINS_MAX - 3)), Vec::<String>::new());
+    let many = errors(&chains(CHAINS_MAX + 1));
+    assert!(many[0].contains(&format!("more than {CHAINS_MAX} chains")), "{}", many[0]);
+}
+
+#[test]
+fn nesting() {
+    // INPUT is the first of the chains that a packet is in.
+    let nested = |depth: usize| {
+        let mut text = String::new();
+        for chain in 1..depth {
+            _ = writeln!(text, ":c{chain} - [0:0]");
+        }
+        text.push_str("-A INPUT -j c1\n");
+        for chain in 1..depth - 1 {
+            _ = writeln!(text, "-A c{chain} -j c{}", chain + 1);
+        }
+        table(&text)
+    };
+    assert_eq!(errors(&nested(JUMP_DEPTH_MAX)), Vec::<String>::new());
+    assert_eq!(
+        errors(&nested(JUMP_DEPTH_MAX + 1)),
+        [format!("chains are nested more than {JUMP_DEPTH_MAX} deep")]
+    );
+}
+
+#[test]
+fn diagnostics() {
+    let wrong = |count: usize| table(&"-A INPUT --no-such-option\n".repeat(count));
+    assert_eq!(findings(&wrong(DIAGNOSTICS_MAX)).len(), DIAGNOSTICS_MAX);
+    let more = findings(&wrong(DIAGNOSTICS_MAX + 7));
+    assert_eq!(more.len(), DIAGNOSTICS_MAX + 1);
+    assert!(more[DIAGNOSTICS_MAX].message.contains('7'), "{}", more[DIAGNOSTICS_MAX].message);
+    let mut sources = SourceMap::new();
+    let file = sources.add("sets", "nonsense\n".repeat(DIAGNOSTICS_MAX + 7));
+    assert_eq!(ipset::parse(&sources, file).1.len(), DIAGNOSTICS_MAX + 1);
+}
