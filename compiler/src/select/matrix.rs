@@ -147,7 +147,10 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
     } else if partials.len() == 2 {
         partials = vec![builder.last(&partials[0].clone(), &partials[1].clone())?];
     }
-    Some((builder.nodes, partials.remove(0)))
+    let last = partials.remove(0);
+    // Columns that were not looked at may stand behind it.
+    builder.nodes.truncate(last.node + 1);
+    Some((builder.nodes, last))
 }
 
 /// The two that make the smallest table.
