@@ -1,11 +1,11 @@
 //! The account of a rule set: for every rule line, whether it is compiled, deferred or rejected.
 //!
 //! A line counts once, however many rules its address lists make, and every line that asks for a rule (`-A`, `-I`)
-//! counts, so the three numbers add up to what a reader of the file counts. A line is *rejected* if reading it failed;
-//! *deferred* if a clause or action of it needs what its place does not offer, so that packets which get as far are
-//! left to the kernel's own rules; *compiled* otherwise. Lines that were read and have no effect (a section that a
-//! later one replaces, a line for the other address family, a rule that `-D` or `-F` removes again) are compiled: an
-//! object without them decides as the kernel does.
+//! counts, so the three numbers add up to what a reader of the file counts. A line is *rejected* if it was not accepted,
+//! be it where it stands (a match that its chain does not allow); *deferred* if a clause or action of it needs what its
+//! place does not offer, so that packets which get as far are left to the kernel's own rules; *compiled* otherwise.
+//! Lines that were read and have no effect (a section that a later one replaces, a line for the other address family, a
+//! rule that `-D` or `-F` removes again) are compiled: an object without them decides as the kernel does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,7 +42,7 @@ pub enum Status {
     },
     /// No packet of the place passes its chain: another object, or the kernel, decides. Counts as deferred.
     Elsewhere,
-    /// Not read; a diagnostic at the line says why.
+    /// Not accepted; a diagnostic at the line says why.
     Rejected,
 }
 
@@ -77,7 +77,9 @@ impl Report {
             let deferred = rules.into_iter().find_map(|rule| deferrals.of(ruleset, rule));
             lines.insert(line, deferred.unwrap_or(Status::Compiled));
         }
-        let harmless = lines_without_effect(session);
+        let rejected = rejected_lines(session);
+        lines.retain(|line, _| !rejected.contains(line));
+        let harmless = &lines_without_effect(session) - &rejected;
         let file = session.sources.file(session.rules_file);
         let asked: BTreeSet<u32> = (1..)
             .zip(file.text().lines())
@@ -241,13 +243,14 @@ fn lines_without_effect(session: &Session) -> BTreeSet<u32> {
         .iter()
         .filter(|finding| finding.code == OTHER_FAMILY_LINE && finding.severity == Severity::Note)
         .filter_map(|finding| finding.span.map(|span| span.start));
-    let mut lines: BTreeSet<u32> = rules.chain(skipped).map(|start| file.line(start)).collect();
-    for table in session.dump.replaced.iter().chain(&session.dump.tables) {
-        for span in &table.rejected {
-            lines.remove(&file.line(span.start));
-        }
-    }
-    lines
+    rules.chain(skipped).map(|start| file.line(start)).collect()
+}
+
+/// Lines that were not accepted.
+fn rejected_lines(session: &Session) -> BTreeSet<u32> {
+    let file = session.sources.file(session.rules_file);
+    let tables = session.dump.replaced.iter().chain(&session.dump.tables);
+    tables.flat_map(|table| table.rejected.iter().map(|span| file.line(span.start))).collect()
 }
 
 /// The places at which each chain's rules are judged.
@@ -339,6 +342,22 @@ mod tests {
         );
         assert_eq!(report.rules(), 5);
         assert_eq!((report.compiled(), report.deferred(), report.rejected()), (1, 1, 3));
+    }
+
+    #[test]
+    fn what_its_chain_does_not_allow_is_rejected() {
+        let report = report(
+            "*filter\n-A INPUT -s 10.0.0.1,10.0.0.2 -m owner --uid-owner 0 -j DROP\n-A INPUT -j MASQUERADE\n\
+             -A OUTPUT -m owner --uid-owner 0 -j DROP\n-A OUTPUT -j DROP\nCOMMIT\n",
+        );
+        let statuses: Vec<&Status> = report.lines.values().collect();
+        assert!(
+            matches!(
+                statuses[..],
+                [Status::Rejected, Status::Rejected, Status::Deferred { .. }, Status::Compiled]
+            ),
+            "{statuses:?}"
+        );
     }
 
     #[test]

@@ -131,7 +131,7 @@ pub struct TableAst {
     /// The rules in source order. A line with address lists makes several. [`ChainAst::rules`] has the order in which
     /// they are tried.
     pub rules: Vec<RuleAst>,
-    /// The rule lines (`-A`, `-I`) that were not accepted, each with a diagnostic; none of them is in `rules`.
+    /// The rule lines (`-A`, `-I`) that were not accepted, each with a diagnostic; no rule of theirs is in a chain.
     pub rejected: Vec<Span>,
 }
 

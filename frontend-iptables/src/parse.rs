@@ -3,7 +3,7 @@
 //! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use polc_ir::diag::Diagnostic;
@@ -245,9 +245,9 @@ impl Parser<'_> {
         Ok(())
     }
 
-    fn install(&mut self, ast: TableAst) {
+    fn install(&mut self, mut ast: TableAst) {
         self.check_loops(&ast);
-        self.check_places(&ast);
+        self.check_places(&mut ast);
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {
             let old = self.dump.tables.remove(at);
             self.report(
@@ -666,12 +666,14 @@ impl Parser<'_> {
         }
     }
 
-    /// Targets that their table or hook does not allow.
-    fn check_places(&mut self, ast: &TableAst) {
+    /// Matches and targets that their table or hook does not allow. A rule with one is not accepted, so it leaves its
+    /// chain.
+    fn check_places(&mut self, ast: &mut TableAst) {
         let mut found = Vec::new();
+        let mut misplaced = BTreeSet::new();
         for chain in &ast.chains {
-            for &rule in &chain.rules {
-                let rule = &ast.rules[rule as usize];
+            for &index in &chain.rules {
+                let rule = &ast.rules[index as usize];
                 for one in rule.matches.iter() {
                     let hooks = one.options.extension.hooks;
                     if let Some(hook) = chain.hook
@@ -680,12 +682,14 @@ impl Parser<'_> {
                     {
                         let hooks: Vec<&str> = hooks.iter().map(|hook| hook.chain_name()).collect();
                         let name = one.options.extension.name;
+                        misplaced.insert(index);
                         found.push((one.span, format!("match `{name}` works only in {}", hooks.join(", "))));
                     }
                 }
                 let TargetVerdict::Extension(options) = &rule.target.verdict else { continue };
                 let extension = options.extension;
                 if !extension.tables.is_empty() && !extension.tables.contains(&ast.kind) {
+                    misplaced.insert(index);
                     let tables: Vec<String> =
                         extension.tables.iter().map(|table| format!("`{table}`")).collect();
                     found.push((
@@ -696,6 +700,7 @@ impl Parser<'_> {
                     && !extension.hooks.is_empty()
                     && !extension.hooks.contains(&hook)
                 {
+                    misplaced.insert(index);
                     let hooks: Vec<&str> = extension.hooks.iter().map(|hook| hook.chain_name()).collect();
                     found.push((
                         rule.target.span,
@@ -704,6 +709,14 @@ impl Parser<'_> {
                 }
             }
         }
+        if !misplaced.is_empty() {
+            for chain in &mut ast.chains {
+                chain.rules.retain(|index| !misplaced.contains(index));
+            }
+            ast.rejected.extend(misplaced.into_iter().map(|index| ast.rules[index as usize].span));
+        }
+        // The rules that a line's address lists make share what is said of the line.
+        found.dedup();
         for (span, message) in found {
             self.report(Diagnostic::error(codes::WRONG_PLACE, message, span));
         }
