@@ -2,10 +2,5 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use polc_ir::source::SourceMap;
 
-fuzz_target!(|text: &str| {
-    let mut sources = SourceMap::new();
-    let file = sources.add("fuzz", text);
-    let _ = polc_frontend_iptables::ipset::parse(&sources, file);
-});
+fuzz_target!(|text: &str| polc_tests::fuzz::ipset_parser(text));

@@ -2,12 +2,5 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use polc_backend_ebpf::object::Object;
 
-fuzz_target!(|bytes: &[u8]| {
-    if let Ok(object) = Object::read(bytes)
-        && let Ok(written) = object.write()
-    {
-        assert_eq!(Object::read(&written).expect("what is written can be read"), object);
-    }
-});
+fuzz_target!(|bytes: &[u8]| polc_tests::fuzz::object_reader(bytes));

@@ -5,5 +5,6 @@
 
 pub mod applied;
 pub mod corpus;
+pub mod fuzz;
 pub mod kernel;
 pub mod stateless;
