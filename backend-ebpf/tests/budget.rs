@@ -4,12 +4,15 @@ mod common;
 
 use aya::programs::Xdp;
 use common::kernel::may_run;
-use polc_backend_ebpf::asm::{Asm, Code};
+use polc_backend_ebpf::asm::{Asm, Code, PROGRAM_TOO_LONG};
 use polc_backend_ebpf::budget::{Budget, STACK_TOO_LARGE, TOO_COMPLEX, TOO_MANY_PENDING};
 use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size, Width};
 use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{DataSection, MapDef, Object, Program, ProgramKind};
 use polc_ir::entities::Map;
+use polc_ir::limits::{
+    PROGRAM_INSNS_MAX, STACK_BYTES_MAX, VERIFIER_PENDING_JUMPS_MAX, VERIFIER_PROCESSED_MAX,
+};
 
 /// Copies 12 words of the packet to the stack, as every program does before it decides. Ends with `r6` the context.
 fn emit_key(a: &mut Asm) {
@@ -331,4 +334,20 @@ fn spilled_words_cost_dearly() {
         let plain = verified(plain).expect("accepted");
         assert!(plain > 5 * computed, "{plain} against {computed}");
     }
+}
+
+#[test]
+fn budgets_are_enforced_at_their_edges() {
+    let largest = Budget {
+        insns: PROGRAM_INSNS_MAX,
+        processed: VERIFIER_PROCESSED_MAX,
+        pending_jumps: VERIFIER_PENDING_JUMPS_MAX,
+        stack_bytes: STACK_BYTES_MAX,
+    };
+    assert_eq!(largest.enforce(), Ok(()));
+    let code = |budget: Budget| budget.enforce().expect_err("it is over the edge").code;
+    assert_eq!(code(Budget { insns: PROGRAM_INSNS_MAX + 1, ..largest }), PROGRAM_TOO_LONG);
+    assert_eq!(code(Budget { processed: VERIFIER_PROCESSED_MAX + 1, ..largest }), TOO_COMPLEX);
+    assert_eq!(code(Budget { pending_jumps: VERIFIER_PENDING_JUMPS_MAX + 1, ..largest }), TOO_MANY_PENDING);
+    assert_eq!(code(Budget { stack_bytes: STACK_BYTES_MAX + 1, ..largest }), STACK_TOO_LARGE);
 }

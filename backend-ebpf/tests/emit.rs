@@ -11,6 +11,7 @@ use polc_ir::entities::{Derived, Stage};
 use polc_ir::env::{Attach, Device, Mode};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
+use polc_ir::limits::{DEVICE_NUMBER_MAX, WALK_TURNS_MAX};
 use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
 use polc_ir::plan::{
@@ -71,10 +72,13 @@ fn chain(attach: Attach, tests: u32) -> Plan {
     plan
 }
 
+/// Tests of a [`chain`] that take all turns there are: five steps each, of which the last ends the walk.
+const TESTS_MAX: u32 = 5 * WALK_TURNS_MAX - 1;
+
 #[test]
 fn a_walk_of_many_tests() {
     for attach in [Attach::Xdp, Attach::TcIngress] {
-        for tests in [2, 99, 999, 4_999] {
+        for tests in [2, 99, 999, TESTS_MAX] {
             let started = std::time::Instant::now();
             let mut pair = Pair::new("a walk", chain(attach, tests));
             if let Some(verified) = pair.verified() {
@@ -93,7 +97,7 @@ fn a_walk_of_many_tests() {
 
 #[test]
 fn a_walk_that_is_too_deep_is_refused() {
-    let plan = chain(Attach::Xdp, 5_000);
+    let plan = chain(Attach::Xdp, TESTS_MAX + 1);
     let diagnostics = common::plans::try_object(&plan).unwrap_err();
     assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::WALK_TOO_DEEP);
 }
@@ -413,7 +417,9 @@ fn devices_are_looked_up_by_number() {
         let mut pair = Pair::new("a fixed device", plan.clone());
         assert_eq!(pair.decides(&frame), Decider::Rule(rule(2)));
         plan.devices.fixed_in = None;
-        plan.devices.devices.push((device(70_000, "far"), 1));
+        plan.devices.devices.push((device(DEVICE_NUMBER_MAX, "far"), 1));
+        common::plans::try_object(&plan).expect("its number is the largest");
+        plan.devices.devices.push((device(DEVICE_NUMBER_MAX + 1, "farther"), 1));
         let diagnostics = common::plans::try_object(&plan).unwrap_err();
         assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::DEVICE_NUMBER);
     }

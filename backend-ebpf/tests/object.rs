@@ -7,7 +7,7 @@ use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
-use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX};
+use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
 
 #[test]
 fn read_gives_back_what_was_written() {
@@ -92,6 +92,15 @@ fn limits_hold_at_their_edges() {
     assert!(largest.len() < 100_000, "zeros take no space");
     assert!(Object::read(&largest).is_ok());
     assert!(matches!(with_bss(OBJECT_BSS_BYTES_MAX + 1), Err(ObjectError::Malformed(_))));
+
+    // Written, it would be a large file; verifying reads no contents.
+    let with_data = |bytes: usize| {
+        let mut object = sample(&[ProgramKind::Xdp]);
+        object.maps.push(MapDef::data("large", DataSection::Data, vec![0; bytes]));
+        object.verify()
+    };
+    assert_eq!(with_data(OBJECT_DATA_BYTES_MAX), Ok(()));
+    assert!(matches!(with_data(OBJECT_DATA_BYTES_MAX + 1), Err(ObjectError::Malformed(_))));
 
     let named = |bytes: usize| {
         let mut object = sample(&[ProgramKind::Xdp]);

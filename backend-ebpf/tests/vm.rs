@@ -13,7 +13,7 @@ use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, Object, Program, ProgramKind};
 use polc_backend_ebpf::vm::{Connection, Context, Input, RunResult, Vm, VmError};
 use polc_ir::entities::Map;
-use polc_ir::limits::VM_PACKET_BYTES_MAX;
+use polc_ir::limits::{VM_MAP_BYTES_MAX, VM_PACKET_BYTES_MAX};
 
 const OUT_BYTES: usize = 256;
 
@@ -556,7 +556,7 @@ fn what_the_vm_lacks_is_refused() {
     });
     assert_eq!(map, VmError::UnsupportedMap { map: "trie".to_string() });
     let huge = refused(&|a, object| {
-        object.maps.push(MapDef::percpu_array("huge", 1 << 20, 1 << 20));
+        object.maps.push(MapDef::percpu_array("huge", VM_MAP_BYTES_MAX as u32 / 1024, 1025));
         a.mov32(Reg::R0, 0);
         a.exit();
     });

@@ -9,7 +9,7 @@
 //! before does not hold then either, and every stage has at most one such double. Entries therefore grow linearly with the rules for each return stack; their
 //! number is bounded all the same, and what lies beyond the bound is deferred.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
@@ -31,6 +31,9 @@ use crate::members::Members;
 /// The rules have more ways through them than a classifier may have entries.
 pub const TOO_MANY_ENTRIES: Code = Code(500);
 
+/// A rule asks for one of more combinations than it may expand to.
+pub const TOO_MANY_CUBES: Code = Code(503);
+
 /// A stage ends at a multiple of this many rules once something in it comes back later.
 const BLOCK: usize = 8;
 
@@ -47,6 +50,7 @@ pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Ve
         built: Vec::new(),
         entries: 0,
         entries_max: ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len(),
+        many_cubes: BTreeSet::new(),
         tested: Vec::new(),
         sets: Members::default(),
     };
@@ -141,6 +145,8 @@ struct Flattener<'a> {
     built: Vec<(Vec<Entry>, Origin)>,
     entries: usize,
     entries_max: usize,
+    /// Rules that would expand to more than [`RULE_CUBES_MAX`].
+    many_cubes: BTreeSet<Rule>,
     /// Derived fields that entries test, in order of discovery.
     tested: Vec<Derived>,
     /// Which of them are looked up in tables of sets.
@@ -180,6 +186,13 @@ impl Flattener<'_> {
             };
             self.entries += entries.len();
             self.built[id.as_u32() as usize] = (entries, Some((key.chain, key.rule as u32)));
+        }
+        for &rule in &self.many_cubes {
+            let message = format!(
+                "the rule asks for one of more than {RULE_CUBES_MAX} combinations; packets that get as far are left to the kernel"
+            );
+            let finding = Diagnostic::warning(TOO_MANY_CUBES, message, self.ruleset.rules[rule].span);
+            diagnostics.push(finding.with_hint("make several rules of it, with fewer alternatives each"));
         }
         if let Some(rule) = refused {
             let message = format!(
@@ -375,6 +388,7 @@ impl Flattener<'_> {
                             return false;
                         }
                         if cubes.len() > RULE_CUBES_MAX {
+                            self.many_cubes.insert(rule);
                             emit(entries, &cubes, rule, &Onward::defer(rule));
                             return false;
                         }

@@ -192,6 +192,19 @@ fn compiling_twice_gives_the_same_bytes_and_leaves_nothing_else() {
     assert!(text.contains("-A INPUT -s 192.0.2.0/24 -j DROP @ good.v4.rules:"), "{text}");
 }
 
+/// The file has no blocks on the disk.
+#[test]
+fn a_file_that_is_too_large_is_not_read() {
+    let scratch = Scratch::new("large");
+    let path = scratch.file("rules.v4");
+    let file = fs::File::create(&path).expect("can be made");
+    file.set_len(polc_ir::limits::FILE_BYTES_MAX as u64 + 1).expect("can be sparse");
+    let output = run(&mut polc(&["check", &path]));
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("is larger than 256 MiB, the most that is read"), "{said}");
+}
+
 #[test]
 fn a_failed_compilation_writes_nothing() {
     let scratch = Scratch::new("failed");

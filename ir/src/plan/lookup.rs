@@ -360,6 +360,13 @@ mod tests {
     }
 
     #[test]
+    fn a_step_has_as_many_operations_as_its_bound_says() {
+        let wrong = |ops: usize| step(&vec![Op::Word(0); ops]).verify("step0", &PrimaryMap::new(), 1);
+        assert_eq!(wrong(LOOKUP_OPS_MAX), Vec::<String>::new());
+        assert_eq!(wrong(LOOKUP_OPS_MAX + 1), ["step0 has 4097 operations"]);
+    }
+
+    #[test]
     fn values_are_within_what_is_known_of_them() {
         let v = Value::from_u32;
         let mut tables = PrimaryMap::new();
