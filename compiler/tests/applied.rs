@@ -589,7 +589,17 @@ fn top_runs_on_a_terminal_only() {
         if screen.contains("ended with 3") { Ok(screen) } else { Err(screen) }
     });
     assert!(screen.contains("[E0816]"), "{screen}");
+    // The terminal goes away, and with it the command.
+    host.apply(&[]);
+    let command = format!("exec {polc} top --interval 100 --bpffs {bpffs} --state {state}");
+    tmux(&["new-window", &command]).expect("tmux");
+    shows("at xdp of `eth0` for IPv4: rules.v4");
+    let pid = tmux(&["display-message", "-p", "#{pane_pid}"]).expect("tmux");
     let _ = tmux(&["kill-server"]);
+    eventually(|| match std::fs::read(format!("/proc/{}/cmdline", pid.trim())) {
+        Ok(running) if !running.is_empty() => Err(format!("{} is still there", pid.trim())),
+        _ => Ok(()),
+    });
 }
 
 #[test]

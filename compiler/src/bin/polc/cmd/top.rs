@@ -50,15 +50,18 @@ pub(super) fn run(args: &TopArgs, _output: &Output) -> Result<ExitCode, Failure>
         loop {
             terminal.draw(|frame| screen.draw(frame)).map_err(what())?;
             let until = (read + screen.interval).saturating_duration_since(Instant::now()).min(TICK);
-            if event::poll(until).map_err(what())?
+            let (keys, shown_on) = (io::stdin(), io::stdout());
+            let asked = sys.wait_readable(&[signals.as_fd(), keys.as_fd()], Some(shown_on.as_fd()), until);
+            // A terminal that hung up has no more keys, and reading one would be tried for ever.
+            let asked = asked.map_err(Error::call("wait for keys and signals"))?;
+            if asked[0] || asked[2] {
+                return Ok(());
+            }
+            if event::poll(Duration::ZERO).map_err(what())?
                 && let Event::Key(key) = event::read().map_err(what())?
                 && key.kind == KeyEventKind::Press
                 && screen.press(key) == After::Quit
             {
-                return Ok(());
-            }
-            let asked = sys.wait_readable(&[signals.as_fd()], None, Duration::ZERO);
-            if asked.map_err(Error::call("wait for signals"))?.contains(&true) {
                 return Ok(());
             }
             if read.elapsed() >= screen.interval && !screen.paused {
