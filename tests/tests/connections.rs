@@ -98,6 +98,11 @@ fn connections_are_looked_up_in_every_dump_that_tests_them() {
             share(drops[index])
         );
     }
-    assert!(drops[0] <= drops[1] && drops[1] <= drops[2], "{drops:?}: who knows more drops more");
+    // Packets are made for each way by itself, and one that can't be looked up is left to the kernel though all its
+    // states may drop it: chains are what to compare.
+    assert!(
+        active[0] <= active[1] && active[1] <= active[2],
+        "{active:?}: who knows more drops in more chains"
+    );
     assert!(chains == 0 || drops[2] > drops[0]);
 }
