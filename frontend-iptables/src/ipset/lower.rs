@@ -104,32 +104,39 @@ fn elements(set: &SetAst) -> Option<Vec<Element>> {
         return Some(Vec::new());
     }
     can_say(set).ok()?;
+    let mut values = Vec::new();
+    if !set.kind.dimensions.contains(&Dimension::Net) {
+        let mut elements: Vec<Element> = Vec::with_capacity(set.elements.len());
+        for ast in &set.elements {
+            add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut |_, element| elements.push(element))?;
+        }
+        return Some(elements);
+    }
     // Each with the lengths of its prefixes, which order the elements, the longest first.
     let mut elements: Vec<(Lengths, Element)> = Vec::with_capacity(set.elements.len());
     for ast in &set.elements {
-        add(set, ast, &mut Vec::with_capacity(ast.parts.len()), [0; DIMENSIONS_MAX], &mut elements)?;
+        let mut give = |lengths, element| elements.push((lengths, element));
+        add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut give)?;
     }
-    if set.kind.dimensions.contains(&Dimension::Net) {
-        elements.sort_by_key(|(lengths, _)| Reverse(*lengths));
-    }
+    elements.sort_by_key(|(lengths, _)| Reverse(*lengths));
     Some(elements.into_iter().map(|(_, element)| element).collect())
 }
 
 type Lengths = [u8; DIMENSIONS_MAX];
 
-/// Adds the elements that an element is, once the parts before have become `values`: a range in a dimension of prefixes
+/// Gives the elements that an element is, once the parts before have become `values`: a range in a dimension of prefixes
 /// is several.
 fn add(
     set: &SetAst,
     ast: &ElementAst,
     values: &mut Vec<DimensionValue>,
     lengths: Lengths,
-    elements: &mut Vec<(Lengths, Element)>,
+    give: &mut dyn FnMut(Lengths, Element),
 ) -> Option<()> {
     let at = values.len();
     let Some(&dimension) = set.kind.dimensions.get(at) else {
         let element = Element { values: values.clone(), nomatch: ast.nomatch };
-        elements.push((lengths, element));
+        give(lengths, element);
         return Some(());
     };
     let one = match ast.parts.get(at)? {
@@ -151,7 +158,7 @@ fn add(
                     values.push(DimensionValue::Address(range));
                     let mut lengths = lengths;
                     lengths[at] = length;
-                    add(set, ast, values, lengths, elements)?;
+                    add(set, ast, values, lengths, give)?;
                     values.pop();
                 }
                 return Some(());
@@ -172,7 +179,7 @@ fn add(
         Part::Set(_) => return None,
     };
     values.push(one);
-    let added = add(set, ast, values, lengths, elements);
+    let added = add(set, ast, values, lengths, give);
     values.pop();
     added
 }

@@ -33,8 +33,8 @@ type Fault = (Code, String, Span);
 /// The sets come in the order of their creation. A line with an error makes no set or element; whether all could be
 /// read is told by the absence of errors among the diagnostics.
 pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
-    let mut parser = Parser::default();
     let text = sources.file(file).text();
+    let mut parser = Parser { lines: text.len() / LINE_BYTES, ..Parser::default() };
     if text.len() > limits::FILE_BYTES_MAX {
         let message = format!("the file is larger than {} MiB", limits::FILE_BYTES_MAX >> 20);
         parser.report(Diagnostic::error(codes::SET_LIMIT, message, Span::new(file, 0, 0)));
@@ -88,6 +88,8 @@ fn warnings(set: &SetAst) -> Vec<Diagnostic> {
 struct Parser {
     sets: Vec<SetAst>,
     by_name: HashMap<String, usize>,
+    /// How many lines there may be, for making room.
+    lines: usize,
     /// The set of the last `add`.
     last: Option<usize>,
     /// What each set holds already.
@@ -159,7 +161,10 @@ impl Parser {
             return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
         }
         self.by_name.insert(name.text.to_string(), self.sets.len());
-        self.seen.push(Seen::default());
+        // Those who make a large set say so, and a file can't have more elements than lines.
+        let room = options.elements_max.map_or(0, |max| self.lines.min(max as usize));
+        self.lines -= room;
+        self.seen.push(Seen::with_room(room));
         let family = kind.has_addresses().then_some(family);
         self.sets.push(SetAst {
             name: name.text.to_string(),
@@ -167,7 +172,7 @@ impl Parser {
             kind,
             family,
             options,
-            elements: Vec::new(),
+            elements: Vec::with_capacity(room),
         });
         Ok(())
     }
@@ -253,7 +258,14 @@ struct Seen {
     moving: HashSet<Box<[Part]>>,
 }
 
+/// Bytes of the shortest line that adds an address.
+const LINE_BYTES: usize = 14;
+
 impl Seen {
+    fn with_room(elements: usize) -> Seen {
+        Seen { table: HashTable::with_capacity(elements), ..Seen::default() }
+    }
+
     /// Adds what is about to become the last element, or one somewhere between others; false if it is there.
     fn insert(&mut self, elements: &[ElementAst], parts: &[Part], between: bool) -> bool {
         if between || matches!(parts.first(), Some(Part::Set(_))) {

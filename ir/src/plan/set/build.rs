@@ -147,13 +147,21 @@ fn try_build(data: &SetData, family: Family, shape: &SetShape) -> Option<SetTabl
     }
     let SetContents::Elements(elements) = &data.contents else { return None };
     let mut fits = true;
+    let mut batch: Vec<Pattern> = Vec::with_capacity(BATCH);
     for element in elements.iter() {
         patterns(data, family, element, &mut |pattern| {
-            fits &= builder.add(&pattern);
+            batch.push(pattern);
+            if batch.len() == BATCH {
+                fits &= builder.add_all(&batch);
+                batch.clear();
+            }
         });
         if !fits {
             return None;
         }
+    }
+    if !builder.add_all(&batch) {
+        return None;
     }
     builder.words[COUNT_WORD] = builder.contents.count;
     Some(SetTable { shape: shape.clone(), words: builder.words, contents: builder.contents })
@@ -171,11 +179,28 @@ struct Builder<'a> {
 /// Keys that may give way for one.
 const MOVES_MAX: usize = 1_000;
 
+/// Patterns whose buckets are brought into the cache together: a large table is not in it, and loads that do not wait
+/// for one another overlap.
+const BATCH: usize = 16;
+
+/// Where a pattern goes: it, its level, its key and its bit, and the key's buckets.
+type Placed<'p> = (&'p Pattern, (usize, Key, u32), [usize; 2]);
+
 impl Builder<'_> {
+    /// Adds patterns; false if there is no room.
+    fn add_all(&mut self, patterns: &[Pattern]) -> bool {
+        let place = |pattern| {
+            let located = self.shape.locate(pattern).expect("the shape has every element's level");
+            (pattern, located, self.shape.places(&located.1.words))
+        };
+        let placed: Vec<Placed<'_>> = patterns.iter().map(place).collect();
+        let touched = placed.iter().flat_map(|(_, _, places)| places);
+        std::hint::black_box(touched.fold(0, |sum, &bucket| sum ^ self.words[self.shape.slot(bucket, 0)]));
+        placed.into_iter().all(|placed| self.add(placed))
+    }
+
     /// Adds a pattern, unless it is there; false if there is no room.
-    fn add(&mut self, pattern: &Pattern) -> bool {
-        let (level, key, bit) = self.shape.locate(pattern).expect("the shape has every element's level");
-        let places = self.shape.places(&key.words);
+    fn add(&mut self, (pattern, (level, key, bit), places): Placed<'_>) -> bool {
         let slot = match self.find(&key, places) {
             Some(slot) => slot,
             None => match self.place(&key, places) {
