@@ -161,6 +161,19 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_that_drops_what_it_can_not_read_is_not_redundant() {
+        // Without the first rule, a TCP packet of four bytes would be accepted.
+        let first = "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT";
+        assert_eq!(findings(&format!("{first}\n-A INPUT -p tcp -j ACCEPT")), []);
+        // The same match stands in the second.
+        let wider = "-A INPUT -p tcp -m tcp --dport 20:30 -j ACCEPT";
+        assert_eq!(findings(&format!("{first}\n{wider}")), [(404, 2)]);
+        // The second sees no packets from elsewhere, so the first is not redundant; the second itself is.
+        let narrow = "-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 20:30 -j ACCEPT";
+        assert_eq!(findings(&format!("{first}\n{narrow}\n{wider}")), [(404, 3)]);
+    }
+
+    #[test]
     fn chains_that_only_unused_chains_use_are_unused() {
         assert_eq!(
             findings(

@@ -1,10 +1,11 @@
 //! Rules that change nothing: a later rule of the chain does the same with all of their packets, and nothing between
 //! could do otherwise.
 //!
-//! Counters differ with and without such a rule, verdicts don't.
+//! Counters differ with and without such a rule, verdicts don't. A match that can't read its header drops the packet
+//! whatever the rule says (hotdrop); so a rule with such a match is redundant only if the next one drops the same.
 
 use polc_ir::diag::Diagnostic;
-use polc_ir::ruleset::{Action, ClauseKind, RuleData};
+use polc_ir::ruleset::{Action, Clause, ClauseKind, RuleData};
 
 use super::cover::Covers;
 use super::{REDUNDANT, ends_chain};
@@ -29,6 +30,10 @@ pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
                 matches!(this.action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Return);
             if !plain || !is_pure(this) || covers.cover(rule).is_some() || condition.contradiction().is_some()
             {
+                continue;
+            }
+            let next = rules.get(at + 1).map(|&next| &ruleset.rules[next]);
+            if next.is_none_or(|next| !drops_unread_as(next, this)) {
                 continue;
             }
             for &later in rules[at + 1..].iter().take(LOOKED_AT_MAX) {
@@ -60,6 +65,26 @@ pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
         }
     }
     findings
+}
+
+/// Whether a rule drops every packet that `rule` would have dropped because it can't be read: for each of its drops it has
+/// the same, behind no more conditions.
+fn drops_unread_as(next: &RuleData, rule: &RuleData) -> bool {
+    let has = |clauses: &[Clause], wanted: &Clause| {
+        clauses.iter().any(|clause| match (&clause.kind, &wanted.kind) {
+            (ClauseKind::Any(own), ClauseKind::Any(other))
+            | (ClauseKind::Hotdrop(own), ClauseKind::Hotdrop(other)) => own == other,
+            _ => false,
+        })
+    };
+    let drops =
+        rule.clauses.iter().enumerate().filter(|(_, clause)| matches!(clause.kind, ClauseKind::Hotdrop(_)));
+    drops.into_iter().all(|(at, drop)| {
+        (0..next.clauses.len()).any(|same| {
+            has(&next.clauses[same..=same], drop)
+                && next.clauses[..same].iter().all(|before| has(&rule.clauses[..at], before))
+        })
+    })
 }
 
 /// Whether evaluating the rule's clauses neither drops packets nor leaves a trace.
