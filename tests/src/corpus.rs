@@ -7,6 +7,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
+use polc_ir::hook::Semantics;
+use polc_ir::ruleset::Ruleset;
+use polc_ir::source::SourceMap;
+
 /// A rule set and what belongs to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dump {
@@ -39,6 +44,17 @@ impl Dump {
     /// The text of its sets.
     pub fn ipset_text(&self) -> Option<String> {
         self.ipset.as_deref().map(read)
+    }
+
+    /// What the rules and sets mean. Their texts are added to `sources`.
+    pub fn ruleset(&self, sources: &mut SourceMap, semantics: Semantics) -> Ruleset {
+        let file = sources.add(self.name.as_str(), self.text());
+        let (ast, _) = parse(sources, file, &ParseOptions::default());
+        let sets = self.ipset_text().map(|text| {
+            let file = sources.add("sets", text);
+            ipset::parse(sources, file).0
+        });
+        lower(&ast, &Vec::from_iter(sets), semantics)
     }
 }
 

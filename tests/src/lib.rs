@@ -7,4 +7,5 @@ pub mod applied;
 pub mod corpus;
 pub mod fuzz;
 pub mod kernel;
+pub mod levels;
 pub mod stateless;

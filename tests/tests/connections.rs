@@ -4,18 +4,17 @@
 //! INPUT chains drop anything early without looking connections up, and with.
 
 use polc::place::{attach_for, devices_of, place};
-use polc::runner::{Level, Program, run};
+use polc::runner::Program;
 use polc::select::Devices;
 use polc::witness::Witnesses;
-use polc_backend_ebpf::emit::{RuleLine, Target, emit};
-use polc_frontend_iptables::{ParseOptions, lower, parse};
+use polc_backend_ebpf::emit::emit;
 use polc_ir::env::{Connections, Env, Mode, Place};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::outcome::{Decider, Verdict};
 use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
-use polc_ir::state::State;
 use polc_tests::corpus;
+use polc_tests::levels::{Levels, target};
 
 const PACKETS: usize = 100;
 
@@ -25,39 +24,15 @@ fn dropped(name: &str, ruleset: &Ruleset, place: &Place) -> (usize, usize) {
     let devices = Devices { declared: devices_of(ruleset), ..Devices::default() };
     let compiled = polc::compile(ruleset, place, &env, &devices);
     let attach = attach_for(Hook::Input);
-    let target = Target {
-        attach,
-        name: "polc".into(),
-        rule: &|_| None::<RuleLine>,
-        chain: &|_| None,
-        semantics: Semantics::Legacy,
-        trace: false,
-        suspend: false,
-    };
-    let mut program = emit(&compiled.plan, &target)
+    let program = emit(&compiled.plan, &target(attach))
         .ok()
         .map(|object| Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
+    let mut levels = Levels { ruleset, compiled: &compiled, env: &env, program };
     let mut drops = 0;
     for input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(PACKETS) {
-        let of = |level| run(level, ruleset, &compiled, &env, &input, &mut State::new(1));
-        let mut expected = of(Level::Ruleset);
-        let classified = of(Level::Classifier);
-        if !compiled.diagnostics.is_empty() && classified.ending.verdict == Verdict::Defer {
-            expected = classified.clone();
-        }
-        assert_eq!(classified, expected, "{name} classifier: {input:02x?}");
-        for level in [Level::Decision, Level::Plan] {
-            assert_eq!(of(level), expected, "{name} {level}: {input:02x?}");
-        }
-        if let Some(program) = &mut program {
-            let said = program.run(&compiled.plan, &input);
-            assert!(
-                said.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted)),
-                "{name} rbpf: {said:?} instead of {expected:?} for {input:02x?}"
-            );
-        }
-        let by_rules = !matches!(expected.ending.by, Decider::Frame(_));
-        drops += usize::from(by_rules && expected.ending.verdict == Verdict::Drop);
+        let outcome = levels.agree(&input).unwrap_or_else(|why| panic!("{name} {why}"));
+        let by_rules = !matches!(outcome.ending.by, Decider::Frame(_));
+        drops += usize::from(by_rules && outcome.ending.verdict == Verdict::Drop);
     }
     (drops, PACKETS)
 }
@@ -71,10 +46,7 @@ fn connections_are_looked_up_in_every_dump_that_tests_them() {
     ];
     let (mut chains, mut active, mut drops, mut packets) = (0, [0; 3], [0; 3], 0);
     for dump in corpus::all().iter().filter(|dump| dump.valid) {
-        let mut sources = SourceMap::new();
-        let file = sources.add(dump.name.as_str(), dump.text());
-        let (ast, _) = parse(&sources, file, &ParseOptions::default());
-        let ruleset = lower(&ast, &[], Semantics::Legacy);
+        let ruleset = dump.ruleset(&mut SourceMap::new(), Semantics::Legacy);
         let mut place = place(&[Hook::Input], attach_for(Hook::Input), Mode::Accelerate, false);
         let text = dump.text();
         let tests_state = ["--state ", "--ctstate "].iter().any(|option| text.contains(option));

@@ -11,13 +11,13 @@ use polc::select::Devices;
 use polc::witness::Witnesses;
 use polc_backend_ebpf::emit::{COUNTERS_MAP, GENERATOR_FAULT, RuleLine, Target, emit, ending_of};
 use polc_backend_ebpf::object::{Object, ProgramKind};
-use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::env::{Attach, Env, Input, Mode};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
 use polc_tests::kernel::{self, loopback_type, may_run};
+use polc_tests::levels::target;
 
 /// Packets for each program.
 const PACKETS: usize = 40;
@@ -95,17 +95,7 @@ fn the_kernel_runs_every_dump() {
     let (mut programs, mut packets, mut most) = (0, 0, (0, String::new()));
     for dump in corpus::all().iter().filter(|dump| dump.valid) {
         let mut sources = SourceMap::new();
-        let file = sources.add(dump.name.as_str(), dump.text());
-        let (ast, _) = parse(&sources, file, &ParseOptions::default());
-        let sets: Vec<_> = dump
-            .ipset_text()
-            .map(|text| {
-                let file = sources.add("sets", text);
-                polc_frontend_iptables::ipset::parse(&sources, file).0
-            })
-            .into_iter()
-            .collect();
-        let ruleset = lower(&ast, &sets, Semantics::Legacy);
+        let ruleset = dump.ruleset(&mut sources, Semantics::Legacy);
         let line = |rule| {
             let data: &polc_ir::ruleset::RuleData = &ruleset.rules[rule];
             let number = sources.line_column(data.span).line;
@@ -126,15 +116,7 @@ fn the_kernel_runs_every_dump() {
             let env = Env::default();
             let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
             let compiled = polc::compile(&ruleset, &place, &env, &devices);
-            let target = Target {
-                attach,
-                name: "polc".into(),
-                rule: &line,
-                chain: &|_| None,
-                semantics: Semantics::Legacy,
-                trace: false,
-                suspend: false,
-            };
+            let target = Target { rule: &line, ..target(attach) };
             let name = format!("{} {hook}", dump.name);
             let object = match emit(&compiled.plan, &target) {
                 Ok(object) => object,

@@ -1,36 +1,27 @@
 //! Every level and rbpf agree on every dump.
 
 use polc::place::{attach_for, devices_of, place};
-use polc::runner::{Level, Program, run};
+use polc::runner::Program;
 use polc::select::Devices;
 use polc::witness::Witnesses;
-use polc_backend_ebpf::emit::{GENERATOR_FAULT, RuleLine, Target, emit};
-use polc_frontend_iptables::{ParseOptions, lower, parse};
+use polc_backend_ebpf::emit::{GENERATOR_FAULT, Target, emit};
 use polc_ir::env::{Env, Mode};
 use polc_ir::hook::{Hook, Semantics};
-use polc_ir::outcome::Verdict;
 use polc_ir::source::SourceMap;
-use polc_ir::state::State;
 use polc_tests::corpus;
+use polc_tests::levels::{Levels, target};
 
+/// Packets for each program.
 const PACKETS: usize = 400;
+
+/// Disagreements after which the test stops.
+const WRONG_MAX: usize = 12;
 
 #[test]
 fn levels_agree_on_every_dump() {
     let mut wrong = Vec::new();
     for dump in corpus::all().iter().filter(|dump| dump.valid) {
-        let mut sources = SourceMap::new();
-        let file = sources.add(dump.name.as_str(), dump.text());
-        let (ast, _) = parse(&sources, file, &ParseOptions::default());
-        let sets: Vec<_> = dump
-            .ipset_text()
-            .map(|text| {
-                let file = sources.add("sets", text);
-                polc_frontend_iptables::ipset::parse(&sources, file).0
-            })
-            .into_iter()
-            .collect();
-        let ruleset = lower(&ast, &sets, Semantics::Legacy);
+        let ruleset = dump.ruleset(&mut SourceMap::new(), Semantics::Legacy);
         let env = Env::default();
         let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
         for hook in Hook::ALL {
@@ -46,18 +37,9 @@ fn levels_agree_on_every_dump() {
                 let data: &polc_ir::ruleset::ChainData = &ruleset.chains[chain];
                 Some((ruleset.tables[data.table].kind.to_string(), data.name.clone()))
             };
-            let line = |_| None::<RuleLine>;
-            let target = Target {
-                attach,
-                name: "polc".into(),
-                rule: &line,
-                chain: &name,
-                semantics: Semantics::Legacy,
-                trace: false,
-                suspend: false,
-            };
+            let target = Target { chain: &name, ..target(attach) };
             let object = emit(&compiled.plan, &target);
-            let mut program = match &object {
+            let program = match &object {
                 Ok(object) => match Program::new(&compiled.plan, attach, object) {
                     Ok(program) => Some(program),
                     Err(error) => {
@@ -76,37 +58,13 @@ fn levels_agree_on_every_dump() {
                 eprintln!("{} {hook}: {took:?}", dump.name);
             }
             let mut verdicts = std::collections::BTreeMap::new();
+            let mut levels = Levels { ruleset: &ruleset, compiled: &compiled, env: &env, program };
             for input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(PACKETS) {
-                let of = |level| run(level, &ruleset, &compiled, &env, &input, &mut State::new(1));
-                let mut expected = of(Level::Ruleset);
-                // Beyond the bound on entries, packets are deferred although the rules could tell.
-                let classified = of(Level::Classifier);
-                if !compiled.diagnostics.is_empty() && classified.ending.verdict == Verdict::Defer {
-                    expected = classified;
+                match levels.agree(&input) {
+                    Ok(outcome) => *verdicts.entry(outcome.ending.verdict.word()).or_insert(0) += 1,
+                    Err(why) => wrong.push(format!("{} {hook} {why}", dump.name)),
                 }
-                *verdicts.entry(expected.ending.verdict.word()).or_insert(0) += 1;
-                for level in [Level::Classifier, Level::Decision, Level::Plan] {
-                    let outcome = of(level);
-                    if outcome != expected {
-                        wrong.push(format!(
-                            "{} {hook} {level}: {outcome:?} instead of {expected:?} for {:02x?}",
-                            dump.name, input
-                        ));
-                        break;
-                    }
-                }
-                if let Some(program) = &mut program {
-                    match program.run(&compiled.plan, &input) {
-                        Ok((ending, counted)) if expected.is(ending, &counted) => {}
-                        other => wrong.push(format!(
-                            "{} {hook} rbpf: {other:?} instead of {expected:?} for {:02x?}",
-                            dump.name, input
-                        )),
-                    }
-                }
-                if wrong.len() > 12 {
-                    panic!("{}", wrong.join("\n"));
-                }
+                assert!(wrong.len() <= WRONG_MAX, "{}", wrong.join("\n"));
             }
             eprintln!("{} {hook}: {} entries, {verdicts:?}", dump.name, compiled.classifier.entries.len());
         }

@@ -8,19 +8,18 @@ use polc::select::Devices;
 use polc::witness::Witnesses;
 use polc_backend_ebpf::emit::{COUNTERS_MAP, GENERATOR_FAULT, RuleLine, Target, emit, ending_of};
 use polc_backend_ebpf::object::Object;
-use polc_frontend_iptables::{ParseOptions, lower, parse};
 use polc_ir::env::{Attach, Device, Env, Input, Mode};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook, Semantics};
-use polc_ir::outcome::Verdict;
 use polc_ir::packet::network_packet;
 use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_loader::load::{Loaded, load};
 use polc_loader::sys::{Sys, TestRun};
-use polc_tests::corpus::{self, Dump};
+use polc_tests::corpus;
 use polc_tests::kernel::may_run;
+use polc_tests::levels::{Levels, target};
 
 /// Longest dump of a short run.
 const DUMP_BYTES_MAX: usize = 24 << 10;
@@ -28,21 +27,6 @@ const DUMP_BYTES_MAX: usize = 24 << 10;
 /// Packets for each program in userspace, and in the kernel.
 const PACKETS: usize = 100;
 const KERNEL_PACKETS: usize = 20;
-
-fn ruleset(dump: &Dump) -> Ruleset {
-    let mut sources = SourceMap::new();
-    let file = sources.add(dump.name.as_str(), dump.text());
-    let (ast, _) = parse(&sources, file, &ParseOptions::default());
-    let sets: Vec<_> = dump
-        .ipset_text()
-        .map(|text| {
-            let file = sources.add("sets", text);
-            polc_frontend_iptables::ipset::parse(&sources, file).0
-        })
-        .into_iter()
-        .collect();
-    lower(&ast, &sets, Semantics::Legacy)
-}
 
 fn devices(ruleset: &Ruleset) -> Devices {
     let mut declared = devices_of(ruleset);
@@ -65,7 +49,7 @@ fn every_program(each: &mut dyn FnMut(&str, &Ruleset, &Compiled, &Object)) {
         if !long && dump.text().len() > DUMP_BYTES_MAX {
             continue;
         }
-        let ruleset = ruleset(dump);
+        let ruleset = dump.ruleset(&mut SourceMap::new(), Semantics::Legacy);
         for hook in Hook::ALL {
             let place = place(&[hook], Attach::Netfilter, Mode::Accelerate, false);
             if ruleset.path_chains(&place).is_empty() {
@@ -76,15 +60,7 @@ fn every_program(each: &mut dyn FnMut(&str, &Ruleset, &Compiled, &Object)) {
                 let data: &polc_ir::ruleset::RuleData = &ruleset.rules[rule];
                 Some(RuleLine { file: dump.name.clone(), number: data.number, ..RuleLine::default() })
             };
-            let target = Target {
-                attach: Attach::Netfilter,
-                name: "polc".into(),
-                rule: &line,
-                chain: &|_| None,
-                semantics: Semantics::Legacy,
-                trace: true,
-                suspend: true,
-            };
+            let target = Target { rule: &line, trace: true, suspend: true, ..target(Attach::Netfilter) };
             let name = format!("{} {hook}", dump.name);
             match emit(&compiled.plan, &target) {
                 Ok(object) => each(&name, &ruleset, &compiled, &object),
@@ -150,26 +126,11 @@ fn levels(
     object: &Object,
     wrong: &mut Vec<String>,
 ) -> usize {
-    let mut program = Program::new(&compiled.plan, Attach::Netfilter, object).expect("runs");
+    let program = Some(Program::new(&compiled.plan, Attach::Netfilter, object).expect("runs"));
+    let mut levels = Levels { ruleset, compiled, env: &Env::default(), program };
     let devices = devices(ruleset);
     for input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(PACKETS) {
-        let of = |level| run(level, ruleset, compiled, &Env::default(), &input, &mut State::new(1));
-        let mut expected = of(Level::Ruleset);
-        // Beyond the bound on entries, packets are deferred although the rules could tell.
-        let classified = of(Level::Classifier);
-        if !compiled.diagnostics.is_empty() && classified.ending.verdict == Verdict::Defer {
-            expected = classified;
-        }
-        for level in [Level::Classifier, Level::Decision, Level::Plan] {
-            let outcome = of(level);
-            if outcome != expected {
-                wrong.push(format!("{name} {level}: {outcome:?} instead of {expected:?} for {input:02x?}"));
-            }
-        }
-        match program.run(&compiled.plan, &input) {
-            Ok((ending, counted)) if expected.is(ending, &counted) => {}
-            other => wrong.push(format!("{name} rbpf: {other:?} instead of {expected:?} for {input:02x?}")),
-        }
+        wrong.extend(levels.agree(&input).err().map(|why| format!("{name} {why}")));
     }
     PACKETS
 }

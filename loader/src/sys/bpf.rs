@@ -15,8 +15,10 @@ use polc_ir::limits::BPF_NAME_BYTES_MAX;
 use super::{Sys, checked};
 
 mod dump;
+mod test_run;
 
 pub use dump::{LineInfo, ProgramCode};
+pub use test_run::{LiveFrames, TestRun, TestRunResult};
 
 const MAP_CREATE: i32 = 0;
 const MAP_LOOKUP_ELEM: i32 = 1;
@@ -26,7 +28,6 @@ const MAP_GET_NEXT_KEY: i32 = 4;
 const PROG_LOAD: i32 = 5;
 const OBJ_PIN: i32 = 6;
 const OBJ_GET: i32 = 7;
-const PROG_TEST_RUN: i32 = 10;
 const PROG_GET_FD_BY_ID: i32 = 13;
 const MAP_GET_FD_BY_ID: i32 = 14;
 const OBJ_GET_INFO_BY_FD: i32 = 15;
@@ -281,28 +282,6 @@ pub enum QueryPoint {
     TcxEgress,
 }
 
-/// A packet for `BPF_PROG_TEST_RUN`.
-#[derive(Clone, Copy, Debug)]
-pub struct TestRun<'a> {
-    /// The frame.
-    pub frame: &'a [u8],
-    /// The context's bytes; empty for the kernel's own.
-    pub context: &'a [u8],
-    /// How often to run it; 0 and 1 both mean once.
-    pub repeat: u32,
-}
-
-/// What a test run gave.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TestRunResult {
-    /// The program's return value.
-    pub return_value: u32,
-    /// The context's bytes afterwards; none if none were given.
-    pub context: Vec<u8>,
-    /// Mean time of a run, in nanoseconds.
-    pub duration_ns: u32,
-}
-
 #[repr(C)]
 #[derive(Default)]
 struct MapCreateAttr {
@@ -370,27 +349,6 @@ struct ObjAttr {
     pathname: u64,
     bpf_fd: u32,
     file_flags: u32,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct TestRunAttr {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    pad: u32,
 }
 
 #[repr(C)]
@@ -963,24 +921,5 @@ impl Sys {
         }
         let count = (attr.count as usize).min(QUERY_MAX);
         Ok(programs.into_iter().zip(links).take(count).collect())
-    }
-
-    /// Runs a program on a packet, attached or not.
-    pub fn test_run(&self, program: impl AsFd, run: &TestRun<'_>) -> io::Result<TestRunResult> {
-        let mut context = vec![0u8; run.context.len()];
-        let mut attr = TestRunAttr {
-            prog_fd: fd(program),
-            data_size_in: run.frame.len() as u32,
-            data_in: ptr(run.frame),
-            repeat: run.repeat,
-            ctx_size_in: run.context.len() as u32,
-            ctx_in: ptr(run.context),
-            ctx_size_out: context.len() as u32,
-            ctx_out: if context.is_empty() { 0 } else { context.as_mut_ptr() as u64 },
-            ..TestRunAttr::default()
-        };
-        // SAFETY: all buffers live and are as long as said, and only `context` is written.
-        unsafe { self.bpf("test_run", PROG_TEST_RUN, &mut attr) }?;
-        Ok(TestRunResult { return_value: attr.retval, context, duration_ns: attr.duration })
     }
 }

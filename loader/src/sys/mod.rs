@@ -21,11 +21,11 @@ use std::io;
 use std::sync::Arc;
 
 pub use bpf::{
-    BtfBlob, LineInfo, LinkInfo, LinkKind, LinkSpec, Map, MapFlags, MapInfo, MapSpec, ProgramCode,
-    ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
+    BtfBlob, LineInfo, LinkInfo, LinkKind, LinkSpec, LiveFrames, Map, MapFlags, MapInfo, MapSpec,
+    ProgramCode, ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
 pub use mapped::MapWords;
-pub use namespace::{LiveFrames, Namespace};
+pub use namespace::Namespace;
 pub use netlink::{Message, NetlinkRequest, NetworkChanges};
 pub use poll::Signals;
 pub use ring::Ring;
