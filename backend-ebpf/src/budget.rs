@@ -10,6 +10,9 @@
 //! (see [`crate::asm::Asm::store_opaque`]); for other code the estimate is too low.
 //!
 //! No branch is taken to be decided, so code whose conditions the verifier can evaluate costs less than computed.
+//!
+//! Straight code branches too: where a constant masks a number that is known to be 0 or -1, the verifier follows either
+//! on its own (`maybe_fork_scalars`). Generated code avoids that; what it would cost is counted (see [`forks`]).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -154,6 +157,8 @@ struct Walk<'a> {
     loops: Vec<Loop>,
     /// Where states are compared, by slot.
     prune_point: Vec<bool>,
+    /// Where arithmetic branches, by slot.
+    forks: Vec<bool>,
     /// The state last remembered at a slot in these turns. One remembered earlier is found by no path: either it was
     /// met, or the later one was made on a path through it and is done before it.
     remembered: HashMap<(u32, Box<[u32]>), usize>,
@@ -199,6 +204,7 @@ impl<'a> Walk<'a> {
         Walk {
             insns,
             index,
+            forks: forks(insns, &prune_point),
             prune_point,
             remembered: HashMap::new(),
             open: vec![0; slots],
@@ -249,22 +255,32 @@ impl<'a> Walk<'a> {
         match (insn, taken) {
             (Insn::Exit, _) => return true,
             (Insn::Jump { .. }, Some(target)) => {
-                let mut other = path.clone();
-                if self.go(&mut other, at, target) {
-                    if let Some(parent) = other.parent {
-                        self.states[parent].branches += 1;
-                    }
-                    self.pending.push(other);
-                    self.pending_max = self.pending_max.max(self.pending.len());
-                }
+                self.branch(path, at, target);
                 self.go(path, at, next);
             }
             (_, Some(target)) => return !self.go(path, at, target),
             (_, None) => {
+                if self.forks[at as usize] {
+                    // The other path does the same instruction once more, now on a number that is known.
+                    self.processed += 1;
+                    self.branch(path, at, next);
+                }
                 self.go(path, at, next);
             }
         }
         false
+    }
+
+    /// Puts off what a path may also do: go from `at` to `to`.
+    fn branch(&mut self, path: &Path, at: u32, to: u32) {
+        let mut other = path.clone();
+        if self.go(&mut other, at, to) {
+            if let Some(parent) = other.parent {
+                self.states[parent].branches += 1;
+            }
+            self.pending.push(other);
+            self.pending_max = self.pending_max.max(self.pending.len());
+        }
     }
 
     /// Moves a path from `at` to `to`; false if the loop has had its turns.
@@ -320,6 +336,67 @@ impl<'a> Walk<'a> {
             state = remembered.parent;
         }
     }
+}
+
+/// What the verifier surely knows of a register.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Little,
+    /// It is 0 or -1.
+    ZeroOrOnes,
+    /// Its value.
+    Constant,
+}
+
+/// Which slots hold an `and` or `or` of a number that is 0 or -1 with a constant. Only what a straight line shows is
+/// found: at `joins` nothing is known.
+fn forks(insns: &[(u32, Insn)], joins: &[bool]) -> Vec<bool> {
+    let mut forks = vec![false; joins.len()];
+    let mut known = [Known::Little; 11];
+    for &(at, insn) in insns {
+        if joins[at as usize] {
+            known = [Known::Little; 11];
+        }
+        let (dst, becomes) = match insn {
+            Insn::Alu { width, op, dst, src } => {
+                let before = known[usize::from(dst.number())];
+                let operand = match src {
+                    Operand::Imm(_) => Known::Constant,
+                    Operand::Reg(src) => known[usize::from(src.number())],
+                };
+                let sign = match width {
+                    Width::W64 => Operand::Imm(63),
+                    Width::W32 => Operand::Imm(31),
+                };
+                let becomes = match (op, before, operand) {
+                    (AluOp::Mov, ..) => operand,
+                    (_, Known::Constant, Known::Constant) => Known::Constant,
+                    (AluOp::And | AluOp::Or, Known::ZeroOrOnes, Known::Constant) => {
+                        forks[at as usize] = true;
+                        Known::Constant
+                    }
+                    (AluOp::Arsh, ..) if src == sign => Known::ZeroOrOnes,
+                    _ => Known::Little,
+                };
+                (dst, becomes)
+            }
+            Insn::LoadImm64 { dst, .. } => (dst, Known::Constant),
+            Insn::Neg { dst, .. }
+            | Insn::Endian { dst, .. }
+            | Insn::LoadMap { dst, .. }
+            | Insn::LoadMapValue { dst, .. }
+            | Insn::Load { dst, .. } => (dst, Known::Little),
+            // States are compared behind a call, which is a join.
+            Insn::Store { .. }
+            | Insn::Ja { .. }
+            | Insn::Jump { .. }
+            | Insn::Call { .. }
+            | Insn::CallKernel { .. }
+            | Insn::Exit => continue,
+        };
+        known[usize::from(dst.number())] = becomes;
+    }
+    forks
 }
 
 /// Bytes of stack a program touches, counted from the frame pointer down.

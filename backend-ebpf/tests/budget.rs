@@ -312,6 +312,39 @@ fn limits_are_where_the_verifier_has_them() {
     }
 }
 
+/// Classes of `fields` numbers, each from the numbers' order to one bound: straight code without a branch.
+fn classes(fields: usize, masked: bool) -> Code {
+    let mut a = Asm::new();
+    emit_key(&mut a);
+    a.mov32(Reg::R7, 0);
+    for field in 0..fields {
+        a.load(Size::W, Reg::R1, Reg::FP, word(field));
+        a.alu64(AluOp::Sub, Reg::R1, 6);
+        if masked {
+            a.alu64(AluOp::Arsh, Reg::R1, 63);
+            a.alu64(AluOp::And, Reg::R1, 1);
+        } else {
+            a.alu64(AluOp::Rsh, Reg::R1, 63);
+        }
+        a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+    }
+    emit_verdict(&mut a, 2);
+    a.finish().expect("assembles")
+}
+
+/// Masking what is known to be 0 or -1 costs the verifier a path each time, and the budget says so.
+#[test]
+fn masked_signs_cost_dearly() {
+    let computed = |masked| Budget::of(&classes(10, masked)).expect("decodes").processed as u64;
+    assert!(computed(true) > 100 * computed(false));
+    if may_run("masked_signs_cost_dearly") {
+        assert_eq!(verified(classes(10, false)), Ok(computed(false)));
+        // Kernels that do not branch there process as little as without masks.
+        let (real, most) = (verified(classes(10, true)).expect("accepted"), computed(true));
+        assert!(real <= most && most <= 2 * real || real <= 2 * computed(false), "{real} against {most}");
+    }
+}
+
 /// Why `store_opaque` exists: with plain stores, comparisons are remembered in the stack slots too.
 #[test]
 fn spilled_words_cost_dearly() {

@@ -130,8 +130,3 @@ fn dumps(folder: &Path, canonical: &Path, valid: impl Fn(&str) -> bool) -> Vec<D
         })
         .collect()
 }
-
-/// Whether programs of a dump are known to exceed what the kernel's verifier follows, though the budget lets them pass.
-pub fn is_too_large_for_the_verifier(name: &str) -> bool {
-    name.contains("40svc-nft.v6")
-}

@@ -110,6 +110,21 @@ impl<'a> Line<'a> {
         self.alu(kind, a, b)
     }
 
+    /// `value` where the top bit of `difference` is set, otherwise 0. Nothing is masked: a constant that masks "all ones
+    /// or nothing" makes the kernel's verifier follow either on its own (kernel/bpf/verifier.c, `maybe_fork_scalars`),
+    /// and twenty of them a million states.
+    pub(super) fn where_negative(&mut self, difference: Value, value: u64) -> Value {
+        let (sign, magnitude) = match (value as i64) < 0 {
+            true => (AluKind::Sar, value.wrapping_neg()),
+            false => (AluKind::Shr, value),
+        };
+        let sign = self.with(sign, difference, 63);
+        match magnitude.is_power_of_two() {
+            true => self.with(AluKind::Shl, sign, magnitude.trailing_zeros().into()),
+            false => self.with(AluKind::Mul, sign, magnitude),
+        }
+    }
+
     /// The smaller of two values below 2^63.
     pub(super) fn min(&mut self, a: Value, b: Value) -> Value {
         // b + (a - b if that is negative)

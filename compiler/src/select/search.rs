@@ -121,16 +121,15 @@ pub(super) fn write(
     }
 }
 
-/// `first + Σ (difference where the number reached the next run)`.
+/// `last + Σ (difference where the number is below the next run)`.
 fn count(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Runs) -> Value {
     let mut sum: Option<Value> = None;
     for pair in runs.windows(2) {
         let ((_, before), (start, after)) = (pair[0], pair[1]);
         let x = number(line);
-        // Below the start: all ones; from it on: 0. Numbers are below 2^63.
+        // Numbers are below 2^63.
         let below = line.with(AluKind::Sub, x, start);
-        let below = line.with(AluKind::Sar, below, 63);
-        let term = line.with(AluKind::And, below, before.wrapping_sub(after));
+        let term = line.where_negative(below, before.wrapping_sub(after));
         sum = Some(match sum {
             None => term,
             Some(sum) => line.alu(AluKind::Add, sum, term),
