@@ -8,8 +8,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use aya::programs::ProgramError;
+use polc_loader::sys::without_signals;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Whether the test runs as root; if not, says that `name` is skipped.
@@ -44,12 +47,12 @@ pub fn run(command: &str, args: &[&str]) -> Result<String, String> {
     if output.status.success() { Ok(text) } else { Err(format!("{}: {text}", line())) }
 }
 
-/// How often a program is offered to the kernel while the verifier says that it was interrupted.
-const LOADS_MAX: usize = 5;
+/// How often a program is offered to the kernel while it says that it was interrupted, and how long between.
+const LOADS_MAX: usize = 50;
+const LOAD_PAUSE: Duration = Duration::from_millis(10);
 
-/// Loads a program with aya. The verifier gives up with `EAGAIN` when the thread has something else to attend to
-/// (kernel/bpf/verifier.c, `do_check`); the caller tries again, as libbpf does (tools/lib/bpf/bpf.c,
-/// `sys_bpf_prog_load`).
+/// Loads a program with aya as polc's loader does: without signals, of which the ends of processes that other threads
+/// spawn are some ([`without_signals`]), and again if it was interrupted all the same.
 ///
 /// # Errors
 /// Why the kernel refuses the program.
@@ -58,14 +61,17 @@ pub fn load(mut offer: impl FnMut() -> Result<(), ProgramError>) -> Result<(), P
         matches!(result, Err(ProgramError::LoadError { io_error, .. })
             if io_error.kind() == std::io::ErrorKind::WouldBlock)
     };
-    let mut result = offer();
-    for _ in 1..LOADS_MAX {
-        if !interrupted(&result) {
-            break;
+    without_signals(|| {
+        let mut result = offer();
+        for _ in 1..LOADS_MAX {
+            if !interrupted(&result) {
+                break;
+            }
+            thread::sleep(LOAD_PAUSE);
+            result = offer();
         }
-        result = offer();
-    }
-    result
+        result
+    })
 }
 
 /// The packet type of a test packet (`BPF_PROG_TEST_RUN` of tc programs): it is received on the loopback device, whose

@@ -7,7 +7,7 @@
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapInfo, PerCpuArray};
@@ -19,7 +19,11 @@ use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::{ReadOptions, Session};
 use polc::witness::Witnesses;
+use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
+use polc_backend_ebpf::insn::{AluOp, Reg};
+use polc_backend_ebpf::manifest::Manifest;
+use polc_backend_ebpf::object::{self, Object, ProgramKind};
 use polc_ir::env::{Attach, Env, Input, Mode};
 use polc_ir::hook::Family;
 use polc_ir::outcome::{Count, Ending};
@@ -79,6 +83,51 @@ fn every_loader_takes_every_object() {
     let wrong = wrong.into_inner().expect("no thread panicked");
     eprintln!("{} objects, {} packets", work.len(), packets.into_inner());
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(20)].join("\n"));
+}
+
+/// A program that takes the verifier some milliseconds is loaded at the first try, whatever processes end meanwhile.
+#[test]
+fn loading_is_not_interrupted_by_processes_that_end() {
+    const NAME: &str = "loading_is_not_interrupted_by_processes_that_end";
+    const LOADS: usize = 20;
+    if !may_run(NAME) {
+        return;
+    }
+    let mut asm = Asm::new();
+    asm.mov64(Reg::R0, 0);
+    for _ in 0..30_000 {
+        asm.alu64(AluOp::Add, Reg::R0, 1);
+    }
+    asm.mov64(Reg::R0, 2);
+    asm.exit();
+    let code = asm.finish().expect("it has an end");
+    let mut object = Object::new(Manifest::default());
+    object.programs.push(object::Program { name: "polc".into(), kind: ProgramKind::Xdp, code });
+    let bytes = object.write().expect("a program and nothing else");
+    let done = AtomicBool::new(false);
+    let offers = std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    run("true", &[]).expect("it does nothing");
+                }
+            });
+        }
+        let mut offers = 0;
+        for _ in 0..LOADS {
+            let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("no maps");
+            let program: &mut Xdp = ebpf.program_mut("polc").expect("named").try_into().expect("XDP");
+            load(|| {
+                offers += 1;
+                program.load()
+            })
+            .expect("accepted");
+        }
+        done.store(true, Ordering::Relaxed);
+        offers
+    });
+    // Only what stops the whole process interrupts it.
+    assert!(offers < 2 * LOADS, "{offers} offers for {LOADS} programs");
 }
 
 /// A thread's place to work: a namespace with a pair of devices, a bpffs, a folder.

@@ -9,10 +9,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use polc_ir::limits::BPF_NAME_BYTES_MAX;
 
-use super::{Sys, checked};
+use super::{Sys, checked, without_signals};
 
 mod dump;
 mod test_run;
@@ -47,6 +49,10 @@ const ARRAY: u32 = 2;
 const PERCPU_HASH: u32 = 5;
 const PERCPU_ARRAY: u32 = 6;
 const LRU_PERCPU_HASH: u32 = 10;
+
+/// How often a program is offered to the kernel while it says that it was interrupted, and how long between.
+const LOADS_MAX: usize = 50;
+const LOAD_PAUSE: Duration = Duration::from_millis(10);
 
 /// `BPF_F_REPLACE`: the update is made only if the old program is the one named.
 const F_REPLACE: u32 = 1 << 2;
@@ -517,16 +523,25 @@ impl Sys {
     /// and writable where the command writes.
     unsafe fn bpf<T>(&self, name: &'static str, command: i32, attr: &mut T) -> io::Result<i64> {
         self.enter(name)?;
-        loop {
+        let mut call = || {
             // SAFETY: `attr` is a valid structure of the size given; the rest is the caller's promise.
             let result =
                 unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-            match checked(result) {
-                // kernel/bpf/verifier.c: loading is given up when a signal is pending.
-                Err(error) if command == PROG_LOAD && error.raw_os_error() == Some(libc::EAGAIN) => {}
-                result => return result,
-            }
+            checked(result)
+        };
+        if command != PROG_LOAD {
+            return call();
         }
+        without_signals(|| {
+            for _ in 1..LOADS_MAX {
+                match call() {
+                    // A stop or the freezer, which nothing puts off, came in between.
+                    Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => thread::sleep(LOAD_PAUSE),
+                    result => return result,
+                }
+            }
+            call()
+        })
     }
 
     /// As [`Sys::bpf`], for commands that give a file descriptor.

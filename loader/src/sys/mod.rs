@@ -27,7 +27,7 @@ pub use bpf::{
 pub use mapped::MapWords;
 pub use namespace::Namespace;
 pub use netlink::{Message, NetlinkRequest, NetworkChanges};
-pub use poll::Signals;
+pub use poll::{Signals, without_signals};
 pub use ring::Ring;
 
 /// Asked before every system call, with its name. An error is returned in place of the call's result.

@@ -1,7 +1,8 @@
 //! Waiting: for descriptors that can be read, and for the signals that ask a process to end.
 //!
 //! A command that watches has to undo what it switched on, so it takes the signals as one more thing to wait for
-//! (signalfd(2)) and leaves its loop as if it had been told to on a terminal.
+//! (signalfd(2)) and leaves its loop as if it had been told to on a terminal. Loading a program does not take them at
+//! all.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -43,6 +44,37 @@ impl Drop for Signals {
         // SAFETY: the set lives; the old one is not asked for.
         unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut()) };
     }
+}
+
+/// The signals that a thread let through before it let none through, for it to let through again.
+struct Held(libc::sigset_t);
+
+impl Held {
+    fn new() -> Option<Held> {
+        // SAFETY: all zeros is a valid signal set, which `sigfillset` fills; both sets live.
+        unsafe {
+            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            let failed = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+            (failed == 0).then_some(Held(before))
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: the set lives; the old one is not asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// Runs what a signal would make the kernel give up (kernel/bpf/verifier.c, `do_check`), with this thread's signals put
+/// off until it is done. Also those that nobody asked for: the end of a process that another thread spawned is reported
+/// to this one if it comes while that one is still between vfork(2) and letting signals through again, as
+/// posix_spawn(3) does.
+pub fn without_signals<R>(run: impl FnOnce() -> R) -> R {
+    let _held = Held::new();
+    run()
 }
 
 impl Sys {
