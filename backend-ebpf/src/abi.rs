@@ -7,7 +7,7 @@
 //! | --- | --- | --- | --- |
 //! | `r0`-`r5` | scratch | scratch | scratch |
 //! | `r6` | the context, always | same | same |
-//! | `r7` | frame start, not at netfilter; then IPv6 header offset | free | reference being followed |
+//! | `r7` | frame start, not at netfilter; then IPv6 header offset | into the tables of look-up steps | reference being followed |
 //! | `r8` | frame end, not at netfilter; then IPv6 next header | free | exit record, or counter slot |
 //! | `r9` | network header, then transport header | free | turns taken, or return code |
 //!
@@ -19,8 +19,8 @@
 //! verifier follows what is stored at a multiple of eight bytes and forgets what is stored elsewhere
 //! (kernel/bpf/verifier.c, `check_stack_write_fixed_off`). Numbers that would multiply the verifier's states by their
 //! possible values are therefore kept at odd multiples of four: reading them back gives "any 32 bits", and paths that
-//! differ in nothing else become one. The key's words, once complete, are made to be
-//! forgotten in the same way.
+//! differ in nothing else become one. The key's words are kept in the same way, one in eight bytes, as long as there is
+//! room for that; those of larger keys are made to be forgotten once the key is complete.
 
 use polc_ir::limits::KEY_WORDS_MAX;
 
@@ -78,6 +78,9 @@ pub const DYNPTR_BYTES: i16 = 16;
 /// watch over loops.
 pub const SCRATCH_BYTES: i16 = 112;
 
+/// Words of a key up to which each has eight bytes of its own.
+const SPARSE_WORDS_MAX: usize = 32;
+
 /// Where the key's words are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyLayout {
@@ -100,14 +103,24 @@ impl KeyLayout {
         self.words
     }
 
-    /// Stack offset of word 0.
+    /// Whether each word is at an odd multiple of four, where the verifier does not follow it.
+    pub fn sparse(self) -> bool {
+        usize::from(self.words) <= SPARSE_WORDS_MAX
+    }
+
+    /// Bytes from a word to the next.
+    pub fn stride(self) -> i16 {
+        if self.sparse() { 8 } else { 4 }
+    }
+
+    /// Stack offset of the first of all the bytes, a multiple of eight.
     pub fn base(self) -> i16 {
-        -SCRATCH_BYTES - 4 * self.words as i16
+        -SCRATCH_BYTES - self.stride() * self.words as i16
     }
 
     /// Stack offset of a word.
     pub fn word(self, word: u8) -> i16 {
-        self.base() + 4 * i16::from(word)
+        self.base() + self.stride() - 4 + self.stride() * i16::from(word)
     }
 
     /// Stack offset of the handle to the packet.
@@ -123,7 +136,7 @@ impl KeyLayout {
     /// How tables name a word: its offset in bytes from word 0. With [`KeyLayout::split`] bit 8 stands for 128 more, so
     /// that two masks bound it.
     pub fn table_offset(self, word: u8) -> u32 {
-        let offset = 4 * u32::from(word);
+        let offset = self.stride() as u32 * u32::from(word);
         if self.split() && word >= 64 { (offset - 128) | 256 } else { offset }
     }
 }
@@ -295,10 +308,11 @@ mod tests {
             assert!(usize::from(layout.words()) >= words);
             assert!(-layout.base() as usize + 16 <= polc_ir::limits::STACK_BYTES_MAX);
             assert_eq!(layout.base() % 8, 0);
+            assert_eq!(layout.word(0).rem_euclid(8), if layout.sparse() { 4 } else { 0 });
             for word in 0..words as u8 {
                 let named = layout.table_offset(word);
                 let masked = if layout.split() { (named & 252) + (named >> 1 & 128) } else { named };
-                assert_eq!(masked, 4 * u32::from(word));
+                assert_eq!(masked as i16, layout.word(word) - layout.word(0));
             }
         }
         assert_eq!(KeyLayout::new(KEY_WORDS_MAX + 1), None);

@@ -56,8 +56,12 @@ impl Emitter<'_> {
 
     /// Makes the verifier forget what it knows of the key's words. It ties a word stored at a multiple of eight to the
     /// register it came from until another part of the eight bytes is written (kernel/bpf/verifier.c,
-    /// `check_stack_write_fixed_off`); a byte of the word behind is written again.
+    /// `check_stack_write_fixed_off`); the word behind is written again. Whole, because a processor that writes a byte
+    /// and reads the word around it waits until the byte is in its cache.
     pub(super) fn forget_key(&mut self) {
+        if self.layout.sparse() {
+            return;
+        }
         self.asm.comment("what the verifier knows of the key");
         for word in (0..self.layout.words()).step_by(2) {
             self.forget_word(word as u8);
@@ -66,10 +70,10 @@ impl Emitter<'_> {
 
     /// The same for one word. `r5` is lost.
     pub(super) fn forget_word(&mut self, word: u8) {
-        if word.is_multiple_of(2) {
+        if word.is_multiple_of(2) && !self.layout.sparse() {
             let behind = self.layout.word(word + 1);
-            self.asm.load(Size::B, Reg::R5, Reg::FP, behind);
-            self.asm.store(Size::B, Reg::FP, behind, Reg::R5);
+            self.asm.load(Size::W, Reg::R5, Reg::FP, behind);
+            self.asm.store(Size::W, Reg::FP, behind, Reg::R5);
         }
     }
 
@@ -113,8 +117,7 @@ impl Emitter<'_> {
         a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
         a.mov64(Reg::R0, Reg::R3);
         a.alu32(AluOp::Rsh, Reg::R0, 31);
-        for word in (0..self.layout.words()).step_by(2) {
-            let at = self.layout.base() + 4 * word as i16;
+        for at in (self.layout.base()..-abi::SCRATCH_BYTES).step_by(8) {
             a.store(Size::Dw, Reg::FP, at, Reg::R0);
         }
     }

@@ -1,16 +1,21 @@
 //! Look-up steps: a line of operations becomes a line of instructions.
 //!
-//! All tables of a plan are one read-only map, each table at its own offset, so that an address is one instruction and
-//! an addition. An offset is masked to its table unless it follows from the operations before it that it can't lead
+//! All tables of a plan are one read-only map, each table at its own offset, the small ones first: a register points
+//! into their midst, so that those within reach of an instruction's displacement are read by an addition and a load. An
+//! offset is masked to its table unless it follows from the operations before it that it can't lead
 //! out, by the same reasoning as the kernel's verifier. The last read turns the exit's number into a word that says
 //! what to do; all exits that only end share the code that counts and returns.
 
-use polc_ir::entities::Data;
+use std::borrow::Cow;
+
+use polc_ir::entities::{Data, Map, Step};
 use polc_ir::outcome::Verdict;
-use polc_ir::plan::{AluKind, LookupStep, Op, Operand as OpOperand, PlanExit, Target as PlanTarget};
+use polc_ir::plan::{
+    AluKind, LookupStep, Op, Operand as OpOperand, PlanExit, StepData, Target as PlanTarget,
+};
 
 use super::steps::StepLabels;
-use super::values::{Values, make};
+use super::values::{TABLES, Values, make};
 use super::{Emitter, TABLES_MAP, return_code};
 use crate::abi;
 use crate::asm::Label;
@@ -19,6 +24,9 @@ use crate::object::{DataSection, MapDef};
 
 /// Tables begin at multiples of a cache line.
 const ALIGN: usize = 64;
+
+/// How far a displacement reaches, forwards and back: where the register for tables points, if there is so much.
+const REACH: u32 = 1 << 15;
 
 /// Where an exit word has its kind.
 const KIND_SHIFT: i32 = 30;
@@ -31,38 +39,51 @@ const WALK: u32 = 2;
 /// Take the exit that the lower bits number.
 const CODE: u32 = 3;
 
+/// What lies in the map of tables.
+enum Block {
+    Table(Data),
+    Exits(Step),
+}
+
 impl Emitter<'_> {
     /// Lays the plan's tables and the exit words of its look-up steps out in one map.
     pub(super) fn add_tables(&mut self) {
         let plan = self.plan;
-        if plan.steps.values().all(|step| !matches!(step, polc_ir::plan::StepData::Lookup(_))) {
+        if plan.steps.values().all(|step| !matches!(step, StepData::Lookup(_))) {
             return;
         }
-        let mut bytes: Vec<u8> = Vec::new();
-        let mut place = |contents: &[u8]| -> u32 {
-            let at = bytes.len().next_multiple_of(ALIGN);
-            bytes.resize(at, 0);
-            bytes.extend_from_slice(contents);
-            at as u32
-        };
-        for table in plan.tables.values() {
-            self.table_offsets.push(place(&table.bytes));
-        }
+        // The small ones first, within reach of displacements.
+        let mut blocks: Vec<(Block, Cow<'_, [u8]>)> = plan
+            .tables
+            .iter()
+            .map(|(table, data)| (Block::Table(table), data.bytes.as_slice().into()))
+            .collect();
         for (step, data) in plan.steps.iter() {
-            if let polc_ir::plan::StepData::Lookup(data) = data {
-                let mut words: Vec<u8> = (0..)
-                    .zip(&data.exits)
-                    .flat_map(|(index, exit)| self.exit_word(index, exit).to_le_bytes())
-                    .collect();
+            if let StepData::Lookup(data) = data {
+                let words = (0..).zip(&data.exits).map(|(index, exit)| self.exit_word(index, exit));
+                let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
                 // Padding is read by no packet; the verifier must not see a number that leads nowhere.
-                let last: [u8; 4] = words[words.len() - 4..].try_into().expect("an exit word has four bytes");
-                while !(words.len() / 4).is_power_of_two() {
-                    words.extend_from_slice(&last);
+                let last = bytes[bytes.len() - 4..].to_vec();
+                while !(bytes.len() / 4).is_power_of_two() {
+                    bytes.extend_from_slice(&last);
                 }
-                let offset = place(&words);
-                self.exit_words.insert(step, offset);
+                blocks.push((Block::Exits(step), bytes.into()));
             }
         }
+        blocks.sort_by_key(|(_, bytes)| bytes.len());
+        let mut bytes: Vec<u8> = Vec::new();
+        self.table_offsets = vec![0; plan.tables.len()];
+        for (block, contents) in blocks {
+            bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
+            match block {
+                Block::Table(table) => self.table_offsets[table.as_u32() as usize] = bytes.len() as u32,
+                Block::Exits(step) => {
+                    self.exit_offsets.insert(step, bytes.len() as u32);
+                }
+            }
+            bytes.extend_from_slice(&contents);
+        }
+        self.tables_midst = if bytes.len() > REACH as usize { REACH } else { 0 };
         self.tables = Some(self.maps.push(MapDef::data(TABLES_MAP, DataSection::Rodata, bytes)));
     }
 
@@ -91,12 +112,7 @@ impl Emitter<'_> {
         [Verdict::Accept, Verdict::Drop].map(|verdict| return_code(self.target.attach, mode, verdict))
     }
 
-    pub(super) fn lookup(
-        &mut self,
-        step: polc_ir::entities::Step,
-        data: &LookupStep,
-        labels: &mut StepLabels,
-    ) {
+    pub(super) fn lookup(&mut self, step: Step, data: &LookupStep, labels: &mut StepLabels) {
         let Some(map) = self.tables else {
             self.goto_bail();
             return;
@@ -111,9 +127,8 @@ impl Emitter<'_> {
         a.comment("what the exit's word says");
         a.alu64(AluOp::And, result, (words - 1) as i32);
         a.alu64(AluOp::Lsh, result, 2);
-        a.load_map_value(Reg::R0, map, self.exit_words[&step]);
-        a.alu64(AluOp::Add, Reg::R0, result);
-        a.load(Size::W, Reg::R8, Reg::R0, 0);
+        let (address, at) = self.table_address(map, self.exit_offsets[&step], result);
+        self.asm.load(Size::W, Reg::R8, address, at);
         let words: Vec<u32> =
             (0..).zip(&data.exits).map(|(index, exit)| self.exit_word(index, exit)).collect();
         let has = |kind: u32| words.iter().any(|word| word >> KIND_SHIFT == kind);
@@ -183,8 +198,9 @@ impl Emitter<'_> {
     }
 
     /// The operations; gives the register of the result. `None` if there is no room for the values.
-    fn operations(&mut self, data: &LookupStep, map: polc_ir::entities::Map) -> Option<Reg> {
+    fn operations(&mut self, data: &LookupStep, map: Map) -> Option<Reg> {
         let known = data.known(&self.plan.tables);
+        self.asm.load_map_value(TABLES, map, self.tables_midst);
         let mut values = Values::new(data);
         for (value, op) in data.ops.iter() {
             let asm = &mut self.asm;
@@ -231,15 +247,7 @@ impl Emitter<'_> {
         values.bring(&mut self.asm, data, self.layout, data.result)
     }
 
-    fn read(
-        &mut self,
-        map: polc_ir::entities::Map,
-        table: Data,
-        into: Reg,
-        offset: Reg,
-        max: u64,
-        zeros: u32,
-    ) {
+    fn read(&mut self, map: Map, table: Data, into: Reg, offset: Reg, max: u64, zeros: u32) {
         let table_data = &self.plan.tables[table];
         let (width, mask) = (table_data.width, table_data.mask());
         let size = match width {
@@ -251,17 +259,31 @@ impl Emitter<'_> {
         let base = self.table_offsets[table.as_u32() as usize];
         let inside = max <= mask && zeros >= u32::from(width).trailing_zeros();
         let a = &mut self.asm;
-        let mut scaled = offset;
+        if into != offset {
+            a.mov64(into, offset);
+        }
         if !inside {
-            if into != offset {
-                a.mov64(into, offset);
-            }
-            scaled = into;
             // Object data is at most 2^29 bytes.
             a.alu64(AluOp::And, into, mask as i32);
         }
-        a.load_map_value(Reg::R0, map, base);
-        a.alu64(AluOp::Add, Reg::R0, scaled);
-        a.load(size, into, Reg::R0, 0);
+        let (address, at) = self.table_address(map, base, into);
+        self.asm.load(size, into, address, at);
+    }
+
+    /// Adds what is at `base` in the map of tables to an offset in a register: the register that has the address then, which
+    /// is the same or `r0`, and the displacement to it.
+    fn table_address(&mut self, map: Map, base: u32, offset: Reg) -> (Reg, i16) {
+        let a = &mut self.asm;
+        match i16::try_from(i64::from(base) - i64::from(self.tables_midst)) {
+            Ok(displacement) => {
+                a.alu64(AluOp::Add, offset, TABLES);
+                (offset, displacement)
+            }
+            Err(_) => {
+                a.load_map_value(Reg::R0, map, base);
+                a.alu64(AluOp::Add, Reg::R0, offset);
+                (Reg::R0, 0)
+            }
+        }
     }
 }

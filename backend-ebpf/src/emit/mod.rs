@@ -194,10 +194,12 @@ struct Emitter<'a> {
     trace: Option<trace::Trace>,
     /// The word that suspends the program.
     suspend: Option<Map>,
-    /// The map of all tables, where each of the plan's tables begins in it, and where the exit words of look-up steps do.
+    /// The map of all tables, where each of the plan's tables begins in it, where the exit words of look-up steps do,
+    /// and where a register points while they run.
     tables: Option<Map>,
     table_offsets: Vec<u32>,
-    exit_words: BTreeMap<Step, u32>,
+    exit_offsets: BTreeMap<Step, u32>,
+    tables_midst: u32,
     /// The map of each set's table.
     sets: BTreeMap<Set, Map>,
     set_manifests: Vec<SetManifest>,
@@ -244,7 +246,8 @@ impl<'a> Emitter<'a> {
             suspend: None,
             tables: None,
             table_offsets: Vec::new(),
-            exit_words: BTreeMap::new(),
+            exit_offsets: BTreeMap::new(),
+            tables_midst: 0,
             sets: BTreeMap::new(),
             set_manifests: Vec::new(),
             frame_ends: BTreeMap::new(),

@@ -10,8 +10,11 @@ use crate::abi::{self, KeyLayout};
 use crate::asm::Asm;
 use crate::insn::{Operand, Reg, Size};
 
-/// Registers that hold values. `r0` is scratch, `r6` the context.
-const REGISTERS: [Reg; 8] = [Reg::R1, Reg::R2, Reg::R3, Reg::R4, Reg::R5, Reg::R7, Reg::R8, Reg::R9];
+/// The register that points into the map of tables.
+pub(super) const TABLES: Reg = Reg::R7;
+
+/// Registers that hold values. `r0` is scratch, `r6` the context, [`TABLES`] taken.
+const REGISTERS: [Reg; 7] = [Reg::R1, Reg::R2, Reg::R3, Reg::R4, Reg::R5, Reg::R8, Reg::R9];
 
 /// Bytes of a value on the stack.
 const SLOT_BYTES: i16 = 8;
@@ -103,9 +106,8 @@ impl Values {
         let at = (0..REGISTERS.len())
             .max_by_key(|&at| self.registers[at].and_then(|value| self.next_use(value)))?;
         let value = self.registers[at].take()?;
-        let saved = matches!(step.ops[value], Op::Word(_) | Op::Const(_))
-            || self.slots.contains(&Some(value))
-            || self.next_use(value).is_none();
+        let saved =
+            step.ops[value].is_given() || self.slots.contains(&Some(value)) || self.next_use(value).is_none();
         if !saved {
             let slot = self.slots.iter().position(Option::is_none)?;
             self.slots[slot] = Some(value);

@@ -188,13 +188,13 @@ impl Emitter<'_> {
             let at = exit::WRITE + write * exit::WRITE_BYTES;
             a.load(Size::W, Reg::R3, Reg::R8, at);
             key_address(a, layout);
-            a.load(Size::W, Reg::R3, Reg::R4, layout.base());
+            a.load(Size::W, Reg::R3, Reg::R4, layout.word(0));
             a.load(Size::W, Reg::R1, Reg::R8, at + 4);
             // (word & !clear) ^ xor, the complement stored.
             a.alu64(AluOp::And, Reg::R3, Reg::R1);
             a.load(Size::W, Reg::R1, Reg::R8, at + 8);
             a.alu64(AluOp::Xor, Reg::R3, Reg::R1);
-            a.store(Size::W, Reg::R4, layout.base(), Reg::R3);
+            a.store(Size::W, Reg::R4, layout.word(0), Reg::R3);
         }
         a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
 
@@ -407,7 +407,7 @@ fn step(a: &mut Asm, nodes: &Records, layout: KeyLayout) {
     nodes.address(a, Reg::R2);
     a.load(Size::W, Reg::R3, Reg::R2, node::WORD);
     key_address(a, layout);
-    a.load(Size::W, Reg::R3, Reg::R4, layout.base());
+    a.load(Size::W, Reg::R3, Reg::R4, layout.word(0));
     a.load(Size::W, Reg::R4, Reg::R2, node::MASK);
     a.alu64(AluOp::And, Reg::R3, Reg::R4);
     a.load(Size::W, Reg::R4, Reg::R2, node::LO);
@@ -458,7 +458,7 @@ fn key_address(a: &mut Asm, layout: KeyLayout) {
         a.alu64(AluOp::Add, Reg::R4, Reg::R5);
         a.alu64(AluOp::And, Reg::R3, 252);
     } else {
-        a.alu64(AluOp::And, Reg::R3, 4 * (i32::from(layout.words()) - 1));
+        a.alu64(AluOp::And, Reg::R3, i32::from(layout.stride()) * (i32::from(layout.words()) - 1));
     }
     a.alu64(AluOp::Add, Reg::R4, Reg::R3);
 }

@@ -141,7 +141,7 @@ mod tests {
             let mut line = Line::new(&mut tables);
             let word = line.word(0);
             let result = Cuckoo::new(&items, 16).expect("they fit").write(&mut line, word);
-            let ops = line.finish();
+            let (ops, result) = line.finish(result);
             let step = LookupStep {
                 stage: Stage::from_u32(0),
                 structure: String::new(),

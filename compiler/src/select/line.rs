@@ -1,6 +1,7 @@
 //! Writes look-up steps: operations and tables, each made once.
 
 use cranelift_entity::PrimaryMap;
+use cranelift_entity::packed_option::ReservedValue;
 use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable, Op, Operand};
 
@@ -67,14 +68,51 @@ impl<'a> Line<'a> {
         Line { ops: PrimaryMap::new(), tables }
     }
 
-    /// The operations.
-    pub(super) fn finish(self) -> PrimaryMap<Value, Op> {
-        self.ops
+    /// The operations that `result` is made of, and its number among them.
+    pub(super) fn finish(self, result: Value) -> (PrimaryMap<Value, Op>, Value) {
+        let mut used = vec![false; self.ops.len()];
+        used[result.as_u32() as usize] = true;
+        for (value, op) in self.ops.iter().rev() {
+            if used[value.as_u32() as usize] {
+                op.operands().for_each(|operand| used[operand.as_u32() as usize] = true);
+            }
+        }
+        let mut kept: PrimaryMap<Value, Op> = PrimaryMap::new();
+        let mut number: Vec<Value> = Vec::with_capacity(self.ops.len());
+        for (value, op) in self.ops.iter() {
+            let new = |old: Value| number[old.as_u32() as usize];
+            let op = match *op {
+                _ if !used[value.as_u32() as usize] => {
+                    number.push(Value::reserved_value());
+                    continue;
+                }
+                Op::Alu(kind, a, Operand::Value(b)) => Op::Alu(kind, new(a), Operand::Value(new(b))),
+                Op::Alu(kind, a, b) => Op::Alu(kind, new(a), b),
+                Op::Read(table, offset) => Op::Read(table, new(offset)),
+                given => given,
+            };
+            number.push(kept.push(op));
+        }
+        (kept, number[result.as_u32() as usize])
     }
 
     /// A word of the key.
     pub(super) fn word(&mut self, word: u8) -> Value {
         self.ops.push(Op::Word(word))
+    }
+
+    /// `count` bits of a value of `total` bits, from bit `from` on, times 2^`scale`.
+    pub(super) fn bits(&mut self, value: Value, from: u32, count: u32, scale: u32, total: u32) -> Value {
+        let shifted = if from >= scale {
+            self.with(AluKind::Shr, value, (from - scale).into())
+        } else {
+            self.with(AluKind::Shl, value, (scale - from).into())
+        };
+        if scale == 0 && from + count >= total {
+            shifted
+        } else {
+            self.with(AluKind::And, shifted, ((1u64 << count) - 1) << scale)
+        }
     }
 
     /// A constant.

@@ -543,10 +543,9 @@ fn write(
 ) -> Option<Shape> {
     let before = tables.len();
     let mut line = Line::new(tables);
-    let result = ops(&mut line);
-    let ops = line.finish();
-    let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
-    if let Some(result) = result {
+    if let Some(result) = ops(&mut line) {
+        let (ops, result) = line.finish(result);
+        let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
         let step = LookupStep { stage, structure, ops, result, exits: Vec::new(), modelled: 0 };
         if bytes <= TABLE_BYTES_MAX && step.ops.len() <= LOOKUP_OPS_MAX && step.pressure() <= PRESSURE_MAX {
             let modelled = cost::line(&step.ops, tables.all(), result);

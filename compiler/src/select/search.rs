@@ -76,7 +76,7 @@ pub(super) fn search(
         let mut trial = Line::new(&mut tables);
         // What the number is made of costs every structure alike.
         let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
-        let ops = trial.finish();
+        let (ops, result) = trial.finish(result);
         let cost =
             cost::line(&ops, tables.all(), result).saturating_sub(near(&tables, &how, bits, runs) / 10);
         if best.as_ref().is_none_or(|(known, _)| cost < *known) {
@@ -229,9 +229,10 @@ fn first_bits(
     let width = line.width(starts);
     let begin: Vec<u64> = begin.into_iter().map(|run| run as u64 * width).collect();
     let begin = line.table(DataTable::new(&begin));
+    let scale = line.width(begin).trailing_zeros();
     let high = number(line);
-    let high = line.with(AluKind::Shr, high, (bits - first).into());
-    let mut at = line.index(begin, high);
+    let high = line.bits(high, bits - first, first, scale, bits);
+    let mut at = line.read(begin, high);
     for step in (0..steps).rev() {
         let ahead = line.with(AluKind::Add, at, width << step);
         let start = line.read(starts, ahead);
@@ -332,27 +333,16 @@ fn trie(
         places = own;
     }
     tables.reverse();
-    let mut shift = i64::from(total) - i64::from(strides[0]);
+    let mut from = total;
     let mut element: Option<(Value, u64)> = None;
-    for (level, (table, mask_bits)) in tables.into_iter().enumerate() {
-        let width = i64::from(table.width.trailing_zeros());
+    for ((table, mask_bits), &stride) in tables.into_iter().zip(strides) {
+        from -= stride;
         let x = number(line);
         // The bits of this level, as an offset.
-        let by = shift - width;
-        let part = if by >= 0 {
-            line.with(AluKind::Shr, x, by as u64)
-        } else {
-            line.with(AluKind::Shl, x, (-by) as u64)
-        };
+        let part = line.bits(x, from, stride, table.width.trailing_zeros(), bits);
         let offset = match element {
-            None if width > 0 || total > bits => {
-                let mask = ((1u64 << strides[level]) - 1) << width;
-                line.with(AluKind::And, part, mask)
-            }
             None => part,
             Some((element, bits_below)) => {
-                let mask = ((1u64 << strides[level]) - 1) << width;
-                let part = line.with(AluKind::And, part, mask);
                 let part = line.alu(AluKind::And, part, element);
                 let base = line.with(AluKind::Shr, element, bits_below);
                 line.alu(AluKind::Add, base, part)
@@ -360,7 +350,6 @@ fn trie(
         };
         let table = line.table(table);
         element = Some((line.read(table, offset), mask_bits));
-        shift -= strides.get(level + 1).map_or(0, |&stride| i64::from(stride));
     }
     element.map(|(value, _)| value)
 }
@@ -456,7 +445,7 @@ mod tests {
         };
         let mut line = Line::new(tables);
         let result = write(&mut line, &number, bits, runs, how)?;
-        let ops = line.finish();
+        let (ops, result) = line.finish(result);
         let (stage, structure) = (Stage::from_u32(0), String::new());
         Some(LookupStep { stage, structure, ops, result, exits: vec![PlanExit::End(0)], modelled: 0 })
     }

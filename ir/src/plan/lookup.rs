@@ -278,7 +278,7 @@ impl LookupStep {
 }
 
 /// Values that may be needed at one time: what room there is in registers and on the stack.
-pub const PRESSURE_MAX: usize = 14;
+pub const PRESSURE_MAX: usize = 13;
 
 impl DataTable {
     /// Everything wrong with the table's shape.
@@ -296,6 +296,11 @@ impl DataTable {
 }
 
 impl Op {
+    /// Whether it needs no other value, and so can be made again instead of being kept.
+    pub fn is_given(&self) -> bool {
+        matches!(self, Op::Word(_) | Op::Const(_))
+    }
+
     /// The values it uses.
     pub fn operands(&self) -> impl Iterator<Item = Value> {
         let pair = match *self {
