@@ -107,19 +107,37 @@ impl Emitter<'_> {
             a.bind(linear);
             a.load(Size::W, Reg::R3, CTX, sk_buff::LEN);
         }
-        self.asm.store(Size::W, Reg::FP, abi::LENGTH, 0);
         self.clear_key();
     }
 
-    /// Zeros in all words of the key. `r3` is the frame's or packet's length.
+    /// Zeros in all words of the key that may be read before they are stored. `r3` is the frame's or packet's length.
     pub(super) fn clear_key(&mut self) {
+        let stored = self.plan.key.iter().filter(|slot| self.is_always_stored(slot.field));
+        let stored = stored.flat_map(|slot| slot.word..slot.word + slot.words);
+        // Where two words share eight bytes, both would have to be stored.
+        let stored = stored.filter(|_| self.layout.sparse()).map(|word| self.layout.word(word) - 4);
+        let stored: Vec<i16> = stored.collect();
         let a = &mut self.asm;
         a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
         a.mov64(Reg::R0, Reg::R3);
         a.alu32(AluOp::Rsh, Reg::R0, 31);
         for at in (self.layout.base()..-abi::SCRATCH_BYTES).step_by(8) {
-            a.store(Size::Dw, Reg::FP, at, Reg::R0);
+            if !stored.contains(&at) {
+                a.store(Size::Dw, Reg::FP, at, Reg::R0);
+            }
         }
+    }
+
+    /// Whether every packet that comes to a stage has the field stored, whatever its headers are. The walk reads any
+    /// word, those that no field has too, so for it all are set to 0.
+    fn is_always_stored(&self, field: Field) -> bool {
+        let by_walk = !self.plan.walk.exits.is_empty();
+        let of_family = self.plan.family == Family::V4
+            && matches!(
+                field,
+                Field::Length | Field::Tos | Field::Ttl | Field::Proto | Field::Fragment | Field::L4Len
+            );
+        !by_walk && (of_family || matches!(field, Field::SrcAddr | Field::DstAddr))
     }
 
     /// `r3`: bytes left. Ends at the label unless there are `bytes`; the safe return if they can't be read.
@@ -155,6 +173,14 @@ impl Emitter<'_> {
         self.load_be(Reg::R0, Reg::R7, 12, 2);
         self.asm.mov64(Reg::R9, Reg::R7);
         self.asm.alu64(AluOp::Add, Reg::R9, 14);
+        let (own, others) = match self.plan.family {
+            Family::V4 => (Family::V4, Family::V6),
+            Family::V6 => (Family::V6, Family::V4),
+        };
+        let ours = self.asm.label();
+        if self.target.attach == Attach::Xdp {
+            self.asm.jump32(Cond::Eq, Reg::R0, i32::from(own.ether_type()), ours);
+        }
         for _ in 0..2 {
             let tag = self.asm.label();
             self.asm.jump32(Cond::Eq, Reg::R0, VLAN_TYPES[0], tag);
@@ -184,11 +210,6 @@ impl Emitter<'_> {
             a.bind(none);
         }
         a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
-        let (own, others) = match self.plan.family {
-            Family::V4 => (Family::V4, Family::V6),
-            Family::V6 => (Family::V6, Family::V4),
-        };
-        let ours = a.label();
         a.jump32(Cond::Eq, Reg::R0, i32::from(own.ether_type()), ours);
         a.jump32(Cond::Eq, Reg::R0, i32::from(others.ether_type()), other);
         a.goto(not_ip);
@@ -223,12 +244,11 @@ impl Emitter<'_> {
         self.network_header(20, malformed);
         let a = &mut self.asm;
         a.load(Size::B, Reg::R0, Reg::R9, 0);
-        a.mov64(Reg::R1, Reg::R0);
-        a.alu64(AluOp::Rsh, Reg::R1, 4);
-        a.jump32(Cond::Ne, Reg::R1, 4, malformed);
-        a.alu64(AluOp::And, Reg::R0, 15);
+        a.comment("version 4, and a header of 5 to 15 words");
+        a.alu64(AluOp::Sub, Reg::R0, 0x45);
+        a.jump64(Cond::Gt, Reg::R0, 10, malformed);
         a.alu64(AluOp::Lsh, Reg::R0, 2);
-        a.jump64(Cond::Lt, Reg::R0, 20, malformed);
+        a.alu64(AluOp::Add, Reg::R0, 20);
         a.jump64(Cond::Gt, Reg::R0, Reg::R3, malformed);
         self.load_be(Reg::R1, Reg::R9, 2, 2);
         let a = &mut self.asm;
@@ -311,12 +331,14 @@ impl Emitter<'_> {
     /// Fields of the transport header at `r9` (at netfilter, at [`abi::L4_OFFSET`]), of which the packet has `r2` bytes.
     pub(super) fn transport(&mut self) {
         if self.slot(Field::L4Len).is_some() {
-            // A jumbogram has more than the field's 16 bits hold.
-            let fits = self.asm.label();
             self.asm.mov64(Reg::R1, Reg::R2);
-            self.asm.jump64(Cond::Le, Reg::R1, 0xffff, fits);
-            self.asm.mov64(Reg::R1, 0xffff);
-            self.asm.bind(fits);
+            if self.plan.family == Family::V6 {
+                // A jumbogram has more than the field's 16 bits hold.
+                let fits = self.asm.label();
+                self.asm.jump64(Cond::Le, Reg::R1, 0xffff, fits);
+                self.asm.mov64(Reg::R1, 0xffff);
+                self.asm.bind(fits);
+            }
             self.store_field(Field::L4Len, Reg::R1);
         }
         // (bytes needed, offset, bytes, right shift, word)

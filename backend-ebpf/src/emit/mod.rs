@@ -368,6 +368,9 @@ impl<'a> Emitter<'a> {
         for (kind, label) in self.frame_ends.clone() {
             self.asm.bind(label);
             self.asm.comment(format!("{kind}"));
+            if kind == FrameKind::Runt {
+                self.asm.store(Size::W, Reg::FP, abi::LENGTH, 0);
+            }
             let by = Decider::Frame(kind);
             match self.plan.traces.iter().position(|trace| trace.ending.is_some_and(|end| end.by == by)) {
                 Some(slot) => self.end(slot as u32),

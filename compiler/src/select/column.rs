@@ -81,7 +81,7 @@ pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dy
 
 /// Runs over a word and `rest` bits below it, as runs over the word: from which word on, and what is left to search
 /// there.
-fn by_word(runs: &[(u128, u64)], rest: u32) -> Vec<(u64, Vec<(u128, u64)>)> {
+pub(super) fn by_word(runs: &[(u128, u64)], rest: u32) -> Vec<(u64, Vec<(u128, u64)>)> {
     let low = (1u128 << rest) - 1;
     // Words where a run begins, and those behind them if it begins within.
     let mut words: Vec<u128> = Vec::with_capacity(runs.len() + 1);

@@ -137,7 +137,7 @@ mod tests {
     fn keys_are_found_and_others_are_not() {
         for (count, factor) in [(1u64, 1u64), (7, 5), (1000, 0x1_0001), (20_000, 3)] {
             let items: Vec<(u64, u64)> = (0..count).map(|at| (at * factor, at + 1)).collect();
-            let mut tables = Tables::default();
+            let mut tables = Tables::new();
             let mut line = Line::new(&mut tables);
             let word = line.word(0);
             let result = Cuckoo::new(&items, 16).expect("they fit").write(&mut line, word);

@@ -1,26 +1,41 @@
 //! Writes look-up steps: operations and tables, each made once.
 
+use std::hash::{Hash, Hasher};
+
 use cranelift_entity::PrimaryMap;
 use cranelift_entity::packed_option::ReservedValue;
 use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable, Op, Operand};
 
-use super::classes::FastMap;
+use super::classes::{FastMap, Same};
 
 /// The tables of a plan. Equal tables are one.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     all: PrimaryMap<Data, DataTable>,
-    known: FastMap<DataTable, Data>,
+    /// By hash, the tables that have it; none where only sizes count.
+    known: Option<FastMap<u64, Vec<Data>>>,
 }
 
 impl Tables {
+    /// No tables yet, to be filled.
+    pub(super) fn new() -> Tables {
+        Tables { all: PrimaryMap::new(), known: Some(FastMap::default()) }
+    }
+
+    /// No tables yet, of which only the sizes will be asked: their contents are left 0.
+    pub(super) fn sketch() -> Tables {
+        Tables { all: PrimaryMap::new(), known: None }
+    }
+
     fn add(&mut self, table: DataTable) -> Data {
-        if let Some(&known) = self.known.get(&table) {
-            return known;
+        let Some(known) = &mut self.known else { return self.all.push(table) };
+        let same = known.entry(hash(&table)).or_default();
+        if let Some(&data) = same.iter().find(|&&data| self.all[data] == table) {
+            return data;
         }
-        let data = self.all.push(table.clone());
-        self.known.insert(table, data);
+        let data = self.all.push(table);
+        same.push(data);
         data
     }
 
@@ -34,25 +49,26 @@ impl Tables {
         self.all
     }
 
-    /// How many there are, to come back to with [`Tables::truncate`].
-    pub(super) fn len(&self) -> usize {
-        self.all.len()
+    /// Bytes of all of them.
+    pub(super) fn bytes(&self) -> usize {
+        self.all.values().map(|table| table.bytes.len()).sum()
     }
 
-    /// Forgets all but the first `len`.
-    pub(super) fn truncate(&mut self, len: usize) {
-        if len == self.all.len() {
-            return;
-        }
-        let all = std::mem::take(&mut self.all);
-        for (data, table) in all {
-            if (data.as_u32() as usize) < len {
-                self.all.push(table);
-            } else {
-                self.known.remove(&table);
+    /// Takes the tables over that operations read.
+    pub(super) fn adopt(&mut self, own: Tables, ops: &mut PrimaryMap<Value, Op>) {
+        let number: Vec<Data> = own.all.into_iter().map(|(_, table)| self.add(table)).collect();
+        for op in ops.values_mut() {
+            if let Op::Read(table, _) = op {
+                *table = number[table.as_u32() as usize];
             }
         }
     }
+}
+
+fn hash(table: &DataTable) -> u64 {
+    let mut hasher = Same::default();
+    table.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A line of operations being written.
@@ -175,6 +191,23 @@ impl<'a> Line<'a> {
     /// A table to read.
     pub(super) fn table(&mut self, table: DataTable) -> Data {
         self.tables.add(table)
+    }
+
+    /// A table of `count` elements of which `largest` is the largest, made only if its contents count.
+    pub(super) fn table_of(
+        &mut self,
+        count: usize,
+        largest: u64,
+        elements: impl FnOnce() -> Vec<u64>,
+    ) -> Data {
+        let table =
+            if self.is_sketch() { DataTable::zeros(count, largest) } else { DataTable::new(&elements()) };
+        self.tables.add(table)
+    }
+
+    /// Whether only the sizes of tables count.
+    pub(super) fn is_sketch(&self) -> bool {
+        self.tables.known.is_none()
     }
 
     /// Bytes of a table's elements.

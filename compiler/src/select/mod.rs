@@ -117,7 +117,7 @@ pub struct Structures {
 pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
     let keys = Keys::new(classifier, devices);
     let selector = Selector { classifier, keys: &keys };
-    let mut tables = Tables::default();
+    let mut tables = Tables::new();
     let mut shapes: SecondaryMap<Stage, Option<Shape>> = SecondaryMap::new();
     // Where packets may come from: the root comes first, stages lead to smaller numbers.
     let (mut by_code, mut walked) = (SecondaryMap::new(), SecondaryMap::new());
@@ -436,19 +436,15 @@ impl Selector<'_> {
         if few || (guard && linear.is_some()) {
             return linear;
         }
-        let before = tables.len();
-        let lookup = self.lookup(stage, prefer, tables);
-        match (linear, lookup) {
-            (Some(linear), Some(lookup)) => {
-                if prefer == Prefer::Cheapest && linear.modelled() <= lookup.modelled() {
-                    tables.truncate(before);
-                    Some(linear)
-                } else {
-                    Some(lookup)
-                }
-            }
-            (linear, lookup) => lookup.or(linear),
+        let lookup = self.lookup(stage, prefer).filter(|(lookup, _)| {
+            let cheaper = |linear: &Shape| linear.modelled() <= lookup.modelled();
+            prefer != Prefer::Cheapest || !linear.as_ref().is_some_and(cheaper)
+        });
+        let Some((mut lookup, own)) = lookup else { return linear };
+        if let Shape::Lookup { ops, .. } = &mut lookup {
+            tables.adopt(own, ops);
         }
+        Some(lookup)
     }
 
     /// A stage as comparisons, if they are few.
@@ -472,37 +468,24 @@ impl Selector<'_> {
         Some(Shape::Linear(entries))
     }
 
-    /// A stage as a look-up, if a structure takes it; of two, the cheaper.
-    fn lookup(&self, stage: Stage, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
+    /// A stage as a look-up with its tables, if a structure takes it; of two, the cheaper.
+    fn lookup(&self, stage: Stage, prefer: Prefer) -> Option<(Shape, Tables)> {
         let problem = Problem::new(self, stage);
-        let before = tables.len();
         let by_matrix = (prefer != Prefer::Groups)
             .then(|| {
                 let matrix = matrix(&problem)?;
-                write(stage, matrix.describe(), &problem.exits, tables, |line| Some(matrix.write(line)))
+                write(stage, matrix.describe(), &problem.exits, |line| Some(matrix.write(line)))
             })
             .flatten();
-        let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
-        if by_matrix.is_some() && (prefer == Prefer::Matrix || bytes <= SMALL_BYTES) {
+        let small = |(_, tables): &(Shape, Tables)| tables.bytes() <= SMALL_BYTES;
+        if by_matrix.as_ref().is_some_and(|matrix| prefer == Prefer::Matrix || small(matrix)) {
             return by_matrix;
         }
-        let between = tables.len();
-        let by_groups = groups(&problem).and_then(|groups| {
-            write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
-        });
-        let better = |a: &Shape, b: &Shape| a.modelled() <= b.modelled();
+        let by_groups = groups(&problem)
+            .and_then(|groups| write(stage, groups.describe(), &groups.exits, |line| groups.write(line)));
         match (by_matrix, by_groups) {
-            (Some(matrix), Some(groups)) if better(&matrix, &groups) => {
-                tables.truncate(between);
-                Some(matrix)
-            }
-            (Some(_), Some(_)) => {
-                // Written anew, without the tables of the matrix before its own.
-                tables.truncate(before);
-                let groups = self::groups::groups(&problem)?;
-                write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
-            }
-            (matrix, groups) => matrix.or(groups),
+            (Some(matrix), Some(groups)) if matrix.0.modelled() <= groups.0.modelled() => Some(matrix),
+            (matrix, groups) => groups.or(matrix),
         }
     }
 
@@ -533,28 +516,24 @@ impl Selector<'_> {
     }
 }
 
-/// Writes a look-up; `None`, and no tables, if it grows too large.
+/// Writes a look-up and its tables; `None` if it grows too large.
 fn write(
     stage: Stage,
     structure: String,
     exits: &[Entry],
-    tables: &mut Tables,
     ops: impl FnOnce(&mut Line<'_>) -> Option<Value>,
-) -> Option<Shape> {
-    let before = tables.len();
-    let mut line = Line::new(tables);
-    if let Some(result) = ops(&mut line) {
-        let (ops, result) = line.finish(result);
-        let bytes: usize = tables.all().values().skip(before).map(|table| table.bytes.len()).sum();
-        let step = LookupStep { stage, structure, ops, result, exits: Vec::new(), modelled: 0 };
-        if bytes <= TABLE_BYTES_MAX && step.ops.len() <= LOOKUP_OPS_MAX && step.pressure() <= PRESSURE_MAX {
-            let modelled = cost::line(&step.ops, tables.all(), result);
-            let LookupStep { ops, structure, .. } = step;
-            return Some(Shape::Lookup { ops, result, structure, exits: exits.to_vec(), modelled });
-        }
+) -> Option<(Shape, Tables)> {
+    let mut tables = Tables::new();
+    let mut line = Line::new(&mut tables);
+    let result = ops(&mut line)?;
+    let (ops, result) = line.finish(result);
+    let step = LookupStep { stage, structure, ops, result, exits: Vec::new(), modelled: 0 };
+    if tables.bytes() > TABLE_BYTES_MAX || step.ops.len() > LOOKUP_OPS_MAX || step.pressure() > PRESSURE_MAX {
+        return None;
     }
-    tables.truncate(before);
-    None
+    let modelled = cost::line(&step.ops, tables.all(), result);
+    let LookupStep { ops, structure, .. } = step;
+    Some((Shape::Lookup { ops, result, structure, exits: exits.to_vec(), modelled }, tables))
 }
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.

@@ -4,12 +4,17 @@
 //! that the search goes from an element to one at twice its place (the order of a breadth-first walk, which keeps the
 //! first elements together); or the number's bits are taken a few at a time through a trie. An element of a trie says
 //! where the next level's elements begin and which bits of the number count there: where a whole range stands for one
-//! thing no bits count, so that every path is equally long and nothing has to be asked on the way.
+//! thing no bits count, so that every path is equally long and nothing has to be asked on the way. Where runs are few,
+//! both halves of the number are searched at once, and a table of their classes says what the number stands for.
+//!
+//! What a structure costs follows from the sizes of its tables; so each that comes into question is written with empty
+//! tables first, and only the one that is chosen is filled.
 
-use polc_ir::entities::Value;
+use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable};
 
 use super::classes::FastMap;
+use super::column::by_word;
 use super::cost;
 use super::line::{Line, Tables};
 
@@ -36,6 +41,12 @@ const CACHE_LINE: usize = 64;
 /// Elements of a trie that is worth building: larger ones lose to sorted runs.
 const TRIE_ELEMENTS_MAX: usize = 1 << 16;
 
+/// Bits of the lower half where halves are searched apart.
+const HALF_BITS: u32 = 16;
+
+/// Elements of the table of two halves' classes, before equal columns are one.
+const HALVES_ELEMENTS_MAX: usize = 1 << 16;
+
 /// First bits that are looked up before runs are halved.
 const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];
 
@@ -50,6 +61,8 @@ pub(super) enum Search {
     First(u32),
     /// Take so many bits at a time.
     Trie(Vec<u32>),
+    /// Search the halves apart.
+    Halves,
 }
 
 /// The tries worth trying for numbers of `bits` bits.
@@ -72,7 +85,7 @@ pub(super) fn search(
 ) -> Value {
     let mut best: Option<(u32, Search)> = None;
     let mut consider = |how: Search| {
-        let mut tables = Tables::default();
+        let mut tables = Tables::sketch();
         let mut trial = Line::new(&mut tables);
         // What the number is made of costs every structure alike.
         let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
@@ -100,6 +113,9 @@ pub(super) fn search(
         for strides in strides(bits).iter().filter(|strides| 1 << strides[0] <= root_max) {
             consider(Search::Trie(strides.to_vec()));
         }
+        if (HALF_BITS + 1..=2 * HALF_BITS).contains(&bits) {
+            consider(Search::Halves);
+        }
     }
     let (_, how) = best.expect("there is a search for every number of runs");
     write(line, number, bits, runs, &how).expect("it was written before")
@@ -118,6 +134,7 @@ pub(super) fn write(
         Search::Halve => Some(halve(line, number, runs)),
         Search::First(first) => Some(first_bits(line, number, bits, runs, *first)),
         Search::Trie(strides) => trie(line, number, bits, runs, strides),
+        Search::Halves => halves(line, number, bits, runs),
     }
 }
 
@@ -144,10 +161,9 @@ fn count(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Ru
 
 /// Searches by halving.
 fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Runs) -> Value {
-    let values: Vec<u64> = runs.iter().map(|&(_, value)| value).collect();
     let starts = &runs[1..];
     if starts.is_empty() {
-        return line.constant(values[0]);
+        return line.constant(runs[0].1);
     }
     let levels = usize::BITS - starts.len().leading_zeros();
     let size = 1usize << levels;
@@ -156,19 +172,22 @@ fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Ru
     let last = starts.last().map_or(0, |&(start, _)| start);
     let width = DataTable::new(&[last]).width;
     let beyond = if width == 8 { i64::MAX as u64 } else { (1u64 << (8 * u32::from(width))) - 1 };
-    let mut laid_out = vec![beyond; size];
-    for (place, slot) in laid_out.iter_mut().enumerate().skip(1) {
-        let level = place.ilog2();
-        let across = place - (1 << level);
-        // Numbers of starts below this one in the full tree.
-        let rank = (2 * across + 1) * (size >> (level + 1)) - 1;
-        if let Some(&(start, _)) = starts.get(rank) {
-            *slot = start;
+    let laid_out = || {
+        let mut laid_out = vec![beyond; size];
+        for (place, slot) in laid_out.iter_mut().enumerate().skip(1) {
+            let level = place.ilog2();
+            let across = place - (1 << level);
+            // Numbers of starts below this one in the full tree.
+            let rank = (2 * across + 1) * (size >> (level + 1)) - 1;
+            if let Some(&(start, _)) = starts.get(rank) {
+                *slot = start;
+            }
         }
-    }
+        laid_out
+    };
     // A number equal to `beyond` would count as at or above the padding: "below" is then 0 as it should be for a
     // number that no start exceeds, and the values that follow are those of the last run.
-    let table = line.table(DataTable::new(&laid_out));
+    let table = line.table_of(size, beyond, laid_out);
     let mut place = line.constant(1);
     for _ in 0..levels {
         let start = line.index(table, place);
@@ -181,29 +200,47 @@ fn halve(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Ru
         place = line.alu(AluKind::Sub, twice, below);
     }
     // At the end the place is 2^levels and the number of starts at or below the number.
-    let mut leaves: Vec<u64> = values;
-    let last = *leaves.last().expect("there is a run");
-    leaves.resize(size, last);
-    let leaves = line.table(DataTable::new(&leaves));
+    let leaves = line.table_of(size, largest(runs), || padded(runs.iter().map(|run| run.1), size));
     let index = line.with(AluKind::Sub, place, size as u64);
     line.index(leaves, index)
 }
 
-/// Where the runs of numbers with the same first bits begin, and into how many parts halving may have to cut them.
-fn by_first_bits(bits: u32, runs: &Runs, first: u32) -> (Vec<usize>, u32) {
-    let shift = bits - first;
-    let mut begin = Vec::with_capacity(1 << first);
-    let (mut run, mut most) = (0, 0);
-    for high in 0..1u64 << first {
-        while runs.get(run + 1).is_some_and(|&(start, _)| start <= high << shift) {
+/// The largest value that a run stands for.
+fn largest(runs: &Runs) -> u64 {
+    runs.iter().map(|&(_, value)| value).max().unwrap_or(0)
+}
+
+/// Elements, the last one repeated up to `size`.
+fn padded(elements: impl Iterator<Item = u64>, size: usize) -> Vec<u64> {
+    let mut elements: Vec<u64> = elements.collect();
+    elements.resize(size, elements.last().copied().unwrap_or(0));
+    elements
+}
+
+/// For every value of the first bits, the run that the first number with them is in.
+fn by_first_bits(bits: u32, runs: &Runs, first: u32) -> Vec<usize> {
+    let mut run = 0;
+    let begin = (0..1u64 << first).map(|high| {
+        while runs.get(run + 1).is_some_and(|&(start, _)| start <= high << (bits - first)) {
             run += 1;
         }
-        begin.push(run);
-        let within = runs[run + 1..].iter().take_while(|(start, _)| start >> shift == high).count();
-        run += within;
-        most = most.max(within);
+        run
+    });
+    begin.collect()
+}
+
+/// Into how many parts halving may have to cut the runs of numbers with the same first bits.
+fn halvings(bits: u32, runs: &Runs, first: u32) -> u32 {
+    let shift = bits - first;
+    // A run that begins with the first number is not one to be found.
+    let within = |&&(start, _): &&(u64, u64)| start & ((1 << shift) - 1) != 0;
+    let (mut most, mut count, mut last) = (0usize, 0usize, None);
+    for (start, _) in runs.iter().filter(within) {
+        count = if last == Some(start >> shift) { count + 1 } else { 1 };
+        last = Some(start >> shift);
+        most = most.max(count);
     }
-    (begin, usize::BITS - most.leading_zeros())
+    usize::BITS - most.leading_zeros()
 }
 
 /// Looks the first bits up, then halves. All runs' starts are in one ascending table, so that a step which goes beyond
@@ -215,20 +252,21 @@ fn first_bits(
     runs: &Runs,
     first: u32,
 ) -> Value {
-    let (begin, steps) = by_first_bits(bits, runs, first);
+    let steps = halvings(bits, runs, first);
     // A number equal to the padding goes on in it, and there is the value of the last run.
     let size = runs.len() + (1 << steps);
     let last = runs.last().map_or(0, |&(start, _)| start);
     let beyond = u64::MAX >> (64 - 8 * u32::from(DataTable::new(&[last]).width));
     let beyond = beyond.min(i64::MAX as u64);
-    let mut starts: Vec<u64> = runs.iter().map(|&(start, _)| start).collect();
-    starts.resize(size.next_power_of_two(), beyond);
-    let mut values: Vec<u64> = runs.iter().map(|&(_, value)| value).collect();
-    values.resize(size, values.last().copied().unwrap_or(0));
-    let starts = line.table(DataTable::new(&starts));
+    let starts = line.table_of(size.next_power_of_two(), beyond, || {
+        let mut starts: Vec<u64> = runs.iter().map(|&(start, _)| start).collect();
+        starts.resize(size.next_power_of_two(), beyond);
+        starts
+    });
     let width = line.width(starts);
-    let begin: Vec<u64> = begin.into_iter().map(|run| run as u64 * width).collect();
-    let begin = line.table(DataTable::new(&begin));
+    let begin = line.table_of(1 << first, (runs.len() as u64 - 1) * width, || {
+        by_first_bits(bits, runs, first).into_iter().map(|run| run as u64 * width).collect()
+    });
     let scale = line.width(begin).trailing_zeros();
     let high = number(line);
     let high = line.bits(high, bits - first, first, scale, bits);
@@ -243,7 +281,7 @@ fn first_bits(
         let back = line.with(AluKind::Shl, below, u64::from(width.trailing_zeros() + step));
         at = line.alu(AluKind::Sub, ahead, back);
     }
-    let values = line.table(DataTable::new(&values));
+    let values = line.table_of(size, largest(runs), || padded(runs.iter().map(|run| run.1), size));
     let (from, to) = (width.trailing_zeros(), line.width(values).trailing_zeros());
     let offset = if to >= from {
         line.with(AluKind::Shl, at, u64::from(to - from))
@@ -258,7 +296,7 @@ fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
     let size = |table: usize| tables.all().values().nth(table).map_or(0, |table| table.bytes.len());
     let width = DataTable::new(&[runs.last().map_or(0, |&(start, _)| start)]).width;
     let saved = match how {
-        Search::Count | Search::Trie(_) => 0,
+        Search::Count | Search::Trie(_) | Search::Halves => 0,
         Search::Halve if runs.len() == 1 => 0,
         // The first levels of the tree are read by every packet.
         Search::Halve => {
@@ -269,8 +307,7 @@ fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
         // The last steps stay within what is there already.
         Search::First(first) => {
             let all = size(0);
-            let (_, steps) = by_first_bits(bits, runs, *first);
-            let near = steps.min((CACHE_LINE / usize::from(width)).ilog2());
+            let near = halvings(bits, runs, *first).min((CACHE_LINE / usize::from(width)).ilog2());
             u64::from(near) * (cost::read(all) - cost::read(CACHE_LINE))
         }
     };
@@ -297,12 +334,11 @@ fn trie(
     let total: u32 = strides.iter().sum();
     let levels = build(total, runs, strides)?;
     // The last level first: an element needs to know where its node begins below.
-    let mut tables: Vec<(DataTable, u64)> = Vec::new();
+    let mut tables: Vec<(Data, u64)> = Vec::new();
     let mut places: FastMap<Part, u64> = FastMap::default();
-    for (level, nodes) in levels.iter().enumerate().rev() {
-        let below =
-            tables.last().map(|(table, _): &(DataTable, u64)| u64::from(table.width.trailing_zeros()));
-        let element = |part: Part, places: &FastMap<Part, u64>| match (below, part) {
+    for (level, (nodes, &stride)) in levels.iter().zip(strides).enumerate().rev() {
+        let below = tables.last().map(|&(table, _)| u64::from(line.width(table).trailing_zeros()));
+        let element = |part: Part| match (below, part) {
             (None, Part::Same(value)) => value,
             (None, Part::Node(_)) => unreachable!("the last level has no nodes below"),
             (Some(width), part) => {
@@ -314,22 +350,30 @@ fn trie(
                 (places[&part] << (u64::from(stride) + 2 * width)) | mask
             }
         };
-        let mut elements: Vec<u64> = Vec::new();
-        let mut own: FastMap<Part, u64> = FastMap::default();
-        for (node, parts) in nodes.nodes.iter().enumerate() {
-            own.insert(Part::Node(node as u32), elements.len() as u64);
-            elements.extend(parts.iter().map(|&part| element(part, &places)));
-        }
-        for &value in &nodes.same {
-            own.insert(Part::Same(value), elements.len() as u64);
-            elements.push(element(Part::Same(value), &places));
-        }
-        if elements.len() > TRIE_ELEMENTS_MAX {
+        let alone = nodes.nodes.len() << stride;
+        let count = alone + nodes.same.len();
+        if count > TRIE_ELEMENTS_MAX {
             return None;
         }
-        let table = DataTable::new(&elements);
-        let mask_bits = below.map_or(0, |width| u64::from(strides[level + 1]) + width);
-        tables.push((table, mask_bits));
+        let parts = nodes.nodes.iter().flatten().map(|&(_, part)| part);
+        let all = parts.chain(nodes.same.iter().map(|&value| Part::Same(value)));
+        let largest = all.map(element).max().unwrap_or(0);
+        let table = line.table_of(count, largest, || {
+            let mut elements: Vec<u64> = Vec::with_capacity(count);
+            for parts in &nodes.nodes {
+                let end = elements.len() + (1 << stride);
+                let until = parts.iter().skip(1).map(|&(from, _)| end - (1 << stride) + from as usize);
+                for (&(_, part), until) in parts.iter().zip(until.chain([end])) {
+                    elements.resize(until, element(part));
+                }
+            }
+            elements.extend(nodes.same.iter().map(|&value| element(Part::Same(value))));
+            elements
+        });
+        let own_nodes = (0..nodes.nodes.len()).map(|node| (Part::Node(node as u32), (node << stride) as u64));
+        let own_values = nodes.same.iter().zip(alone as u64..).map(|(&value, at)| (Part::Same(value), at));
+        let own = own_nodes.chain(own_values).collect();
+        tables.push((table, below.map_or(0, |width| u64::from(strides[level + 1]) + width)));
         places = own;
     }
     tables.reverse();
@@ -339,7 +383,8 @@ fn trie(
         from -= stride;
         let x = number(line);
         // The bits of this level, as an offset.
-        let part = line.bits(x, from, stride, table.width.trailing_zeros(), bits);
+        let scale = line.width(table).trailing_zeros();
+        let part = line.bits(x, from, stride, scale, bits);
         let offset = match element {
             None => part,
             Some((element, bits_below)) => {
@@ -348,44 +393,57 @@ fn trie(
                 line.alu(AluKind::Add, base, part)
             }
         };
-        let table = line.table(table);
         element = Some((line.read(table, offset), mask_bits));
     }
     element.map(|(value, _)| value)
 }
 
+/// The parts of a node, each with the first element that it is.
+type Parts = Vec<(u32, Part)>;
+
 /// A level of a trie: its nodes, and the values that stand alone.
 #[derive(Debug, Default)]
 struct Level {
-    nodes: Vec<Vec<Part>>,
+    nodes: Vec<Parts>,
     same: Vec<u64>,
 }
 
 /// Nodes of all levels, equal ones once. `None` if they are too many.
 fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
     let mut levels: Vec<Level> = strides.iter().map(|_| Level::default()).collect();
-    let mut known: Vec<FastMap<Vec<Part>, u32>> = strides.iter().map(|_| FastMap::default()).collect();
+    let mut known: Vec<FastMap<Parts, u32>> = strides.iter().map(|_| FastMap::default()).collect();
     let mut same: Vec<FastMap<u64, ()>> = strides.iter().map(|_| FastMap::default()).collect();
     let mut elements = 0usize;
-    // A node being filled: its level, the shift of its bits, its first number, the run that has it, its parts so far.
+    // A node being filled: its level, the shift of its bits, its first number, the run that it is at, its parts so far
+    // and how many elements they are.
     struct Open {
         level: usize,
         shift: u32,
         low: u64,
         run: usize,
-        parts: Vec<Part>,
+        parts: Parts,
+        filled: u32,
     }
-    let mut open = vec![Open { level: 0, shift: bits - strides[0], low: 0, run: 0, parts: Vec::new() }];
+    impl Open {
+        fn push(&mut self, part: Part, count: u32) {
+            if self.parts.last().is_none_or(|&(_, last)| last != part) {
+                self.parts.push((self.filled, part));
+            }
+            self.filled += count;
+        }
+    }
+    let root = Open { level: 0, shift: bits - strides[0], low: 0, run: 0, parts: Vec::new(), filled: 0 };
+    let mut open = vec![root];
     loop {
         let node = open.last_mut().expect("the root is open until the end");
-        if node.parts.len() == 1 << strides[node.level] {
+        if node.filled == 1 << strides[node.level] {
             let done = open.pop().expect("it is the last");
             let level = &mut levels[done.level];
             let number = match known[done.level].get(&done.parts) {
                 Some(&number) => number,
                 None => {
                     let number = level.nodes.len() as u32;
-                    elements += done.parts.len();
+                    elements += 1 << strides[done.level];
                     if elements > TRIE_ELEMENTS_MAX {
                         return None;
                     }
@@ -396,11 +454,11 @@ fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
             };
             match open.last_mut() {
                 None => return Some(levels),
-                Some(above) => above.parts.push(Part::Node(number)),
+                Some(above) => above.push(Part::Node(number), 1),
             }
             continue;
         }
-        let low = node.low + ((node.parts.len() as u64) << node.shift);
+        let low = node.low + (u64::from(node.filled) << node.shift);
         let high = low + ((1u64 << node.shift) - 1);
         while node.run + 1 < runs.len() && runs[node.run + 1].0 <= low {
             node.run += 1;
@@ -414,14 +472,91 @@ fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
             }
             // As many parts as the run covers whole.
             let until = runs.get(node.run + 1).map_or(1 << bits, |&(start, _)| start);
-            let covered =
-                ((until - low) >> node.shift).min((1 << strides[node.level]) - node.parts.len() as u64);
-            node.parts.extend(std::iter::repeat_n(Part::Same(value), covered as usize));
+            let rest = (1 << strides[node.level]) - node.filled;
+            let covered = ((until - low) >> node.shift).min(rest.into()) as u32;
+            node.push(Part::Same(value), covered);
         } else {
             let (level, shift, run) = (node.level + 1, node.shift - strides[node.level + 1], node.run);
-            open.push(Open { level, shift, low, run, parts: Vec::new() });
+            open.push(Open { level, shift, low, run, parts: Vec::new(), filled: 0 });
         }
     }
+}
+
+/// Searches the halves of a number of [`HALF_BITS`] to twice as many bits. `None` if their classes are too many.
+fn halves(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+) -> Option<Value> {
+    let wide: Vec<(u128, u64)> = runs.iter().map(|&(start, value)| (start.into(), value)).collect();
+    // What is left to search behind the upper half, once each.
+    let mut rests: Vec<Vec<(u128, u64)>> = Vec::new();
+    let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
+    let mut upper: Vec<(u64, u64)> = Vec::new();
+    for (start, rest) in by_word(&wide, HALF_BITS) {
+        if start >> (bits - HALF_BITS) != 0 {
+            continue;
+        }
+        let label = *known.entry(rest).or_insert_with_key(|rest| {
+            rests.push(rest.clone());
+            rests.len() as u64 - 1
+        });
+        if upper.last().is_none_or(|&(_, last)| last != label) {
+            upper.push((start, label));
+        }
+    }
+    let mut starts: Vec<u128> = rests.iter().flatten().map(|&(start, _)| start).collect();
+    starts.sort_unstable();
+    starts.dedup();
+    if starts.len() * rests.len() > HALVES_ELEMENTS_MAX {
+        return None;
+    }
+    // Lower halves that no rest tells apart are one class.
+    let mut columns: FastMap<Vec<u64>, u64> = FastMap::default();
+    let mut lower: Vec<(u64, u64)> = Vec::new();
+    let mut at = vec![0; rests.len()];
+    for start in starts {
+        let column = rests.iter().zip(&mut at).map(|(rest, at)| {
+            while rest.get(*at + 1).is_some_and(|next| next.0 <= start) {
+                *at += 1;
+            }
+            rest[*at].1
+        });
+        let column: Vec<u64> = column.collect();
+        let count = columns.len() as u64;
+        let class = *columns.entry(column).or_insert(count);
+        if lower.last().is_none_or(|&(_, last)| last != class) {
+            lower.push((start as u64, class));
+        }
+    }
+    let width = columns.len();
+    let count = rests.len() * width;
+    let table = line.table_of(count, largest(runs), || {
+        let mut elements = vec![0; count];
+        for (column, &class) in &columns {
+            for (label, &value) in column.iter().enumerate() {
+                elements[label * width + class as usize] = value;
+            }
+        }
+        elements
+    });
+    let bytes = line.width(table);
+    let scaled = |runs: &Runs, by: u64| -> Vec<(u64, u64)> {
+        runs.iter().map(|&(start, class)| (start, class * by)).collect()
+    };
+    let high = |line: &mut Line<'_>| {
+        let x = number(line);
+        line.bits(x, HALF_BITS, bits - HALF_BITS, 0, bits)
+    };
+    let low = |line: &mut Line<'_>| {
+        let x = number(line);
+        line.bits(x, 0, HALF_BITS, 0, bits)
+    };
+    let row = search(line, &high, bits - HALF_BITS, &scaled(&upper, width as u64 * bytes));
+    let column = search(line, &low, HALF_BITS, &scaled(&lower, bytes));
+    let offset = line.alu(AluKind::Add, row, column);
+    Some(line.read(table, offset))
 }
 
 #[cfg(test)]
@@ -480,11 +615,12 @@ mod tests {
                 let mut ways = vec![Search::Count, Search::Halve];
                 ways.extend([3, 8, 11].into_iter().filter(|&first| first < bits).map(Search::First));
                 ways.extend(strides(bits).iter().map(|strides| Search::Trie(strides.to_vec())));
+                ways.extend((bits == 32).then_some(Search::Halves));
                 for how in ways {
                     if how == Search::Count && runs.len() > COUNTED_MAX {
                         continue;
                     }
-                    let mut tables = Tables::default();
+                    let mut tables = Tables::new();
                     let Some(step) = asked(&mut tables, bits, &runs, &how) else { continue };
                     for &number in &numbers {
                         let run = runs.partition_point(|&(start, _)| start <= number) - 1;

@@ -5,6 +5,8 @@
 //! multiplied. Several thresholds are tried, and the one with the fewest pairs taken; more groups have to pay for
 //! themselves.
 
+use polc_ir::interval::IntervalSet;
+
 use super::groups::Asked;
 use super::problem::{Column, Problem};
 
@@ -23,8 +25,9 @@ const GROUP_PAIRS: u64 = 1 << 14;
 /// The entries of each group.
 pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &[Asked]) -> [Group; GROUPS] {
     let entries = asked.len() as u32;
-    let column = |side: usize| columns[side].map(|column| &problem.columns[column]);
-    let all = [0, 1].map(|side| widths(column(side), asked.iter().map(|asked| asked.sides[side])));
+    let sides = columns.map(|column| column.map(|column| Ranges::new(&problem.columns[column])));
+    let sides = [0, 1].map(|side: usize| sides[side].as_ref());
+    let all = [0, 1].map(|side| widths(sides[side], asked.iter().map(|asked| asked.sides[side])));
     let mut best: Option<(u64, [Group; GROUPS])> = None;
     for threshold in THRESHOLDS {
         let mut parts: [Group; GROUPS] = Default::default();
@@ -35,25 +38,29 @@ pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &
             });
             parts[wide[0] + 2 * wide[1]].push(entry);
         }
-        let pairs: u64 = parts.iter().map(|part| crossed(part, [column(0), column(1)], asked)).sum();
+        // As with the threshold before.
+        if best.as_ref().is_some_and(|(_, known)| *known == parts) {
+            continue;
+        }
+        let pairs: u64 = parts.iter().map(|part| crossed(part, sides, asked)).sum();
         if best.as_ref().is_none_or(|(known, _)| pairs < *known) {
             best = Some((pairs, parts));
         }
     }
     let (_, parts) = best.expect("thresholds were tried");
-    joined(parts, [column(0), column(1)], asked)
+    joined(parts, sides, asked)
 }
 
 /// Joins the smallest group with another as long as that costs less than a group more.
-fn joined(mut parts: [Group; GROUPS], columns: [Option<&Column>; 2], asked: &[Asked]) -> [Group; GROUPS] {
-    let mut costs = [0, 1, 2, 3].map(|part: usize| crossed(&parts[part], columns, asked));
+fn joined(mut parts: [Group; GROUPS], sides: [Option<&Ranges>; 2], asked: &[Asked]) -> [Group; GROUPS] {
+    let mut costs = [0, 1, 2, 3].map(|part: usize| crossed(&parts[part], sides, asked));
     loop {
         let used = || (0..GROUPS).filter(|&part| !parts[part].is_empty());
         let Some(smallest) = used().min_by_key(|&part| parts[part].len()) else { return parts };
         let join = |other: usize| {
             let mut both = [parts[smallest].as_slice(), &parts[other]].concat();
             both.sort_unstable();
-            (crossed(&both, columns, asked), other, both)
+            (crossed(&both, sides, asked), other, both)
         };
         let best = used().filter(|&other| other != smallest).map(join).min_by_key(|(cost, ..)| *cost);
         match best {
@@ -69,12 +76,12 @@ fn joined(mut parts: [Group; GROUPS], columns: [Option<&Column>; 2], asked: &[As
 }
 
 /// Pairs of classes that a group has at the most, and what a group costs at all.
-fn crossed(part: &Group, columns: [Option<&Column>; 2], asked: &[Asked]) -> u64 {
+fn crossed(part: &Group, sides: [Option<&Ranges>; 2], asked: &[Asked]) -> u64 {
     if part.is_empty() {
         return 0;
     }
     let widths =
-        [0, 1].map(|side| widths(columns[side], part.iter().map(|&entry| asked[entry as usize].sides[side])));
+        [0, 1].map(|side| widths(sides[side], part.iter().map(|&entry| asked[entry as usize].sides[side])));
     let pairs = part.iter().map(|&entry| {
         let [a, b] = [0, 1].map(|side| u64::from(widths[side].of(asked[entry as usize].sides[side])));
         a * b
@@ -95,30 +102,66 @@ impl Widths {
     }
 }
 
+/// A column's predicates as ranges between bounds, the values at which any of them begins or ended just before.
+struct Ranges {
+    /// How many bounds there are.
+    bounds: usize,
+    /// For each predicate, where its ranges end in `ranges`.
+    ends: Vec<u32>,
+    /// The numbers of the bounds where a range begins and where the next begins.
+    ranges: Vec<(u32, u32)>,
+}
+
+impl Ranges {
+    fn new(column: &Column) -> Ranges {
+        let intervals = || column.predicates.iter().flat_map(IntervalSet::intervals);
+        let mut bounds: Vec<u128> = vec![0];
+        bounds.extend(intervals().flat_map(|range| [Some(range.lo()), range.hi().checked_add(1)]).flatten());
+        bounds.sort_unstable();
+        bounds.dedup();
+        let number = |bound: u128| bounds.partition_point(|&known| known < bound) as u32;
+        let ranges = intervals()
+            .map(|range| (number(range.lo()), range.hi().checked_add(1).map_or(bounds.len() as u32, number)));
+        let ranges = ranges.collect();
+        let mut end = 0;
+        let ends = column.predicates.iter().map(|set| {
+            end += set.intervals().len() as u32;
+            end
+        });
+        Ranges { ends: ends.collect(), ranges, bounds: bounds.len() }
+    }
+
+    fn of(&self, predicate: usize) -> &[(u32, u32)] {
+        let begin = if predicate == 0 { 0 } else { self.ends[predicate - 1] };
+        &self.ranges[begin as usize..self.ends[predicate] as usize]
+    }
+}
+
 /// Widths among the ranges that these predicates tell apart.
-fn widths(column: Option<&Column>, asked: impl Iterator<Item = Option<u32>>) -> Widths {
-    let Some(column) = column else { return Widths { by_predicate: Vec::new(), all: 1 } };
-    let mut used = vec![false; column.predicates.len()];
+fn widths(side: Option<&Ranges>, asked: impl Iterator<Item = Option<u32>>) -> Widths {
+    let Some(side) = side else { return Widths { by_predicate: Vec::new(), all: 1 } };
+    let mut used = vec![false; side.ends.len()];
     for predicate in asked.flatten() {
         used[predicate as usize] = true;
     }
-    let mut bounds: Vec<u128> = vec![0];
-    let sets = || column.predicates.iter().zip(&used).filter(|(_, used)| **used).map(|(set, _)| set);
-    for set in sets() {
-        for range in set.intervals() {
-            bounds.push(range.lo());
-            bounds.extend(range.hi().checked_add(1));
+    let used_predicates = || (0..used.len()).filter(|&predicate| used[predicate]);
+    // Which bounds count, then how many do below each.
+    let mut below = vec![0u32; side.bounds + 1];
+    below[0] = 1;
+    for &(from, to) in used_predicates().flat_map(|predicate| side.of(predicate)) {
+        below[from as usize] = 1;
+        if (to as usize) < side.bounds {
+            below[to as usize] = 1;
         }
     }
-    bounds.sort_unstable();
-    bounds.dedup();
-    let by_predicate = column.predicates.iter().zip(&used).map(|(set, &used)| {
-        let within = |range: &polc_ir::interval::Interval| {
-            let from = bounds.partition_point(|&bound| bound < range.lo());
-            let to = bounds.partition_point(|&bound| bound <= range.hi());
-            (to - from) as u32
-        };
-        if used { set.intervals().iter().map(within).sum() } else { 0 }
-    });
-    Widths { by_predicate: by_predicate.collect(), all: bounds.len() as u32 }
+    let mut all = 0;
+    for bound in &mut below {
+        all += std::mem::replace(bound, all);
+    }
+    let mut by_predicate = vec![0; used.len()];
+    for predicate in used_predicates() {
+        let within = side.of(predicate).iter().map(|&(from, to)| below[to as usize] - below[from as usize]);
+        by_predicate[predicate] = within.sum();
+    }
+    Widths { by_predicate, all }
 }

@@ -43,20 +43,29 @@ impl DataTable {
     /// A table of these elements, padded to a power of two with its last element, so that no reader sees a value that
     /// none of the elements has. The width is the least that holds all of them.
     pub fn new(elements: &[u64]) -> DataTable {
-        let largest = elements.iter().copied().max().unwrap_or(0);
+        let DataTable { width, mut bytes } =
+            DataTable::zeros(elements.len(), elements.iter().copied().max().unwrap_or(0));
+        let last = elements.last().copied().unwrap_or(0);
+        let elements = elements.iter().copied().chain(std::iter::repeat(last));
+        match width {
+            1 => bytes.iter_mut().zip(elements).for_each(|(byte, element)| *byte = element as u8),
+            2 => fill(&mut bytes, elements.map(|element| (element as u16).to_le_bytes())),
+            4 => fill(&mut bytes, elements.map(|element| (element as u32).to_le_bytes())),
+            _ => fill(&mut bytes, elements.map(u64::to_le_bytes)),
+        }
+        DataTable { width, bytes }
+    }
+
+    /// A table as large as one of `count` elements, none above `largest`, all of them 0.
+    pub fn zeros(count: usize, largest: u64) -> DataTable {
         let width = match largest {
             0..=0xff => 1u8,
             0x100..=0xffff => 2,
             0x1_0000..=0xffff_ffff => 4,
             _ => 8,
         };
-        let count = elements.len().next_power_of_two().max(8 / usize::from(width));
-        let mut bytes = Vec::with_capacity(count * usize::from(width));
-        let last = elements.last().copied().unwrap_or(0);
-        for element in elements.iter().copied().chain(std::iter::repeat_n(last, count - elements.len())) {
-            bytes.extend_from_slice(&element.to_le_bytes()[..usize::from(width)]);
-        }
-        DataTable { width, bytes }
+        let count = count.next_power_of_two().max(8 / usize::from(width));
+        DataTable { width, bytes: vec![0; count * usize::from(width)] }
     }
 
     /// The bits of an offset that count: those of a whole element inside the table.
@@ -71,6 +80,12 @@ impl DataTable {
         value[..usize::from(self.width)].copy_from_slice(&self.bytes[at..at + usize::from(self.width)]);
         u64::from_le_bytes(value)
     }
+}
+
+/// Fills a table's bytes with elements.
+fn fill<const WIDTH: usize>(bytes: &mut [u8], elements: impl Iterator<Item = [u8; WIDTH]>) {
+    let (places, _) = bytes.as_chunks_mut::<WIDTH>();
+    places.iter_mut().zip(elements).for_each(|(place, element)| *place = element);
 }
 
 /// An operation on 64-bit values.
