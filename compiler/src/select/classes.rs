@@ -55,11 +55,16 @@ fn mix(hash: u64, value: u64) -> u64 {
     (wide ^ (wide >> 64)) as u64
 }
 
-/// Distinct sets over numbers below `64 * words`, numbered from 0 in the order they came.
+/// A set of numbers, as those words of a bit set that are not 0, ascending, each with its place.
+pub(super) type Sparse = [(u32, u64)];
+
+/// Distinct sets over numbers below `64 * words`, numbered from 0 in the order they came. Most have few numbers.
 #[derive(Clone, Debug)]
 pub(super) struct Sets {
     words: usize,
-    flat: Vec<u64>,
+    flat: Vec<(u32, u64)>,
+    /// Where each set ends in `flat`.
+    ends: Vec<u32>,
     /// By hash, the last set that has it.
     last: FastMap<u64, u32>,
     /// For each set, the one before it with the same hash.
@@ -74,30 +79,39 @@ impl Sets {
         Sets {
             words: size.div_ceil(64).max(1),
             flat: Vec::new(),
+            ends: Vec::new(),
             last: FastMap::default(),
             before: Vec::new(),
         }
     }
 
-    /// Words of a set.
+    /// Words of a bit set.
     pub(super) fn words(&self) -> usize {
         self.words
     }
 
     /// How many sets there are.
     pub(super) fn len(&self) -> usize {
-        self.before.len()
+        self.ends.len()
     }
 
     /// The set of a number.
-    pub(super) fn get(&self, set: u32) -> &[u64] {
-        let at = set as usize * self.words;
-        &self.flat[at..at + self.words]
+    pub(super) fn get(&self, set: u32) -> &Sparse {
+        let begin = if set == 0 { 0 } else { self.ends[set as usize - 1] };
+        &self.flat[begin as usize..self.ends[set as usize] as usize]
+    }
+
+    /// The set of a number as a bit set.
+    pub(super) fn write(&self, set: u32, into: &mut [u64]) {
+        into.fill(0);
+        for &(at, word) in self.get(set) {
+            into[at as usize] = word;
+        }
     }
 
     /// The number of a set.
-    pub(super) fn intern(&mut self, set: &[u64]) -> u32 {
-        let hash = set.iter().fold(0, |hash, &word| mix(hash, word));
+    pub(super) fn intern(&mut self, set: &Sparse) -> u32 {
+        let hash = set.iter().fold(0, |hash, &(at, word)| mix(mix(hash, at.into()), word));
         let last = self.last.get(&hash).copied().unwrap_or(NONE);
         let mut at = last;
         while at != NONE {
@@ -106,19 +120,33 @@ impl Sets {
             }
             at = self.before[at as usize];
         }
-        let number = self.before.len() as u32;
+        let number = self.len() as u32;
         self.flat.extend_from_slice(set);
+        self.ends.push(self.flat.len() as u32);
         self.before.push(last);
         self.last.insert(hash, number);
         number
     }
 }
 
+/// A bit set's words that are not 0.
+pub(super) fn sparse(set: &[u64]) -> impl Iterator<Item = (u32, u64)> {
+    (0..).zip(set.iter().copied()).filter(|&(_, word)| word != 0)
+}
+
+/// The numbers in a set, ascending.
+pub(super) fn numbers(set: &Sparse) -> impl Iterator<Item = usize> {
+    set.iter().flat_map(|&(at, word)| {
+        let bits = std::iter::successors(Some(word), |bits| Some(bits & bits.wrapping_sub(1)));
+        bits.take_while(|&bits| bits != 0).map(move |bits| 64 * at as usize + bits.trailing_zeros() as usize)
+    })
+}
+
 /// The smallest number in both sets.
-pub(super) fn first_of_both(a: &[u64], b: &[u64]) -> Option<usize> {
-    a.iter().zip(b).enumerate().find_map(|(index, (&a, &b))| {
-        let both = a & b;
-        (both != 0).then(|| 64 * index + both.trailing_zeros() as usize)
+pub(super) fn first_of_both(a: &[u64], b: &Sparse) -> Option<usize> {
+    b.iter().find_map(|&(at, word)| {
+        let both = a[at as usize] & word;
+        (both != 0).then(|| 64 * at as usize + both.trailing_zeros() as usize)
     })
 }
 
@@ -138,6 +166,10 @@ pub(super) fn cut_after(set: &mut [u64], last: usize) {
 mod tests {
     use super::*;
 
+    fn of(set: &[u64]) -> Vec<(u32, u64)> {
+        sparse(set).collect()
+    }
+
     #[test]
     fn sets_are_numbered_once() {
         let mut sets = Sets::new(130);
@@ -145,15 +177,19 @@ mod tests {
         let mut a = vec![0; 3];
         insert(&mut a, 129);
         insert(&mut a, 3);
-        assert_eq!(sets.intern(&a), 0);
+        assert_eq!(sets.intern(&of(&a)), 0);
         let mut b = a.clone();
         cut_after(&mut b, 3);
         assert_eq!(b, [8, 0, 0]);
-        assert_eq!([sets.intern(&b), sets.intern(&a), sets.intern(&b)], [1, 0, 1]);
-        assert_eq!(first_of_both(sets.get(0), &[0, 0, 2]), Some(129));
-        assert_eq!(first_of_both(sets.get(1), &[0, 0, 2]), None);
+        assert_eq!([sets.intern(&of(&b)), sets.intern(&of(&a)), sets.intern(&of(&b))], [1, 0, 1]);
+        assert_eq!(first_of_both(&[0, 0, 2], sets.get(0)), Some(129));
+        assert_eq!(first_of_both(&[0, 0, 2], sets.get(1)), None);
+        assert_eq!(numbers(sets.get(0)).collect::<Vec<_>>(), [3, 129]);
+        let mut written = vec![7; 3];
+        sets.write(0, &mut written);
+        assert_eq!(written, a);
         cut_after(&mut a, 129);
-        assert_eq!(a, sets.get(0));
+        assert_eq!(a, written);
         cut_after(&mut a, 128);
         assert_eq!(a, [8, 0, 0]);
     }

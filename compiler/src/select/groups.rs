@@ -18,7 +18,7 @@
 use polc_ir::entities::{Entry, Value};
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::FastMap;
+use super::classes::{FastMap, numbers};
 use super::column::look_up;
 use super::cuckoo::Cuckoo;
 use super::line::Line;
@@ -336,12 +336,8 @@ impl Lists {
             match told {
                 None => holds[0].push(0),
                 Some(told) => {
-                    for (index, &word) in told.sets.get(class).iter().enumerate() {
-                        let mut word = word;
-                        while word != 0 {
-                            holds[64 * index + word.trailing_zeros() as usize].push(class);
-                            word &= word - 1;
-                        }
+                    for service in numbers(told.sets.get(class)) {
+                        holds[service].push(class);
                     }
                 }
             }

@@ -8,7 +8,7 @@
 use polc_ir::entities::Value;
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::{Sets, cut_after, first_of_both, insert};
+use super::classes::{Sets, cut_after, first_of_both, insert, numbers, sparse};
 use super::column::look_up;
 use super::line::Line;
 use super::problem::{Masked, Problem, Run};
@@ -55,9 +55,8 @@ pub(super) fn matrix(problem: &Problem) -> Option<Matrix> {
     let (nodes, last) = combine(problem, Wanted::First)?;
     let exits = (0..last.sets.len() as u32)
         .map(|class| {
-            let entry = first_of_both(last.sets.get(class), last.sets.get(class));
             // A combination that no packet has may have no entry.
-            entry.map_or(0, |entry| problem.exit_of[entry])
+            numbers(last.sets.get(class)).next().map_or(0, |entry| problem.exit_of[entry])
         })
         .collect();
     Some(Matrix { nodes, exits })
@@ -202,6 +201,8 @@ impl Builder<'_> {
         // Every entry tests for one set of a column, so that the entries of sets are apart.
         let mut now = untested;
         let mut kept = vec![0; words];
+        let done: Vec<(u32, u64)> = sparse(&done).collect();
+        let mut kept_words: Vec<(u32, u64)> = Vec::new();
         let events = problem.columns[column].events();
         let mut start = 0;
         let mut at = 0;
@@ -218,7 +219,9 @@ impl Builder<'_> {
             if let Some(first) = first_of_both(&kept, &done) {
                 cut_after(&mut kept, first);
             }
-            let class = sets.intern(&kept);
+            kept_words.clear();
+            kept_words.extend(sparse(&kept));
+            let class = sets.intern(&kept_words);
             if runs.last().is_none_or(|run| run.class != class) {
                 runs.push(Run { start, class });
             }
@@ -242,25 +245,22 @@ impl Builder<'_> {
         let (height, width) = (left.sets.len(), right.sets.len());
         self.afford(height * width, words)?;
         let mut cells = Vec::with_capacity(height * width);
-        let mut both = vec![0; words];
+        let mut row = vec![0; words];
+        let mut both: Vec<(u32, u64)> = Vec::new();
         for a in 0..height as u32 {
-            let a = left.sets.get(a);
+            left.sets.write(a, &mut row);
             for b in 0..width as u32 {
-                let b = right.sets.get(b);
-                let mut ended = false;
-                for at in 0..words {
-                    if ended {
-                        both[at] = 0;
-                        continue;
-                    }
-                    let word = a[at] & b[at];
-                    let finished = word & done[at];
-                    if finished == 0 {
-                        both[at] = word;
-                    } else {
+                both.clear();
+                for &(at, word) in right.sets.get(b) {
+                    let word = word & row[at as usize];
+                    let finished = word & done[at as usize];
+                    if finished != 0 {
                         // Up to the lowest that is finished.
-                        both[at] = word & (finished ^ (finished - 1));
-                        ended = true;
+                        both.push((at, word & (finished ^ (finished - 1))));
+                        break;
+                    }
+                    if word != 0 {
+                        both.push((at, word));
                     }
                 }
                 cells.push(sets.intern(&both));
@@ -281,15 +281,15 @@ impl Builder<'_> {
         self.afford(height * width, 1 + sets.words() / 4)?;
         let mut class_of: Vec<Option<u32>> = vec![None; exits];
         let mut cells = Vec::with_capacity(height * width);
+        let mut row = vec![0; sets.words()];
         for a in 0..height as u32 {
+            left.sets.write(a, &mut row);
             for b in 0..width as u32 {
-                let first = first_of_both(left.sets.get(a), right.sets.get(b)).unwrap_or(0);
+                let first = first_of_both(&row, right.sets.get(b)).unwrap_or(0);
                 let class = &mut class_of[self.problem.exit_of[first] as usize];
-                cells.push(*class.get_or_insert_with(|| {
-                    let mut one = vec![0; sets.words()];
-                    insert(&mut one, first);
-                    sets.intern(&one)
-                }));
+                cells.push(
+                    *class.get_or_insert_with(|| sets.intern(&[(first as u32 / 64, 1 << (first % 64))])),
+                );
             }
         }
         self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
