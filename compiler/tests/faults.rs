@@ -1,14 +1,22 @@
-//! What goes wrong when a policy is put in force, each by a clear error that says what to do, and nothing changed.
+//! What goes wrong when a policy is put in force, each by a clear error that says what to do, and nothing changed; and
+//! changes that go back by themselves.
 //!
 //! Each test has a host of its own: a network namespace with a pair of devices, and directories for pins and state.
 //! Without root the tests say that they are skipped.
 
 use std::fs;
 use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use polc_loader::net;
+use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys};
 use polc_tests::kernel::{self, BpfFs, Namespace, TempDir};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 const RULES: &str = "\
 *filter
@@ -30,6 +38,19 @@ const UNCOMPILED: &str = "\
 -A INPUT -m state --state NEW -j LOG --log-prefix \"new: \"
 COMMIT
 ";
+
+/// Another policy.
+const OTHER_RULES: &str = "\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p udp -m udp --dport 54 -j DROP
+COMMIT
+";
+
+/// Longest wait for what comes in moments.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A host with a pair of devices, and where its polc keeps things.
 struct Host {
@@ -55,17 +76,17 @@ impl Host {
         Some(Host { files, pins, state, _namespace: namespace })
     }
 
+    /// polc with its directories.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+        command.args(args).args(["--bpffs", &self.pins.join(""), "--state"]).arg(&self.state);
+        command.current_dir(self.files.path()).stdin(Stdio::piped());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
     fn polc(&self, args: &[&str], input: &str) -> Output {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_polc"))
-            .args(args)
-            .args(["--bpffs", &self.pins.join(""), "--state"])
-            .arg(&self.state)
-            .current_dir(self.files.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("polc runs");
+        let mut child = self.command(args).spawn().expect("polc runs");
         // A command that does not read ends before it is written to.
         let _ = child.stdin.take().expect("piped").write_all(input.as_bytes());
         child.wait_with_output().expect("polc ends")
@@ -100,6 +121,41 @@ impl Host {
         }
         panic!("no {name} is kept");
     }
+}
+
+/// What tells the two policies apart: the port in the rules that are in force; `None`: no policy is.
+fn in_force(host: &Host) -> Option<u16> {
+    let saved = host.polc(&["save"], "");
+    let text = String::from_utf8_lossy(&saved.stdout).into_owned();
+    match (text.contains("--dport 53 "), text.contains("--dport 54 ")) {
+        (true, false) => Some(53),
+        (false, true) => Some(54),
+        found => {
+            assert_eq!(found, (false, false), "{text}");
+            assert!(!has_xdp("eth0"));
+            None
+        }
+    }
+}
+
+/// Waits for a policy; how long it took.
+fn comes_into_force(host: &Host, policy: Option<u16>) -> Duration {
+    let began = Instant::now();
+    while in_force(host) != policy {
+        assert!(began.elapsed() < PATIENCE, "{policy:?} does not come into force");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    began.elapsed()
+}
+
+/// Numbers of the device's XDP programs.
+fn programs(device: &str) -> Vec<u32> {
+    let devices = net::devices(&Sys::new()).expect("a list");
+    net::find(&devices, device).expect("it is there").xdp.clone()
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_child(child)
 }
 
 fn ip(args: &str) -> String {
@@ -241,4 +297,160 @@ fn replace_mode_names_what_it_can_not_compile() {
     // In accelerate mode the kernel's own rules decide the rest.
     host.says(&["apply", "uncompiled.v4", "--unchecked", "--dev", "eth0"], 0);
     host.says(&["flush"], 0);
+}
+
+const APPLY: [&str; 5] = ["apply", "rules.v4", "--replace", "--dev", "eth0"];
+const APPLY_OTHER: [&str; 5] = ["apply", "other.v4", "--replace", "--dev", "eth0"];
+
+#[test]
+fn unconfirmed_changes_go_back() {
+    let Some(host) = Host::new("fault-confirm") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    // Where nothing was before, nothing is afterwards.
+    let said = host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    assert!(said.contains("it goes back by itself unless `polc confirm` follows"), "{said}");
+    assert_eq!(in_force(&host), Some(54));
+    comes_into_force(&host, None);
+    host.says(&APPLY, 0);
+    // Until then nothing else is applied.
+    host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    let said = host.says(&APPLY, 3);
+    assert!(said.contains("[E0822]") && said.contains("`polc confirm` keeps it"), "{said}");
+    comes_into_force(&host, Some(53));
+    // What is confirmed stays.
+    host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    assert!(host.says(&["confirm"], 0).contains("kept at xdp of `eth0`"));
+    std::thread::sleep(Duration::from_millis(1_700));
+    assert_eq!(in_force(&host), Some(54));
+    host.says(&["flush"], 0);
+}
+
+#[test]
+fn changes_go_back_when_polc_is_killed_or_hung_up_on() {
+    let Some(host) = Host::new("fault-hangup") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    host.says(&APPLY, 0);
+    let apply = [&APPLY_OTHER[..], &["--confirm", "1"]].concat();
+    // Killed as soon as the other policy is in force, whatever there is left to do.
+    let before = programs("eth0");
+    let mut child = host.command(&apply).spawn().expect("polc runs");
+    let began = Instant::now();
+    while programs("eth0") == before {
+        assert!(began.elapsed() < PATIENCE, "it is not applied");
+    }
+    _ = kill_process(pid(&child), Signal::KILL);
+    child.wait().expect("it was started");
+    assert_eq!(in_force(&host), Some(54));
+    comes_into_force(&host, Some(53));
+    // The session that it was applied from hangs up: every process of it is told.
+    let script = "\"$@\" && sleep 60";
+    let polc = host.command(&apply);
+    let mut session = Command::new("sh");
+    session.args(["-c", script, "sh"]).arg(polc.get_program()).args(polc.get_args());
+    session.current_dir(host.files.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut session = session.process_group(0).spawn().expect("a shell");
+    comes_into_force(&host, Some(54));
+    kill_process_group(pid(&session), Signal::HUP).expect("it sleeps");
+    session.wait().expect("it was started");
+    assert_eq!(in_force(&host), Some(54));
+    comes_into_force(&host, Some(53));
+    host.says(&["flush"], 0);
+}
+
+#[test]
+fn two_polcs_do_not_get_into_each_others_way() {
+    let Some(host) = Host::new("fault-two") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    host.says(&APPLY, 0);
+    // While one is at work, the other changes nothing.
+    let folder = host.kept("state.json");
+    let lock = folder.parent().expect("the slot's folder").with_extension("lock");
+    let lock = fs::File::open(&lock).expect("it was locked before");
+    flock(&lock, FlockOperation::LockExclusive).expect("nobody is at work");
+    for args in [&APPLY_OTHER[..], &["flush"]] {
+        let said = host.says(args, 3);
+        assert!(said.contains("[E0815] another polc is at work"), "{said}");
+        assert!(said.contains("wait for the other polc to end"), "{said}");
+    }
+    assert_eq!(in_force(&host), Some(53));
+    drop(lock);
+    // Of many at once each applies its rules or says that another is at work, and one program is left.
+    let commands = [APPLY, APPLY_OTHER].iter().cycle().take(8);
+    let children: Vec<Child> = commands.map(|args| host.command(args).spawn().expect("polc runs")).collect();
+    let mut applied = 0;
+    for child in children {
+        let output = child.wait_with_output().expect("polc ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(0) => applied += 1,
+            Some(3) => assert!(said.contains("[E0815]"), "{said}"),
+            code => panic!("{code:?}: {said}"),
+        }
+    }
+    assert!(applied > 0, "one of them is the first");
+    assert_eq!(programs("eth0").len(), 1);
+    assert!(in_force(&host).is_some());
+    host.says(&["flush"], 0);
+    assert_eq!(in_force(&host), None);
+}
+
+/// A program of somebody else's, which lets everything on.
+fn theirs(kind: ProgramType, returns: u64) -> OwnedFd {
+    // `r0 = returns; exit`.
+    let slots = [returns << 32 | 0xb7, 0x95];
+    let spec = ProgramSpec { kind, attach_type: 0, name: "theirs", license: "GPL", slots: &slots, btf: None };
+    Sys::new().prog_load(&spec, &mut []).expect("accepted")
+}
+
+#[test]
+fn what_others_attached_is_named_and_stays() {
+    let Some(host) = Host::new("fault-others") else { return };
+    if !kernel::has_tools("what_others_attached_is_named_and_stays", &["tc"]) {
+        return;
+    }
+    let sys = Sys::new();
+    let devices = net::devices(&sys).expect("a list");
+    let ifindex = net::find(&devices, "eth0").expect("it was made").ifindex;
+    // XDP has room for one.
+    let program = theirs(ProgramType::XDP, 2);
+    sys.obj_pin(&program, Path::new(&host.pins.join("theirs"))).expect("pinned");
+    ip(&format!("link set dev eth0 xdp pinned {}", host.pins.join("theirs")));
+    let before = (ip("-d link show eth0"), programs("eth0"));
+    for more in [&[][..], &["--generic"]] {
+        let said = host.says(&[&APPLY[..], more].concat(), 3);
+        let named = format!("[E0807] xdp of `eth0` is taken by program `theirs` (id {})", before.1[0]);
+        assert!(said.contains(&named) && said.contains("detach it first"), "{said}");
+    }
+    assert_eq!((ip("-d link show eth0"), programs("eth0")), before);
+    host.says(&["flush"], 0);
+    assert_eq!((ip("-d link show eth0"), programs("eth0")), before);
+    ip("link set dev eth0 xdp off");
+    // At tcx and in lists of filters there is room beside it.
+    let program = theirs(ProgramType::SCHED_CLS, 0xffff_ffff);
+    sys.obj_pin(&program, Path::new(&host.pins.join("theirs-tc"))).expect("pinned");
+    let tc = |args: &str| kernel::run("tc", &args.split(' ').collect::<Vec<_>>()).expect("tc");
+    tc("qdisc add dev eth0 clsact");
+    tc(&format!("filter add dev eth0 ingress bpf da pinned {}", host.pins.join("theirs-tc")));
+    let _link = sys.link_create(&program, &LinkSpec::Tcx { ifindex, egress: false, first: true });
+    let shown = || {
+        let attached = sys.prog_query(ifindex, QueryPoint::TcxIngress).expect("asked");
+        (tc("filter show dev eth0 ingress"), tc("qdisc show dev eth0"), attached)
+    };
+    let before = shown();
+    let apply = ["apply", "rules.v4", "--replace", "--dev", "eth0", "--attach", "tc-ingress"];
+    let said = host.says(&apply, 3);
+    assert!(said.contains("[E0807] tc-ingress of `eth0` is taken by program `theirs`"), "{said}");
+    assert!(said.contains("--order first or --order last puts polc's program beside it"), "{said}");
+    assert_eq!(shown(), before);
+    for (more, place) in [(&["--order", "first"][..], 0), (&["--order", "last"], 1)] {
+        host.says(&[&apply[..], more].concat(), 0);
+        let attached = shown().2;
+        assert_eq!((attached.len(), attached[1 - place]), (2, before.2[0]), "{more:?}");
+        host.says(&["flush"], 0);
+        assert_eq!(shown(), before);
+    }
+    host.says(&[&apply[..], &["--clsact"]].concat(), 0);
+    assert!(shown().0.contains("theirs-tc"));
+    host.says(&["flush"], 0);
+    assert_eq!(shown(), before);
 }

@@ -224,7 +224,7 @@ impl Error {
             Error::Call { .. } => 821,
             Error::Unconfirmed(_) => 822,
             Error::KernelTypes(_) => 823,
-            Error::Disagrees(_) => 826,
+            Error::Disagrees(_) => 829,
             Error::Watched(_) => 824,
             Error::NoReports(_) => 825,
             Error::PriorityTaken { .. } => 826,
