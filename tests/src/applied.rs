@@ -11,10 +11,12 @@ use std::path::PathBuf;
 use polc::build::object;
 use polc::guard::{GUARD_NUMBER, split_local};
 use polc::netfilter::{Sample, device_names, renumbered, samples};
+use polc::place::place;
 use polc::runner::{Level, run};
 use polc::select::Devices;
+use polc::session::Session;
 use polc_ir::diag::Diagnostic;
-use polc_ir::env::{Attach, Device, Env, Input, Place};
+use polc_ir::env::{Attach, Device, Env, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, FrameKind, Verdict};
@@ -61,7 +63,7 @@ impl Who {
         let stages = passage.stages;
         let through = |stage: Stages, mark: u32| stages.has(stage).then_some(mark);
         match self {
-            Who::Iptables => {
+            Who::Iptables | Who::Polc(Attach::Netfilter) => {
                 through(Stages::FORWARDED, passage.mark).or_else(|| through(Stages::DELIVERED, passage.mark))
             }
             Who::Polc(_) => through(Stages::PREROUTING, passage.mark_routed),
@@ -162,7 +164,7 @@ impl<'a> Bench<'a> {
         let mut compared = Compared::default();
         self.netfilter.route(route)?;
         let judges: Vec<Judge> =
-            who.iter().map(|attach| self.judge(*attach)).collect::<Result<_, NetfilterError>>()?;
+            who.iter().map(|attach| self.judge(*attach, route)).collect::<Result<_, NetfilterError>>()?;
         // What is compiled of the same text at one place is at the others.
         let kept = self.comparable(route, &judges[0], packets, &mut compared)?;
         let expected = self.decide(Who::Iptables, &kept)?;
@@ -203,10 +205,7 @@ impl<'a> Bench<'a> {
         packets: usize,
         compared: &mut Compared,
     ) -> Result<Vec<(Sample, Option<u32>)>, NetfilterError> {
-        let hook = match route {
-            Route::Forward => Hook::Forward,
-            Route::Local => Hook::Input,
-        };
+        let hook = hook(route);
         let ruleset = &self.rules.session.ruleset;
         self.netfilter.load(self.tool, &self.rules.text)?;
         let mut kept = Vec::new();
@@ -289,15 +288,17 @@ impl<'a> Bench<'a> {
 
     /// What polc's programs at an attach point counted.
     fn counted(&self, attach: Attach) -> Result<Counts, NetfilterError> {
-        let open = status::open(&self.sys, &self.store, &self.slot(attach)).map_err(refused)?;
-        let counted = open.counted(&self.sys).map_err(refused)?;
-        let counted = open.object.manifest.counted.iter().zip(counted);
-        // Rules that polc adds tell packets for this host from others.
-        let counted = counted.filter(|(what, _)| what.rule != Some(GUARD_NUMBER));
         let mut counts = Counts::new();
-        for (what, (packets, bytes)) in counted {
-            let count = counts.entry((what.chain.clone(), what.rule.unwrap_or(0))).or_default();
-            *count = (count.0 + packets, count.1 + bytes);
+        for (slot, _) in self.programs(attach) {
+            let open = status::open(&self.sys, &self.store, &slot).map_err(refused)?;
+            let counted = open.counted(&self.sys).map_err(refused)?;
+            let counted = open.object.manifest.counted.iter().zip(counted);
+            // Rules that polc adds tell packets for this host from others.
+            let counted = counted.filter(|(what, _)| what.rule != Some(GUARD_NUMBER));
+            for (what, (packets, bytes)) in counted {
+                let count = counts.entry((what.chain.clone(), what.rule.unwrap_or(0))).or_default();
+                *count = (count.0 + packets, count.1 + bytes);
+            }
         }
         Ok(counts)
     }
@@ -342,7 +343,7 @@ impl<'a> Bench<'a> {
 
     /// What polc's levels make of a packet.
     fn levels(&self, judge: &Judge, input: &Input) -> String {
-        let compiled = polc::compile(&judge.ruleset, &judge.place, &judge.env, &self.devices());
+        let compiled = polc::compile(&judge.ruleset, &judge.place, &judge.env, &self.devices(judge.attach));
         let levels = [Level::Ruleset, Level::Classifier, Level::Decision, Level::Plan].map(|level| {
             let state = &mut State::new(0);
             let outcome = run(level, &judge.ruleset, &compiled, &judge.env, input, state);
@@ -351,38 +352,70 @@ impl<'a> Bench<'a> {
         levels.join(", ")
     }
 
-    fn devices(&self) -> Devices {
-        Devices { declared: self.declared.clone(), fixed_in: Some(self.input), fixed_out: None }
+    /// The host's devices; what sits on one knows which it is.
+    fn devices(&self, attach: Attach) -> Devices {
+        let fixed_in = (attach != Attach::Netfilter).then_some(self.input);
+        Devices { declared: self.declared.clone(), fixed_in, fixed_out: None }
     }
 
-    fn slot(&self, attach: Attach) -> SlotName {
+    /// polc's programs at an attach point: at netfilter one for each hook that arriving packets may come to.
+    fn programs(&self, attach: Attach) -> Vec<(SlotName, Place)> {
         let family = self.rules.session.ruleset.family;
-        SlotName { device: Some(self.input.to_string()), attach, hook: None, family }
+        if attach != Attach::Netfilter {
+            let slot = SlotName { device: Some(self.input.to_string()), attach, hook: None, family };
+            return vec![(slot, arriving(attach))];
+        }
+        let program = |hook| {
+            let slot = SlotName { device: None, attach, hook: Some(hook), family };
+            (slot, place(&[hook], attach, Mode::Replace, true))
+        };
+        vec![program(Hook::Input), program(Hook::Forward)]
     }
 
-    fn judge(&self, attach: Attach) -> Result<Judge, NetfilterError> {
+    fn judge(&self, attach: Attach, route: Route) -> Result<Judge, NetfilterError> {
+        if attach == Attach::Netfilter {
+            let ruleset = self.rules.session.ruleset.clone();
+            let place = place(&[hook(route)], attach, Mode::Replace, true);
+            return Ok(Judge { attach, ruleset, place, env: self.env()? });
+        }
         let mut ruleset = self.rules.session.ruleset.clone();
-        let found = net::addresses(&self.sys, ruleset.family).map_err(refused)?;
-        let env = Env { local: Some(found.local), broadcast: found.broadcast, ..Env::default() };
-        let place = arriving(attach);
+        let (place, env) = (arriving(attach), self.env()?);
         split_local(&mut ruleset, &place, &env);
         Ok(Judge { attach, ruleset, place, env })
+    }
+
+    /// The host as the namespace makes it.
+    fn env(&self) -> Result<Env, NetfilterError> {
+        let found = net::addresses(&self.sys, self.rules.session.ruleset.family).map_err(refused)?;
+        Ok(Env { local: Some(found.local), broadcast: found.broadcast, ..Env::default() })
     }
 
     /// Puts the rules in force at an attach point, as `polc apply --mode replace` does.
     fn apply(&self, judge: &Judge) -> Result<(), NetfilterError> {
         let mut session = self.rules.session.clone();
         session.ruleset = judge.ruleset.clone();
-        let slot = self.slot(judge.attach);
-        let compiled = polc::compile(&session.ruleset, &judge.place, &judge.env, &self.devices());
+        for (slot, place) in self.programs(judge.attach) {
+            self.apply_one(judge, &session, &slot, &place)?;
+        }
+        Ok(())
+    }
+
+    fn apply_one(
+        &self,
+        judge: &Judge,
+        session: &Session,
+        slot: &SlotName,
+        place: &Place,
+    ) -> Result<(), NetfilterError> {
+        let compiled = polc::compile(&session.ruleset, place, &judge.env, &self.devices(judge.attach));
         let said =
             |findings: &[Diagnostic]| NetfilterError::Refused("polc apply".into(), format!("{findings:?}"));
         if !compiled.diagnostics.is_empty() {
             return Err(said(&compiled.diagnostics));
         }
-        let (object, _) = object(&session, &compiled).map_err(|findings| said(&findings))?;
+        let (object, _) = object(session, &compiled).map_err(|findings| said(&findings))?;
         let request = Request {
-            slot: &slot,
+            slot,
             object: &object,
             source: "rules",
             files: &[],
@@ -399,7 +432,18 @@ impl<'a> Bench<'a> {
     }
 
     fn flush(&self, judge: &Judge) -> Result<(), NetfilterError> {
-        flush(&self.sys, &self.store, &self.slot(judge.attach)).map(|_| ()).map_err(refused)
+        for (slot, _) in self.programs(judge.attach) {
+            flush(&self.sys, &self.store, &slot).map_err(refused)?;
+        }
+        Ok(())
+    }
+}
+
+/// The hook that decides packets on a route.
+fn hook(route: Route) -> Hook {
+    match route {
+        Route::Forward => Hook::Forward,
+        Route::Local => Hook::Input,
     }
 }
 

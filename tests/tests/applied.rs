@@ -1,7 +1,7 @@
 //! A policy that polc applies gives every packet the verdict that iptables gives it, and counts it where iptables does.
 //!
 //! Every stateless filter table of the corpus, IPv4 and IPv6, goes into a network namespace of its own and is decided
-//! by iptables and then by polc's programs, at XDP and at tc. Without root the tests say that they are skipped.
+//! by iptables and then by polc's programs, at XDP, at tc and at netfilter's hooks. Without root the tests say that they are skipped.
 //! `POLC_PACKETS` changes the number of packets for each dump and route, `POLC_DUMP` names the dumps.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,7 +19,7 @@ use polc_tests::stateless::{Stateless, stateless};
 /// Packets for each dump and route, of which there are two.
 const PACKETS: usize = 10_000;
 
-const PLACES: [Attach; 2] = [Attach::Xdp, Attach::TcIngress];
+const PLACES: [Attach; 3] = [Attach::Xdp, Attach::TcIngress, Attach::Netfilter];
 
 #[derive(Default)]
 struct Totals {
@@ -129,7 +129,7 @@ fn all(name: &str, semantics: Semantics) {
     let totals = totals.into_inner().expect("no test thread panics while it counts");
     let sum = &totals.sum;
     eprintln!(
-        "{semantics:?}: {} dumps ({} of them stateless as they are), {} packets compared at XDP and tc, at least {} a \
+        "{semantics:?}: {} dumps ({} of them stateless as they are), {} packets compared at XDP, tc and netfilter, at least {} a \
          dump and place, {} let through; {} counters, {} of them not zero",
         totals.dumps,
         totals.whole,
