@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::sync::OnceLock;
 
 /// Where the kernel describes its types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
@@ -57,12 +58,17 @@ impl fmt::Debug for KernelTypes {
 }
 
 impl KernelTypes {
-    /// Reads the running kernel's.
+    /// The running kernel's: megabytes, which are read once.
     ///
     /// # Errors
-    /// It can't be read.
-    pub fn read() -> Result<KernelTypes, KernelTypesError> {
-        KernelTypes::new(fs::read(VMLINUX).map_err(KernelTypesError::Read)?)
+    /// They can't be read.
+    pub fn read() -> Result<&'static KernelTypes, KernelTypesError> {
+        static RUNNING: OnceLock<KernelTypes> = OnceLock::new();
+        if let Some(types) = RUNNING.get() {
+            return Ok(types);
+        }
+        let types = KernelTypes::new(fs::read(VMLINUX).map_err(KernelTypesError::Read)?)?;
+        Ok(RUNNING.get_or_init(|| types))
     }
 
     /// From the bytes of a description, in this machine's byte order.

@@ -80,7 +80,7 @@ pub fn load(sys: &Sys, object: &Object) -> Result<Loaded, Error> {
     let mut programs = Vec::new();
     for program in &object.programs {
         let fds = |map: Map| maps[map].as_fd();
-        programs.push(load_program(sys, program, &object.license, &fds, types.as_ref())?);
+        programs.push(load_program(sys, program, &object.license, &fds, types)?);
     }
     Ok(Loaded { programs, maps, names })
 }

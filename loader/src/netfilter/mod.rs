@@ -19,6 +19,7 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -211,6 +212,8 @@ pub struct Netfilter {
     next: Map,
     results: Map,
     devices: Vec<Pair>,
+    /// The pool's contents before they are written to it. What is behind a frame's length is of no account.
+    slots: Vec<u8>,
     local: bool,
     /// Namespaces belong to threads.
     thread: PhantomData<*const ()>,
@@ -250,6 +253,7 @@ impl Netfilter {
                 next: inside.next,
                 results: inside.results,
                 devices: inside.devices,
+                slots: Vec::new(),
                 local: false,
                 thread: PhantomData,
             }),
@@ -318,7 +322,8 @@ impl Netfilter {
         let filling = || during("filling the pool of frames");
         let mut order: Vec<usize> = (0..frames.len()).collect();
         order.sort_by_key(|&index| frames[index].device);
-        let mut slots = vec![0u8; frames.len() * SLOT_BYTES];
+        let slots = &mut self.slots;
+        slots.resize(slots.len().max(frames.len() * SLOT_BYTES), 0);
         for (slot, &index) in slots.chunks_exact_mut(SLOT_BYTES).zip(&order) {
             let frame = &frames[index];
             let bytes = &frame.bytes;
@@ -331,7 +336,8 @@ impl Netfilter {
         let numbers = |count: usize| (0..count as u32).flat_map(u32::to_ne_bytes).collect::<Vec<u8>>();
         if !frames.is_empty() {
             let keys = numbers(frames.len());
-            sys.map_update_batch(&self.pool, &keys, &slots, frames.len()).map_err(filling())?;
+            sys.map_update_batch(&self.pool, &keys, &slots[..frames.len() * SLOT_BYTES], frames.len())
+                .map_err(filling())?;
         }
         let count = FRAMES_MAX + 1;
         let zeros = vec![0; count * RESULT_BYTES as usize];
@@ -519,6 +525,15 @@ fn ip(batch: &str) -> Result<(), NetfilterError> {
     run("ip", &["-batch", "-"], batch).map(|_| ())
 }
 
+/// Where a command is: administrators' may not be on a user's path. (A path for the command alone would have the whole
+/// process copied to start it.)
+fn located(name: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let administrators = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let mut places = std::env::split_paths(&path).chain(administrators).map(|folder| folder.join(name));
+    places.find(|place| place.is_file()).unwrap_or_else(|| name.into())
+}
+
 /// Runs a command inside the namespace; its standard output.
 fn run(name: &str, args: &[&str], input: &str) -> Result<String, NetfilterError> {
     let not_run = |error| {
@@ -531,11 +546,8 @@ fn run(name: &str, args: &[&str], input: &str) -> Result<String, NetfilterError>
         };
         NetfilterError::Command(command, error)
     };
-    // Administrators' commands may not be on a user's path.
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let mut child = Command::new(name)
+    let mut child = Command::new(located(name))
         .args(args)
-        .env("PATH", path)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -106,7 +106,7 @@ pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surr
         Attach::TcIngress => KernelFunction::SkbCtLookup,
         _ => return Connections::Unknown,
     };
-    let has = |types: KernelTypes| {
+    let has = |types: &KernelTypes| {
         [function, KernelFunction::CtRelease].iter().all(|function| types.function(function.name()).is_ok())
     };
     if !asks || !KernelTypes::read().is_ok_and(has) {
