@@ -11,6 +11,7 @@ use crate::bound::bound;
 use crate::decide::decide;
 use crate::flatten::flatten;
 use crate::select::{Devices, Prefer, select, structure};
+use crate::simplify::simplify;
 
 /// A rule set at every level down to the plan.
 #[derive(Clone, Debug)]
@@ -45,8 +46,11 @@ pub fn compile_with(
     prefer: Prefer,
 ) -> Compiled {
     let mut diagnostics = Vec::new();
-    let mut classifier = flatten(ruleset, place, env, &mut diagnostics);
-    assert_eq!(classifier.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
+    let flat = flatten(ruleset, place, env, &mut diagnostics);
+    assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
+    let mut classifier = simplify(&flat);
+    assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
+    drop(flat);
     let structures = structure(&classifier, devices, prefer);
     let mut decision = decide(&classifier, &structures.walked);
     if bound(ruleset, &mut classifier, &decision, &structures.walked, &mut diagnostics) {

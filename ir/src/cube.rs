@@ -145,6 +145,15 @@ impl Cube {
     }
 }
 
+/// The tests have to be sorted by field, then mask, each pair once.
+impl FromIterator<Test> for Cube {
+    fn from_iter<I: IntoIterator<Item = Test>>(tests: I) -> Cube {
+        let tests: Vec<Test> = tests.into_iter().collect();
+        debug_assert!(tests.is_sorted_by_key(|test| (test.field, test.mask)), "tests are in order");
+        Cube { tests }
+    }
+}
+
 /// Prints as `proto in {0x6}, dst_port in {0x50}`; the cube that always holds prints as `any`.
 impl fmt::Display for Cube {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -21,7 +21,7 @@ use polc_ir::outcome::{Ending, FrameKind, Verdict};
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
     DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
-    PlanExit, StepData, Target, Trace, WordTest, WordWrite,
+    PlanExit, StepData, Target, Trace, WalkTable, WordTest, WordWrite,
 };
 
 pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
@@ -86,6 +86,9 @@ const INSNS_PER_OP: usize = 4;
 /// Instructions that a word test becomes, and an exit.
 const INSNS_PER_TEST: usize = 4;
 
+/// Instructions that an exit becomes which code takes, for it goes on in code: finding it, counting, going.
+const INSNS_PER_EXIT: usize = 16;
+
 /// Bytes of tables below which no other structure is tried.
 const SMALL_BYTES: usize = 256 << 10;
 
@@ -122,15 +125,21 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
     // Where packets may come from: the root comes first, stages lead to smaller numbers.
     let (mut by_code, mut walked) = (SecondaryMap::new(), SecondaryMap::new());
     by_code[classifier.root] = true;
+    // Exits of look-ups that lead to a stage: if it is decided by code, they are code.
+    let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
     let mut insns = 0;
     for stage in classifier.stages.keys().rev() {
         if by_code[stage] {
             let shape =
                 if insns < CODE_INSNS_MAX { selector.shape(stage, prefer, &mut tables) } else { None };
-            let shape = shape.filter(|shape| insns + shape.insns() <= CODE_INSNS_MAX);
-            match shape {
+            let taken = |shape: &Shape| shape.insns() + led[stage] * INSNS_PER_EXIT;
+            match shape.filter(|shape| insns + taken(shape) <= CODE_INSNS_MAX) {
                 Some(shape) => {
-                    insns += shape.insns();
+                    insns += taken(&shape);
+                    if let Shape::Lookup { exits, .. } = &shape {
+                        let exits = exits.iter().map(|&entry| &classifier.entries[entry].exit);
+                        exits.flat_map(Exit::successors).for_each(|next| led[next] += 1);
+                    }
                     shapes[stage] = Some(shape);
                 }
                 None => walked[stage] = true,
@@ -151,18 +160,21 @@ pub fn select(classifier: &Classifier, decision: &Decision, structures: Structur
     let Structures { keys, tables, mut shapes, walked } = structures;
     let selector = Selector { classifier, keys: &keys };
     let counting = Counting::new(&selector);
-    let (walk, walk_roots) = selector.walk(&counting, decision, &walked);
+    let (mut walk, walk_roots) = selector.walk(&counting, decision, &walked);
+    let own_exits = walk.exits.len();
     let mut steps: PrimaryMap<Step, StepData> = PrimaryMap::new();
     let mut targets: SecondaryMap<Stage, Option<Target>> = SecondaryMap::new();
     for stage in classifier.stages.keys() {
         targets[stage] = match shapes[stage].take() {
             Some(shape) => {
                 let target = |next: Stage| targets[next].expect("what code leads to comes before it");
-                Some(Target::Step(steps.push(selector.step(&counting, stage, shape, target))))
+                Some(Target::Step(steps.push(selector.step(&counting, stage, shape, target, &mut walk))))
             }
             None => walk_roots[stage].map(Target::Walk),
         };
     }
+    // Exits of steps that became the table's are visited before all else.
+    walk.visits_max += u32::from(walk.exits.len() > own_exits);
     Plan {
         family: classifier.family,
         place: classifier.place.clone(),
@@ -191,17 +203,17 @@ enum Shape {
 }
 
 impl Shape {
-    /// Most instructions that it becomes, its exits included.
+    /// Most instructions that it becomes: comparing with all its exits, a look-up with those that end or walk.
     fn insns(&self) -> usize {
         match self {
             Shape::Linear(entries) => entries
                 .iter()
                 .map(|(_, tests)| {
                     let tests = tests.iter().flat_map(|test| &test.any);
-                    INSNS_PER_TEST * (2 + tests.map(|all| all.len() + 1).sum::<usize>())
+                    INSNS_PER_EXIT + INSNS_PER_TEST * tests.map(|all| all.len() + 1).sum::<usize>()
                 })
                 .sum(),
-            Shape::Lookup { ops, exits, .. } => INSNS_PER_OP * (ops.len() + exits.len().min(8)) + 40,
+            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + 60,
         }
     }
 
@@ -496,6 +508,7 @@ impl Selector<'_> {
         stage: Stage,
         shape: Shape,
         target: impl Fn(Stage) -> Target,
+        walk: &mut WalkTable,
     ) -> StepData {
         let entries = &self.classifier.entries;
         match shape {
@@ -508,8 +521,8 @@ impl Selector<'_> {
                 StepData::Linear(LinearStep { stage, entries: entries.collect() })
             }
             Shape::Lookup { ops, result, structure, exits, modelled } => {
-                let exits =
-                    exits.into_iter().map(|entry| self.exit(counting, &entries[entry], &target)).collect();
+                let exit = |entry: Entry| walk.by_table(self.exit(counting, &entries[entry], &target));
+                let exits = exits.into_iter().map(exit).collect();
                 StepData::Lookup(LookupStep { stage, structure, ops, result, exits, modelled })
             }
         }

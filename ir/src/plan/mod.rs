@@ -285,3 +285,22 @@ pub struct WalkTable {
     /// Most nodes any packet visits from any root to its ending, exits included: the bound of the program's loop.
     pub visits_max: u32,
 }
+
+impl WalkTable {
+    /// The exit, if it is a step's and leads into the table, as one of the table's: it takes no code then. An exit that
+    /// ends, or does nothing on its way, is left as it is.
+    pub fn by_table(&mut self, exit: PlanExit) -> PlanExit {
+        let inside = |target: &Target| matches!(target, Target::Walk(_));
+        let moves = match &exit {
+            PlanExit::End(_) => false,
+            PlanExit::Then { count, writes, next } => inside(next) && (count.is_some() || !writes.is_empty()),
+            PlanExit::Test { yes, no, .. } => inside(yes) && inside(no),
+        };
+        if !moves {
+            return exit;
+        }
+        let next = Target::Walk(WalkRef::Exit(self.exits.len() as u32));
+        self.exits.push(exit);
+        PlanExit::Then { count: None, writes: Vec::new(), next }
+    }
+}

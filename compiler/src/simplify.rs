@@ -1,0 +1,437 @@
+//! `simplify`: stages ask nothing that is known where they are entered.
+//!
+//! Chains that come back continue where the jump was, and there the packet is asked again what the jump had asked: in a
+//! chain of a thousand Services, one after another, each asks of the packets of those before it. Going down from the
+//! root, what is known of a packet that enters a stage is the union of what is known at the entries that lead there.
+//! Tests that hold for all of these packets are left out, and entries that hold for none; what is behind an entry that
+//! always holds goes, and with it stages that nothing leads to any more. What is known at one entry often tells more than
+//! the union: an exit leads past every stage in which its packets take one and the same entry, counting and writing what
+//! that does.
+//!
+//! What is left of a stage that was cut in blocks is put together again, and a stage that has a single entry is none:
+//! entries that led to it do what it did. Nothing else changes: a packet meets the same rules, in the same order, and is
+//! counted for the same.
+
+use cranelift_entity::{PrimaryMap, SecondaryMap};
+use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
+use polc_ir::cube::{Cube, Test};
+use polc_ir::entities::{Entry, Stage};
+use polc_ir::hook::Family;
+use polc_ir::ruleset::Write;
+
+/// Intervals of a field that are kept of what is known; more are as good as nothing.
+const KNOWN_INTERVALS_MAX: usize = 32;
+
+/// Entries before one that are asked for what a packet which comes so far is not. A rule's guards are right before it.
+const EARLIER_ENTRIES: usize = 16;
+
+/// Entries that leading exits past stages may ask, for each that there is.
+const ASKED_PER_ENTRY: usize = 32;
+
+/// Simplifies every stage.
+pub fn simplify(classifier: &Classifier) -> Classifier {
+    thread(&join(prune(classifier)))
+}
+
+/// What is known of the packets that enter a stage, as a cube that holds for all of them; `None` if there are none.
+type Known = Option<Cube>;
+
+/// Leaves out tests and entries that are decided where their stage is entered. The stages keep their numbers; those that
+/// nothing leads to have no entries.
+fn prune(classifier: &Classifier) -> Classifier {
+    let family = classifier.family;
+    let mut asks = ASKED_PER_ENTRY * classifier.entries.len();
+    let mut known: SecondaryMap<Stage, Known> = SecondaryMap::new();
+    known[classifier.root] = Some(Cube::all());
+    let mut pruned: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
+    // Stages lead to smaller numbers: whatever leads to a stage comes before it.
+    for (stage, data) in classifier.stages.iter().rev() {
+        let Some(here) = known[stage].take() else { continue };
+        let mut kept: Vec<EntryData> = Vec::new();
+        for &entry in &data.entries {
+            let data = &classifier.entries[entry];
+            let Some(cube) = asked(&data.cube, &here) else { continue };
+            let all = cube.is_all();
+            let mut data = EntryData { cube, ..data.clone() };
+            if data.exit.successors().next().is_some() {
+                let earlier = &kept[kept.len().saturating_sub(EARLIER_ENTRIES)..];
+                let Some(taken) = taken(&here, &data.cube, earlier, family) else { continue };
+                past(classifier, &taken, &mut data, &mut asks);
+                leave(&taken, &data.exit, family, &mut known);
+            }
+            kept.push(data);
+            if all {
+                break;
+            }
+        }
+        // Every packet that enters takes an entry, the last if no other: it needs to ask nothing. That no entry is left
+        // means that no packet enters, though not one field alone says so.
+        match (kept.last_mut(), data.entries.last()) {
+            (Some(last), _) => last.cube = Cube::all(),
+            (None, Some(&last)) => {
+                let last = &classifier.entries[last];
+                leave(&here, &last.exit, family, &mut known);
+                kept.push(last.clone());
+            }
+            (None, None) => {}
+        }
+        pruned[stage] = kept;
+    }
+    rebuild(classifier, classifier.root, pruned)
+}
+
+/// Whether something holds of a packet, by what is known of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    Never,
+    Maybe,
+    Always,
+}
+
+fn holds(test: &Test, known: &Cube) -> Holds {
+    match known.test(test.field, test.mask) {
+        Some(have) if test.values.is_superset(&have.values) => Holds::Always,
+        Some(have) if !test.values.intersects(&have.values) => Holds::Never,
+        _ => Holds::Maybe,
+    }
+}
+
+/// What is left to ask of a packet of which `known` holds; `None` if the cube holds for none.
+fn asked(cube: &Cube, known: &Cube) -> Option<Cube> {
+    let mut open = Vec::new();
+    for test in cube.tests() {
+        match holds(test, known) {
+            Holds::Never => return None,
+            Holds::Maybe => open.push(test),
+            Holds::Always => {}
+        }
+    }
+    Some(if open.len() == cube.tests().len() { cube.clone() } else { open.into_iter().cloned().collect() })
+}
+
+/// The entry that packets of which `known` holds take in a stage, if all take the same; and how many were asked.
+fn certain(classifier: &Classifier, stage: Stage, known: &Cube) -> (Option<Entry>, usize) {
+    let entries = &classifier.stages[stage].entries;
+    for (at, &entry) in entries.iter().enumerate() {
+        let mut all = Holds::Always;
+        for test in classifier.entries[entry].cube.tests() {
+            match holds(test, known) {
+                Holds::Never => {
+                    all = Holds::Never;
+                    break;
+                }
+                Holds::Maybe => all = Holds::Maybe,
+                Holds::Always => {}
+            }
+        }
+        match all {
+            Holds::Never => {}
+            Holds::Maybe => return (None, at + 1),
+            Holds::Always => return (Some(entry), at + 1),
+        }
+    }
+    (None, entries.len())
+}
+
+/// Leads an entry's exit past stages in which its packets, of which `taken` holds, take one and the same entry.
+fn past(classifier: &Classifier, taken: &Cube, entry: &mut EntryData, asks: &mut usize) {
+    while let Exit::Then { writes, stage } = &entry.exit
+        && *asks > 0
+    {
+        let written;
+        let known = if writes.is_empty() {
+            taken
+        } else {
+            written = writes.iter().fold(taken.clone(), |cube, write| wrote(&cube, write, classifier.family));
+            &written
+        };
+        let (certain, asked) = certain(classifier, *stage, known);
+        *asks = asks.saturating_sub(asked);
+        let Some(next) = certain.map(|next| &classifier.entries[next]) else { return };
+        let Some(exit) = behind(writes, &next.exit) else { return };
+        entry.counts.extend(&next.counts);
+        entry.exit = exit;
+    }
+}
+
+/// What is known of a packet that takes an entry; `None` if those before it take all.
+fn taken(here: &Cube, cube: &Cube, earlier: &[EntryData], family: Family) -> Known {
+    let mut taken = here.intersect(cube, family)?;
+    for entry in earlier {
+        // It did not hold: if that can only be because of one of its tests, that test doesn't.
+        let mut open = None;
+        let mut fails = false;
+        for test in entry.cube.tests() {
+            match holds(test, &taken) {
+                Holds::Always => {}
+                Holds::Maybe if open.is_none() => open = Some(test),
+                Holds::Maybe | Holds::Never => fails = true,
+            }
+        }
+        if fails {
+            continue;
+        }
+        if !taken.and(&open?.negated(family), family) {
+            return None;
+        }
+    }
+    Some(taken)
+}
+
+/// Adds what is known of a packet that takes an exit to what is known where it leads.
+fn leave(taken: &Cube, exit: &Exit, family: Family, known: &mut SecondaryMap<Stage, Known>) {
+    let written;
+    let after = match exit {
+        Exit::Then { writes, .. } if !writes.is_empty() => {
+            written = writes.iter().fold(taken.clone(), |cube, write| wrote(&cube, write, family));
+            &written
+        }
+        _ => taken,
+    };
+    for next in exit.successors() {
+        known[next] = Some(match known[next].take() {
+            None => after.clone(),
+            Some(have) => either(&have, after, family),
+        });
+    }
+}
+
+/// What is known behind a write: of its field, only the bits that it gives.
+fn wrote(cube: &Cube, write: &Write, family: Family) -> Cube {
+    let mut after: Cube = cube.tests().iter().filter(|test| test.field != write.field).cloned().collect();
+    let given = Test::masked(write.field, family, write.xor, write.clear);
+    let possible = after.and(&given, family);
+    debug_assert!(possible, "a value is possible");
+    after
+}
+
+/// What is known of a packet of either.
+fn either(a: &Cube, b: &Cube, family: Family) -> Cube {
+    let joined = |test: &Test| {
+        let values = test.values.union(&b.test(test.field, test.mask)?.values);
+        let joined = Test { values, ..test.clone() };
+        (joined.values.intervals().len() <= KNOWN_INTERVALS_MAX && !joined.is_always(family))
+            .then_some(joined)
+    };
+    a.tests().iter().filter_map(joined).collect()
+}
+
+/// Puts stages together that follow one another in a chain, if nothing else leads to the second.
+fn join(mut classifier: Classifier) -> Classifier {
+    let mut led: SecondaryMap<Stage, u32> = SecondaryMap::new();
+    for next in classifier.entries.values().flat_map(|entry| entry.exit.successors()) {
+        led[next] += 1;
+    }
+    let follows = |classifier: &Classifier, stage: Stage| -> Option<(Entry, Stage)> {
+        let chain = |stage: Stage| classifier.stages[stage].origin.map(|(chain, _)| chain);
+        let last = *classifier.stages[stage].entries.last()?;
+        match &classifier.entries[last].exit {
+            Exit::Then { writes, stage: next } if writes.is_empty() && led[*next] == 1 => {
+                (chain(stage).is_some() && chain(stage) == chain(*next)).then_some((last, *next))
+            }
+            _ => None,
+        }
+    };
+    for stage in classifier.stages.keys().rev().collect::<Vec<_>>() {
+        while let Some((last, next)) = follows(&classifier, stage) {
+            let counts = classifier.entries[last].counts.clone();
+            let more = std::mem::take(&mut classifier.stages[next].entries);
+            for &entry in &more {
+                let data = &mut classifier.entries[entry];
+                data.stage = stage;
+                data.counts.splice(0..0, counts.iter().copied());
+            }
+            classifier.stages[stage].entries.pop();
+            classifier.stages[stage].entries.extend(more);
+        }
+    }
+    classifier
+}
+
+/// Takes out stages of a single entry: entries that lead there do what it does.
+fn thread(classifier: &Classifier) -> Classifier {
+    let mut threaded: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
+    for (stage, data) in classifier.stages.iter() {
+        let mut entries: Vec<EntryData> =
+            data.entries.iter().map(|&entry| classifier.entries[entry].clone()).collect();
+        for entry in &mut entries {
+            match &mut entry.exit {
+                Exit::Then { writes, stage: next } => {
+                    if let [only] = &threaded[*next][..]
+                        && let Some(exit) = behind(writes, &only.exit)
+                    {
+                        entry.counts.extend(&only.counts);
+                        entry.rule = entry.rule.or(only.rule);
+                        entry.exit = exit;
+                    }
+                }
+                Exit::Test { yes, no, .. } => {
+                    for next in [yes, no] {
+                        if let [EntryData { counts, exit: Exit::Then { writes, stage }, .. }] =
+                            &threaded[*next][..]
+                            && counts.is_empty()
+                            && writes.is_empty()
+                        {
+                            *next = *stage;
+                        }
+                    }
+                }
+                Exit::End(_) | Exit::EndIfAbsent(_) => {}
+            }
+        }
+        threaded[stage] = entries;
+    }
+    let mut root = classifier.root;
+    while let [EntryData { counts, exit: Exit::Then { writes, stage }, .. }] = &threaded[root][..]
+        && counts.is_empty()
+        && writes.is_empty()
+    {
+        root = *stage;
+    }
+    rebuild(classifier, root, threaded)
+}
+
+/// An exit behind writes, if it is one.
+fn behind(writes: &[Write], exit: &Exit) -> Option<Exit> {
+    match exit {
+        exit if writes.is_empty() => Some(exit.clone()),
+        Exit::Then { writes: more, stage } => {
+            Some(Exit::Then { writes: [writes, more].concat(), stage: *stage })
+        }
+        _ => None,
+    }
+}
+
+/// The classifier with other entries and another root, without the stages that the root does not lead to.
+fn rebuild(
+    classifier: &Classifier,
+    root: Stage,
+    mut entries: SecondaryMap<Stage, Vec<EntryData>>,
+) -> Classifier {
+    let mut reached: SecondaryMap<Stage, bool> = SecondaryMap::new();
+    reached[root] = true;
+    for stage in classifier.stages.keys().rev().filter(|&stage| stage <= root) {
+        if reached[stage] {
+            for next in entries[stage].iter().flat_map(|entry| entry.exit.successors()) {
+                reached[next] = true;
+            }
+        }
+    }
+    let mut rebuilt = Classifier {
+        stages: PrimaryMap::new(),
+        entries: PrimaryMap::new(),
+        root,
+        family: classifier.family,
+        place: classifier.place.clone(),
+        derived: classifier.derived.clone(),
+        sets: classifier.sets.clone(),
+        members: classifier.members.clone(),
+        set_shapes: classifier.set_shapes.clone(),
+        effect_tests: classifier.effect_tests.clone(),
+    };
+    let mut number: SecondaryMap<Stage, Option<Stage>> = SecondaryMap::new();
+    for (old, data) in classifier.stages.iter().filter(|(stage, _)| reached[*stage]) {
+        let stage = rebuilt.stages.push(StageData { entries: Vec::new(), origin: data.origin });
+        number[old] = Some(stage);
+        let to = |old: Stage| number[old].expect("what an exit leads to has a smaller number");
+        for entry in std::mem::take(&mut entries[old]) {
+            let exit = match entry.exit {
+                Exit::End(_) | Exit::EndIfAbsent(_) => entry.exit,
+                Exit::Then { writes, stage } => Exit::Then { writes, stage: to(stage) },
+                Exit::Test { test, yes, no } => Exit::Test { test, yes: to(yes), no: to(no) },
+            };
+            let entry = rebuilt.entries.push(EntryData { stage, exit, ..entry });
+            rebuilt.stages[stage].entries.push(entry);
+        }
+    }
+    rebuilt.root = number[root].expect("the root was reached");
+    rebuilt
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use polc_frontend_iptables::{ParseOptions, lower, parse};
+    use polc_ir::env::{Attach, Env, Fragments, Mode, Place};
+    use polc_ir::hook::{Hook, Semantics};
+    use polc_ir::source::SourceMap;
+
+    use super::*;
+    use crate::flatten::flatten;
+    use crate::place::place;
+
+    /// A rule set's INPUT chain, flattened and simplified.
+    fn both(rules: &str) -> [Classifier; 2] {
+        let text = format!("*filter\n:INPUT ACCEPT [0:0]\n{rules}COMMIT\n");
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text.as_str());
+        let (dump, found) = parse(&sources, file, &ParseOptions::default());
+        assert!(found.is_empty(), "{found:?}");
+        let ruleset = lower(&dump, &[], Semantics::Legacy);
+        // No stages for fragments: they would only be the same once more.
+        let place = Place {
+            fragments: Fragments::AsSeen,
+            ..place(&[Hook::Input], Attach::TcIngress, Mode::Replace, true)
+        };
+        let flat = flatten(&ruleset, &place, &Env::default(), &mut Vec::new());
+        let simple = simplify(&flat);
+        assert_eq!(simple.verify(), Vec::<String>::new());
+        [flat, simple]
+    }
+
+    /// Most stages that a packet may enter.
+    fn depth(classifier: &Classifier) -> usize {
+        let mut depths: SecondaryMap<Stage, usize> = SecondaryMap::new();
+        for (stage, data) in classifier.stages.iter() {
+            let exits = data.entries.iter().map(|&entry| &classifier.entries[entry].exit);
+            depths[stage] = 1 + exits.flat_map(Exit::successors).map(|next| depths[next]).max().unwrap_or(0);
+        }
+        depths[classifier.root]
+    }
+
+    #[test]
+    fn chains_that_come_back_are_not_asked_again() {
+        const SERVICES: usize = 100;
+        let (mut chains, mut rules) = (String::new(), String::new());
+        for service in 0..SERVICES {
+            writeln!(chains, ":S{service} - [0:0]").expect("strings take text");
+            writeln!(rules, "-A INPUT -d 10.0.0.{service}/32 -p udp -j S{service}")
+                .expect("strings take text");
+            writeln!(rules, "-A S{service} -s 192.0.2.{service}/32 -j DROP").expect("strings take text");
+        }
+        let [flat, simple] = both(&format!("{chains}{rules}"));
+        assert!(depth(&flat) > SERVICES, "{}", depth(&flat));
+        // The chain, and the one that it jumps to; after that, nothing is left to ask.
+        assert_eq!(depth(&simple), 2, "{simple}");
+        assert_eq!(simple.stages.len(), 1 + SERVICES);
+        assert_eq!(simple.entries.len(), SERVICES + 1 + 2 * SERVICES);
+    }
+
+    #[test]
+    fn what_was_written_is_known() {
+        let [flat, simple] = both(
+            ":M - [0:0]\n\
+             -A INPUT -s 10.0.0.0/8 -j M\n\
+             -A INPUT -m mark --mark 0x4000/0x4000 -j DROP\n\
+             -A M -j MARK --set-xmark 0x4000/0x4000\n",
+        );
+        assert_eq!(depth(&flat), 3, "{flat}");
+        // What has been marked is dropped without being asked for its mark.
+        assert_eq!(depth(&simple), 2, "{simple}");
+        assert_eq!(simple.entries.len(), 4, "{simple}");
+    }
+
+    #[test]
+    fn guards_are_known_behind_them() {
+        // Both rules drop what is too short to have ports; the second never sees it.
+        let [_, simple] = both(
+            ":C - [0:0]\n\
+             -A INPUT -p tcp -m tcp --dport 22 -j C\n\
+             -A C -p tcp -m tcp --sport 1000 -j DROP\n",
+        );
+        let asks =
+            |entry: &EntryData| entry.cube.tests().iter().any(|test| test.field.to_string() == "l4_len");
+        assert_eq!(simple.entries.values().filter(|entry| asks(entry)).count(), 1, "{simple}");
+    }
+}
