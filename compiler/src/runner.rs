@@ -78,7 +78,8 @@ pub fn run(
 pub struct Program {
     vm: Vm,
     attach: Attach,
-    counters: Vec<u64>,
+    /// For each counter slot, packets and bytes so far.
+    counters: Vec<(u64, u64)>,
     mark: u32,
 }
 
@@ -94,7 +95,7 @@ impl Program {
     /// # Errors
     /// What the check VM does not run.
     pub fn new(plan: &Plan, attach: Attach, object: &Object) -> Result<Program, VmError> {
-        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![0; plan.traces.len()], mark: 0 })
+        Ok(Program { vm: Vm::new(object)?, attach, counters: vec![(0, 0); plan.traces.len()], mark: 0 })
     }
 
     /// The mark that the last packet left with.
@@ -147,11 +148,22 @@ impl Program {
         let result = result.map_err(|error| error.to_string())?;
         self.mark = result.mark;
         let map = self.vm.map(COUNTERS_MAP).ok_or("the object has no counters")?;
+        let bytes = View::new(plan.family, &plan.place, input).map(|view| view.bytes()).ok();
         let mut grown = vec![0; self.counters.len()];
         for (slot, value) in self.vm.values(map).chunks_exact(16).take(grown.len()).enumerate() {
-            let packets = u64::from_le_bytes(value[..8].try_into().expect("eight bytes"));
-            grown[slot] = packets - self.counters[slot];
-            self.counters[slot] = packets;
+            let number = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().expect("eight bytes"));
+            let (before, now) = (self.counters[slot], (number(0), number(8)));
+            self.counters[slot] = now;
+            grown[slot] = now.0.wrapping_sub(before.0);
+            let counted = now.1.wrapping_sub(before.1);
+            if let Some(bytes) = bytes
+                && counted != grown[slot].wrapping_mul(bytes)
+            {
+                return Err(format!(
+                    "counter {slot} grew by {} packets and {counted} bytes; the packet has {bytes}",
+                    grown[slot]
+                ));
+            }
         }
         ending_of(plan, self.attach, &grown, result.return_value as i32)
     }

@@ -1,7 +1,8 @@
 //! `verify`: every level and the emitted program decide packets as the rules do, shown on packets made for the purpose.
 //!
-//! Packets come from [`Witnesses`]: for each entry of the classifier in turn, at the edges of its intervals and just
-//! beyond, mixed, cut, tagged and fragmented, and random ones. Each goes through the reference evaluator, the
+//! Packets come from [`Witnesses`]: for each entry of the classifier, at the edges of its intervals and just beyond; cut,
+//! tagged, fragmented and bent in every way there is; and mixed ones; and where the plan's tables
+//! are found to decide otherwise. Each goes through the reference evaluator, the
 //! classifier, the decision, the plan and the program under rbpf; the first packet on which two of them differ ends the
 //! run. Equal seeds give equal runs.
 
@@ -22,9 +23,6 @@ use crate::witness::Witnesses;
 
 /// Code of a program that the check VM can't run.
 pub const NOT_RUN: Code = Code(531);
-
-/// Packets made for each entry.
-const PACKETS_PER_ENTRY: usize = 64;
 
 /// Bound on packets times entries, since the reference levels look at entries one by one.
 const WORK_MAX: usize = 400_000_000;
@@ -114,11 +112,12 @@ pub fn verify(
         }
     }
     let entries = verified.entries.max(1);
-    let total = (entries * PACKETS_PER_ENTRY + random).min((WORK_MAX / entries).max(PACKETS_MIN));
+    let witnesses = Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, seed);
+    let total = (witnesses.enough() + random).min((WORK_MAX / entries).max(PACKETS_MIN));
     // State (counters of `nth`, random numbers) lives as long as the rule set: each level has its own.
     let mut states = [(); 4].map(|()| State::new(seed));
     let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
-    for mut input in Witnesses::new(&compiled.classifier, &devices.declared, seed).take(total) {
+    for mut input in witnesses.take(total) {
         // Where the program sits, every packet comes or leaves by the one device.
         input.in_device = devices.fixed_in.or(input.in_device);
         input.out_device = devices.fixed_out.or(input.out_device);

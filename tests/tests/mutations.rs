@@ -1,131 +1,365 @@
-//! Planted miscompilations: plans with one thing wrong, emitted, and run on the packets that `verify` makes.
+//! Planted miscompilations: plans, tables and emitted code with one thing wrong, run on the packets that `verify` makes.
 //!
-//! A mutant that behaves as the rules do on many more packets than that is no miscompilation; every other one has to be
-//! caught, but for the few that `MISSED_PERCENT_MAX` allows.
+//! Each mutant differs from what the compiler made in one place: a test's bound, mask or word, an entry's place or
+//! exit, a node's branch, an element of a table, an immediate, a distance, an operation or a register of an
+//! instruction. All have to be caught. A mutant that nothing can tell from the original is no miscompilation: a bound
+//! that is never reached, an exit that another entry hides, a table's padding, a check that only the kernel's verifier
+//! asks for. Whether it is one is judged by [`JUDGING`] times as many packets from other seeds, and for plans by probing
+//! the mutant around each of them.
 
+use polc::Compiled;
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
 use polc_backend_ebpf::emit::{RuleLine, Target, emit};
-use polc_frontend_iptables::{ParseOptions, lower, parse};
-use polc_ir::entities::Step;
-use polc_ir::env::{Env, Input, Mode};
+use polc_backend_ebpf::insn::decode_all;
+use polc_backend_ebpf::object::Object;
+use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
+use polc_ir::entities::{Data, Step};
+use polc_ir::env::{Attach, Device, Env, Input, Mode};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::outcome::Outcome;
-use polc_ir::plan::{Plan, PlanExit, StepData, WordTest};
+use polc_ir::plan::{Plan, PlanExit, StepData, WalkNode, WalkRef, WordTest};
+use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
 
-/// Miscompilations to plant.
-const WANTED: usize = 200;
+/// Miscompilations to plant, of each of the four kinds.
+const WANTED: usize = 50;
 
-/// Mutants that only more packets than `verify` makes can tell from the rules, in percent of all.
-const MISSED_PERCENT_MAX: usize = 2;
+/// How many times `verify`'s packets a mutant is judged by.
+const JUDGING: usize = 2;
 
-/// Packets that `verify` makes for an entry, and random ones beside them.
-const PER_ENTRY: usize = 64;
-const RANDOM: usize = 1_000;
+/// The rule sets: those that need no state, so that no level leaves much to the kernel, and one with ipsets.
+const DUMPS: [&str; 3] = ["stateless", "shorewall", "firewalld"];
 
-/// Changes one thing; `None` if there is nothing of the kind to change.
-fn mutate(plan: &Plan, random: &mut Random) -> Option<Plan> {
-    let mut plan = plan.clone();
-    let step = Step::from_u32(random.below(plan.steps.len().max(1)) as u32);
-    let endings = plan.traces.len() as u32;
-    let StepData::Linear(step) = plan.steps.get_mut(step)? else { return None };
-    let entries = &mut step.entries;
-    let at = random.below(entries.len());
-    let kind = random.below(4);
-    let count = entries.len();
-    let entry = &mut entries[at];
-    match kind {
-        0 => match &mut entry.exit {
-            PlanExit::End(slot) => *slot = (*slot + 1 + random.below(endings as usize - 1) as u32) % endings,
-            _ => return None,
-        },
-        1 if !entry.tests.is_empty() && at + 1 < count => {
-            let test = random.below(entry.tests.len());
-            entry.tests.remove(test);
-        }
-        2 if at + 2 < count => entries.swap(at, at + 1),
-        3 => {
-            let tests: Vec<&mut WordTest> =
-                entry.tests.iter_mut().flat_map(|test| &mut test.any).flatten().collect();
-            let count = tests.len();
-            if count == 0 {
-                return None;
-            }
-            let test = tests.into_iter().nth(random.below(count))?;
-            if random.below(2) == 0 {
-                test.lo = test.lo.checked_add(1)?;
-            } else {
-                test.hi = test.hi.checked_sub(1)?;
-            }
-        }
-        _ => return None,
+/// A rule set at a hook, and the packets that `verify` makes for it.
+struct Case {
+    name: String,
+    attach: Attach,
+    ruleset: Ruleset,
+    compiled: Compiled,
+    env: Env,
+    devices: Vec<Device>,
+    packets: Vec<(Input, Outcome)>,
+    /// Packets to judge by, made when they are first needed.
+    others: Vec<(Input, Outcome)>,
+}
+
+impl Case {
+    /// The packets that `verify` makes, if `plan` is what was compiled.
+    fn packets<'a>(&'a self, plan: &'a Plan, seed: u64) -> impl Iterator<Item = (Input, Outcome)> + 'a {
+        let witnesses = Witnesses::of_plan(&self.compiled.classifier, plan, &self.devices, seed);
+        let enough = witnesses.enough();
+        let outcome = move |input: &Input| {
+            run(Level::Ruleset, &self.ruleset, &self.compiled, &self.env, input, &mut State::new(1))
+        };
+        witnesses.take(enough).map(move |input| {
+            let outcome = outcome(&input);
+            (input, outcome)
+        })
     }
-    Some(plan)
+
+    fn emit(&self, plan: &Plan) -> Option<Object> {
+        let target = Target {
+            attach: self.attach,
+            name: "polc".into(),
+            rule: &|_| None::<RuleLine>,
+            chain: &|_| None,
+            semantics: Semantics::Legacy,
+            trace: false,
+            suspend: false,
+        };
+        emit(plan, &target).ok()
+    }
+
+    /// The first packet that an object treats otherwise than the rules do.
+    fn caught(&self, plan: &Plan, object: &Object, packets: &[(Input, Outcome)]) -> Option<usize> {
+        // What the check VM does not take is caught before it runs.
+        let Ok(mut program) = Program::new(plan, self.attach, object) else { return Some(0) };
+        packets.iter().position(|(input, expected)| {
+            !program.run(plan, input).is_ok_and(|(ending, counted)| expected.is(ending, &counted))
+        })
+    }
+}
+
+/// What became of the mutants of one kind.
+#[derive(Default)]
+struct Tally {
+    caught: usize,
+    equivalent: usize,
+    missed: Vec<String>,
+}
+
+fn case(dump: &corpus::Dump, hook: Hook, prefer: Prefer) -> Option<Case> {
+    let mut sources = SourceMap::new();
+    let file = sources.add(dump.name.as_str(), dump.text());
+    let sets: Vec<_> = dump
+        .ipset_text()
+        .map(|text| {
+            let file = sources.add("sets", text);
+            ipset::parse(&sources, file).0
+        })
+        .into_iter()
+        .collect();
+    let ruleset = lower(&parse(&sources, file, &ParseOptions::default()).0, &sets, Semantics::Legacy);
+    let attach = attach_for(hook);
+    let place = place(&[hook], attach, Mode::Accelerate, false);
+    if ruleset.path_chains(&place).is_empty() {
+        return None;
+    }
+    let env = Env::default();
+    let devices = devices_of(&ruleset);
+    let given = Devices { declared: devices.clone(), ..Devices::default() };
+    let compiled = polc::compile_with(&ruleset, &place, &env, &given, prefer);
+    let name = format!("{} {hook} {prefer:?}", dump.name);
+    let mut case =
+        Case { name, attach, ruleset, compiled, env, devices, packets: Vec::new(), others: Vec::new() };
+    case.packets = case.packets(&case.compiled.plan, 1).collect();
+    Some(case)
+}
+
+fn cases(prefer: Prefer) -> impl Iterator<Item = Case> {
+    corpus::own()
+        .into_iter()
+        .filter(|dump| DUMPS.iter().any(|wanted| dump.name.starts_with(wanted)))
+        .flat_map(move |dump| Hook::ALL.map(|hook| case(&dump, hook, prefer)))
+        .flatten()
+}
+
+/// Plants mutants in every case's plan, so many `each`.
+fn plant_in_plans(prefer: Prefer, each: usize, mutate: impl Fn(&Plan, &mut Random) -> Option<Plan>) -> Tally {
+    let mut tally = Tally::default();
+    let mut random = Random::new(42);
+    for mut case in cases(prefer) {
+        for _ in 0..each {
+            let Some(mutant) = mutate(&case.compiled.plan, &mut random) else { continue };
+            if mutant.verify() != Vec::<String>::new() {
+                tally.caught += 1;
+                continue;
+            }
+            // What can't be emitted is caught before it runs.
+            let Some(object) = case.emit(&mutant) else {
+                tally.caught += 1;
+                continue;
+            };
+            judge(&mut case, &mutant, &object, "plan", &mut tally);
+        }
+    }
+    tally
+}
+
+fn judge(case: &mut Case, plan: &Plan, object: &Object, what: &str, tally: &mut Tally) {
+    // The packets that the original gets, then, if the plan is the mutant, those that it gets itself.
+    let changed = plan.tables != case.compiled.plan.tables
+        || plan.steps != case.compiled.plan.steps
+        || plan.walk != case.compiled.plan.walk;
+    let catches = |seed| {
+        let own: Vec<_> = case.packets(plan, seed).collect();
+        case.caught(plan, object, &own).is_some()
+    };
+    if case.caught(plan, object, &case.packets).is_some() || changed && catches(1) {
+        tally.caught += 1;
+        return;
+    }
+    let tells = if changed {
+        (2..2 + JUDGING as u64).any(catches)
+    } else {
+        if case.others.is_empty() {
+            let seeds = 2..2 + JUDGING as u64;
+            case.others = seeds.flat_map(|seed| case.packets(&case.compiled.plan, seed)).collect();
+        }
+        case.caught(plan, object, &case.others).is_some()
+    };
+    if tells {
+        tally.missed.push(format!("{}: {what}", case.name));
+    } else {
+        tally.equivalent += 1;
+    }
+}
+
+fn finish(kind: &str, tally: &Tally) {
+    let Tally { caught, equivalent, missed } = tally;
+    eprintln!("{kind}: {caught} caught, {} missed, {equivalent} the same", missed.len());
+    assert!(caught + missed.len() >= WANTED, "{kind}: only {caught} were planted");
+    assert!(missed.is_empty(), "{kind}: missed {} beside {caught}:\n{}", missed.len(), missed.join("\n"));
+}
+
+/// Another exit for one that ends: another slot of an ending.
+fn other_end(plan: &Plan, exit: &mut PlanExit, random: &mut Random) -> Option<()> {
+    let PlanExit::End(slot) = exit else { return None };
+    let others: Vec<u32> = (0..)
+        .zip(&plan.traces)
+        .filter(|(index, trace)| index != slot && trace.ending.is_some())
+        .map(|(index, _)| index)
+        .collect();
+    *slot = others[random.below(others.len())];
+    Some(())
+}
+
+/// A bound that is one off, a mask without a bit or with one more.
+fn other_test(test: &mut WordTest, random: &mut Random) -> Option<()> {
+    match random.below(3) {
+        0 => test.lo = test.lo.checked_add(1)?,
+        1 => test.hi = test.hi.checked_sub(1)?,
+        _ => test.mask ^= 1 << random.below(32),
+    }
+    Some(())
 }
 
 #[test]
-fn planted_miscompilations_are_caught() {
-    let (mut planted, mut caught, mut missed) = (0, 0, Vec::new());
-    let mut random = Random::new(42);
-    for dump in corpus::own()
-        .iter()
-        .filter(|dump| dump.name.starts_with("stateless") || dump.name.starts_with("shorewall"))
-    {
-        let mut sources = SourceMap::new();
-        let file = sources.add(dump.name.as_str(), dump.text());
-        let ruleset = lower(&parse(&sources, file, &ParseOptions::default()).0, &[], Semantics::Legacy);
-        let (env, devices) =
-            (Env::default(), Devices { declared: devices_of(&ruleset), ..Devices::default() });
-        for hook in Hook::ALL {
-            let attach = attach_for(hook);
-            let place = place(&[hook], attach, Mode::Accelerate, false);
-            let compiled = polc::compile_with(&ruleset, &place, &env, &devices, Prefer::Linear);
-            if compiled.plan.steps.is_empty() || ruleset.path_chains(&place).is_empty() {
-                continue;
+fn mutants_of_comparisons_are_caught() {
+    let tally = plant_in_plans(Prefer::Linear, 6, |original, random| {
+        let mut plan = original.clone();
+        let step = Step::from_u32(random.below(plan.steps.len().max(1)) as u32);
+        let StepData::Linear(step) = plan.steps.get_mut(step)? else { return None };
+        let count = step.entries.len();
+        let at = random.below(count);
+        match random.below(4) {
+            0 => other_end(original, &mut step.entries[at].exit, random)?,
+            1 if !step.entries[at].tests.is_empty() && at + 1 < count => {
+                let test = random.below(step.entries[at].tests.len());
+                step.entries[at].tests.remove(test);
             }
-            let few = compiled.classifier.entries.len() * PER_ENTRY + RANDOM;
-            let packets: Vec<(Input, Outcome)> = Witnesses::new(&compiled.classifier, &devices.declared, 1)
-                .take(few * 4)
-                .map(|input| {
-                    let outcome = run(Level::Ruleset, &ruleset, &compiled, &env, &input, &mut State::new(1));
-                    (input, outcome)
-                })
-                .collect();
-            for _ in 0..40 {
-                let Some(mutant) = mutate(&compiled.plan, &mut random) else { continue };
-                let target = Target {
-                    attach,
-                    name: "polc".into(),
-                    rule: &|_| None::<RuleLine>,
-                    chain: &|_| None,
-                    semantics: Semantics::Legacy,
-                    trace: false,
-                    suspend: false,
-                };
-                // What can't be emitted is caught before it runs.
-                let Ok(object) = emit(&mutant, &target) else { continue };
-                let mut program = Program::new(&mutant, attach, &object).expect("the check VM takes it");
-                let differs = packets.iter().position(|(input, expected)| {
-                    !program.run(&mutant, input).is_ok_and(|(ending, counted)| expected.is(ending, &counted))
-                });
-                let Some(first) = differs else { continue };
-                planted += 1;
-                if first < few {
-                    caught += 1;
-                } else {
-                    missed.push(format!("{} {hook}: packet {first} of {few}", dump.name));
+            2 if at + 2 < count => step.entries.swap(at, at + 1),
+            3 => {
+                let mut tests: Vec<&mut WordTest> =
+                    step.entries[at].tests.iter_mut().flat_map(|test| &mut test.any).flatten().collect();
+                let test = random.below(tests.len().max(1));
+                other_test(tests.get_mut(test)?, random)?;
+            }
+            _ => return None,
+        }
+        Some(plan)
+    });
+    finish("comparisons", &tally);
+}
+
+#[test]
+fn mutants_of_walk_tables_are_caught() {
+    let tally = plant_in_plans(Prefer::Walk, 3, |original, random| {
+        let mut plan = original.clone();
+        if random.below(4) == 0 {
+            let at = random.below(plan.walk.exits.len().max(1));
+            other_end(original, plan.walk.exits.get_mut(at)?, random)?;
+            return Some(plan);
+        }
+        let at = random.below(plan.walk.nodes.len().max(1));
+        match plan.walk.nodes.get_mut(at)? {
+            WalkNode::Test { test, yes, no } => match random.below(3) {
+                0 => std::mem::swap(yes, no),
+                1 => {
+                    let exit = WalkRef::Exit(random.below(original.walk.exits.len()) as u32);
+                    *(if random.below(2) == 0 { yes } else { no }) = exit;
                 }
+                _ => other_test(test, random)?,
+            },
+            WalkNode::Fork { first, rest } => std::mem::swap(first, rest),
+        }
+        (plan.walk != original.walk).then_some(plan)
+    });
+    finish("walk tables", &tally);
+}
+
+#[test]
+fn mutants_of_lookups_are_caught() {
+    let tally = plant_in_plans(Prefer::Matrix, 6, |original, random| {
+        let mut plan = original.clone();
+        if random.below(4) == 0 {
+            let step = Step::from_u32(random.below(plan.steps.len().max(1)) as u32);
+            let StepData::Lookup(step) = plan.steps.get_mut(step)? else { return None };
+            let at = random.below(step.exits.len());
+            other_end(original, &mut step.exits[at], random)?;
+            return Some(plan);
+        }
+        let table = Data::from_u32(random.below(plan.tables.len().max(1)) as u32);
+        let bytes = &mut plan.tables.get_mut(table)?.bytes;
+        let at = random.below(bytes.len());
+        bytes[at] ^= 1 << random.below(8);
+        Some(plan)
+    });
+    finish("look-ups", &tally);
+}
+
+#[test]
+fn mutants_of_code_are_caught() {
+    let mut tally = Tally::default();
+    let mut random = Random::new(42);
+    for prefer in [Prefer::Cheapest, Prefer::Walk] {
+        for mut case in cases(prefer) {
+            let plan = case.compiled.plan.clone();
+            let original = case.emit(&plan).expect("a plan that can be emitted");
+            for _ in 0..2 {
+                let mut object = original.clone();
+                let Some(what) = other_code(&mut object.programs[0].code.slots, &mut random) else {
+                    continue;
+                };
+                judge(&mut case, &plan, &object, &what, &mut tally);
             }
         }
     }
-    eprintln!("{caught} of {planted} planted miscompilations caught");
-    assert!(planted >= WANTED, "only {planted} were planted");
-    // Packets made at random reach the last few mutants late: those that take three rules at their edges at once.
-    let most = planted * MISSED_PERCENT_MAX / 100;
-    assert!(missed.len() <= most, "missed {} of {planted}:\n{}", missed.len(), missed.join("\n"));
+    finish("code", &tally);
+}
+
+/// Changes one thing of one instruction that is neither a call nor the second half of another. What it was and is.
+fn other_code(slots: &mut [u64], random: &mut Random) -> Option<String> {
+    let insns = decode_all(slots).expect("what was emitted decodes");
+    let (slot, before) = &insns[random.below(insns.len())];
+    let slot = *slot as usize;
+    let [mut opcode, mut regs, off_low, off_high, rest @ ..] = slots[slot].to_le_bytes();
+    let mut off = i16::from_le_bytes([off_low, off_high]);
+    let mut imm = i32::from_le_bytes(rest);
+    // Documentation/bpf/standardization/instruction-set.rst: class in the low three bits, then source, then operation.
+    let (class, register, op) = (opcode & 7, opcode & 8 != 0, opcode & 0xf0);
+    let (load, store, jump) = (class == 1, class == 2 || class == 3, class == 5 || class == 6);
+    if jump && matches!(op, 0x80 | 0x90) || class == 0 {
+        return None;
+    }
+    match random.below(4) {
+        0 if !register && !load && op != 0 => {
+            imm = [imm.wrapping_add(1), imm.wrapping_sub(1), imm ^ 1 << random.below(31)][random.below(3)]
+        }
+        1 if load || store || jump => off = [off.wrapping_add(1), off.wrapping_sub(1)][random.below(2)],
+        // Greater and greater or equal, less and less or equal, equal and not equal, add and subtract, or and and.
+        2 if jump && op != 0 => {
+            opcode = opcode & 0x0f
+                | match op {
+                    0x10 => 0x50,
+                    0x50 | 0x40 => 0x10,
+                    0x20 => 0x30,
+                    0x30 => 0x20,
+                    0xa0 => 0xb0,
+                    0xb0 => 0xa0,
+                    _ => return None,
+                };
+        }
+        2 if class == 4 || class == 7 => {
+            opcode = opcode & 0x0f
+                | match op {
+                    0x00 => 0x10,
+                    0x10 => 0x00,
+                    0x40 => 0x50,
+                    0x50 => 0x40,
+                    0x60 => 0x70,
+                    0x70 => 0x60,
+                    _ => return None,
+                };
+        }
+        3 => {
+            let other = random.below(10) as u8;
+            regs =
+                if register && random.below(2) == 0 { regs & 0x0f | other << 4 } else { regs & 0xf0 | other };
+        }
+        _ => return None,
+    }
+    let [off_low, off_high] = off.to_le_bytes();
+    let imm = imm.to_le_bytes();
+    let changed = u64::from_le_bytes([opcode, regs, off_low, off_high, imm[0], imm[1], imm[2], imm[3]]);
+    if changed == slots[slot] {
+        return None;
+    }
+    slots[slot] = changed;
+    Some(format!("slot {slot} {before:?} is {changed:016x}"))
 }

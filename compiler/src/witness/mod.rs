@@ -1,0 +1,301 @@
+//! `witness`: packets that show what a classifier does.
+//!
+//! Half of them are *directed* (`directed`): for each entry some that take it, and some at each value at which one of its
+//! tests changes its mind (the ends of every interval, the values just beyond, each bit of a mask), while the entry's other
+//! tests hold and no earlier entry catches the packet; and for each element of a set that is looked up in a table one in
+//! it and one just beside it. The others take turns: *odd* ones (`odd`) are cut, tagged,
+//! fragmented or bent in each of some hundred ways, because rules meet packets they did not foresee; *mixed* ones have
+//! fields of several entries, since a packet passes several stages. Around directed packets a plan is *probed* (`probe`).
+//! The sequence depends on the seed alone.
+
+mod directed;
+mod elements;
+mod frame;
+mod odd;
+mod probe;
+mod random;
+
+pub use odd::ODD_FRAMES;
+pub use random::Random;
+
+use std::borrow::Cow;
+
+use polc_ir::classifier::Classifier;
+use polc_ir::cube::Cube;
+use polc_ir::env::{Attach, Device, Input};
+use polc_ir::field::Field;
+use polc_ir::interval::max_value;
+use polc_ir::plan::Plan;
+
+use directed::{Directed, surroundings};
+use frame::Wanted;
+use probe::Probes;
+
+/// Of so many packets, half are directed, one is odd and one mixed.
+const TURN: usize = 4;
+
+/// Rounds that a run of all packets makes.
+const ROUNDS: usize = 2;
+
+/// How far apart two ways to be odd are that follow each other: a prime that does not divide their number.
+const ODD_STRIDE: usize = 59;
+const _: () = assert!(!ODD_FRAMES.is_multiple_of(ODD_STRIDE));
+
+/// An endless sequence of packets for a classifier.
+#[derive(Debug)]
+pub struct Witnesses<'a> {
+    classifier: &'a Classifier,
+    devices: &'a [Device],
+    random: Random,
+    directed: Directed<'a>,
+    cubes: Vec<Cow<'a, Cube>>,
+    made: usize,
+    /// The last packet that is not odd.
+    plain: Input,
+    probes: Option<Probes<'a>>,
+    /// Fields on which a plan differs, that a packet is to have.
+    differing: Option<Wanted>,
+}
+
+impl<'a> Witnesses<'a> {
+    /// Packets for `classifier` that come and go by `devices`.
+    pub fn new(classifier: &'a Classifier, devices: &'a [Device], seed: u64) -> Witnesses<'a> {
+        let entries = classifier.entries.values().map(|entry| &entry.cube).filter(|cube| !cube.is_all());
+        let elements = elements::elements(classifier);
+        let of_sets = elements.values().flatten().cloned();
+        let cubes = entries.map(Cow::Borrowed).chain(of_sets.map(Cow::Owned)).collect();
+        let mut random = Random::new(seed);
+        let directed = Directed::new(classifier, devices, elements, &mut random);
+        Witnesses {
+            classifier,
+            devices,
+            random,
+            directed,
+            cubes,
+            made: 0,
+            plain: Input::default(),
+            probes: None,
+            differing: None,
+        }
+    }
+
+    /// The same, and wherever fields are found on which `plan` decides otherwise than the classifier that it was made
+    /// from, a packet that has them. Without such fields the packets
+    /// are the same.
+    pub fn of_plan(
+        classifier: &'a Classifier,
+        plan: &'a Plan,
+        devices: &'a [Device],
+        seed: u64,
+    ) -> Witnesses<'a> {
+        let witnesses = Witnesses::new(classifier, devices, seed);
+        let probes = Some(Probes::new(classifier, plan, witnesses.directed.elements()));
+        Witnesses { probes, ..witnesses }
+    }
+
+    /// How many packets it takes until each directed one and each kind of odd one was there [`ROUNDS`] times, with
+    /// whatever a test leaves open being different.
+    pub fn enough(&self) -> usize {
+        ROUNDS * (2 * self.directed.len()).max(TURN * ODD_FRAMES)
+    }
+
+    fn mixed(&mut self) -> Input {
+        let mut wanted = Wanted::new();
+        if !self.cubes.is_empty() {
+            for _ in 0..1 + self.random.below(3) {
+                let cube = self.random.below(self.cubes.len());
+                self.satisfy(cube, &mut wanted);
+            }
+        }
+        self.with(&wanted, true)
+    }
+
+    fn with(&mut self, wanted: &Wanted, odd: bool) -> Input {
+        let frame = self.directed.frames().frame(wanted, odd, &mut self.random);
+        let mut input = Input { frame, ..Input::default() };
+        surroundings(self.classifier, self.devices, wanted, &mut input, &mut self.random);
+        input
+    }
+
+    fn satisfy(&mut self, cube: usize, wanted: &mut Wanted) {
+        for test in self.cubes[cube].tests() {
+            let intervals = test.values.intervals();
+            if intervals.is_empty() {
+                continue;
+            }
+            let interval = intervals[self.random.below(intervals.len())];
+            let top = max_value(test.field.bits(self.classifier.family));
+            let value = match self.random.below(16) {
+                0 => interval.lo().wrapping_sub(1) & top,
+                1 => interval.hi().wrapping_add(1) & top,
+                2..=5 => interval.hi(),
+                6..=8 => {
+                    let width = interval.hi() - interval.lo();
+                    interval.lo() + u128::from(self.random.next_u64()) % width.saturating_add(1).max(1)
+                }
+                _ => interval.lo(),
+            };
+            // The long packets are directed ones.
+            if matches!(test.field, Field::Length | Field::L4Len) && value > 1500 {
+                continue;
+            }
+            wanted.insert(test.field, value | self.random.next_u128() & !test.mask & top);
+        }
+    }
+}
+
+impl Iterator for Witnesses<'_> {
+    type Item = Input;
+
+    fn next(&mut self) -> Option<Input> {
+        if let Some(wanted) = self.differing.take() {
+            return Some(self.with(&wanted, false));
+        }
+        let turn = self.made % TURN;
+        let number = self.made / TURN;
+        self.made += 1;
+        Some(match turn {
+            1 => {
+                let mut odd = self.plain.clone();
+                // Ways that are far apart take turns, so that a short run sees all sorts.
+                let way = number * ODD_STRIDE % ODD_FRAMES;
+                odd::bend(self.classifier.family, way, &mut odd, &mut self.random);
+                if self.classifier.place.attach == Some(Attach::Xdp) {
+                    // Nobody tells a program there of a tag that was taken out.
+                    odd.vlan = None;
+                }
+                odd
+            }
+            3 => self.mixed(),
+            _ => {
+                let input = self.directed.packet(&mut self.random);
+                self.plain = input.clone();
+                if let Some(probes) = &self.probes {
+                    // Numbers of their own, so that the packets are the same with and without.
+                    let mut random = Random::new(self.made as u64);
+                    self.differing = probes.differing(self.directed.frames(), &input, &mut random);
+                }
+                input
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use polc_frontend_iptables::{ParseOptions, lower, parse};
+    use polc_ir::entities::Entry;
+    use polc_ir::env::{Env, Mode};
+    use polc_ir::hook::{Hook, Semantics};
+    use polc_ir::packet::View;
+    use polc_ir::source::SourceMap;
+    use polc_ir::state::State;
+
+    use super::*;
+    use crate::flatten::flatten;
+    use crate::place::{devices_of, place};
+
+    /// The first packets for a rule set: for each, its fields and the entries it takes.
+    fn packets(text: &str, each: &mut dyn FnMut(&Classifier, &dyn Fn(Field) -> u128, &[Entry])) {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text);
+        let ruleset = lower(&parse(&sources, file, &ParseOptions::default()).0, &[], Semantics::Legacy);
+        let place = place(&[Hook::Input], Attach::TcIngress, Mode::Accelerate, false);
+        let classifier = flatten(&ruleset, &place, &Env::default(), &mut Vec::new());
+        let devices = devices_of(&ruleset);
+        let witnesses = Witnesses::new(&classifier, &devices, 1);
+        let enough = witnesses.enough();
+        for input in witnesses.take(enough) {
+            let Ok(view) = View::new(classifier.family, &place, &input) else { continue };
+            let given = |field: Field| match field {
+                Field::Derived(id) => {
+                    let member = classifier.member(id, &mut |field| view.get(field));
+                    member.unwrap_or_else(|| polc_ir::derived::eval(&classifier.derived[id], &view)).into()
+                }
+                field => view.get(field),
+            };
+            let taken = std::cell::RefCell::new(Vec::new());
+            let mut fields = polc_ir::classifier::Fields::new(&given);
+            classifier.eval_with(&mut fields, &mut State::new(1), |stage, fields| {
+                let entries = &classifier.stages[stage].entries;
+                let holds =
+                    |entry: &&Entry| classifier.entries[**entry].cube.holds(|field| fields.get(field));
+                let entry = *entries.iter().find(holds).expect("a stage is total");
+                taken.borrow_mut().push(entry);
+                entry
+            });
+            each(&classifier, &given, &taken.into_inner());
+        }
+    }
+
+    /// Every entry that a packet can take is taken, behind writes, jumps, sets of ports and rules that hide most of it.
+    #[test]
+    fn every_entry_is_taken() {
+        let text = "*filter\n:INPUT DROP [0:0]\n:a - [0:0]\n:b - [0:0]\n\
+            -A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 1000:2000 -j a\n\
+            -A INPUT -d 192.0.2.0/255.255.0.255 -j b\n\
+            -A INPUT -s 0.0.0.0/1 -j DROP\n\
+            -A INPUT -p udp -m multiport --dports 53,123,1000:2000 -m ttl --ttl-gt 63 -j ACCEPT\n\
+            -A INPUT -p tcp -m tcp --tcp-flags SYN,ACK,FIN,RST SYN -m length --length 1500 -j ACCEPT\n\
+            -A INPUT -p tcp -m tcp --tcp-option 8 -j ACCEPT\n\
+            -A INPUT -m u32 --u32 \"0>>22&0x3C@4&0xFFFF=77\" -p tcp -j ACCEPT\n\
+            -A a -m mark --mark 0x0/0x3 -j MARK --set-xmark 0x2/0x3\n\
+            -A a -m mark --mark 0x2/0x3 -p tcp -m tcp --sport 7 -j ACCEPT\n\
+            -A a -s 10.1.2.3 -j DROP\n\
+            -A b -p icmp -m icmp --icmp-type 8 -j ACCEPT\n\
+            -A b -i eth0 -p sctp -m sctp --dport 5 -j RETURN\n\
+            -A b -i eth+ -j DROP\nCOMMIT\n";
+        let mut all = BTreeSet::new();
+        let mut taken = BTreeSet::new();
+        let mut shown = String::new();
+        packets(text, &mut |classifier, _, entries| {
+            if shown.is_empty() {
+                shown = classifier.to_string();
+                all.extend(classifier.entries.keys());
+            }
+            taken.extend(entries.iter().copied());
+        });
+        let missing: Vec<String> = all.difference(&taken).map(Entry::to_string).collect();
+        assert_eq!(missing, HIDDEN, "{shown}");
+    }
+
+    /// What no packet takes: TCP packets from 10.0.0.0/8 of at least 20 bytes come back from `a`, so nothing behind the
+    /// drop of 0.0.0.0/1 sees one, no other protocol does, and none is too short; UDP packets stay what they are.
+    const HIDDEN: [&str; 19] = [
+        "entry1", "entry2", "entry3", "entry4", "entry5", "entry10", "entry11", "entry12", "entry21",
+        "entry56", "entry57", "entry58", "entry59", "entry60", "entry61", "entry62", "entry63", "entry64",
+        "entry65",
+    ];
+
+    /// Each end of an interval is met, and each value beside it, by packets that the rest of the rule lets through.
+    #[test]
+    fn edges_are_met_while_the_rest_of_the_rule_holds() {
+        let text = "*filter\n:INPUT ACCEPT [0:0]\n\
+            -A INPUT -s 10.0.0.0/24 -p tcp -m tcp --dport 1:65534 -j ACCEPT\n\
+            -A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 1000:2000 -j DROP\nCOMMIT\n";
+        let mut ports = BTreeSet::new();
+        packets(text, &mut |_, field, _| {
+            let source = field(Field::SrcAddr);
+            let second = source >> 24 == 10 && source >> 8 != 0x0a_0000;
+            if second && field(Field::Proto) == 6 && field(Field::L4Len) >= 20 && field(Field::Fragment) == 0
+            {
+                ports.insert(field(Field::DstPort));
+            }
+        });
+        for port in [999, 1000, 2000, 2001] {
+            assert!(ports.contains(&port), "{port}");
+        }
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_packets() {
+        let mut first = Vec::new();
+        let mut again = Vec::new();
+        let text = "*filter\n:INPUT DROP [0:0]\n-A INPUT -p tcp -j ACCEPT\nCOMMIT\n";
+        packets(text, &mut |_, field, _| first.push(field(Field::SrcAddr)));
+        packets(text, &mut |_, field, _| again.push(field(Field::SrcAddr)));
+        assert_eq!(first, again);
+    }
+}
