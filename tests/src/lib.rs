@@ -6,6 +6,7 @@
 pub mod applied;
 pub mod corpus;
 pub mod fuzz;
+pub mod generate;
 pub mod kernel;
 pub mod levels;
 pub mod stateless;
