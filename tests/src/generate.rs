@@ -77,7 +77,7 @@ const V6: &[&str] = &[
     "-m hbh --hbh-len 8",
     "-m dst --dst-len 8",
     "-m ipv6header --header hop-by-hop --soft",
-    "-m ipv6header --header frag,tcp",
+    "-m ipv6header --header frag,prot",
 ];
 
 const TRANSPORT_EITHER: &[&str] = &[

@@ -78,6 +78,8 @@ fn sample(family: Family, inputs: &[DeviceName], mut input: Input, id: u32) -> O
     input.out_device = None;
     input.mark = 0;
     input.packet_type = None;
+    // A tag that was taken out is not in the frame, which is all that is sent.
+    input.vlan = None;
     let frame = Frame { bytes: input.frame.clone(), id: if told { id } else { 0 }, device };
     Some(Sample { input, frame })
 }

@@ -550,7 +550,7 @@ fn write(
 }
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.
-fn trace(entry: &EntryData) -> Option<Trace> {
+pub(crate) fn trace(entry: &EntryData) -> Option<Trace> {
     let (ending, if_absent) = match entry.exit {
         Exit::End(ending) => (Some(ending), false),
         Exit::EndIfAbsent(ending) => (Some(ending), true),

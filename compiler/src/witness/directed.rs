@@ -39,6 +39,12 @@ const PICKS_MAX: usize = 16;
 const EDGES: usize = 4;
 const INNER_EDGES: usize = 12;
 
+/// Packets at an interval of a field of so many bits that differ from a value there in one bit: of each byte but the
+/// lowest, or of each word of wide fields, so that who takes a part of a value for the whole is found out.
+fn flips(bits: u8) -> usize {
+    usize::from(bits.div_ceil(if bits > 32 { 32 } else { 8 })) - 1
+}
+
 /// Packets for an element of a set: one in it, and one just beside it.
 const OF_ELEMENT: usize = 2;
 
@@ -151,6 +157,11 @@ impl<'a> Directed<'a> {
         }
     }
 
+    /// A packet with these fields where the entry is tried.
+    pub(super) fn towards(&self, entry: Entry, fields: &Cube, random: &mut Random) -> Input {
+        self.reach(entry, fields, Choice::Any, random)
+    }
+
     fn passes(&self, target: Target) -> usize {
         if target.element.is_some() {
             return OF_ELEMENT;
@@ -171,8 +182,9 @@ impl<'a> Directed<'a> {
         if !self.is_full(test) {
             return test.mask.count_ones() as usize;
         }
-        let wide = test.field.bits(self.classifier.family) > 32;
-        test.values.intervals().len() * if wide { EDGES + INNER_EDGES } else { EDGES }
+        let bits = test.field.bits(self.classifier.family);
+        let inner = if bits > 32 { INNER_EDGES } else { 0 };
+        test.values.intervals().len() * (EDGES + inner + flips(bits))
     }
 
     /// A test's value of this number; `None` if it is the same as another.
@@ -185,10 +197,18 @@ impl<'a> Directed<'a> {
             return Some(test.values.intervals().first()?.lo() ^ 1 << bit);
         }
         let bits = test.field.bits(self.classifier.family);
-        let each = if bits > 32 { EDGES + INNER_EDGES } else { EDGES };
+        let each = EDGES + flips(bits) + if bits > 32 { INNER_EDGES } else { 0 };
         let interval = test.values.intervals()[number / each];
         let (lo, hi) = (interval.lo(), interval.hi());
-        let value = match number % each {
+        let number = number % each;
+        if let Some(flip) = number.checked_sub(each - flips(bits)) {
+            // Alike but for one part: beside a range, or beside the only value.
+            let alike = if lo == hi { lo } else { lo.checked_sub(1)? };
+            let apart = if bits > 32 { 32 } else { 8 };
+            return Some(alike ^ 1 << (apart * (flip + 1) + alike as usize % apart))
+                .filter(|value| *value <= max_value(bits));
+        }
+        let value = match number {
             0 => return Some(lo),
             1 => return (hi != lo).then_some(hi),
             2 => return lo.checked_sub(1),

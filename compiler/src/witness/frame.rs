@@ -82,7 +82,11 @@ impl Frames<'_> {
                 l4.extend(self.sctp_chunks(wanted, random));
             }
             DCCP => self.dccp_options(wanted, &mut l4),
-            _ => self.tcp_options(wanted, &mut l4, random),
+            _ => {
+                self.tcp_options(wanted, &mut l4, random);
+                // Not all packets are of even length.
+                l4.extend(std::iter::repeat_n(0xa5, random.below(4)));
+            }
         }
         for (&field, &value) in wanted {
             let (offset, len) = match field {

@@ -16,7 +16,9 @@ const CUTS: usize = 100;
 const FIRST_BYTES: usize = 32;
 const LENGTHS: usize = 12;
 const TYPES: usize = 18;
-const TAGS: usize = 16;
+const TAGS: usize = 19;
+/// Frames with one or two tags are cut within the tags, and up to where the network header has begun.
+const TAGGED_CUTS: std::ops::Range<usize> = 12..28;
 const FRAGMENTS: usize = 8;
 const CHAINS: usize = 9 * 5;
 const OFFSETS: usize = 16;
@@ -24,8 +26,18 @@ const PADDINGS: usize = 3;
 const OPTIONS: usize = 10;
 
 /// How many ways there are.
-pub const ODD_FRAMES: usize =
-    2 * CUTS + FIRST_BYTES + LENGTHS + TYPES + TAGS + FRAGMENTS + CHAINS + OFFSETS + PADDINGS + OPTIONS + 8;
+pub const ODD_FRAMES: usize = 2 * CUTS
+    + FIRST_BYTES
+    + LENGTHS
+    + TYPES
+    + TAGS
+    + 2 * (TAGGED_CUTS.end - TAGGED_CUTS.start)
+    + FRAGMENTS
+    + CHAINS
+    + OFFSETS
+    + PADDINGS
+    + OPTIONS
+    + 8;
 
 /// Changes a frame in the way of this number, below [`ODD_FRAMES`]. A frame without a network header stays as it is.
 pub(super) fn bend(family: Family, number: usize, input: &mut Input, random: &mut Random) {
@@ -66,6 +78,10 @@ pub(super) fn bend(family: Family, number: usize, input: &mut Input, random: &mu
         }
     } else if let Some(tags) = is(TAGS) {
         tag(tags, input, random);
+    } else if let Some(of) = is(2 * TAGGED_CUTS.len()) {
+        // One tag without an id, or two.
+        tag(if of % 2 == 0 { 0 } else { 5 }, input, random);
+        input.frame.truncate(TAGGED_CUTS.start + of / 2);
     } else if let Some(of) = is(FRAGMENTS) {
         let fields: [u16; FRAGMENTS] = [0x2000, 1, 0x2001, 0x4000, 0x8000, 0x1fff, 0x3fff, 0x100];
         fragment(family, fields[of], frame);
@@ -148,12 +164,15 @@ fn tag(of: usize, input: &mut Input, random: &mut Random) {
         10 => &[(dot1q, 0x800)],
         11 => &[(dot1q, 1)],
         12 => &[(dot1q, 0), (dot1q, 1)],
+        13 => &[(dot1q, 0), (dot1ad, 0)],
+        14 => &[(dot1q, 0), (dot1q, 0), (dot1ad, 0)],
+        15 => &[(dot1ad, 0), (dot1ad, 0), (dot1ad, 0)],
         _ => &[],
     };
     match of {
-        13 => input.vlan = Some(0),
-        14 => input.vlan = Some(0xe000),
-        15 => input.vlan = Some(0x6000 | id),
+        16 => input.vlan = Some(0),
+        17 => input.vlan = Some(0xe000),
+        18 => input.vlan = Some(0x6000 | id),
         _ => {}
     }
     for &(kind, tci) in tags.iter().rev() {
