@@ -8,8 +8,8 @@
 //! the union: an exit leads past every stage in which its packets take one and the same entry, counting and writing what
 //! that does.
 //!
-//! What is left of a stage that was cut in blocks is put together again, and a stage that has a single entry is none:
-//! entries that led to it do what it did. Nothing else changes: a packet meets the same rules, in the same order, and is
+//! What is left of a stage that was cut in blocks is put together again, a packet is counted at the end of its way rather
+//! than on it, and a stage that has a single entry is none: entries that led to it do what it did. Nothing else changes: a packet meets the same rules, in the same order, and is
 //! counted for the same.
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
@@ -27,6 +27,9 @@ const EARLIER_ENTRIES: usize = 16;
 
 /// Entries that leading exits past stages may ask, for each that there is.
 const ASKED_PER_ENTRY: usize = 32;
+
+/// Entries of a stage that may come to count on their way what was counted before.
+const UNCOUNTED_ENTRIES_MAX: usize = 8;
 
 /// Simplifies every stage.
 pub fn simplify(classifier: &Classifier) -> Classifier {
@@ -244,8 +247,31 @@ fn join(mut classifier: Classifier) -> Classifier {
             classifier.stages[stage].entries.pop();
             classifier.stages[stage].entries.extend(more);
         }
+        for entry in classifier.stages[stage].entries.clone() {
+            count_later(&mut classifier, entry, &led);
+        }
     }
     classifier
+}
+
+/// Counts what an entry counts on its way with what the entries count that it leads to, if nothing else leads to them.
+fn count_later(classifier: &mut Classifier, entry: Entry, led: &SecondaryMap<Stage, u32>) {
+    let Exit::Then { stage: next, .. } = classifier.entries[entry].exit else { return };
+    let entries = &classifier.stages[next].entries;
+    let counts = |&entry: &Entry| {
+        let data = &classifier.entries[entry];
+        !data.counts.is_empty() || matches!(data.exit, Exit::End(_) | Exit::EndIfAbsent(_))
+    };
+    // Where nothing is counted yet it is no more work either, but a place for it.
+    let few = entries.len() <= UNCOUNTED_ENTRIES_MAX && entries.iter().any(counts);
+    if led[next] != 1 || !(few || entries.iter().all(counts)) {
+        return;
+    }
+    let entries = entries.clone();
+    let counts = std::mem::take(&mut classifier.entries[entry].counts);
+    for entry in entries {
+        classifier.entries[entry].counts.splice(0..0, counts.iter().copied());
+    }
 }
 
 /// Takes out stages of a single entry: entries that lead there do what it does.

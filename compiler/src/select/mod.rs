@@ -80,14 +80,17 @@ const LINEAR_TESTS_MAX: usize = 400;
 /// headers, searches of the packet and the walk.
 const CODE_INSNS_MAX: usize = 24_000;
 
-/// Instructions that an operation of a look-up becomes.
-const INSNS_PER_OP: usize = 4;
+/// Instructions that an operation of a look-up becomes, those included that make room for its value.
+const INSNS_PER_OP: usize = 3;
+
+/// Instructions that follow a look-up: what its exit's word says.
+const INSNS_PER_LOOKUP: usize = 24;
 
 /// Instructions that a word test becomes, and an exit.
 const INSNS_PER_TEST: usize = 4;
 
 /// Instructions that an exit becomes which code takes, for it goes on in code: finding it, counting, going.
-const INSNS_PER_EXIT: usize = 16;
+const INSNS_PER_EXIT: usize = 12;
 
 /// Bytes of tables below which no other structure is tried.
 const SMALL_BYTES: usize = 256 << 10;
@@ -213,7 +216,7 @@ impl Shape {
                     INSNS_PER_EXIT + INSNS_PER_TEST * tests.map(|all| all.len() + 1).sum::<usize>()
                 })
                 .sum(),
-            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + 60,
+            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
         }
     }
 
