@@ -4,16 +4,18 @@
 //! Each panics where a claim does not hold.
 
 use polc::place::{attach_for, devices_of, place};
-use polc::runner::{Level, run};
+use polc::runner::Program;
 use polc::select::Devices;
 use polc::witness::Witnesses;
+use polc_backend_ebpf::emit::{GENERATOR_FAULT, emit};
 use polc_backend_ebpf::object::Object;
 use polc_frontend_iptables::{Mode, ParseOptions, ipset, lower, parse, print};
 use polc_ir::diag::Severity;
 use polc_ir::env::{self, Env};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
-use polc_ir::state::State;
+
+use crate::levels::{Levels, target};
 
 /// Most rules of which [`levels_agree`] asks. How stages are decided is a search whose time grows with them, and under
 /// a sanitizer it has to end well within a fuzzer's patience; large rule sets are what the corpora are for.
@@ -53,7 +55,7 @@ pub fn object_reader(bytes: &[u8]) {
     }
 }
 
-/// Rules that are accepted, [`RULES_MAX`] at most, mean the same at every level. Gives how many packets showed it.
+/// Rules that are accepted, [`RULES_MAX`] at most, mean the same at every level and in the emitted program. Gives how many packets showed it.
 pub fn levels_agree(text: &str) -> usize {
     let mut sources = SourceMap::new();
     let file = sources.add("fuzz", text);
@@ -77,12 +79,18 @@ pub fn levels_agree(text: &str) -> usize {
         if !compiled.diagnostics.is_empty() {
             continue;
         }
+        let attach = attach_for(hook);
+        let program = match emit(&compiled.plan, &target(attach)) {
+            Ok(object) => Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it")),
+            Err(found) => {
+                assert_ne!(found[0].code, GENERATOR_FAULT, "{hook}: {found:?}");
+                None
+            }
+        };
+        let mut levels = Levels { ruleset: &ruleset, compiled: &compiled, env: &env, program };
         for input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(PACKETS) {
             packets += 1;
-            let of = |level| run(level, &ruleset, &compiled, &env, &input, &mut State::new(1));
-            for level in [Level::Classifier, Level::Decision, Level::Plan] {
-                assert_eq!(of(level), of(Level::Ruleset), "{level} for {input:02x?}");
-            }
+            levels.agree(&input).unwrap_or_else(|why| panic!("{hook} {why}"));
         }
     }
     packets

@@ -12,7 +12,7 @@ use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
-use polc_backend_ebpf::emit::{RuleLine, Target, emit};
+use polc_backend_ebpf::emit::emit;
 use polc_backend_ebpf::insn::decode_all;
 use polc_backend_ebpf::object::Object;
 use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
@@ -25,6 +25,7 @@ use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
+use polc_tests::levels::target;
 
 /// Miscompilations to plant, of each of the four kinds.
 const WANTED: usize = 50;
@@ -63,16 +64,7 @@ impl Case {
     }
 
     fn emit(&self, plan: &Plan) -> Option<Object> {
-        let target = Target {
-            attach: self.attach,
-            name: "polc".into(),
-            rule: &|_| None::<RuleLine>,
-            chain: &|_| None,
-            semantics: Semantics::Legacy,
-            trace: false,
-            suspend: false,
-        };
-        emit(plan, &target).ok()
+        emit(plan, &target(self.attach)).ok()
     }
 
     /// The first packet that an object treats otherwise than the rules do.

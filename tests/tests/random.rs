@@ -10,7 +10,7 @@ use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
-use polc_backend_ebpf::emit::{RuleLine, Target, emit};
+use polc_backend_ebpf::emit::{Target, emit};
 use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
 use polc_ir::diag::Severity;
 use polc_ir::env::{Connection, Connections, Env, Input, Mode, Place, ct_state};
@@ -22,6 +22,7 @@ use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::generate::{Case, case};
+use polc_tests::levels::{Levels, target};
 use proptest::test_runner::{
     Config, FileFailurePersistence, RngAlgorithm, TestCaseError, TestRng, TestRunner,
 };
@@ -76,15 +77,7 @@ fn one(case: &Case) -> Result<(), TestCaseError> {
     let env = Env::default();
     let compiled = polc::compile_with(&ruleset, &place, &env, &devices, case.prefer);
     let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
-    let target = Target {
-        attach,
-        name: "polc".into(),
-        rule: &|_| None::<RuleLine>,
-        chain: &|_| None,
-        semantics: case.semantics,
-        trace: false,
-        suspend: false,
-    };
+    let target = Target { semantics: case.semantics, ..target(attach) };
     let object = match emit(&compiled.plan, &target) {
         Ok(object) => object,
         Err(found) => return fail(format!("not emitted: {found:?}")),
@@ -197,26 +190,11 @@ fn large_rule_sets_are_decided_by_groups() {
         let structure = compiled.plan.to_string();
         assert!(structure.contains(" groups, "), "{family}: {structure}");
         let attach = attach_for(Hook::Input);
-        let target = Target {
-            attach,
-            name: "polc".into(),
-            rule: &|_| None::<RuleLine>,
-            chain: &|_| None,
-            semantics: Semantics::Legacy,
-            trace: false,
-            suspend: false,
-        };
-        let object = emit(&compiled.plan, &target).expect("it is small");
-        let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");
+        let object = emit(&compiled.plan, &target(attach)).expect("it is small");
+        let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
+        let mut levels = Levels { ruleset: &ruleset, compiled: &compiled, env: &env, program };
         for input in Witnesses::new(&compiled.classifier, &[], seed).take(PACKETS) {
-            let of = |level| run(level, &ruleset, &compiled, &env, &input, &mut State::new(seed));
-            let expected = of(Level::Ruleset);
-            assert_eq!(of(Level::Plan), expected, "{family}: {input:02x?}");
-            let said = program.run(&compiled.plan, &input);
-            assert!(
-                said.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted)),
-                "{family} rbpf: {said:?} instead of {expected:?} for {input:02x?}"
-            );
+            levels.agree(&input).unwrap_or_else(|why| panic!("{family} {why}"));
         }
     }
 }
