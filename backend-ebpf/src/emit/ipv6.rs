@@ -68,11 +68,16 @@ impl Emitter<'_> {
         let bail = self.bail_label();
         let many = self.frame_end(FrameKind::ManyHeaders);
         let netfilter = self.target.attach == Attach::Netfilter;
+        self.keep_network_offset();
+        let none = self.asm.label();
+        let looks = self.slot(Field::ExtHeaderMask).is_some();
         if !netfilter {
+            if !looks {
+                self.jump_unless_extension(Reg::R2, none);
+            }
             self.asm.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
             self.asm.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
         }
-        self.keep_network_offset();
         if self.slot(Field::ExtHeaderMask).is_some() {
             self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
             self.header_mask();
@@ -170,6 +175,21 @@ impl Emitter<'_> {
             a.alu64(AluOp::Add, Reg::R9, Reg::R1);
         }
         self.transport();
+        if !netfilter && !looks {
+            self.asm.goto(done);
+            self.asm.bind(none);
+            self.asm.comment("no extension headers, as in nearly all packets");
+            self.store_field(Field::Proto, Reg::R2);
+            let a = &mut self.asm;
+            a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R2);
+            a.mov64(Reg::R2, Reg::R3);
+            a.alu64(AluOp::Sub, Reg::R2, 40);
+            a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
+            a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
+            a.jump64(Cond::Eq, Reg::R2, 0, done);
+            a.alu64(AluOp::Add, Reg::R9, 40);
+            self.transport();
+        }
         self.asm.bind(done);
     }
 

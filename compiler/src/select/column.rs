@@ -1,7 +1,8 @@
 //! Looks a column up: from the key's words to what a run of values stands for.
 //!
 //! Up to 63 bits are one number. A longer field (an IPv6 address) is searched word by word: the runs of the first word
-//! stand for what is left to search, and the number searched next is that, followed by the next word.
+//! stand for what is left to search, and the number searched next is that, followed by the next word. Where what is left
+//! is a host at most, its last 64 bits are compared.
 
 use polc_ir::entities::Value;
 use polc_ir::plan::AluKind;
@@ -38,26 +39,37 @@ pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dy
     let mut labels: Vec<Vec<(u128, u64)>> = vec![runs];
     let mut state: Option<Value> = None;
     for index in 0..words {
+        if let Some(label) = state
+            && words - index == 2
+            && let Some(points) = labels.iter().map(|runs| Point::of(runs)).collect::<Option<Vec<_>>>()
+        {
+            let high = word(line, index);
+            let high = line.with(AluKind::Shl, high, 32);
+            let low = word(line, index + 1);
+            let number = line.alu(AluKind::Or, high, low);
+            return by_point(line, label, number, &points);
+        }
         let rest = 32 * u32::from(words - 1 - index);
-        let last = rest == 0;
+        // Where the number searched now is from, and what is left to search there.
+        let parts: Vec<(u64, Vec<(u128, u64)>)> = (0u64..)
+            .zip(&labels)
+            .flat_map(|(label, runs)| {
+                by_word(runs, rest).into_iter().map(move |(start, left)| (label << 32 | start, left))
+            })
+            .collect();
+        let is_last = parts.iter().all(|(_, left)| left.len() == 1);
         let mut next: Vec<Vec<(u128, u64)>> = Vec::new();
         let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
-        let mut numbers: Vec<(u64, u64)> = Vec::new();
-        for (label, runs) in (0u64..).zip(&labels) {
-            let mut label_of = |left: Vec<(u128, u64)>| -> u64 {
-                if last {
-                    return left[0].1;
-                }
-                *known.entry(left).or_insert_with_key(|left| {
-                    next.push(left.clone());
-                    next.len() as u64 - 1
-                })
-            };
-            for (start, left) in by_word(runs, rest) {
-                numbers.push((label << 32 | start, label_of(left)));
+        let mut label_of = |left: Vec<(u128, u64)>| -> u64 {
+            if is_last {
+                return left[0].1;
             }
-        }
-        let runs = merged(numbers.into_iter().map(|(start, value)| (start.into(), value)));
+            *known.entry(left).or_insert_with_key(|left| {
+                next.push(left.clone());
+                next.len() as u64 - 1
+            })
+        };
+        let runs = merged(parts.into_iter().map(|(number, left)| (number.into(), label_of(left))));
         let bits = 32 + u64::BITS - (labels.len() as u64 - 1).leading_zeros();
         let before = state;
         let number = |line: &mut Line<'_>| match before {
@@ -70,13 +82,58 @@ pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dy
         };
         let one = labels.len() == 1;
         let number: &dyn Fn(&mut Line<'_>) -> Value = if one { &|line| word(line, index) } else { &number };
-        state = Some(search(line, number, bits, &narrow(&runs)));
+        let found = search(line, number, bits, &narrow(&runs));
+        if is_last {
+            return found;
+        }
+        state = Some(found);
         labels = next;
-        if labels.is_empty() {
-            break;
+    }
+    unreachable!("behind the last word nothing is left to search")
+}
+
+/// What a number of 64 bits stands for, if that is one thing but for one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Point {
+    number: u64,
+    there: u64,
+    elsewhere: u64,
+}
+
+impl Point {
+    fn of(runs: &[(u128, u64)]) -> Option<Point> {
+        let point = |number: u128, there: u64, elsewhere: u64| {
+            Some(Point { number: number as u64, there, elsewhere })
+        };
+        match *runs {
+            [(_, value)] => point(0, value, value),
+            [(_, first), (1, elsewhere)] => point(0, first, elsewhere),
+            [(_, elsewhere), (start, last)] if start == u64::MAX.into() => point(start, last, elsewhere),
+            [(_, elsewhere), (start, there), (behind, last)] if behind == start + 1 && last == elsewhere => {
+                point(start, there, elsewhere)
+            }
+            _ => None,
         }
     }
-    state.expect("a field has words")
+}
+
+/// Compares the number with that of the label's point.
+fn by_point(line: &mut Line<'_>, label: Value, number: Value, points: &[Point]) -> Value {
+    let numbers = points.iter().map(|point| point.number).max().unwrap_or(0);
+    let numbers = line.table_of(points.len(), numbers, || points.iter().map(|point| point.number).collect());
+    let values = points.iter().flat_map(|point| [point.there, point.elsewhere]);
+    let largest = values.clone().max().unwrap_or(0);
+    let values = line.table_of(2 * points.len(), largest, || values.collect());
+    let point = line.index(numbers, label);
+    // 1 if they differ: a number or its negative has the top bit set unless it is 0.
+    let differs = line.alu(AluKind::Xor, number, point);
+    let zero = line.constant(0);
+    let negative = line.alu(AluKind::Sub, zero, differs);
+    let differs = line.alu(AluKind::Or, differs, negative);
+    let differs = line.with(AluKind::Shr, differs, 63);
+    let twice = line.with(AluKind::Shl, label, 1);
+    let place = line.alu(AluKind::Add, twice, differs);
+    line.index(values, place)
 }
 
 /// Runs over a word and `rest` bits below it, as runs over the word: from which word on, and what is left to search
@@ -126,6 +183,11 @@ fn narrow(runs: &[(u128, u64)]) -> Vec<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use polc_ir::entities::Stage;
+    use polc_ir::field::Field;
+    use polc_ir::plan::{KeySlot, LookupStep, PlanExit};
+
+    use super::super::line::Tables;
     use super::*;
 
     #[test]
@@ -141,5 +203,60 @@ mod tests {
             (9, vec![(0, 5)]),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_point_is_one_number_that_stands_for_something_else() {
+        let point = |number, there, elsewhere| Some(Point { number, there, elsewhere });
+        assert_eq!(Point::of(&[(0, 7)]), point(0, 7, 7));
+        assert_eq!(Point::of(&[(0, 7), (1, 8)]), point(0, 7, 8));
+        assert_eq!(Point::of(&[(0, 7), (5, 8), (6, 7)]), point(5, 8, 7));
+        assert_eq!(Point::of(&[(0, 7), (u64::MAX.into(), 8)]), point(u64::MAX, 8, 7));
+        assert_eq!(Point::of(&[(0, 7), (5, 8)]), None);
+        assert_eq!(Point::of(&[(0, 7), (5, 8), (6, 9)]), None);
+        assert_eq!(Point::of(&[(0, 7), (5, 8), (7, 7)]), None);
+    }
+
+    #[test]
+    fn every_value_of_four_words_is_found() {
+        let net = 0x2001_0db8u128 << 96;
+        // Hosts, prefixes, several hosts of one prefix, ranges across words.
+        let hosts: Vec<u128> =
+            (1..40u128).map(|host| net | host * 0x9e37_79b9 << 64 | host * 0xdead_beef).collect();
+        let prefixes: Vec<u128> = (1..40u128).map(|prefix| net | prefix * 0x0101_0101 << 64).collect();
+        let near: Vec<u128> = (1..40u128).map(|host| net | 5 << 64 | host * 3).collect();
+        let far: Vec<u128> =
+            (1..40u128).map(|host| host * 0x0123_4567_89ab_cdef_0011_2233_4455_6677).collect();
+        for (points, length) in [(&hosts, 0), (&prefixes, 64), (&near, 0), (&far, 3), (&far, 100)] {
+            let mut bounds: Vec<(u128, u32)> = vec![(0, 0)];
+            for (class, &point) in (1..).zip(points.iter()) {
+                bounds.push((point, class));
+                bounds.push((point + (1 << length), 0));
+            }
+            bounds.sort_unstable();
+            bounds.dedup_by_key(|bound| bound.0);
+            let runs: Vec<Run> = bounds.iter().map(|&(start, class)| Run { start, class }).collect();
+            let slot = KeySlot { field: Field::SrcAddr, word: 0, words: 4 };
+            let field = Masked { slot, mask: u128::MAX, field_bits: 128, bits: 128 };
+            let mut tables = Tables::new();
+            let mut line = Line::new(&mut tables);
+            let result = look_up(&mut line, field, &runs, &|class| u64::from(class) * 3);
+            let (ops, result) = line.finish(result);
+            let step = LookupStep {
+                stage: Stage::from_u32(0),
+                structure: String::new(),
+                ops,
+                result,
+                exits: vec![PlanExit::End(0)],
+                modelled: 0,
+            };
+            let near =
+                |start: u128| [start, start.wrapping_sub(1), start + 1, start ^ 1 << 64, start ^ 1 << 96];
+            for value in bounds.iter().flat_map(|&(start, _)| near(start)).chain([0, u128::MAX]) {
+                let key = [96, 64, 32, 0].map(|shift| (value >> shift) as u32);
+                let class = runs[runs.partition_point(|run| run.start <= value) - 1].class;
+                assert_eq!(step.eval(tables.all(), &key), u64::from(class) * 3, "{value:#x} {length}");
+            }
+        }
     }
 }

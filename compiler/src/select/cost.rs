@@ -27,7 +27,7 @@ const WORD_TEST: u64 = 20;
 
 /// Hundredths of a nanosecond that code which compares loses to a branch that went another way than foreseen, at
 /// most once a packet.
-const MISPREDICTED: u64 = 1_000;
+const MISPREDICTED: u64 = 700;
 
 /// Hundredths of a nanosecond from an offset to the element of a table of so many bytes.
 pub(super) fn read(bytes: usize) -> u64 {

@@ -117,8 +117,29 @@ impl<'a> Line<'a> {
         self.ops.push(Op::Word(word))
     }
 
-    /// `count` bits of a value of `total` bits, from bit `from` on, times 2^`scale`.
+    /// `count` bits of a value of `total` bits, from bit `from` on, times 2^`scale`. They are taken from what the value
+    /// was made of, where it was put together of other bits.
     pub(super) fn bits(&mut self, value: Value, from: u32, count: u32, scale: u32, total: u32) -> Value {
+        let (mut value, mut from, mut total) = (value, from, total);
+        loop {
+            let wanted = ((1u64 << count) - 1) << from;
+            (value, from, total) = match self.ops[value] {
+                Op::Alu(AluKind::Shr, inner, Operand::Const(by)) => (inner, from + by, total + by),
+                Op::Alu(AluKind::And, inner, Operand::Const(mask)) if wanted & !u64::from(mask) == 0 => {
+                    (inner, from, u64::BITS)
+                }
+                Op::Alu(AluKind::Or, high, Operand::Value(low)) => match (self.ops[high], self.ops[low]) {
+                    (Op::Alu(AluKind::Shl, _, Operand::Const(32)), Op::Word(_)) if from + count <= 32 => {
+                        (low, from, 32)
+                    }
+                    (Op::Alu(AluKind::Shl, high, Operand::Const(32)), Op::Word(_)) if from >= 32 => {
+                        (high, from - 32, total - 32)
+                    }
+                    _ => break,
+                },
+                _ => break,
+            };
+        }
         let shifted = if from >= scale {
             self.with(AluKind::Shr, value, (from - scale).into())
         } else {

@@ -65,14 +65,20 @@ pub(super) enum Search {
     Halves,
 }
 
-/// The tries worth trying for numbers of `bits` bits.
-fn strides(bits: u32) -> &'static [&'static [u32]] {
-    match bits {
+/// The tries worth trying for numbers of `bits` bits. What a longer number has beyond a word are few labels of the words
+/// before, which the root takes.
+fn strides(bits: u32) -> Vec<Vec<u32>> {
+    let of_word: &[&[u32]] = match bits {
         0..=8 => &[&[8]],
         9..=16 => &[&[8, 8], &[10, 6], &[16]],
         17..=32 => &[&[8, 8, 8, 8], &[12, 8, 6, 6], &[13, 7, 6, 6], &[14, 6, 6, 6], &[16, 8, 8], &[20, 6, 6]],
+        33..=40 => {
+            let labels = bits - 32;
+            return vec![vec![8 + labels, 8, 8, 8], vec![12 + labels, 8, 6, 6], vec![16 + labels, 8, 8]];
+        }
         _ => &[],
-    }
+    };
+    of_word.iter().map(|strides| strides.to_vec()).collect()
 }
 
 /// Writes the structure that the cost model likes best, and gives the value that a number's run stands for. `number`
@@ -105,15 +111,17 @@ pub(super) fn search(
     if runs.len() > 2 {
         let worthwhile =
             |&&first: &&u32| first < bits && 1usize << first <= FIRST_ELEMENTS_PER_RUN * runs.len();
-        for &first in FIRST_BITS.iter().filter(worthwhile) {
+        // Whatever comes before the last word is a label, which may leave few runs.
+        let labels = bits.saturating_sub(32);
+        for &first in FIRST_BITS.iter().chain([&labels]).filter(|first| **first > 0).filter(worthwhile) {
             consider(Search::First(first));
         }
         // A root with many more elements than runs mostly repeats itself.
         let root_max = (ROOT_ELEMENTS_PER_RUN * runs.len()).max(ROOT_ELEMENTS);
-        for strides in strides(bits).iter().filter(|strides| 1 << strides[0] <= root_max) {
-            consider(Search::Trie(strides.to_vec()));
+        for strides in strides(bits).into_iter().filter(|strides| 1 << strides[0] <= root_max) {
+            consider(Search::Trie(strides));
         }
-        if (HALF_BITS + 1..=2 * HALF_BITS).contains(&bits) {
+        if (HALF_BITS + 1..=2 * HALF_BITS + 8).contains(&bits) {
             consider(Search::Halves);
         }
     }
@@ -614,8 +622,8 @@ mod tests {
                 numbers.extend((0..200).map(|_| below(&mut random, top)));
                 let mut ways = vec![Search::Count, Search::Halve];
                 ways.extend([3, 8, 11].into_iter().filter(|&first| first < bits).map(Search::First));
-                ways.extend(strides(bits).iter().map(|strides| Search::Trie(strides.to_vec())));
-                ways.extend((bits == 32).then_some(Search::Halves));
+                ways.extend(strides(bits).into_iter().map(Search::Trie));
+                ways.extend(matches!(bits, 32 | 40).then_some(Search::Halves));
                 for how in ways {
                     if how == Search::Count && runs.len() > COUNTED_MAX {
                         continue;
