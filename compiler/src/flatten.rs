@@ -17,7 +17,7 @@ use polc_ir::cube::{Cube, Test};
 use polc_ir::derived::{DerivedData, address_types};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Derived, Rule, Stage};
-use polc_ir::env::{Connections, Env, Fragments, Place};
+use polc_ir::env::{Connections, Counting, Env, Fragments, Place};
 use polc_ir::field::Field;
 use polc_ir::interval::{Interval, IntervalSet};
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
@@ -127,9 +127,15 @@ impl Onward {
         Onward::end(Verdict::Defer, Decider::Rule(rule))
     }
 
-    /// Counts `first`, ahead of everything.
-    fn counting(mut self, first: Count) -> Onward {
-        self.counts.insert(0, first);
+    /// Counts `first`, ahead of everything, if it is to be counted.
+    fn counting(mut self, first: Count, counters: Counting) -> Onward {
+        let ending = match self.exit {
+            Exit::End(ending) | Exit::EndIfAbsent(ending) => Some(ending),
+            Exit::Then { .. } | Exit::Test { .. } => None,
+        };
+        if counters.keep(first, ending) {
+            self.counts.insert(0, first);
+        }
         self
     }
 }
@@ -288,7 +294,7 @@ impl Flattener<'_> {
         let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
         let by = Decider::Policy(chain);
         let onward = if drop { Onward::drop(key, by) } else { self.accept(key, by) };
-        onward.counting(Count::Policy(chain))
+        onward.counting(Count::Policy(chain), self.place.counters)
     }
 
     fn accept(&mut self, key: Key, by: Decider) -> Onward {
@@ -518,7 +524,11 @@ impl Flattener<'_> {
             }
             Action::Effect { .. } | Action::Steal(_) => Onward::defer(rule),
         };
-        let onward = if outermost.is_some() { onward } else { onward.counting(Count::Rule(rule)) };
+        let onward = if outermost.is_some() {
+            onward
+        } else {
+            onward.counting(Count::Rule(rule), self.place.counters)
+        };
         emit(entries, cubes, rule, &onward);
         ends
     }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use polc_ir::env::{Attach, Connections, Device, Fragments, Mode, Place};
+use polc_ir::env::{Attach, Connections, Counting, Device, Fragments, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Hook, TableKind};
 use polc_ir::ruleset::{ClauseKind, Ruleset};
@@ -68,6 +68,7 @@ pub fn place(path: &[Hook], attach: Attach, mode: Mode, local_addresses: bool) -
         },
         connections: Connections::Unknown,
         local_addresses,
+        counters: Counting::Exact,
     }
 }
 

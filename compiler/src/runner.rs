@@ -1,6 +1,6 @@
 //! Runs a packet through every level, the emitted program under rbpf included.
 
-use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
+use polc_backend_ebpf::emit::{COUNTERS_MAP, Told};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
@@ -109,8 +109,13 @@ impl Program {
     }
 
     /// Runs a packet: its ending, and what it was counted for, in ascending order. The error says what went wrong in the
-    /// program.
+    /// program; one that does not count tells too little.
     pub fn run(&mut self, plan: &Plan, input: &Input) -> Result<(Ending, Vec<Count>), String> {
+        self.tell(plan, input).and_then(Told::counted)
+    }
+
+    /// Runs a packet, whatever the program tells of it. The error says what went wrong in the program.
+    pub fn tell(&mut self, plan: &Plan, input: &Input) -> Result<Told, String> {
         let number = |name: Option<DeviceName>| {
             let found =
                 name.and_then(|name| plan.devices.devices.iter().find(|(device, _)| device.name == name));
@@ -138,7 +143,7 @@ impl Program {
                 // No hook of this family's sees it.
                 Err(kind) => {
                     self.mark = input.mark;
-                    return Ok((frame_ending(kind, plan.place.mode), Vec::new()));
+                    return Ok(Told::Counted(frame_ending(kind, plan.place.mode), Vec::new()));
                 }
             }
         }
@@ -147,10 +152,10 @@ impl Program {
         let result = self.vm.run(0, &vm_input);
         let result = result.map_err(|error| error.to_string())?;
         self.mark = result.mark;
-        let map = self.vm.map(COUNTERS_MAP).ok_or("the object has no counters")?;
+        let values = self.vm.map(COUNTERS_MAP).map(|map| self.vm.values(map)).unwrap_or_default();
         let bytes = View::new(plan.family, &plan.place, input).map(|view| view.bytes()).ok();
         let mut grown = vec![0; self.counters.len()];
-        for (slot, value) in self.vm.values(map).chunks_exact(16).take(grown.len()).enumerate() {
+        for (slot, value) in values.chunks_exact(16).take(grown.len()).enumerate() {
             let number = |at: usize| u64::from_le_bytes(value[at..at + 8].try_into().expect("eight bytes"));
             let (before, now) = (self.counters[slot], (number(0), number(8)));
             self.counters[slot] = now;
@@ -165,7 +170,7 @@ impl Program {
                 ));
             }
         }
-        ending_of(plan, self.attach, &grown, result.return_value as i32)
+        Told::new(plan, self.attach, &grown, result.return_value as i32)
     }
 }
 

@@ -9,9 +9,10 @@
 use std::collections::BTreeMap;
 
 use polc_backend_ebpf::budget::Budget;
+use polc_backend_ebpf::emit::Told;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::env::{Env, Input, Place};
-use polc_ir::outcome::{Count, Ending, Outcome, Verdict};
+use polc_ir::outcome::{Outcome, Verdict};
 use polc_ir::state::State;
 
 use crate::build;
@@ -35,8 +36,8 @@ const PACKETS_MIN: usize = 1_000;
 pub enum Said {
     /// A verdict, who gave it, and the mark (which the program's return does not tell).
     Outcome(Outcome),
-    /// A verdict, who gave it, and what the packet was counted for, in ascending order.
-    Ending(Ending, Vec<Count>),
+    /// What a program tells.
+    Told(Told),
     /// Something went wrong.
     Wrong(String),
 }
@@ -138,15 +139,17 @@ pub fn verify(
         if let Some(program) = &mut program {
             levels.push((
                 Level::Rbpf,
-                match program.run(&compiled.plan, &input) {
-                    Ok((ending, counted)) => Said::Ending(ending, counted),
+                match program.tell(&compiled.plan, &input) {
+                    Ok(told) => Said::Told(told),
                     Err(error) => Said::Wrong(error),
                 },
             ));
         }
         let agree = levels[1..].iter().all(|(_, said)| match said {
             Said::Outcome(outcome) => *outcome == reference,
-            Said::Ending(ending, counted) => reference.is(*ending, counted),
+            Said::Told(told) => {
+                place.attach.is_some_and(|attach| told.is(&reference, &compiled.plan, attach))
+            }
             Said::Wrong(_) => false,
         });
         verified.packets += 1;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::field::DeviceName;
 use crate::hook::Hook;
 use crate::interval::Interval;
+use crate::outcome::{Count, Decider, Ending};
 
 /// Where a program sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -84,6 +85,43 @@ pub enum Connections {
     Given,
 }
 
+/// What packets are counted for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Counting {
+    /// All that iptables' counters count: every rule that a packet meets and fits, and the policy that it comes to.
+    #[default]
+    Exact,
+    /// The rule or the policy that a packet's way ends at.
+    Terminal,
+    /// Nothing.
+    Off,
+}
+
+impl Counting {
+    /// Whether a packet is counted for something if its way ends so; `None`: it goes on.
+    pub fn keep(self, count: Count, ending: Option<Ending>) -> bool {
+        match self {
+            Counting::Exact => true,
+            Counting::Terminal => ending.is_some_and(|ending| match (ending.by, count) {
+                (Decider::Rule(by), Count::Rule(rule)) => by == rule,
+                (Decider::Policy(by), Count::Policy(chain)) => by == chain,
+                _ => false,
+            }),
+            Counting::Off => false,
+        }
+    }
+}
+
+impl fmt::Display for Counting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Counting::Exact => "exact",
+            Counting::Terminal => "terminal",
+            Counting::Off => "off",
+        })
+    }
+}
+
 /// What a program can know and do where it sits: which fields are given, which effects it may have.
 ///
 /// A clause or action that needs more is *deferred*: its truth is unknown, and three-valued evaluation takes over.
@@ -101,6 +139,8 @@ pub struct Place {
     pub connections: Connections,
     /// Whether the host's local addresses are given.
     pub local_addresses: bool,
+    /// What packets are counted for.
+    pub counters: Counting,
 }
 
 /// A network device.

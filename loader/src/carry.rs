@@ -102,6 +102,10 @@ pub(crate) fn totals(
     carried: &[(u64, u64)],
 ) -> Result<ByRule, Error> {
     let manifest = manifest(sys, slot, generation)?;
+    if manifest.counted.is_empty() {
+        // It may have no counters at all.
+        return Ok(ByRule::new());
+    }
     let path = slot.map(generation, COUNTERS_MAP);
     let fd = sys.obj_get(&path).map_err(Error::disk(&path))?;
     let map = sys.map(fd).map_err(Error::disk(&path))?;

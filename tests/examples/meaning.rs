@@ -8,7 +8,7 @@ use std::io::Write;
 
 use polc::witness::Witnesses;
 use polc_frontend_iptables::{ParseOptions, lower, parse};
-use polc_ir::env::{Connections, Device, Env, Fragments, Mode, Place};
+use polc_ir::env::{Connections, Counting, Device, Env, Fragments, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::source::SourceMap;
@@ -32,6 +32,7 @@ fn main() {
         fragments: Fragments::AsSeen,
         connections: Connections::Given,
         local_addresses: true,
+        counters: Counting::Exact,
     };
     let name = |name| DeviceName::new(name).expect("a short name");
     let devices = [Device { ifindex: 1, name: name("eth0") }];

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use polc::select::Prefer;
-use polc_ir::env::{Connections, Mode};
+use polc_ir::env::{Connections, Counting, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -161,6 +161,8 @@ pub struct Case {
     pub mode: Mode,
     /// What is known of connections.
     pub connections: Connections,
+    /// What packets are counted for.
+    pub counters: Counting,
     /// How stages are decided: every structure gets its share, whatever the cost model thinks of small rule sets.
     pub prefer: Prefer,
     /// The base chain's policy.
@@ -292,20 +294,24 @@ pub fn case() -> impl Strategy<Value = Case> {
             select(vec![Hook::Input, Hook::Forward, Hook::Output]),
             select(vec![Semantics::Legacy, Semantics::Nft]),
             mode(),
+            select(vec![Counting::Exact, Counting::Terminal, Counting::Exact, Counting::Off]),
             select(vec![Prefer::Linear, Prefer::Matrix, Prefer::Groups, Prefer::Walk, Prefer::Cheapest]),
             select(vec!["ACCEPT", "DROP"]),
             vec(vec(rule(family), 0..7), 1..5),
         )
-            .prop_map(move |(hook, semantics, (mode, connections), prefer, policy, chains)| Case {
-                family,
-                hook,
-                semantics,
-                mode,
-                // Programs on the way out can't look connections up.
-                connections: if hook == Hook::Output { Connections::Unknown } else { connections },
-                prefer,
-                policy,
-                chains,
-            })
+            .prop_map(
+                move |(hook, semantics, (mode, connections), counters, prefer, policy, chains)| Case {
+                    family,
+                    hook,
+                    semantics,
+                    mode,
+                    // Programs on the way out can't look connections up.
+                    connections: if hook == Hook::Output { Connections::Unknown } else { connections },
+                    counters,
+                    prefer,
+                    policy,
+                    chains,
+                },
+            )
     })
 }

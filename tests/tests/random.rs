@@ -73,6 +73,7 @@ fn one(case: &Case) -> Result<(), TestCaseError> {
     let attach = attach_for(case.hook);
     let mut place = place(&[case.hook], attach, case.mode, false);
     place.connections = case.connections;
+    place.counters = case.counters;
     let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
     let env = Env::default();
     let compiled = polc::compile_with(&ruleset, &place, &env, &devices, case.prefer);
@@ -104,8 +105,8 @@ fn one(case: &Case) -> Result<(), TestCaseError> {
         {
             return fail(error.to_string());
         }
-        let said = program.run(&compiled.plan, &input);
-        if !said.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted)) {
+        let said = program.tell(&compiled.plan, &input);
+        if !said.as_ref().is_ok_and(|told| told.is(&expected, &compiled.plan, attach)) {
             return fail(format!("rbpf: {said:?} instead of {expected:?} for {input:02x?}"));
         }
     }

@@ -14,11 +14,11 @@ use std::collections::BTreeMap;
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::{Code as DiagCode, Diagnostic};
 use polc_ir::entities::{Map, Rule, Set, Step};
-use polc_ir::env::{Attach, Mode};
+use polc_ir::env::{Attach, Counting, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX, NETFILTER_KEY_WORDS_MAX};
-use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Verdict};
+use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Outcome, Verdict};
 use polc_ir::plan::{KeySlot, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
 
 use crate::abi::{self, CTX, KeyLayout};
@@ -181,6 +181,48 @@ pub fn ending_of(
     Ok((ending, counted))
 }
 
+/// What the run of a program tells of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// By the counters that grew: its ending, and what it was counted for, in ascending order.
+    Counted(Ending, Vec<Count>),
+    /// What the program returned, which is all that one without counters tells ([`Counting::Off`]).
+    Returned(i32),
+}
+
+impl Told {
+    /// What became of a packet of a program for `plan`. `grown` says by how much each counter's packets grew; what it is
+    /// for a program without counters does not matter.
+    ///
+    /// # Errors
+    /// As [`ending_of`].
+    pub fn new(plan: &Plan, attach: Attach, grown: &[u64], returned: i32) -> Result<Told, String> {
+        if plan.place.counters == Counting::Off {
+            return Ok(Told::Returned(returned));
+        }
+        ending_of(plan, attach, grown, returned).map(|(ending, counted)| Told::Counted(ending, counted))
+    }
+
+    /// Whether a program for `plan` tells this of a packet with that outcome.
+    pub fn is(&self, outcome: &Outcome, plan: &Plan, attach: Attach) -> bool {
+        match self {
+            Told::Counted(ending, counted) => outcome.is(*ending, counted),
+            Told::Returned(code) => *code == return_code(attach, plan.place.mode, outcome.ending.verdict),
+        }
+    }
+
+    /// The ending and the counts.
+    ///
+    /// # Errors
+    /// The program does not count.
+    pub fn counted(self) -> Result<(Ending, Vec<Count>), String> {
+        match self {
+            Told::Counted(ending, counted) => Ok((ending, counted)),
+            Told::Returned(code) => Err(format!("the program counts nothing; it returned {code}")),
+        }
+    }
+}
+
 /// The code generator's state.
 struct Emitter<'a> {
     asm: Asm,
@@ -188,7 +230,8 @@ struct Emitter<'a> {
     target: &'a Target<'a>,
     layout: KeyLayout,
     maps: PrimaryMap<Map, MapDef>,
-    counters: Map,
+    /// The counters, if packets are counted.
+    counters: Option<Map>,
     devices: Option<Map>,
     nth: Option<Map>,
     trace: Option<trace::Trace>,
@@ -230,7 +273,8 @@ impl<'a> Emitter<'a> {
             return Err(vec![Diagnostic::error(KEY_TOO_LARGE, message, None).with_hint(hint)]);
         };
         let mut maps = PrimaryMap::new();
-        let counters = maps.push(MapDef::percpu_array(COUNTERS_MAP, 16, plan.traces.len().max(1) as u32));
+        let counters = (plan.place.counters != Counting::Off)
+            .then(|| maps.push(MapDef::percpu_array(COUNTERS_MAP, 16, plan.traces.len().max(1) as u32)));
         let mut asm = Asm::new();
         let (count, bail) = (asm.label(), asm.label());
         let mut emitter = Emitter {
@@ -404,12 +448,13 @@ impl<'a> Emitter<'a> {
         self.asm.exit();
     }
 
-    /// Adds the packet to a counter slot. `r0` to `r5` are lost.
+    /// Adds the packet to a counter slot, if packets are counted. `r0` to `r5` are lost.
     fn bump(&mut self, slot: Operand) {
+        let Some(counters) = self.counters else { return };
         let a = &mut self.asm;
         let done = a.label();
         a.store(Size::W, Reg::FP, abi::COUNTER_KEY, slot);
-        a.load_map(Reg::R1, self.counters);
+        a.load_map(Reg::R1, counters);
         a.mov64(Reg::R2, Reg::FP);
         a.alu64(AluOp::Add, Reg::R2, i32::from(abi::COUNTER_KEY));
         a.call(Helper::MAP_LOOKUP_ELEM);

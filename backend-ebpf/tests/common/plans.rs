@@ -9,7 +9,7 @@ use polc_backend_ebpf::emit::{self, COUNTERS_MAP, RuleLine, Target, emit};
 use polc_backend_ebpf::object::{Object, ProgramKind};
 use polc_backend_ebpf::vm::{Context, Input, Vm};
 use polc_ir::entities::{Rule, Stage};
-use polc_ir::env::{Attach, Connections, Fragments, Mode, Place};
+use polc_ir::env::{Attach, Connections, Counting, Fragments, Mode, Place};
 use polc_ir::field::Field;
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, Ending, FrameKind, Verdict};
@@ -64,6 +64,7 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
             fragments: Fragments::AsSeen,
             connections: Connections::Unknown,
             local_addresses: false,
+            counters: Counting::Exact,
         },
         key,
         devices: DeviceClasses::default(),

@@ -14,7 +14,7 @@ mod packets;
 use std::collections::{BTreeMap, BTreeSet};
 
 use polc_ir::entities::Chain;
-use polc_ir::env::{Connection, Connections, Env, Fragments, Input, Mode, Place};
+use polc_ir::env::{Connection, Connections, Counting, Env, Fragments, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::interval::Interval;
@@ -481,6 +481,7 @@ fn place(path: &[Hook]) -> Place {
         fragments: Fragments::AsSeen,
         connections: Connections::Given,
         local_addresses: true,
+        counters: Counting::Exact,
     }
 }
 

@@ -357,7 +357,7 @@ fn checksum(header: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::env::{Connections, Fragments, Mode, Place};
+    use crate::env::{Connections, Counting, Fragments, Mode, Place};
     use crate::field::Field;
     use crate::packet::View;
 
@@ -370,6 +370,7 @@ mod tests {
             fragments: Fragments::AsSeen,
             connections: Connections::Given,
             local_addresses: true,
+            counters: Counting::Exact,
         };
         View::new(family, &place, &input).expect("it reaches the rules").get(field)
     }

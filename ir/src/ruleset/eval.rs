@@ -98,7 +98,8 @@ impl Ruleset {
         if packet.supposed && ending.verdict == Verdict::Drop && view.get(Field::CtAbsent) == 0 {
             ending.verdict = Verdict::Defer;
         }
-        let counted = std::mem::take(&mut state.counted);
+        let mut counted = std::mem::take(&mut state.counted);
+        counted.retain(|&count| place.counters.keep(count, Some(ending)));
         Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
 

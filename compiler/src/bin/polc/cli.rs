@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use polc_ir::diag::Severity;
-use polc_ir::env::{Attach, Connections, Mode};
+use polc_ir::env::{Attach, Connections, Counting, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
 
 use crate::failure::Failure;
@@ -184,6 +184,9 @@ pub(crate) struct PlaceArgs {
     /// arrive [default: apply: what the host allows; else unknown]
     #[arg(long, value_enum, value_name = "HOW", help_heading = "Place")]
     pub connections: Option<ConnectionsChoice>,
+    /// What packets are counted for
+    #[arg(long, value_enum, default_value_t = CountersChoice::Exact, value_name = "WHAT", help_heading = "Place")]
+    pub counters: CountersChoice,
 }
 
 impl PlaceArgs {
@@ -300,6 +303,26 @@ pub(crate) trait ValueName {
 impl<T: ValueEnum> ValueName for T {
     fn name(&self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CountersChoice {
+    /// What iptables counts: every rule that a packet meets and fits, and the policy that it comes to.
+    Exact,
+    /// The rule or policy that decides the packet; rules on the way to it cost nothing.
+    Terminal,
+    /// Nothing; programs tell verdicts alone.
+    Off,
+}
+
+impl From<CountersChoice> for Counting {
+    fn from(choice: CountersChoice) -> Counting {
+        match choice {
+            CountersChoice::Exact => Counting::Exact,
+            CountersChoice::Terminal => Counting::Terminal,
+            CountersChoice::Off => Counting::Off,
+        }
     }
 }
 

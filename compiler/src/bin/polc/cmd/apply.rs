@@ -15,10 +15,10 @@ use polc::select::Devices;
 use polc::session::Session;
 use polc::verify::verify;
 use polc::{Compiled, guard};
-use polc_backend_ebpf::emit::return_code;
+use polc_backend_ebpf::emit::{Told, return_code};
 use polc_backend_ebpf::object::Object;
 use polc_frontend_iptables::print;
-use polc_ir::env::{Attach, Connections, Device as IrDevice, Env, Input, Mode, Place};
+use polc_ir::env::{Attach, Connections, Counting, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
 use polc_ir::outcome::Verdict;
@@ -226,7 +226,8 @@ impl Job<'_> {
             _ if accelerates => host::connections(session, attach, surroundings),
             _ => Connections::Unknown,
         };
-        let place = Place { connections, ..place_of(path, attach, self.mode, true) };
+        let counters = self.place.map_or(Counting::Exact, |place| place.counters.into());
+        let place = Place { connections, counters, ..place_of(path, attach, self.mode, true) };
         let Some(mut report) = accept(session, &place, output) else { return Ok(None) };
         // At a netfilter hook packet sockets have seen the packet already, and the kernel has routed it.
         if attach != Attach::Netfilter {
@@ -368,6 +369,7 @@ impl Job<'_> {
         option("keep", word(&self.options.keep));
         let asked = self.place.and_then(|place| place.connections);
         asked.iter().for_each(|connections| option("connections", word(connections)));
+        self.place.iter().for_each(|place| option("counters", word(&place.counters)));
         option("family", word(&input.family));
         input.semantics.iter().for_each(|semantics| option("semantics", word(semantics)));
         input.local.iter().for_each(|address| option("local", address.to_string()));
@@ -556,10 +558,13 @@ fn one_check(
 fn returned(program: &mut Program, compiled: &Compiled, input: &Input) -> Result<i32, Failure> {
     let place = &compiled.plan.place;
     let attach = place.attach.expect("programs are made for an attach point");
-    let (ending, _) = program
-        .run(&compiled.plan, input)
+    let told = program
+        .tell(&compiled.plan, input)
         .map_err(|error| Failure::Input(format!("the program fails in userspace: {error}")))?;
-    Ok(return_code(attach, place.mode, ending.verdict))
+    Ok(match told {
+        Told::Counted(ending, _) => return_code(attach, place.mode, ending.verdict),
+        Told::Returned(code) => code,
+    })
 }
 
 /// The counters that the dump gives, by the manifest's `counted`.

@@ -7,7 +7,7 @@ use polc::decider::{chain_name, describe};
 use polc::session::Session;
 use polc_ir::diag::Diagnostic;
 use polc_ir::entities::Rule;
-use polc_ir::env::{Attach, Connections, Fragments, Input, Place};
+use polc_ir::env::{Attach, Connections, Counting, Fragments, Input, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::packet::View;
@@ -88,6 +88,7 @@ fn explained_place(args: &ExplainArgs, packet: &Input) -> Result<Place, Failure>
         fragments: Fragments::Unresolved,
         connections: if packet.connection.is_some() { Connections::Given } else { Connections::Unknown },
         local_addresses: !args.input.local.is_empty(),
+        counters: Counting::Exact,
     })
 }
 

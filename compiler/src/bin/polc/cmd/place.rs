@@ -19,7 +19,8 @@ pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> R
         return Err(Failure::Usage(format!("{why}; give --hook once")));
     }
     let connections = place_args.connections(attach)?;
-    Ok(Place { connections, ..place(&path, attach, place_args.mode(), !input.local.is_empty()) })
+    let counters = place_args.counters.into();
+    Ok(Place { connections, counters, ..place(&path, attach, place_args.mode(), !input.local.is_empty()) })
 }
 
 /// The devices that options declare.

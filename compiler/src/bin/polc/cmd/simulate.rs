@@ -9,8 +9,10 @@ use polc::place::{best_attach, place as place_of};
 use polc::runner::{Level as RunLevel, Program, run as run_level};
 use polc::select::Devices;
 use polc::session::Session;
+#[cfg(feature = "kernel")]
+use polc_backend_ebpf::emit::Told;
 use polc_ir::diag::Severity;
-use polc_ir::env::{Connections, Device, Env, Input, Place};
+use polc_ir::env::{Connections, Counting, Device, Env, Input, Place};
 use polc_ir::hook::Hook;
 use polc_ir::outcome::{Decider, Ending};
 use polc_ir::state::State;
@@ -207,6 +209,11 @@ impl Decide {
             #[cfg(feature = "kernel")]
             Level::Kernel => RunLevel::Rbpf,
         };
+        if level == RunLevel::Rbpf && place.counters == Counting::Off {
+            let message =
+                "a program without counters tells verdicts alone; simulate it with --counters exact";
+            return Err(Failure::Usage(message.into()));
+        }
         let mut decide = Decide {
             level,
             place,
@@ -276,7 +283,7 @@ impl Decide {
                 ));
             };
             let wrong = |error| Failure::Input(format!("the program went wrong: {error}"));
-            return Ok((tested.result.map_err(wrong)?.0, tested.mark));
+            return Ok((tested.result.and_then(Told::counted).map_err(wrong)?.0, tested.mark));
         }
         if let Some(program) = &mut self.program {
             let ending = program

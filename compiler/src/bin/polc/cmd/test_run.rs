@@ -1,12 +1,12 @@
 //! A program in the kernel, run on packets without being attached (`BPF_PROG_TEST_RUN`).
 
 use polc::select::Devices;
-use polc_backend_ebpf::emit::{COUNTERS_MAP, ending_of};
+use polc_backend_ebpf::emit::{COUNTERS_MAP, Told};
 use polc_backend_ebpf::object::Object;
 use polc_ir::env::{Attach, Input};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::Family;
-use polc_ir::outcome::{Count, Decider, Ending, FrameKind};
+use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::network_packet;
 use polc_ir::plan::Plan;
 use polc_loader::load::{Loaded, load};
@@ -89,8 +89,8 @@ const LOOPBACK: u32 = 1;
 pub(super) struct Tested {
     /// The packet as the program saw it.
     pub input: Input,
-    /// Its ending and what it was counted for, in ascending order; or what went wrong in the program.
-    pub result: Result<(Ending, Vec<Count>), String>,
+    /// What the program tells, or what went wrong in it.
+    pub result: Result<Told, String>,
     /// Its mark afterwards.
     pub mark: u32,
 }
@@ -163,10 +163,13 @@ impl KernelProgram {
             }
         };
         let grown = self.grown()?;
-        let result = ending_of(plan, self.attach, &grown, result.return_value as i32);
-        if named.is_none()
-            && result.as_ref().is_ok_and(|(ending, _)| ending.by == Decider::Frame(FrameKind::UnknownDevice))
-        {
+        let result = Told::new(plan, self.attach, &grown, result.return_value as i32);
+        let unknown_device = |told: &Told| match told {
+            Told::Counted(ending, _) => ending.by == Decider::Frame(FrameKind::UnknownDevice),
+            // It may have been that.
+            Told::Returned(_) => true,
+        };
+        if named.is_none() && result.as_ref().is_ok_and(unknown_device) {
             // The rules tell devices apart, and in the kernel every packet has one.
             return Ok(None);
         }
@@ -175,9 +178,10 @@ impl KernelProgram {
 
     /// By how much each counter's packets grew.
     fn grown(&mut self) -> Result<Vec<u64>, Failure> {
-        let map =
-            self.loaded.map(COUNTERS_MAP).ok_or_else(|| Error::NoProgram("it has no counters".into()))?;
-        let slots = carry::slots(&self.sys, map)?;
+        let slots = match self.loaded.map(COUNTERS_MAP) {
+            Some(map) => carry::slots(&self.sys, map)?,
+            None => Vec::new(),
+        };
         let mut grown = vec![0; self.counters.len()];
         for ((packets, _), (before, grown)) in slots.into_iter().zip(self.counters.iter_mut().zip(&mut grown))
         {

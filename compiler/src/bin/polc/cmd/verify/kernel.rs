@@ -65,13 +65,12 @@ pub(super) fn verify(
         // A dropped packet has no mark that anybody could see, and none has at XDP.
         let unseen = place.attach == Some(Attach::Xdp)
             || matches!(expected.ending.verdict, Verdict::Drop | Verdict::Reject(_));
-        let agrees = result.as_ref().is_ok_and(|(ending, counted)| expected.is(*ending, counted))
+        let attach = place.attach.expect("programs are made for an attach point");
+        let agrees = result.as_ref().is_ok_and(|told| told.is(&expected, plan, attach))
             && (unseen || mark == expected.mark);
         if !agrees {
             let said = match result {
-                Ok((ending, counted)) => {
-                    format!("{}, mark {mark:#x}", said_text(session, &Said::Ending(ending, counted)))
-                }
+                Ok(told) => format!("{}, mark {mark:#x}", said_text(session, &Said::Told(told))),
                 Err(error) => said_text(session, &Said::Wrong(error)),
             };
             let expected = said_text(session, &Said::Outcome(expected));

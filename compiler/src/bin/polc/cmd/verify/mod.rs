@@ -15,7 +15,7 @@ use polc::place::{attach_for, place as place_of};
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc::verify::{Disagreement, NOT_RUN, Said, Verified, verify};
-use polc_backend_ebpf::emit::GENERATOR_FAULT;
+use polc_backend_ebpf::emit::{GENERATOR_FAULT, Told};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::{Attach, Connections, Input, Mode, Place};
 use polc_ir::hook::Hook;
@@ -322,7 +322,8 @@ fn places(args: &VerifyArgs, session: &Session) -> Result<Vec<Place>, Failure> {
         if chosen || (adds && session.ruleset.bears_on(&place)) {
             let arrives = attach != Attach::TcEgress && args.place.connections.is_some();
             let connections = if arrives { args.place.connections(attach)? } else { Connections::Unknown };
-            places.push(Place { connections, ..place });
+            let counters = args.place.counters.into();
+            places.push(Place { connections, counters, ..place });
         }
     }
     Ok(places)
@@ -401,9 +402,10 @@ fn said_text(session: &Session, said: &Said) -> String {
         Said::Outcome(Outcome { ending, mark, counted }) => {
             format!("{}, mark {mark:#x}{}", describe(session, *ending), counted_text(session, counted))
         }
-        Said::Ending(ending, counted) => {
+        Said::Told(Told::Counted(ending, counted)) => {
             format!("{}{}", describe(session, *ending), counted_text(session, counted))
         }
+        Said::Told(Told::Returned(code)) => format!("returned {code}"),
         Said::Wrong(error) => format!("failed: {error}"),
     }
 }
@@ -474,7 +476,7 @@ fn disagreement_result(session: &Session, result: &Verified) -> Option<Disagreem
     let Disagreement { input, levels } = result.disagreement.as_ref()?;
     let rule = match &levels.first()?.1 {
         Said::Outcome(outcome) => named(session, outcome.ending.by),
-        Said::Ending(..) | Said::Wrong(_) => None,
+        Said::Told(_) | Said::Wrong(_) => None,
     };
     Some(DisagreementResult {
         attach: result.place.attach,
