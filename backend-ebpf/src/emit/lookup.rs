@@ -39,10 +39,16 @@ const WALK: u32 = 2;
 /// Take the exit that the lower bits number.
 const CODE: u32 = 3;
 
+/// What return codes are more in a table of bytes, so that none is negative.
+const CODE_BIAS: i32 = 1;
+/// In place of a return code: the packet does not end here.
+const ELSEWHERE: u8 = 0x80;
+
 /// What lies in the map of tables.
 enum Block {
     Table(Data),
     Exits(Step),
+    Codes(Step),
 }
 
 impl Emitter<'_> {
@@ -67,7 +73,14 @@ impl Emitter<'_> {
                 while !(bytes.len() / 4).is_power_of_two() {
                     bytes.extend_from_slice(&last);
                 }
-                blocks.push((Block::Exits(step), bytes.into()));
+                if self.first_slot(data).is_none() || data.exits.iter().any(|exit| !self.ends(exit)) {
+                    blocks.push((Block::Exits(step), bytes.into()));
+                }
+                if self.first_slot(data).is_some() {
+                    let mut codes: Vec<u8> = data.exits.iter().map(|exit| self.exit_code(exit)).collect();
+                    codes.resize(codes.len().next_power_of_two(), codes.last().copied().unwrap_or(0));
+                    blocks.push((Block::Codes(step), codes.into()));
+                }
             }
         }
         blocks.sort_by_key(|(_, bytes)| bytes.len());
@@ -79,6 +92,9 @@ impl Emitter<'_> {
                 Block::Table(table) => self.table_offsets[table.as_u32() as usize] = bytes.len() as u32,
                 Block::Exits(step) => {
                     self.exit_offsets.insert(step, bytes.len() as u32);
+                }
+                Block::Codes(step) => {
+                    self.code_offsets.insert(step, bytes.len() as u32);
                 }
             }
             bytes.extend_from_slice(&contents);
@@ -106,6 +122,37 @@ impl Emitter<'_> {
         }
     }
 
+    /// Whether an exit counts and returns.
+    fn ends(&self, exit: &PlanExit) -> bool {
+        matches!(exit, PlanExit::End(slot) if !self.plan.traces[*slot as usize].if_absent)
+    }
+
+    /// The slot of a step's first exit, if those that end count in one slot after the other: then the number of the exit
+    /// is that of the slot, and nothing but the return code has to be read.
+    fn first_slot(&self, data: &LookupStep) -> Option<u32> {
+        let mut first = None;
+        for (index, exit) in (0u32..).zip(&data.exits) {
+            match exit {
+                PlanExit::End(slot) if self.ends(exit) => {
+                    let of_first = slot.checked_sub(index)?;
+                    if *first.get_or_insert(of_first) != of_first {
+                        return None;
+                    }
+                }
+                _ => {}
+            }
+        }
+        first
+    }
+
+    /// An exit's return code, more by [`CODE_BIAS`]; [`ELSEWHERE`] if it does not end.
+    fn exit_code(&self, exit: &PlanExit) -> u8 {
+        match exit {
+            PlanExit::End(slot) if self.ends(exit) => (self.return_code(*slot) + CODE_BIAS) as u8,
+            _ => ELSEWHERE,
+        }
+    }
+
     /// The return codes that let on and drop.
     fn codes(&self) -> [i32; 2] {
         let mode = polc_ir::env::Mode::Accelerate;
@@ -123,16 +170,43 @@ impl Emitter<'_> {
             return;
         };
         let words = data.exits.len().next_power_of_two();
+        self.asm.alu64(AluOp::And, result, (words - 1) as i32);
+        let mut result = result;
+        if let Some(first) = self.first_slot(data) {
+            let a = &mut self.asm;
+            a.comment("the exit's return code, and its slot");
+            if result != Reg::R8 {
+                a.mov64(Reg::R8, result);
+            }
+            a.mov64(Reg::R9, Reg::R8);
+            let (address, at) = self.table_address(map, self.code_offsets[&step], Reg::R9);
+            self.asm.load(Size::B, Reg::R9, address, at);
+            let only_ends = data.exits.iter().all(|exit| self.ends(exit));
+            let a = &mut self.asm;
+            let elsewhere = a.label();
+            if !only_ends {
+                a.jump32(Cond::Eq, Reg::R9, i32::from(ELSEWHERE), elsewhere);
+            }
+            a.alu64(AluOp::Sub, Reg::R9, CODE_BIAS);
+            if first != 0 {
+                a.alu64(AluOp::Add, Reg::R8, first as i32);
+            }
+            a.goto(self.count);
+            if only_ends {
+                return;
+            }
+            a.bind(elsewhere);
+            result = Reg::R8;
+        }
         let a = &mut self.asm;
         a.comment("what the exit's word says");
-        a.alu64(AluOp::And, result, (words - 1) as i32);
         a.alu64(AluOp::Lsh, result, 2);
         let (address, at) = self.table_address(map, self.exit_offsets[&step], result);
         self.asm.load(Size::W, Reg::R8, address, at);
         let words: Vec<u32> =
             (0..).zip(&data.exits).map(|(index, exit)| self.exit_word(index, exit)).collect();
         let has = |kind: u32| words.iter().any(|word| word >> KIND_SHIFT == kind);
-        let ends = has(PASS) || has(DROP);
+        let ends = self.first_slot(data).is_none() && (has(PASS) || has(DROP));
         let [pass, drop] = self.codes();
         let other = self.asm.label();
         if ends {

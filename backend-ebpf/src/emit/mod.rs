@@ -237,11 +237,12 @@ struct Emitter<'a> {
     trace: Option<trace::Trace>,
     /// The word that suspends the program.
     suspend: Option<Map>,
-    /// The map of all tables, where each of the plan's tables begins in it, where the exit words of look-up steps do,
-    /// and where a register points while they run.
+    /// The map of all tables, where each of the plan's tables begins in it, where the exit words and the return codes of
+    /// look-up steps do, and where a register points while they run.
     tables: Option<Map>,
     table_offsets: Vec<u32>,
     exit_offsets: BTreeMap<Step, u32>,
+    code_offsets: BTreeMap<Step, u32>,
     tables_midst: u32,
     /// The map of each set's table.
     sets: BTreeMap<Set, Map>,
@@ -291,6 +292,7 @@ impl<'a> Emitter<'a> {
             tables: None,
             table_offsets: Vec::new(),
             exit_offsets: BTreeMap::new(),
+            code_offsets: BTreeMap::new(),
             tables_midst: 0,
             sets: BTreeMap::new(),
             set_manifests: Vec::new(),

@@ -162,7 +162,7 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
 pub fn select(classifier: &Classifier, decision: &Decision, structures: Structures) -> Plan {
     let Structures { keys, tables, mut shapes, walked } = structures;
     let selector = Selector { classifier, keys: &keys };
-    let counting = Counting::new(&selector);
+    let counting = Counting::new(&selector, &shapes);
     let (mut walk, walk_roots) = selector.walk(&counting, decision, &walked);
     let own_exits = walk.exits.len();
     let mut steps: PrimaryMap<Step, StepData> = PrimaryMap::new();
@@ -249,7 +249,9 @@ struct Selector<'a> {
 }
 
 impl Counting {
-    fn new(selector: &Selector<'_>) -> Counting {
+    /// Slots in the order of the traces, but for the ends that a look-up gives: those are together and in its order, so
+    /// that the number it finds is the slot but for a constant.
+    fn new(selector: &Selector<'_>, shapes: &SecondaryMap<Stage, Option<Shape>>) -> Counting {
         let classifier = selector.classifier;
         let frames = [
             FrameKind::Runt,
@@ -273,6 +275,29 @@ impl Counting {
             .collect();
         traces.sort_unstable();
         traces.dedup();
+        let mut lookups: Vec<&[Entry]> = shapes
+            .values()
+            .filter_map(|shape| match shape {
+                Some(Shape::Lookup { exits, .. }) => Some(exits.as_slice()),
+                _ => None,
+            })
+            .collect();
+        lookups.sort_by_key(|exits| std::cmp::Reverse(exits.len()));
+        let mut place: BTreeMap<Trace, usize> = BTreeMap::new();
+        for exits in lookups {
+            let ends = exits.iter().map_while(|&exit| {
+                trace(&classifier.entries[exit]).filter(|trace| trace.ending.is_some() && !trace.if_absent)
+            });
+            let ends: Vec<Trace> = ends.collect();
+            if ends.iter().any(|end| place.contains_key(end)) {
+                continue;
+            }
+            for end in ends {
+                let next = place.len();
+                place.entry(end).or_insert(next);
+            }
+        }
+        traces.sort_by_key(|trace| place.get(trace).copied().unwrap_or(usize::MAX));
         let mut counting = Counting { traces: Vec::new(), slots: BTreeMap::new() };
         for trace in traces {
             let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {

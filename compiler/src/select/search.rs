@@ -279,14 +279,27 @@ fn first_bits(
     let high = number(line);
     let high = line.bits(high, bits - first, first, scale, bits);
     let mut at = line.read(begin, high);
-    for step in (0..steps).rev() {
-        let ahead = line.with(AluKind::Add, at, width << step);
-        let start = line.read(starts, ahead);
-        let x = number(line);
-        // 1 where the number is below the start: back again.
-        let below = line.alu(AluKind::Sub, x, start);
-        let below = line.with(AluKind::Shr, below, 63);
-        let back = line.with(AluKind::Shl, below, u64::from(width.trailing_zeros() + step));
+    let mut left = steps;
+    while left > 0 {
+        // Halving twice at once: of three starts that do not wait for each other, as many are above the number as the
+        // last is to be gone back from.
+        let probes = if left == 1 { 1 } else { 3 };
+        left -= if left == 1 { 1 } else { 2 };
+        let mut ahead = at;
+        let mut above: Option<Value> = None;
+        for probe in 1..=probes {
+            ahead = line.with(AluKind::Add, at, (probe * width) << left);
+            let start = line.read(starts, ahead);
+            let x = number(line);
+            let below = line.alu(AluKind::Sub, x, start);
+            let below = line.with(AluKind::Shr, below, 63);
+            above = Some(match above {
+                None => below,
+                Some(above) => line.alu(AluKind::Add, above, below),
+            });
+        }
+        let above = above.expect("there is a probe");
+        let back = line.with(AluKind::Shl, above, u64::from(width.trailing_zeros() + left));
         at = line.alu(AluKind::Sub, ahead, back);
     }
     let values = line.table_of(size, largest(runs), || padded(runs.iter().map(|run| run.1), size));
@@ -315,7 +328,8 @@ fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
         // The last steps stay within what is there already.
         Search::First(first) => {
             let all = size(0);
-            let near = halvings(bits, runs, *first).min((CACHE_LINE / usize::from(width)).ilog2());
+            let near =
+                halvings(bits, runs, *first).min((CACHE_LINE / usize::from(width)).ilog2()).div_ceil(2);
             u64::from(near) * (cost::read(all) - cost::read(CACHE_LINE))
         }
     };
