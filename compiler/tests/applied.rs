@@ -427,9 +427,9 @@ fn code_of_applied_policies_stands_beside_its_rules() {
         assert!(text.starts_with("at xdp of `eth0` for IPv4: rules.v4\n"), "{text}");
         assert!(text.contains(instruction), "{text}");
         assert!(text.contains("; -A INPUT -p udp -m udp --dport 80 -j ACCEPT @ rules.v4:6\n"), "{text}");
-        // What each rule costs.
+        // What each rule costs that has code of its own: line 5 is decided by a table, with others.
         let table = text.split_once("\ninstructions  bytes  line\n").expect("a table").1;
-        for line in 4..=6 {
+        for line in [4, 6] {
             let row = table.lines().find(|row| row.contains(&format!("  rules.v4:{line}: -A INPUT")));
             let row = row.unwrap_or_else(|| panic!("line {line}: {table}"));
             let numbers: Vec<u64> =

@@ -2,7 +2,7 @@
 //!
 //! The model is that of a processor that executes out of order: every instruction takes a share of its width, and the
 //! longest chain of operations that wait for each other takes its latencies; most of the shorter of the two is hidden
-//! behind the longer. A read waits as long as a table of its
+//! behind the longer, and some of the waiting behind other packets'. A read waits as long as a table of its
 //! size does when packets come in random order. The constants were fitted to measurements on x86-64 (`./bench` prints
 //! what the model predicts beside what it measures).
 
@@ -11,7 +11,7 @@ use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{DataTable, LinearTest, Op, Operand};
 
 /// Hundredths of a nanosecond that an instruction takes of the processor's width.
-const INSN: u64 = 6;
+const INSN: u64 = 4;
 
 /// Hundredths of a nanosecond from an arithmetic operation's inputs to its result.
 const ALU: u64 = 20;
@@ -21,6 +21,9 @@ const SHOWN: u64 = 4;
 
 /// What starting and ending a look-up takes, in hundredths: from its result to the return code.
 const LOOKUP_ENDS: u64 = 150;
+
+/// Hundredths of a nanosecond of waiting that are hidden behind what comes before a look-up, and behind it.
+const HIDDEN: u64 = 800;
 
 /// Hundredths of a nanosecond for each word test of code that compares.
 const WORD_TEST: u64 = 20;
@@ -35,15 +38,31 @@ pub(super) fn read(bytes: usize) -> u64 {
         0..=0x4000 => 110,
         0x4001..=0x1_0000 => 170,
         0x1_0001..=0x4_0000 => 350,
-        0x4_0001..=0x10_0000 => 700,
-        0x10_0001..=0x40_0000 => 1_500,
+        0x4_0001..=0x10_0000 => 550,
+        0x10_0001..=0x40_0000 => 1_100,
         0x40_0001..=0x200_0000 => 4_000,
         _ => 9_000,
     }
 }
 
-/// What a line takes up to its result.
+/// What a look-up takes.
 pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
+    let (waiting, issuing) = parts(ops, tables, result);
+    ((LOOKUP_ENDS + together(waiting.saturating_sub(HIDDEN), issuing)) / 10) as u32
+}
+
+/// What a part of a look-up takes up to its result, beside other parts.
+pub(super) fn part(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
+    let (waiting, issuing) = parts(ops, tables, result);
+    (together(waiting, issuing) / 10) as u32
+}
+
+fn together(waiting: u64, issuing: u64) -> u64 {
+    waiting.max(issuing) + waiting.min(issuing) / SHOWN
+}
+
+/// What the longest chain up to the result waits, and what all operations take of the processor's width.
+fn parts(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> (u64, u64) {
     let mut ready: Vec<u64> = Vec::with_capacity(ops.len());
     let mut instructions = 0;
     for op in ops.values() {
@@ -68,8 +87,7 @@ pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTa
         };
         ready.push(when);
     }
-    let (waiting, issuing) = (ready[result.as_u32() as usize], INSN * instructions);
-    ((LOOKUP_ENDS + waiting.max(issuing) + waiting.min(issuing) / SHOWN) / 10) as u32
+    (ready[result.as_u32() as usize], INSN * instructions)
 }
 
 /// What entries tried one after another take, if packets match any of them alike.

@@ -130,11 +130,16 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
     by_code[classifier.root] = true;
     // Exits of look-ups that lead to a stage: if it is decided by code, they are code.
     let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
+    let mut busy: SecondaryMap<Stage, bool> = SecondaryMap::new();
+    busy[classifier.root] = true;
     let mut insns = 0;
     for stage in classifier.stages.keys().rev() {
         if by_code[stage] {
-            let shape =
-                if insns < CODE_INSNS_MAX { selector.shape(stage, prefer, &mut tables) } else { None };
+            let shape = if insns < CODE_INSNS_MAX {
+                selector.shape(stage, busy[stage], prefer, &mut tables)
+            } else {
+                None
+            };
             let taken = |shape: &Shape| shape.insns() + led[stage] * INSNS_PER_EXIT;
             match shape.filter(|shape| insns + taken(shape) <= CODE_INSNS_MAX) {
                 Some(shape) => {
@@ -149,7 +154,10 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
             }
         }
         for &entry in &classifier.stages[stage].entries {
+            let cube = &classifier.entries[entry].cube;
+            let fragments = cube.tests().iter().any(|test| test.field == Field::Fragment && !test.holds(0));
             for next in classifier.entries[entry].exit.successors() {
+                busy[next] |= busy[stage] && !fragments;
                 by_code[next] |= shapes[stage].is_some();
                 walked[next] |= walked[stage];
             }
@@ -456,8 +464,9 @@ impl Selector<'_> {
         }
     }
 
-    /// The best way to decide a stage by code, if there is one.
-    fn shape(&self, stage: Stage, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
+    /// The best way to decide a stage by code, if there is one. To one that is not `busy` only fragments come: it is small
+    /// rather than quick.
+    fn shape(&self, stage: Stage, busy: bool, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
         let linear = self.linear(stage);
         match prefer {
             Prefer::Walk => return None,
@@ -476,7 +485,7 @@ impl Selector<'_> {
         if few || (guard && linear.is_some()) {
             return linear;
         }
-        let lookup = self.lookup(stage, prefer).filter(|(lookup, _)| {
+        let lookup = self.lookup(stage, busy, prefer).filter(|(lookup, _)| {
             let cheaper = |linear: &Shape| linear.modelled() <= lookup.modelled();
             prefer != Prefer::Cheapest || !linear.as_ref().is_some_and(cheaper)
         });
@@ -509,8 +518,18 @@ impl Selector<'_> {
     }
 
     /// A stage as a look-up with its tables, if a structure takes it; of two, the cheaper.
-    fn lookup(&self, stage: Stage, prefer: Prefer) -> Option<(Shape, Tables)> {
+    fn lookup(&self, stage: Stage, busy: bool, prefer: Prefer) -> Option<(Shape, Tables)> {
         let problem = Problem::new(self, stage);
+        let by_groups = || {
+            let groups = groups(&problem)?;
+            write(stage, groups.describe(), &groups.exits, |line| groups.write(line))
+        };
+        if !busy
+            && prefer == Prefer::Cheapest
+            && let Some(groups) = by_groups()
+        {
+            return Some(groups);
+        }
         let by_matrix = (prefer != Prefer::Groups)
             .then(|| {
                 let matrix = matrix(&problem)?;
@@ -521,9 +540,7 @@ impl Selector<'_> {
         if by_matrix.as_ref().is_some_and(|matrix| prefer == Prefer::Matrix || small(matrix)) {
             return by_matrix;
         }
-        let by_groups = groups(&problem)
-            .and_then(|groups| write(stage, groups.describe(), &groups.exits, |line| groups.write(line)));
-        match (by_matrix, by_groups) {
+        match (by_matrix, by_groups()) {
             (Some(matrix), Some(groups)) if matrix.0.modelled() <= groups.0.modelled() => Some(matrix),
             (matrix, groups) => groups.or(matrix),
         }

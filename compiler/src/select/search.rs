@@ -97,7 +97,7 @@ pub(super) fn search(
         let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
         let (ops, result) = trial.finish(result);
         let cost =
-            cost::line(&ops, tables.all(), result).saturating_sub(near(&tables, &how, bits, runs) / 10);
+            cost::part(&ops, tables.all(), result).saturating_sub(near(&tables, &how, bits, runs) / 10);
         if best.as_ref().is_none_or(|(known, _)| cost < *known) {
             best = Some((cost, how));
         }
