@@ -112,32 +112,40 @@ impl Emitter<'_> {
 
     /// Zeros in all words of the key that may be read before they are stored. `r3` is the frame's or packet's length.
     pub(super) fn clear_key(&mut self) {
+        // The walk reads any word, and on its way to it all bytes between.
+        let by_walk = !self.plan.walk.exits.is_empty();
         let stored = self.plan.key.iter().filter(|slot| self.is_always_stored(slot.field));
         let stored = stored.flat_map(|slot| slot.word..slot.word + slot.words);
         // Where two words share eight bytes, both would have to be stored.
-        let stored = stored.filter(|_| self.layout.sparse()).map(|word| self.layout.word(word) - 4);
+        let stored =
+            stored.filter(|_| self.layout.sparse() && !by_walk).map(|word| self.layout.word(word) - 4);
         let stored: Vec<i16> = stored.collect();
         let a = &mut self.asm;
         a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
         a.mov64(Reg::R0, Reg::R3);
         a.alu32(AluOp::Rsh, Reg::R0, 31);
         for at in (self.layout.base()..-abi::SCRATCH_BYTES).step_by(8) {
-            if !stored.contains(&at) {
+            if stored.contains(&at) {
+                continue;
+            }
+            if by_walk || !self.layout.sparse() {
                 a.store(Size::Dw, Reg::FP, at, Reg::R0);
+            }
+            // Else the eight bytes would be followed wherever the word is not stored later.
+            if self.layout.sparse() {
+                a.store(Size::W, Reg::FP, at + 4, Reg::R0);
             }
         }
     }
 
-    /// Whether every packet that comes to a stage has the field stored, whatever its headers are. The walk reads any
-    /// word, those that no field has too, so for it all are set to 0.
+    /// Whether every packet that comes to a stage has the field stored, whatever its headers are.
     fn is_always_stored(&self, field: Field) -> bool {
-        let by_walk = !self.plan.walk.exits.is_empty();
         let of_family = self.plan.family == Family::V4
             && matches!(
                 field,
                 Field::Length | Field::Tos | Field::Ttl | Field::Proto | Field::Fragment | Field::L4Len
             );
-        !by_walk && (of_family || matches!(field, Field::SrcAddr | Field::DstAddr))
+        of_family || matches!(field, Field::SrcAddr | Field::DstAddr)
     }
 
     /// `r3`: bytes left. Ends at the label unless there are `bytes`; the safe return if they can't be read.

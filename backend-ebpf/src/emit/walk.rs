@@ -86,7 +86,7 @@ impl Emitter<'_> {
         let turns = turns + MARGIN;
         let a = &mut self.asm;
         let (top, special, leaf, fork) = (a.label(), a.label(), a.label(), a.label());
-        let (rejoin, next, bound) = (a.label(), a.label(), a.label());
+        let (rejoin, next) = (a.label(), a.label());
         a.comment("walk: r7 reference, r9 turns taken");
         a.store(Size::W, Reg::FP, abi::PENDING, -1);
         a.store(Size::W, Reg::FP, abi::BEST, -1);
@@ -199,11 +199,9 @@ impl Emitter<'_> {
         a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
 
         a.bind(rejoin);
-        a.alu64(AluOp::Add, Reg::R9, 1);
-        a.goto(bound);
+        a.goto(next);
         a.bind(next);
         a.alu64(AluOp::Add, Reg::R9, 1);
-        a.bind(bound);
         a.loop_jump(Width::W64, Cond::Lt, Reg::R9, turns as i32, top, turns);
         a.goto(bail);
     }

@@ -28,9 +28,10 @@ const HIDDEN: u64 = 800;
 /// Hundredths of a nanosecond for each word test of code that compares.
 const WORD_TEST: u64 = 20;
 
-/// Hundredths of a nanosecond that code which compares loses to a branch that went another way than foreseen, at
-/// most once a packet.
-const MISPREDICTED: u64 = 700;
+/// Hundredths of a nanosecond that code which compares loses to branches that went another way than foreseen, for each
+/// entry but one up to so many.
+const MISPREDICTED: u64 = 90;
+const MISPREDICTED_ENTRIES: u64 = 8;
 
 /// Hundredths of a nanosecond from an offset to the element of a table of so many bytes.
 pub(super) fn read(bytes: usize) -> u64 {
@@ -97,6 +98,6 @@ pub(super) fn linear<'a>(entries: impl Iterator<Item = &'a [LinearTest]>) -> u32
         count += 1;
         tests += 1 + entry.iter().flat_map(|test| &test.any).map(Vec::len).sum::<usize>() as u64;
     }
-    let mispredicted = if count > 1 { MISPREDICTED } else { 0 };
+    let mispredicted = MISPREDICTED * MISPREDICTED_ENTRIES.min(u64::saturating_sub(count, 1));
     ((mispredicted + WORD_TEST * tests) / 10) as u32
 }
