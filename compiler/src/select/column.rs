@@ -222,9 +222,9 @@ mod tests {
         let net = 0x2001_0db8u128 << 96;
         // Hosts, prefixes, several hosts of one prefix, ranges across words.
         let hosts: Vec<u128> =
-            (1..40u128).map(|host| net | host * 0x9e37_79b9 << 64 | host * 0xdead_beef).collect();
-        let prefixes: Vec<u128> = (1..40u128).map(|prefix| net | prefix * 0x0101_0101 << 64).collect();
-        let near: Vec<u128> = (1..40u128).map(|host| net | 5 << 64 | host * 3).collect();
+            (1..40u128).map(|host| net | ((host * 0x9e37_79b9) << 64) | (host * 0xdead_beef)).collect();
+        let prefixes: Vec<u128> = (1..40u128).map(|prefix| net | ((prefix * 0x0101_0101) << 64)).collect();
+        let near: Vec<u128> = (1..40u128).map(|host| net | (5 << 64) | (host * 3)).collect();
         let far: Vec<u128> =
             (1..40u128).map(|host| host * 0x0123_4567_89ab_cdef_0011_2233_4455_6677).collect();
         for (points, length) in [(&hosts, 0), (&prefixes, 64), (&near, 0), (&far, 3), (&far, 100)] {
