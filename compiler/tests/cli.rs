@@ -276,6 +276,46 @@ fn captures_are_read() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet captured in part"));
     fs::write(&path, &bytes[..50]).expect("written");
     assert_eq!(run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path])).status.code(), Some(2));
+
+    // The same as pcapng, big-endian: a section, a raw IP and an Ethernet interface, a packet of each.
+    let block = |kind: u32, words: &[u32], data: &[u8]| {
+        let padded = data.len().next_multiple_of(4);
+        let length = (12 + 4 * words.len() + padded) as u32;
+        let mut block: Vec<u8> =
+            [&[kind, length], words].concat().into_iter().flat_map(u32::to_be_bytes).collect();
+        block.extend(data);
+        block.resize(block.len() + padded - data.len(), 0);
+        block.extend(length.to_be_bytes());
+        block
+    };
+    let interface = |link: u32| block(1, &[link << 16, 0], &[]);
+    let enhanced = |interface: u32, data: &[u8], length: u32| {
+        block(6, &[interface, 0, 0, data.len() as u32, length], data)
+    };
+    let ethernet = [&[2u8, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0][..], &packet].concat();
+    let bytes = [
+        block(0x0a0d_0d0a, &[0x1a2b_3c4d, 1 << 16, u32::MAX, u32::MAX], &[]),
+        interface(101),
+        interface(1),
+        enhanced(0, &packet[..24], 32),
+        enhanced(1, &ethernet, ethernet.len() as u32),
+    ]
+    .concat();
+    let path = scratch.file("two.pcapng");
+    fs::write(&path, &bytes).expect("written");
+    let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path, "--format", "json"]));
+    let other = String::from_utf8(output.stdout).expect("text");
+    let sorted = |text: &str| -> Vec<String> {
+        // All but the packet's number.
+        let mut lines: Vec<String> =
+            text.lines().map(|line| line.replacen(char::is_numeric, "", 1)).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(sorted(&other), sorted(&text), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet captured in part"));
+    fs::write(&path, &bytes[..bytes.len() - 30]).expect("written");
+    assert_eq!(run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path])).status.code(), Some(2));
 }
 
 #[test]
