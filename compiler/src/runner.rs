@@ -29,6 +29,11 @@ pub enum Level {
     Rbpf,
 }
 
+impl Level {
+    /// The levels above the object, the reference first.
+    pub const ABOVE: [Level; 4] = [Level::Ruleset, Level::Classifier, Level::Decision, Level::Plan];
+}
+
 impl std::fmt::Display for Level {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {

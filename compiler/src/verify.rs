@@ -10,17 +10,20 @@ use std::collections::BTreeMap;
 
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::emit::Told;
+use polc_backend_ebpf::object::Object;
+use polc_backend_ebpf::vm::VmError;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::env::{Env, Input, Place};
 use polc_ir::outcome::{Outcome, Verdict};
+use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
 
 use crate::build;
-use crate::compile;
 use crate::runner::{Level, Program, run};
 use crate::select::Devices;
 use crate::session::Session;
 use crate::witness::Witnesses;
+use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
 pub const NOT_RUN: Code = Code(531);
@@ -101,10 +104,7 @@ pub fn verify(
             verified.budgets = budgets;
             let attach = place.attach.expect("programs are made for an attach point");
             match Program::new(&compiled.plan, attach, &object) {
-                Ok(mut made) => {
-                    made.set_random_seed(seed);
-                    program = Some(made);
-                }
+                Ok(made) => program = Some(made),
                 Err(error) => {
                     let message = format!("the program can't be checked: {error}");
                     verified.not_emitted.push(Diagnostic::error(NOT_RUN, message, None));
@@ -115,46 +115,12 @@ pub fn verify(
     let entries = verified.entries.max(1);
     let witnesses = Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, seed);
     let total = (witnesses.enough() + random).min((WORK_MAX / entries).max(PACKETS_MIN));
-    // State (counters of `nth`, random numbers) lives as long as the rule set: each level has its own.
-    let mut states = [(); 4].map(|()| State::new(seed));
-    let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
+    let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
     for mut input in witnesses.take(total) {
-        // Where the program sits, every packet comes or leaves by the one device.
-        input.in_device = devices.fixed_in.or(input.in_device);
-        input.out_device = devices.fixed_out.or(input.out_device);
-        let mut levels = Vec::with_capacity(5);
-        for (level, state) in
-            [Level::Ruleset, Level::Classifier, Level::Decision, Level::Plan].into_iter().zip(&mut states)
-        {
-            levels.push((level, Said::Outcome(run(level, ruleset, &compiled, env, &input, state))));
-        }
-        // Beyond the bound on entries the rules could tell, and the object leaves it to the kernel.
-        let reference = match (&levels[0].1, &levels[1].1) {
-            (_, Said::Outcome(classified)) if bounded && classified.ending.verdict == Verdict::Defer => {
-                classified.clone()
-            }
-            (Said::Outcome(reference), _) => reference.clone(),
-            _ => unreachable!("levels above the object give outcomes"),
-        };
-        if let Some(program) = &mut program {
-            levels.push((
-                Level::Rbpf,
-                match program.tell(&compiled.plan, &input) {
-                    Ok(told) => Said::Told(told),
-                    Err(error) => Said::Wrong(error),
-                },
-            ));
-        }
-        let agree = levels[1..].iter().all(|(_, said)| match said {
-            Said::Outcome(outcome) => *outcome == reference,
-            Said::Told(told) => {
-                place.attach.is_some_and(|attach| told.is(&reference, &compiled.plan, attach))
-            }
-            Said::Wrong(_) => false,
-        });
+        let (reference, differing) = levels.run(&mut input, &Level::ABOVE);
         verified.packets += 1;
         *verified.verdicts.entry(reference.ending.verdict.word()).or_default() += 1;
-        if !agree {
+        if let Some(levels) = differing {
             verified.disagreement = Some(Disagreement { input, levels });
             break;
         }
@@ -163,4 +129,104 @@ pub fn verify(
         }
     }
     verified
+}
+
+/// A packet on which a program differs from the rules: of `packets` packets where its tables decide otherwise than their
+/// stages or have boundaries, and as many that are spread over all entries. This is what each program is held against
+/// before it is loaded: the levels between cost as much again, and [`verify`] is for them.
+///
+/// # Errors
+/// The check VM does not run the program.
+pub fn spot_check(
+    session: &Session,
+    compiled: &Compiled,
+    object: &Object,
+    env: &Env,
+    devices: &Devices,
+    packets: usize,
+) -> Result<Option<Disagreement>, VmError> {
+    const SEED: u64 = 1;
+    let attach = compiled.plan.place.attach.expect("programs are made for an attach point");
+    let program = Program::new(&compiled.plan, attach, object)?;
+    let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SEED);
+    // Beyond a bound the rules could tell more than the program does.
+    let which: &[Level] =
+        if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
+    let step = (compiled.classifier.entries.len() / packets.max(1)).max(1);
+    let directed = Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, SEED);
+    let spread = Witnesses::new(&compiled.classifier, &devices.declared, SEED).step_by(step);
+    for mut input in directed.take(packets).chain(spread.take(packets)) {
+        if let (_, Some(levels)) = levels.run(&mut input, which) {
+            return Ok(Some(Disagreement { input, levels }));
+        }
+    }
+    Ok(None)
+}
+
+/// The levels of a compiled rule set, to run packets through. State (counters of `nth`, random numbers) lives as long as
+/// the rule set: each level has its own.
+struct Levels<'a> {
+    ruleset: &'a Ruleset,
+    compiled: &'a Compiled,
+    env: &'a Env,
+    devices: &'a Devices,
+    program: Option<Program>,
+    states: [State; Level::ABOVE.len()],
+    /// Whether rules were left out for their number.
+    bounded: bool,
+}
+
+impl<'a> Levels<'a> {
+    fn new(
+        ruleset: &'a Ruleset,
+        compiled: &'a Compiled,
+        env: &'a Env,
+        devices: &'a Devices,
+        mut program: Option<Program>,
+        seed: u64,
+    ) -> Levels<'a> {
+        if let Some(program) = &mut program {
+            program.set_random_seed(seed);
+        }
+        let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
+        let states = Level::ABOVE.map(|_| State::new(seed));
+        Levels { ruleset, compiled, env, devices, program, states, bounded }
+    }
+
+    /// Runs a packet through the first of the levels above the object, `which`, and the program: what the rules make of
+    /// it, and what each said if they differ.
+    fn run(&mut self, input: &mut Input, which: &[Level]) -> (Outcome, Option<Vec<(Level, Said)>>) {
+        // Where the program sits, every packet comes or leaves by the one device.
+        input.in_device = self.devices.fixed_in.or(input.in_device);
+        input.out_device = self.devices.fixed_out.or(input.out_device);
+        let outcomes: Vec<Outcome> = which
+            .iter()
+            .zip(&mut self.states)
+            .map(|(&level, state)| run(level, self.ruleset, self.compiled, self.env, input, state))
+            .collect();
+        // Beyond the bound on entries the rules could tell, and the object leaves it to the kernel.
+        let reference = match outcomes.get(1) {
+            Some(classified) if self.bounded && classified.ending.verdict == Verdict::Defer => classified,
+            _ => &outcomes[0],
+        };
+        let plan = &self.compiled.plan;
+        let said = self.program.as_mut().map(|program| match program.tell(plan, input) {
+            Ok(told) => Said::Told(told),
+            Err(error) => Said::Wrong(error),
+        });
+        let attach = plan.place.attach;
+        let agree = outcomes[1..].iter().all(|outcome| outcome == reference)
+            && match &said {
+                None => true,
+                Some(Said::Told(told)) => attach.is_some_and(|attach| told.is(reference, plan, attach)),
+                Some(_) => false,
+            };
+        let reference = reference.clone();
+        if agree {
+            return (reference, None);
+        }
+        let said = said.map(|said| (Level::Rbpf, said));
+        let levels = which.iter().copied().zip(outcomes.into_iter().map(Said::Outcome)).chain(said);
+        (reference, Some(levels.collect()))
+    }
 }

@@ -13,10 +13,11 @@ use polc::place::{default_path, first_priority, place as place_of};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
-use polc::verify::verify;
+use polc::verify::spot_check;
 use polc::{Compiled, guard};
 use polc_backend_ebpf::emit::{Told, return_code};
 use polc_backend_ebpf::object::Object;
+use polc_backend_ebpf::vm::VmError;
 use polc_frontend_iptables::print;
 use polc_ir::env::{Attach, Connections, Counting, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
@@ -256,8 +257,8 @@ impl Job<'_> {
                 return Ok(None);
             }
         };
-        let verified = verify(session, &place, &env, &names, 1, CHECKED_PACKETS, &mut |_, _| {});
-        if let Some(wrong) = &verified.disagreement {
+        let checked = spot_check(session, &compiled, &object, &env, &names, CHECKED_PACKETS / 2);
+        if let Some(wrong) = checked.map_err(not_run)? {
             return Err(Failure::Input(format!(
                 "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
                 hex(&wrong.input.frame)
@@ -493,8 +494,11 @@ impl Job<'_> {
 
 fn vm(compiled: &Compiled, object: &Object) -> Result<Program, Failure> {
     let attach = compiled.plan.place.attach.expect("programs are made for an attach point");
-    Program::new(&compiled.plan, attach, object)
-        .map_err(|error| Failure::Input(format!("the program can't be run in userspace: {error}")))
+    Program::new(&compiled.plan, attach, object).map_err(not_run)
+}
+
+fn not_run(error: VmError) -> Failure {
+    Failure::Input(format!("the program can't be run in userspace: {error}"))
 }
 
 /// What the loaded program has to return for packets like those that rbpf was tried with.
