@@ -5,8 +5,10 @@ mod common;
 use common::{looks_up_connections, sample, without_comments};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
-use polc_backend_ebpf::manifest::Manifest;
-use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, ObjectError, Program, ProgramKind};
+use polc_backend_ebpf::manifest::{Counted, Manifest};
+use polc_backend_ebpf::object::{
+    BSS, DataSection, MapDef, MapKind, Object, ObjectError, Program, ProgramKind,
+};
 use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
 
 #[test]
@@ -19,6 +21,50 @@ fn read_gives_back_what_was_written() {
         assert_eq!(again, without_comments(object));
         assert_eq!(again.write().expect("writes"), bytes);
     }
+}
+
+/// A counter slot names its rule in full; the file has it once.
+#[test]
+fn what_slots_repeat_is_written_once() {
+    let mut object = sample(&[ProgramKind::Xdp]);
+    let text = "-A INPUT -p tcp -j DROP";
+    let counted = Counted {
+        table: "filter".into(),
+        chain: "INPUT".into(),
+        rule: Some(7),
+        file: Some("rules.v4".into()),
+        line: Some(12),
+        text: text.into(),
+    };
+    let slot = &mut object.manifest.counters[0];
+    (slot.table, slot.chain) = (Some("filter".into()), Some("INPUT".into()));
+    (slot.rule, slot.file, slot.line) = (Some(7), Some("rules.v4".into()), Some(12));
+    (slot.text, slot.counts) = (text.into(), vec![0]);
+    object.manifest.counted = vec![counted];
+    let written = |object: &Object| {
+        let bytes = object.write().expect("writes");
+        assert_eq!(Object::read(&bytes).expect("reads"), without_comments(object.clone()));
+        bytes.windows(text.len()).filter(|window| *window == text.as_bytes()).count()
+    };
+    let once = written(&object);
+    // Another rule's text is kept beside what is counted.
+    object.manifest.counted[0].line = Some(13);
+    assert_eq!(written(&object), once + 1);
+}
+
+/// An outline is the object with zeros for data.
+#[test]
+fn outlines_have_no_contents() {
+    let object = sample(&[ProgramKind::Xdp]);
+    let outline = Object::read_outline(&object.write().expect("writes")).expect("reads");
+    let mut expected = without_comments(object.clone());
+    for map in expected.maps.values_mut() {
+        if let MapKind::Data { contents, .. } = &mut map.kind {
+            contents.fill(0);
+        }
+    }
+    assert_eq!(outline, expected);
+    assert_ne!(outline, without_comments(object), "it has data");
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub struct Open {
     pub via: Via,
     /// What has to be confirmed, if anything.
     pub unconfirmed: Option<Confirm>,
-    /// The object.
+    /// The object, without what is in its data maps.
     pub object: Object,
     /// What the kernel says about the program.
     pub program: ProgramInfo,

@@ -20,7 +20,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::Manifest;
+use crate::manifest::{Counted, CounterSlot, Manifest};
 
 pub(crate) mod read;
 pub(crate) mod write;
@@ -58,8 +58,11 @@ const LINE_SHIFT: u32 = 10;
 /// What section `polc.manifest` holds: the manifest, and the side tables of the code that ELF has no place for.
 #[derive(Serialize, Deserialize)]
 struct Notes<'a> {
-    /// For people and loaders.
+    /// For people and loaders. What tells a counter slot's rule or policy is left out where `deciders` says which it is.
     manifest: Cow<'a, Manifest>,
+    /// For each counter slot the rule or policy, by its index among what is counted, that the slot names, if it does.
+    #[serde(default)]
+    deciders: Vec<Option<u32>>,
     /// Maps by symbol, in the order of their numbers.
     maps: Vec<String>,
     /// Programs in order.
@@ -77,4 +80,47 @@ struct ProgramNotes {
     /// Loads of fields of the kernel's structures: slot, field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     fields: Vec<(u32, String)>,
+}
+
+/// The manifest without what its counter slots repeat, and what they repeat. Of a large rule set it is half of the bytes,
+/// and reading them is most of what `polc save` takes.
+fn without_repeats(manifest: &Manifest) -> (Manifest, Vec<Option<u32>>) {
+    let mut manifest = manifest.clone();
+    let Manifest { counters, counted, .. } = &mut manifest;
+    let repeats = |slot: &CounterSlot, index: &u32| {
+        counted.get(*index as usize).is_some_and(|counted| {
+            let mut other = slot.clone();
+            name_decider(&mut other, counted);
+            other == *slot
+        })
+    };
+    let mut deciders = Vec::with_capacity(counters.len());
+    for slot in counters {
+        let decider = slot.counts.iter().rev().copied().find(|index| repeats(slot, index));
+        if decider.is_some() {
+            slot.text.clear();
+            (slot.table, slot.chain, slot.rule, slot.file, slot.line) = (None, None, None, None, None);
+        }
+        deciders.push(decider);
+    }
+    (manifest, deciders)
+}
+
+/// The other way round. Deciders that are nowhere are left out; the object is verified afterwards.
+fn with_repeats(manifest: &mut Manifest, deciders: &[Option<u32>]) {
+    let Manifest { counters, counted, .. } = manifest;
+    for (slot, decider) in counters.iter_mut().zip(deciders) {
+        if let Some(counted) = decider.and_then(|index| counted.get(index as usize)) {
+            name_decider(slot, counted);
+        }
+    }
+}
+
+fn name_decider(slot: &mut CounterSlot, counted: &Counted) {
+    slot.text.clone_from(&counted.text);
+    slot.table = Some(counted.table.clone());
+    slot.chain = Some(counted.chain.clone());
+    slot.rule = counted.rule;
+    slot.file.clone_from(&counted.file);
+    slot.line = counted.line;
 }

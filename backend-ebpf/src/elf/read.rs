@@ -14,7 +14,7 @@ use polc_ir::limits::OBJECT_BSS_BYTES_MAX;
 
 use super::{
     BTF, BTF_EXT, EXTERN_CALL, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAPS, Notes,
-    ProgramNotes,
+    ProgramNotes, with_repeats,
 };
 use crate::asm::{BoundedLoop, Code, File, KernelRef, Line, LineRef, Reloc, RelocKind};
 use crate::btf::{self, Btf};
@@ -32,8 +32,17 @@ fn bad_section(section: &str, why: impl Into<String>) -> ObjectError {
     ObjectError::Section { section: section.to_string(), why: why.into() }
 }
 
+/// What of a file's data sections is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Contents {
+    /// Their bytes.
+    Bytes,
+    /// Their lengths: they are all zeros, which nobody makes before they are read.
+    Lengths,
+}
+
 /// Takes a file apart. The result still has to be verified.
-pub(crate) fn read(bytes: &[u8]) -> Result<Object, ObjectError> {
+pub(crate) fn read(bytes: &[u8], of_data: Contents) -> Result<Object, ObjectError> {
     let elf: ElfFile<'_> = ElfFile64::parse(bytes).map_err(elf_error)?;
     if elf.architecture() != Architecture::Bpf || elf.endianness() != Endianness::Little {
         return Err(ObjectError::Machine);
@@ -51,13 +60,15 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Object, ObjectError> {
     let types = Btf::parse(contents(&elf, BTF)?).map_err(ObjectError::Btf)?;
     let lines = read_lines(&types, contents(&elf, BTF_EXT)?)?;
 
-    let found = FoundMaps::read(&elf, &types)?;
+    let found = FoundMaps::read(&elf, &types, of_data)?;
     let (maps, places) = found.in_order(&notes.maps)?;
     let mut programs = Vec::with_capacity(notes.programs.len());
     for note in &notes.programs {
         programs.push(read_program(&elf, note, &places, &lines)?);
     }
-    Ok(Object { programs, maps, manifest: notes.manifest.into_owned(), license: license.to_string() })
+    let mut manifest = notes.manifest.into_owned();
+    with_repeats(&mut manifest, &notes.deciders);
+    Ok(Object { programs, maps, manifest, license: license.to_string() })
 }
 
 fn contents<'a>(elf: &ElfFile<'a>, name: &'static str) -> Result<&'a [u8], ObjectError> {
@@ -78,7 +89,7 @@ struct FoundMaps {
 }
 
 impl FoundMaps {
-    fn read(elf: &ElfFile<'_>, types: &Btf<'_>) -> Result<FoundMaps, ObjectError> {
+    fn read(elf: &ElfFile<'_>, types: &Btf<'_>, of_data: Contents) -> Result<FoundMaps, ObjectError> {
         let mut found = FoundMaps::default();
         for section in elf.sections() {
             let name = section.name().map_err(elf_error)?;
@@ -92,7 +103,13 @@ impl FoundMaps {
                         }
                         vec![0; section.size() as usize]
                     }
-                    _ => section.data().map_err(elf_error)?.to_vec(),
+                    _ => {
+                        let data = section.data().map_err(elf_error)?;
+                        match of_data {
+                            Contents::Bytes => data.to_vec(),
+                            Contents::Lengths => vec![0; data.len()],
+                        }
+                    }
                 };
                 found.insert(MapDef::data(map, kind, contents), (section.index().0, None))?;
             }

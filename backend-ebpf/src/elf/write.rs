@@ -16,6 +16,7 @@ use polc_ir::limits::BTF_BYTES_MAX;
 use super::{
     BTF, BTF_EXT, CORE_FIELD_BYTE_OFFSET, CORE_RELO_BYTES, EXTERN_CALL, FUNC_INFO_BYTES, KSYMS, LICENSE,
     LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAP_BYTES, MAPS, Notes, ProgramNotes,
+    without_repeats,
 };
 use crate::asm::{Code, KernelRef, RelocKind};
 use crate::btf;
@@ -54,8 +55,10 @@ pub(crate) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
     add_section(&mut elf, BTF, SectionKind::Other, &types, 8);
     add_section(&mut elf, BTF_EXT, SectionKind::Other, &ext.finish(), 8);
 
+    let (manifest, deciders) = without_repeats(&object.manifest);
     let notes = Notes {
-        manifest: Cow::Borrowed(&object.manifest),
+        manifest: Cow::Owned(manifest),
+        deciders,
         maps: object.maps.values().map(|def| def.symbol()).collect(),
         programs: object.programs.iter().map(notes_of).collect(),
     };
