@@ -14,6 +14,8 @@ mod driver;
 mod dumps;
 mod generator;
 mod kernel;
+mod live;
+mod local;
 mod machine;
 mod packet;
 mod peers;
@@ -38,7 +40,8 @@ use crate::context::{Context, NOISY, Options, progress};
 use crate::report::Section;
 
 /// The benchmarks, in the order of the document.
-const BENCHMARKS: [&str; 7] = ["classify", "ipv6", "small", "peers", "sets", "dumps", "reports"];
+const BENCHMARKS: [&str; 9] =
+    ["classify", "ipv6", "small", "peers", "sets", "dumps", "reports", "local", "live"];
 
 /// Measures compiled rule sets against what else one would use, in the kernel that runs here.
 #[derive(Parser)]
@@ -135,6 +138,8 @@ fn benchmark(context: &mut Context, name: &str) -> Result<Section, String> {
         "sets" => sets::run(context),
         "dumps" => dumps::run(context),
         "reports" => reports::run(context),
+        "local" => local::run_all(context),
+        "live" => live::run_all(context),
         _ => Err(format!("no benchmark `{name}`")),
     }
 }
