@@ -17,7 +17,7 @@ use polc_ir::cube::{Cube, Test};
 use polc_ir::derived::{DerivedData, address_types};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Derived, Rule, Stage};
-use polc_ir::env::{Connections, Counting, Env, Fragments, Place};
+use polc_ir::env::{Connections, Env, Fragments, Place};
 use polc_ir::field::Field;
 use polc_ir::interval::{Interval, IntervalSet};
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
@@ -128,12 +128,8 @@ impl Onward {
     }
 
     /// Counts `first`, ahead of everything, if it is to be counted.
-    fn counting(mut self, first: Count, counters: Counting) -> Onward {
-        let ending = match self.exit {
-            Exit::End(ending) | Exit::EndIfAbsent(ending) => Some(ending),
-            Exit::Then { .. } | Exit::Test { .. } => None,
-        };
-        if counters.keep(first, ending) {
+    fn counting(mut self, first: Count, counted: bool) -> Onward {
+        if counted {
             self.counts.insert(0, first);
         }
         self
@@ -294,7 +290,7 @@ impl Flattener<'_> {
         let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
         let by = Decider::Policy(chain);
         let onward = if drop { Onward::drop(key, by) } else { self.accept(key, by) };
-        onward.counting(Count::Policy(chain), self.place.counters)
+        onward.counting(Count::Policy(chain), self.place.counters.counts(true))
     }
 
     fn accept(&mut self, key: Key, by: Decider) -> Onward {
@@ -524,11 +520,9 @@ impl Flattener<'_> {
             }
             Action::Effect { .. } | Action::Steal(_) => Onward::defer(rule),
         };
-        let onward = if outermost.is_some() {
-            onward
-        } else {
-            onward.counting(Count::Rule(rule), self.place.counters)
-        };
+        let counted =
+            outermost.is_none() && self.place.counters.counts(self.ruleset.rules[rule].action.ends());
+        let onward = onward.counting(Count::Rule(rule), counted);
         emit(entries, cubes, rule, &onward);
         ends
     }

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::field::DeviceName;
 use crate::hook::Hook;
 use crate::interval::Interval;
-use crate::outcome::{Count, Decider, Ending};
 
 /// Where a program sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -91,22 +90,18 @@ pub enum Counting {
     /// All that iptables' counters count: every rule that a packet meets and fits, and the policy that it comes to.
     #[default]
     Exact,
-    /// The rule or the policy that a packet's way ends at.
+    /// Rules that accept, drop or reject it, and policies: what ends its way through a base chain.
     Terminal,
     /// Nothing.
     Off,
 }
 
 impl Counting {
-    /// Whether a packet is counted for something if its way ends so; `None`: it goes on.
-    pub fn keep(self, count: Count, ending: Option<Ending>) -> bool {
+    /// Whether a packet is counted for what ends its way through a base chain, or does not (`ends`).
+    pub fn counts(self, ends: bool) -> bool {
         match self {
             Counting::Exact => true,
-            Counting::Terminal => ending.is_some_and(|ending| match (ending.by, count) {
-                (Decider::Rule(by), Count::Rule(rule)) => by == rule,
-                (Decider::Policy(by), Count::Policy(chain)) => by == chain,
-                _ => false,
-            }),
+            Counting::Terminal => ends,
             Counting::Off => false,
         }
     }

@@ -99,7 +99,10 @@ impl Ruleset {
             ending.verdict = Verdict::Defer;
         }
         let mut counted = std::mem::take(&mut state.counted);
-        counted.retain(|&count| place.counters.keep(count, Some(ending)));
+        counted.retain(|count| match *count {
+            Count::Rule(rule) => place.counters.counts(self.rules[rule].action.ends()),
+            Count::Policy(_) => place.counters.counts(true),
+        });
         Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
 

@@ -223,6 +223,13 @@ pub enum Action {
     Steal(Opaque),
 }
 
+impl Action {
+    /// Whether it ends the packet's way through the base chain itself.
+    pub fn ends(&self) -> bool {
+        matches!(self, Action::Accept | Action::Drop | Action::Reject(_))
+    }
+}
+
 /// A change of a field: `value' = (value & !clear) ^ xor`, which is how netfilter writes marks
 /// (net/netfilter/xt_mark.c) and TOS (net/netfilter/xt_DSCP.c).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

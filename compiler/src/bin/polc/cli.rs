@@ -310,7 +310,7 @@ impl<T: ValueEnum> ValueName for T {
 pub(crate) enum CountersChoice {
     /// What iptables counts: every rule that a packet meets and fits, and the policy that it comes to.
     Exact,
-    /// The rule or policy that decides the packet; rules on the way to it cost nothing.
+    /// Rules that accept, drop or reject it, and policies; jumps, marks and the like cost nothing.
     Terminal,
     /// Nothing; programs tell verdicts alone.
     Off,
