@@ -361,6 +361,19 @@ mod tests {
     }
 
     #[test]
+    fn jumps_that_netfilter_refuses_are_rejected() {
+        let circle = report(
+            "*filter\n:a - [0:0]\n:b - [0:0]\n-A INPUT -j a\n-A a -j b\n-A b -s 10.0.0.1,10.0.0.2 -j a\n-A b -j DROP\nCOMMIT\n",
+        );
+        assert_eq!((circle.rules(), circle.compiled(), circle.rejected()), (4, 3, 1));
+        let depth = polc_ir::limits::JUMP_DEPTH_MAX + 1;
+        let chains: String = (0..depth).map(|chain| format!(":c{chain} - [0:0]\n")).collect();
+        let jumps: String = (1..depth).map(|to| format!("-A c{} -j c{to}\n", to - 1)).collect();
+        let deep = report(&format!("*filter\n{chains}-A INPUT -j c0\n{jumps}COMMIT\n"));
+        assert_eq!((deep.rules(), deep.rejected()), (depth, 1));
+    }
+
+    #[test]
     fn a_replaced_section_is_accounted_for() {
         let report = report("*filter\n-A INPUT -j DROP\nCOMMIT\n*filter\n-A INPUT -j ACCEPT\nCOMMIT\n");
         assert_eq!((report.rules(), report.compiled()), (2, 2));

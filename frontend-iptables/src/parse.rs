@@ -246,7 +246,7 @@ impl Parser<'_> {
     }
 
     fn install(&mut self, mut ast: TableAst) {
-        self.check_loops(&ast);
+        self.check_loops(&mut ast);
         self.check_places(&mut ast);
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {
             let old = self.dump.tables.remove(at);
@@ -610,14 +610,15 @@ impl Parser<'_> {
     }
 
     /// Chains may not jump in a circle, directly or not (net/ipv4/netfilter/ip_tables.c, `mark_source_chains`), nor nest
-    /// deeper than is followed.
-    fn check_loops(&mut self, ast: &TableAst) {
+    /// deeper than is followed. The jumps that would are not accepted.
+    fn check_loops(&mut self, ast: &mut TableAst) {
         #[derive(Clone, Copy, PartialEq)]
         enum Mark {
             New,
             Open,
             Done,
         }
+        let mut refused = BTreeSet::new();
         let mut marks = vec![Mark::New; ast.chains.len()];
         // How many chains a packet may be in at once from each on.
         let mut depths = vec![0; ast.chains.len()];
@@ -630,20 +631,36 @@ impl Parser<'_> {
             while let Some((chain, next)) = path.last_mut() {
                 let Some(&rule) = ast.chains[*chain].rules.get(*next) else {
                     marks[*chain] = Mark::Done;
-                    let deepest = deepest_jump(ast, *chain, &depths);
-                    depths[*chain] = 1 + deepest.map_or(0, |(depth, _)| depth);
-                    if let Some((limits::JUMP_DEPTH_MAX, rule)) = deepest {
-                        let message = format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
-                        self.report(
-                            Diagnostic::error(codes::LIMIT, message, rule.target.span)
-                                .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
-                        );
+                    let mut deepest = 0;
+                    let mut said = None;
+                    for &index in &ast.chains[*chain].rules {
+                        let rule = &ast.rules[index as usize];
+                        let (TargetVerdict::Jump(to) | TargetVerdict::Goto(to)) = rule.target.verdict else {
+                            continue;
+                        };
+                        let depth = depths[to.0 as usize];
+                        if depth < limits::JUMP_DEPTH_MAX {
+                            deepest = deepest.max(depth);
+                            continue;
+                        }
+                        refused.insert(index);
+                        // The rules that a line's address lists make share what is said of the line.
+                        if said.replace(rule.span) != Some(rule.span) {
+                            let message =
+                                format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
+                            self.report(
+                                Diagnostic::error(codes::LIMIT, message, rule.target.span)
+                                    .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
+                            );
+                        }
                     }
+                    depths[*chain] = 1 + deepest;
                     path.pop();
                     continue;
                 };
                 *next += 1;
-                let rule = &ast.rules[rule as usize];
+                let index = rule;
+                let rule = &ast.rules[index as usize];
                 let (TargetVerdict::Jump(to) | TargetVerdict::Goto(to)) = rule.target.verdict else {
                     continue;
                 };
@@ -659,11 +676,13 @@ impl Parser<'_> {
                             .with_label(ast.chains[to].span, "this chain")
                             .with_hint("netfilter refuses loops; break the circle");
                         self.report(diagnostic);
+                        refused.insert(index);
                     }
                     Mark::Done => {}
                 }
             }
         }
+        reject(ast, &refused);
     }
 
     /// Matches and targets that their table or hook does not allow. A rule with one is not accepted, so it leaves its
@@ -709,12 +728,7 @@ impl Parser<'_> {
                 }
             }
         }
-        if !misplaced.is_empty() {
-            for chain in &mut ast.chains {
-                chain.rules.retain(|index| !misplaced.contains(index));
-            }
-            ast.rejected.extend(misplaced.into_iter().map(|index| ast.rules[index as usize].span));
-        }
+        reject(ast, &misplaced);
         // The rules that a line's address lists make share what is said of the line.
         found.dedup();
         for (span, message) in found {
@@ -750,14 +764,15 @@ fn is_rule(text: &str) -> bool {
     ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
 }
 
-/// The jump of a chain that leads deepest, by the depths of the chains that are known, and how deep.
-fn deepest_jump<'a>(ast: &'a TableAst, chain: usize, depths: &[usize]) -> Option<(usize, &'a RuleAst)> {
-    let rules = ast.chains[chain].rules.iter().map(|&rule| &ast.rules[rule as usize]);
-    let jumps = rules.filter_map(|rule| match rule.target.verdict {
-        TargetVerdict::Jump(to) | TargetVerdict::Goto(to) => Some((depths[to.0 as usize], rule)),
-        _ => None,
-    });
-    jumps.max_by_key(|(depth, _)| *depth)
+/// Takes rules that are not accepted out of their chains.
+fn reject(ast: &mut TableAst, refused: &BTreeSet<u32>) {
+    if refused.is_empty() {
+        return;
+    }
+    for chain in &mut ast.chains {
+        chain.rules.retain(|index| !refused.contains(index));
+    }
+    ast.rejected.extend(refused.iter().map(|&index| ast.rules[index as usize].span));
 }
 
 fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {

@@ -9,4 +9,5 @@ pub mod fuzz;
 pub mod generate;
 pub mod kernel;
 pub mod levels;
+pub mod services;
 pub mod stateless;
