@@ -36,12 +36,17 @@ fn main() {
 
 /// The valid dumps at hand, ascending by rules.
 fn dumps() -> Vec<Dump> {
-    let rules = |text: String| text.lines().filter(|line| line.starts_with("-A")).count();
+    let rules = |text: String| text.lines().filter(|line| is_rule(line)).count();
     let valid = corpus::all().into_iter().filter(|dump| dump.valid);
     let mut dumps: Vec<Dump> =
         valid.map(|dump| Dump { rules: rules(dump.text()), path: dump.rules }).collect();
     dumps.sort_by(|a, b| (a.rules, &a.path).cmp(&(b.rules, &b.path)));
     dumps
+}
+
+/// Counters may come first.
+fn is_rule(line: &str) -> bool {
+    line.trim_start_matches(|c: char| "[:] ".contains(c) || c.is_ascii_digit()).starts_with("-A")
 }
 
 /// The generated one is written where Cargo keeps what it builds.
@@ -54,7 +59,7 @@ fn largest() -> Dump {
     let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("services.v4.rules");
     let text = services(SERVICES);
     std::fs::write(&path, &text).expect("the folder for tests can be written");
-    Dump { rules: text.lines().filter(|line| line.starts_with("-A")).count(), path }
+    Dump { rules: text.lines().filter(|line| is_rule(line)).count(), path }
 }
 
 fn median() -> Dump {
