@@ -29,7 +29,7 @@ struct Dump {
 fn main() {
     for (which, dump) in [("largest", largest()), ("median", median())] {
         let name = dump.path.file_name().expect("a file").to_string_lossy().into_owned();
-        println!("{which}: {name}, {} rules", dump.rules);
+        eprintln!("{which}: {name}, {} rules", dump.rules);
     }
     divan::main();
 }
