@@ -76,6 +76,9 @@ pub enum Prefer {
 /// Word tests that a stage decided by comparing may have: what is more, tables decide faster.
 const LINEAR_TESTS_MAX: usize = 400;
 
+/// Entries up to which a stage that only fragments come to is compared.
+const RARE_ENTRIES_MAX: usize = 16;
+
 /// Instructions of a program that stages decided by code may take, of the 32,767 that it may have: the rest is for
 /// headers, searches of the packet and the walk.
 const CODE_INSNS_MAX: usize = 24_000;
@@ -473,8 +476,10 @@ impl Selector<'_> {
             Prefer::Linear => return linear,
             Prefer::Cheapest | Prefer::Matrix | Prefer::Groups => {}
         }
+        // Code that compares stands beside its rules, which costs nothing where hardly a packet comes.
+        let most = if busy || prefer != Prefer::Cheapest { 1 } else { RARE_ENTRIES_MAX };
         let few = linear.as_ref().is_some_and(|shape| match shape {
-            Shape::Linear(entries) => entries.len() <= 1,
+            Shape::Linear(entries) => entries.len() <= most,
             Shape::Lookup { .. } => false,
         });
         // Fragments are so rare that a branch for them is foreseen.
