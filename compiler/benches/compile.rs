@@ -51,7 +51,7 @@ fn is_rule(line: &str) -> bool {
 
 /// The generated one is written where Cargo keeps what it builds.
 fn largest() -> Dump {
-    /// As many as make 42,633 rules.
+    /// As many as make 42,636 rules.
     const SERVICES: usize = 1_470;
     if corpus::shared().is_some() {
         return dumps().pop().expect("there are dumps");

@@ -50,3 +50,20 @@ pub fn services(count: usize) -> String {
          -A FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT\nCOMMIT\n"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use polc_frontend_iptables::{ParseOptions, parse};
+    use polc_ir::source::SourceMap;
+
+    use super::*;
+
+    #[test]
+    fn a_service_has_29_rules() {
+        let mut sources = SourceMap::new();
+        let file = sources.add("services.v4.rules", services(1_470));
+        let (dump, diagnostics) = parse(&sources, file, &ParseOptions::default());
+        assert!(diagnostics.is_empty(), "{:?}", diagnostics[0]);
+        assert_eq!(dump.tables.iter().map(|table| table.rules.len()).sum::<usize>(), 29 * 1_470 + 6);
+    }
+}
