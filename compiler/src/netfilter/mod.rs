@@ -295,6 +295,8 @@ impl Against {
         let outcome = self.eval(hook, &input);
         if let Decider::Frame(kind) = outcome.ending.by {
             return match kind {
+                // The kernel has no such bound, and goes on to its rules.
+                FrameKind::ManyHeaders => Judged::LeftOut("more extension headers than are followed"),
                 _ if stages.has(Stages::PREROUTING) => Judged::Differs(hook, outcome),
                 FrameKind::Malformed => Judged::Same("malformed"),
                 FrameKind::Vlan => Judged::Same("vlan"),
