@@ -69,7 +69,7 @@ impl Host {
         let met = UdpSocket::bind("192.0.2.1:9").expect("the host's address");
         met.set_read_timeout(Some(PATIENCE)).expect("a time");
         host.send("192.0.2.2:4000", "192.0.2.1:9", 1);
-        met.recv(&mut [0; 8]).expect("the peer's packet");
+        kernel::uninterrupted(|| met.recv(&mut [0; 8])).expect("the peer's packet");
         host.restore(rules);
         Some(host)
     }
@@ -139,7 +139,7 @@ fn socket(address: &str) -> UdpSocket {
 
 /// How many packets come.
 fn received(socket: &UdpSocket) -> usize {
-    std::iter::from_fn(|| match socket.recv(&mut [0; 64]) {
+    std::iter::from_fn(|| match kernel::uninterrupted(|| socket.recv(&mut [0; 64])) {
         Ok(_) => Some(()),
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => None,
         Err(error) => panic!("{error}"),
@@ -178,7 +178,8 @@ fn replies_pass_and_what_nobody_asked_for_is_dropped_early() {
             let socket = UdpSocket::bind("192.0.2.3:6000").expect("free");
             socket.set_read_timeout(Some(PATIENCE)).expect("a time");
             thread::spawn(move || {
-                let (bytes, from) = socket.recv_from(&mut [0; 64]).expect("a question");
+                let (bytes, from) =
+                    kernel::uninterrupted(|| socket.recv_from(&mut [0; 64])).expect("a question");
                 for _ in 0..5 {
                     socket.send_to(&vec![1; bytes], from).expect("answered");
                 }

@@ -94,7 +94,7 @@ impl Host {
         let socket = UdpSocket::bind("192.0.2.1:9").expect("the host's address");
         socket.set_read_timeout(Some(PATIENCE)).expect("a time");
         host.send(9, 1);
-        socket.recv(&mut [0; 8]).expect("the peer's packet");
+        kernel::uninterrupted(|| socket.recv(&mut [0; 8])).expect("the peer's packet");
         Some(host)
     }
 

@@ -4,6 +4,7 @@
 //! mount another `/sys` for each command, without the bpffs. Everything made here goes away when it is dropped.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,7 @@ const LOAD_PAUSE: Duration = Duration::from_millis(10);
 pub fn load(mut offer: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     let interrupted = |result: &Result<(), ProgramError>| {
         matches!(result, Err(ProgramError::LoadError { io_error, .. })
-            if io_error.kind() == std::io::ErrorKind::WouldBlock)
+            if io_error.kind() == io::ErrorKind::WouldBlock)
     };
     without_signals(|| {
         let mut result = offer();
@@ -72,6 +73,20 @@ pub fn load(mut offer: impl FnMut() -> Result<(), ProgramError>) -> Result<(), P
         }
         result
     })
+}
+
+/// Makes a call until no signal interrupts it. A socket with a time-out is interrupted by a child's end that another
+/// thread, which starts a process, can't be told of (socket(7); posix_spawn lets no signals through meanwhile).
+///
+/// # Errors
+/// Those of the call.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }
 
 /// The packet type of a test packet (`BPF_PROG_TEST_RUN` of tc programs): it is received on the loopback device, whose

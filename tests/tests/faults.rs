@@ -28,7 +28,7 @@ use polc_loader::state::{SlotName, Store};
 use polc_loader::swap::{self, Held, Request};
 use polc_loader::sys::{QueryPoint, Sys, TestRun};
 use polc_loader::{Error, clsact, net};
-use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run};
+use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
 
 const DEVICE: &str = "in0";
 
@@ -298,7 +298,7 @@ fn dropped_by_hook() -> io::Result<[bool; 2]> {
         sender.send_to(&[0], ("127.0.0.1", port))?;
     }
     last.set_read_timeout(Some(ARRIVES_WITHIN))?;
-    last.recv(&mut [0])?;
+    uninterrupted(|| last.recv(&mut [0]))?;
     let mut dropped = [false; 2];
     for (receiver, dropped) in receivers.into_iter().zip(&mut dropped) {
         let receiver = receiver?;

@@ -65,14 +65,15 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// `ah_mt6`. An asked length of 0 asks nothing.
+/// `ah_mt6`. An asked length of 0 asks nothing. A packet that ends before the header does by its own length is dropped
+/// whatever is asked (as Linux 6.18.44 does).
 fn ah(header: &[u8], spi: ((u32, u32), bool), len: (u32, bool), reserved: bool) -> Option<bool> {
-    let header = header.get(..12)?;
-    let length = length(kind::AUTHENTICATION, header[1]) as u32;
+    let fixed = header.get(..12)?;
+    let length = whole(kind::AUTHENTICATION, header)?.len() as u32;
     Some(
-        within(spi.0, spi.1, be32(header, 4))
+        within(spi.0, spi.1, be32(fixed, 4))
             && (len.0 == 0 || (len.0 == length) != len.1)
-            && !(reserved && header[2..4] != [0, 0]),
+            && !(reserved && fixed[2..4] != [0, 0]),
     )
 }
 
@@ -186,6 +187,9 @@ mod tests {
         assert_eq!(ipv6_header(&negated, &packet(&[], 6)), FAILS, "negation needs the header too");
         let whole = with(5, 1, 0);
         assert_eq!(ipv6_header(&ah_test(), &whole[..whole.len() - 1]), HOTDROP, "12 bytes are read");
+        let long = with(4, 2, 0);
+        assert_eq!(ipv6_header(&ah_test(), &long), FAILS);
+        assert_eq!(ipv6_header(&ah_test(), &long[..long.len() - 1]), HOTDROP, "shorter than its header says");
         assert_eq!(ipv6_header(&ah_test(), &whole[..41]), HOTDROP, "the chain is cut before");
     }
 

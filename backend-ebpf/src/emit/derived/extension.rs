@@ -109,6 +109,12 @@ impl Emitter<'_> {
         match test {
             Ipv6HeaderTest::Ah { spi, spi_negate, len, len_negate, reserved } => {
                 self.header_bytes(12, hotdrop);
+                self.auth_length();
+                let a = &mut self.asm;
+                a.mov64(Reg::R2, Reg::R7);
+                a.alu64(AluOp::Add, Reg::R2, Reg::R1);
+                a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
+                a.jump64(Cond::Gt, Reg::R2, Reg::R1, hotdrop);
                 self.within((Size::W, 4), *spi, *spi_negate, fails);
                 if *len != 0 {
                     self.auth_length();
