@@ -21,7 +21,7 @@ use polc_ir::env::{Attach, Device, Env, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, FrameKind, Verdict};
-use polc_ir::ruleset::{Event, Ruleset, Truth};
+use polc_ir::ruleset::{ClauseKind, Event, Ruleset, Truth};
 use polc_ir::set::{self, DimensionKind};
 use polc_ir::state::State;
 use polc_loader::coexist::Order;
@@ -473,6 +473,15 @@ impl Judge {
         })
     }
 
+    /// Whether rules ask for the offsets of fragments (`-f`).
+    fn asks_offsets(&self) -> bool {
+        let mut clauses = self.ruleset.rules.values().flat_map(|rule| &rule.clauses);
+        clauses.any(|clause| match &clause.kind {
+            ClauseKind::Any(tests) => tests.iter().any(|test| test.field == Field::FragOffset),
+            _ => false,
+        })
+    }
+
     /// Why a packet can't be compared, if so.
     fn leaves_out(&self, sample: &Sample, passage: &Passage) -> Option<&'static str> {
         if sample.frame.id == 0 {
@@ -507,9 +516,16 @@ impl Judge {
         if outcome.ending.verdict == Verdict::Defer || !known {
             return Some("a fragment on which reassembly bears");
         }
+        if self.ruleset.family == Family::V4
+            && is_fragment(self.ruleset.family, sample)
+            && self.asks_offsets()
+        {
+            // A program takes it for what reassembly makes of it; without conntrack, FORWARD's rules don't.
+            return Some("a fragment that the kernel's rules see, and which they tell from a packet");
+        }
         if self.ruleset.semantics == Semantics::Nft
             && self.ruleset.family == Family::V6
-            && is_fragment(sample)
+            && is_fragment(self.ruleset.family, sample)
         {
             // include/net/netfilter/nf_tables_ipv6.h: nft takes the IPv6 header for the transport header.
             return Some("a later fragment, of which nft reads other bytes");
@@ -525,8 +541,8 @@ fn l4_len(family: Family, input: &Input) -> u128 {
     polc_ir::packet::View::new(family, &arriving(Attach::Xdp), input).map_or(0, |view| view.get(Field::L4Len))
 }
 
-fn is_fragment(sample: &Sample) -> bool {
-    kinds(Family::V6, &sample.input).contains(&"fragments")
+fn is_fragment(family: Family, sample: &Sample) -> bool {
+    kinds(family, &sample.input).contains(&"fragments")
 }
 
 /// What kinds a packet is of.
