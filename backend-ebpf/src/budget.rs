@@ -12,7 +12,7 @@
 //! No branch is taken to be decided, so code whose conditions the verifier can evaluate costs less than computed.
 //!
 //! Straight code branches too: where a constant masks a number that is known to be 0 or -1, the verifier follows either
-//! on its own (`maybe_fork_scalars`). Generated code avoids that; what it would cost is counted (see [`forks`]).
+//! on its own (`maybe_fork_scalars`). Generated code avoids that; what it would cost is counted (see `forks`).
 
 use std::collections::HashMap;
 use std::fmt;

@@ -109,7 +109,7 @@ impl<'a> Witnesses<'a> {
         self.compared.as_ref().is_some_and(|compared| compared.is_complete && compared.differences.is_empty())
     }
 
-    /// How many packets it takes until each directed one and each kind of odd one was there [`ROUNDS`] times, with
+    /// How many packets it takes until each directed one and each kind of odd one was there twice, with
     /// whatever a test leaves open being different.
     pub fn enough(&self) -> usize {
         let first = self
