@@ -183,9 +183,8 @@ fn narrow(runs: &[(u128, u64)]) -> Vec<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use polc_ir::entities::Stage;
     use polc_ir::field::Field;
-    use polc_ir::plan::{KeySlot, LookupStep, PlanExit};
+    use polc_ir::plan::KeySlot;
 
     use super::super::line::Tables;
     use super::*;
@@ -241,15 +240,7 @@ mod tests {
             let mut tables = Tables::new();
             let mut line = Line::new(&mut tables);
             let result = look_up(&mut line, field, &runs, &|class| u64::from(class) * 3);
-            let (ops, result) = line.finish(result);
-            let step = LookupStep {
-                stage: Stage::from_u32(0),
-                structure: String::new(),
-                ops,
-                result,
-                exits: vec![PlanExit::End(0)],
-                modelled: 0,
-            };
+            let step = line.step(result);
             let near =
                 |start: u128| [start, start.wrapping_sub(1), start + 1, start ^ 1 << 64, start ^ 1 << 96];
             for value in bounds.iter().flat_map(|&(start, _)| near(start)).chain([0, u128::MAX]) {

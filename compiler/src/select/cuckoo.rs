@@ -127,9 +127,6 @@ impl Cuckoo {
 
 #[cfg(test)]
 mod tests {
-    use polc_ir::entities::Stage;
-    use polc_ir::plan::{LookupStep, PlanExit};
-
     use super::super::line::Tables;
     use super::*;
 
@@ -141,15 +138,7 @@ mod tests {
             let mut line = Line::new(&mut tables);
             let word = line.word(0);
             let result = Cuckoo::new(&items, 16).expect("they fit").write(&mut line, word);
-            let (ops, result) = line.finish(result);
-            let step = LookupStep {
-                stage: Stage::from_u32(0),
-                structure: String::new(),
-                ops,
-                result,
-                exits: vec![PlanExit::End(0)],
-                modelled: 0,
-            };
+            let step = line.step(result);
             for key in 0..(count * factor + 10).min(70_000) {
                 let expected = if key % factor == 0 && key / factor < count { key / factor + 1 } else { 0 };
                 assert_eq!(step.eval(tables.all(), &[key as u32]), expected, "{count} {key}");

@@ -84,6 +84,20 @@ impl<'a> Line<'a> {
         Line { ops: PrimaryMap::new(), tables }
     }
 
+    /// The step that gives `result`, on its own.
+    #[cfg(test)]
+    pub(super) fn step(self, result: Value) -> polc_ir::plan::LookupStep {
+        let (ops, result) = self.finish(result);
+        polc_ir::plan::LookupStep {
+            stage: polc_ir::entities::Stage::from_u32(0),
+            structure: String::new(),
+            ops,
+            result,
+            exits: vec![polc_ir::plan::PlanExit::End(0)],
+            modelled: 0,
+        }
+    }
+
     /// The operations that `result` is made of, and its number among them.
     pub(super) fn finish(self, result: Value) -> (PrimaryMap<Value, Op>, Value) {
         let mut used = vec![false; self.ops.len()];

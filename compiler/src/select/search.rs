@@ -583,8 +583,7 @@ fn halves(
 
 #[cfg(test)]
 mod tests {
-    use polc_ir::entities::Stage;
-    use polc_ir::plan::{LookupStep, PlanExit};
+    use polc_ir::plan::LookupStep;
 
     use super::*;
     use crate::witness::Random;
@@ -602,9 +601,7 @@ mod tests {
         };
         let mut line = Line::new(tables);
         let result = write(&mut line, &number, bits, runs, how)?;
-        let (ops, result) = line.finish(result);
-        let (stage, structure) = (Stage::from_u32(0), String::new());
-        Some(LookupStep { stage, structure, ops, result, exits: vec![PlanExit::End(0)], modelled: 0 })
+        Some(line.step(result))
     }
 
     #[test]
