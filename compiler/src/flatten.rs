@@ -586,7 +586,10 @@ impl Flattener<'_> {
                     for leaf in set::leaves(&self.ruleset.sets, *set).into_iter().rev() {
                         let data = &self.ruleset.sets[leaf];
                         let wanted = *return_nomatch && data.takes_nomatch();
-                        let entry = |(cube, nomatch)| {
+                        let entry = |(mut cube, nomatch): (Cube, bool)| {
+                            if self.place.fragments == Fragments::Unresolved {
+                                cube = cube.without(Field::FragOffset);
+                            }
                             let onward = if nomatch == wanted { go(exit(1, root)) } else { next.clone() };
                             Entry { cube, rule: None, onward }
                         };

@@ -123,6 +123,11 @@ impl Cube {
         Some(both)
     }
 
+    /// The cube that asks nothing of a field, else the same.
+    pub fn without(&self, field: Field) -> Cube {
+        self.tests.iter().filter(|test| test.field != field).cloned().collect()
+    }
+
     /// Whether every value that satisfies `other` satisfies this cube, judged field by field (sufficient; under
     /// several masks of one field not necessary).
     pub fn is_superset(&self, other: &Cube) -> bool {

@@ -1,5 +1,7 @@
 //! Sets: what ipset calls a set, as an ordered list of elements over the dimensions of its type.
 
+pub mod port;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Deref;
@@ -13,6 +15,7 @@ use crate::entities::Set;
 use crate::field::{DeviceName, End, Field};
 use crate::hook::Family;
 use crate::interval::{Interval, IntervalSet, max_value};
+use crate::set::port::PortReading;
 use crate::source::Span;
 
 /// Most dimensions a set type has: `hash:ip,port,ip`.
@@ -221,7 +224,7 @@ fn covers(
         return elements.iter().find(|element| covers(element, value)).map(|element| element.nomatch);
     }
     let index = elements.0.index.get_or_init(|| Index::new(data, family, elements));
-    index.get(&numbers(data, ends, value))
+    index.get(&numbers(data, family, ends, value))
 }
 
 /// Elements of a set whose members are found by looking at one after another.
@@ -293,17 +296,7 @@ pub fn element_cubes(family: Family, element: &Element, ends: &[End]) -> Vec<Cub
             }
             DimensionValue::Port { proto, ports } => {
                 let protos = proto.map_or(BITMAP_PROTOS.to_vec(), |proto| vec![proto]);
-                protos
-                    .into_iter()
-                    .map(|proto| {
-                        let mut tests =
-                            vec![Test::new(Field::Proto, family, IntervalSet::point(proto.into()))];
-                        tests.extend(
-                            port_field(proto, end).map(|field| Test::new(field, family, ports.into())),
-                        );
-                        tests
-                    })
-                    .collect()
+                protos.into_iter().filter_map(|proto| port_tests(family, proto, ports, end)).collect()
             }
             DimensionValue::Device(name) => {
                 vec![vec![Test::new(device_field(end), family, IntervalSet::point(name.value()))]]
@@ -328,22 +321,27 @@ pub fn element_cubes(family: Family, element: &Element, ends: &[End]) -> Vec<Cub
     cubes
 }
 
-/// Protocols with ports, as sets see it: TCP, UDP, SCTP and UDP-Lite (net/netfilter/ipset/ip_set_getport.c,
-/// `get_port`).
-pub const PORT_PROTOS: [u8; 4] = [6, 17, 132, 136];
+/// The packets of a protocol that have one of the ports.
+fn port_tests(family: Family, proto: u8, ports: Interval, end: End) -> Option<Vec<Test>> {
+    let reading = PortReading::of(family, proto)?;
+    let mut tests = vec![Test::new(Field::Proto, family, IntervalSet::point(proto.into()))];
+    match reading.compared.field(end) {
+        Some(field) => tests.push(Test::new(field, family, ports.into())),
+        None if ports.lo() == 0 => {}
+        None => return None,
+    }
+    if reading.header_bytes > 0 {
+        let enough = IntervalSet::range(reading.header_bytes.into(), max_value(Field::L4Len.bits(family)));
+        tests.push(Test::new(Field::L4Len, family, enough));
+    }
+    if !reading.of_later_fragments {
+        tests.push(Test::new(Field::FragOffset, family, IntervalSet::point(0)));
+    }
+    Some(tests)
+}
+
 /// Protocols that a port without one stands for.
 const BITMAP_PROTOS: [u8; 2] = [6, 17];
-/// ICMP and ICMPv6, whose type and code stand for a port.
-pub const ICMP_PROTOS: [u8; 2] = [1, 58];
-
-/// The field that a port is read from; `None` for protocols without ports, whose port is 0.
-pub fn port_field(proto: u8, end: End) -> Option<Field> {
-    if PORT_PROTOS.contains(&proto) {
-        Some(Field::port(end))
-    } else {
-        ICMP_PROTOS.contains(&proto).then_some(Field::L4Bytes { offset: 0, len: 2 })
-    }
-}
 
 fn device_field(end: End) -> Field {
     if end == End::Src { Field::InDevice } else { Field::OutDevice }
@@ -355,7 +353,7 @@ pub fn mac_field(end: End) -> Field {
 }
 
 /// An element, or a part of one, as a number under a prefix for each dimension: what tables are made of. A port is
-/// `proto << 16 | port`. Dimensions that the set does not have are 0.
+/// `proto << 16 | port` ([`port::number`]). Dimensions that the set does not have are 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pattern {
     /// The numbers; bits beyond the length are 0.
@@ -384,6 +382,7 @@ pub fn widths(data: &SetData, family: Family) -> [u8; DIMENSIONS_MAX] {
 /// A packet's numbers in a set's dimensions.
 pub fn numbers(
     data: &SetData,
+    family: Family,
     ends: &[End],
     value: &mut impl FnMut(Field) -> u128,
 ) -> [u128; DIMENSIONS_MAX] {
@@ -391,10 +390,7 @@ pub fn numbers(
     for ((number, dimension), &end) in numbers.iter_mut().zip(&data.dimensions).zip(ends) {
         *number = match dimension {
             DimensionKind::Address | DimensionKind::Net => value(Field::address(end)),
-            DimensionKind::Port => {
-                let proto = value(Field::Proto);
-                proto << 16 | port_field(proto as u8, end).map_or(0, &mut *value)
-            }
+            DimensionKind::Port => port::number(family, end, value),
             DimensionKind::Device => value(device_field(end)),
             DimensionKind::Mac => value(mac_field(end)),
             DimensionKind::Mark => value(Field::Mark) & u128::from(data.mark_mask),

@@ -15,14 +15,12 @@ use polc::place::place;
 use polc::runner::{Level, run};
 use polc::select::Devices;
 use polc::session::Session;
-use polc_ir::derived::DerivedData;
 use polc_ir::diag::Diagnostic;
 use polc_ir::env::{Attach, Device, Env, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::outcome::{Decider, FrameKind, Verdict};
 use polc_ir::ruleset::{ClauseKind, Event, Ruleset, Truth};
-use polc_ir::set::{self, DimensionKind};
 use polc_ir::state::State;
 use polc_loader::coexist::Order;
 use polc_loader::netfilter::{
@@ -462,17 +460,6 @@ struct Judge {
 }
 
 impl Judge {
-    /// Whether a rule asks a set that has ports.
-    fn sets_read_ports(&self) -> bool {
-        let sets = &self.ruleset.sets;
-        self.ruleset.derived.values().any(|data| match data {
-            DerivedData::Member { set, .. } => set::leaves(sets, *set)
-                .into_iter()
-                .any(|leaf| sets[leaf].dimensions.contains(&DimensionKind::Port)),
-            _ => false,
-        })
-    }
-
     /// Whether rules ask for the offsets of fragments (`-f`).
     fn asks_offsets(&self) -> bool {
         let mut clauses = self.ruleset.rules.values().flat_map(|rule| &rule.clauses);
@@ -508,11 +495,6 @@ impl Judge {
             // net/ipv4/ip_input.c, `ip_local_deliver`, reassembles before INPUT; the rest has no route.
             return Some("died in routing, or held for reassembly");
         }
-        if self.sets_read_ports() && l4_len(self.ruleset.family, &sample.input) < TCP_HEADER_BYTES {
-            // net/netfilter/ipset/ip_set_getport.c, `get_port`, wants the whole header; the evaluator takes the ports'
-            // own bytes.
-            return Some("cut short, so that the kernel's sets read no ports");
-        }
         if outcome.ending.verdict == Verdict::Defer || !known {
             return Some("a fragment on which reassembly bears");
         }
@@ -532,13 +514,6 @@ impl Judge {
         }
         None
     }
-}
-
-/// `struct tcphdr`.
-const TCP_HEADER_BYTES: u128 = 20;
-
-fn l4_len(family: Family, input: &Input) -> u128 {
-    polc_ir::packet::View::new(family, &arriving(Attach::Xdp), input).map_or(0, |view| view.get(Field::L4Len))
 }
 
 fn is_fragment(family: Family, sample: &Sample) -> bool {

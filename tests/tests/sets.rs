@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use polc::netfilter::{Comparison, compare};
 use polc::place::{devices_of, place};
 use polc::runner::Program;
 use polc::select::Devices;
@@ -17,9 +18,10 @@ use polc_ir::hook::{Family, Hook};
 use polc_ir::plan::set::change;
 use polc_ir::set::Pattern;
 use polc_ir::source::SourceMap;
+use polc_loader::netfilter::Route;
 use polc_loader::sets::LiveTable;
 use polc_loader::sys::{Sys, TestRun};
-use polc_tests::kernel::may_run;
+use polc_tests::kernel::{Namespace, TempDir, may_run, run};
 
 /// A set type, the options of its `create`, and the ends that are asked.
 struct Kind {
@@ -111,11 +113,16 @@ fn file(kind: &Kind, count: usize, seed: u64) -> String {
 fn session(kind: &Kind, sets: &str) -> Session {
     let mut sources = SourceMap::new();
     let ends = kind.ends;
-    let rules = format!(
-        "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m set --match-set l {ends} -j ACCEPT\n\
-         -A INPUT -m set --match-set s {ends} --return-nomatch -p udp -j ACCEPT\n\
-         -A INPUT -m set --match-set s {ends} -j DROP\nCOMMIT\n"
-    );
+    let mut rules = String::from("*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n");
+    for chain in ["INPUT", "FORWARD"] {
+        _ = write!(
+            rules,
+            "-A {chain} -p tcp -m set --match-set l {ends} -j ACCEPT\n\
+             -A {chain} -m set --match-set s {ends} --return-nomatch -p udp -j ACCEPT\n\
+             -A {chain} -m set --match-set s {ends} -j DROP\n"
+        );
+    }
+    rules += "COMMIT\n";
     let rules = sources.add("rules", rules);
     let sets = sources.add("sets", sets);
     let options = ReadOptions { family: Some(kind.family), ..ReadOptions::default() };
@@ -177,6 +184,48 @@ fn tables_agree_at_every_level() {
             }
         }
     }
+}
+
+/// What `ipset save` makes of a file; nothing if the kernel was built without the type.
+fn saved(text: &str) -> Option<String> {
+    let mut text = text.replace("\nadd s ", "\nadd -exist s ");
+    // ipset gives the elements of a bitmap of ports no protocol.
+    if text.starts_with("create s bitmap:port") {
+        text = text.replace("tcp:", "").replace("udp:", "");
+    }
+    let _namespace = Namespace::enter("sets");
+    let directory = TempDir::new("sets");
+    let file = directory.file("sets", text.as_bytes());
+    match run("ipset", &["-file", &file, "restore"]) {
+        Ok(_) => Some(run("ipset", &["save"]).expect("ipset saves")),
+        Err(said) if said.contains("set type not supported") => None,
+        Err(said) => panic!("{said}"),
+    }
+}
+
+#[test]
+fn the_kernels_sets_say_the_same() {
+    if !may_run("the_kernels_sets_say_the_same") {
+        return;
+    }
+    let mut dropped = 0;
+    for (at, kind) in KINDS.iter().enumerate() {
+        let name = format!("{} {} {}", kind.name, kind.options, kind.family);
+        let Some(sets) = saved(&file(kind, 200, at as u64)) else {
+            eprintln!("skipped {name}: not in this kernel");
+            continue;
+        };
+        let session = session(kind, &sets);
+        for route in [Route::Forward, Route::Local] {
+            let sets = std::slice::from_ref(&sets);
+            let comparison = Comparison { session: &session, sets, route, packets: 2_000, seed: 5 };
+            let compared =
+                compare(&comparison, &mut |_| ()).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(compared.difference.is_none(), "{name} {route:?}: {:?}", compared.difference);
+            dropped += compared.counters_hit;
+        }
+    }
+    assert!(dropped > 100, "{dropped}");
 }
 
 /// A frame from an address.

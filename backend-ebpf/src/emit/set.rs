@@ -17,13 +17,15 @@
 //! Further words of the key are in the buffer.
 
 use polc_ir::entities::Map;
+use polc_ir::hook::Family;
+use polc_ir::packet::extension::kind;
 use polc_ir::plan::set::{CELL_BITS, Half, MULTIPLIER, SLOTS, SetShape, USED_WORD};
 use polc_ir::plan::{MemberPart, NumberWords};
-use polc_ir::set::{ICMP_PROTOS, PORT_PROTOS};
+use polc_ir::set::port::{Compared, WITH_HEADER};
 
 use super::{Emitter, SET_MAP_PREFIX};
 use crate::abi;
-use crate::asm::Label;
+use crate::asm::{Asm, Label};
 use crate::insn::{AluOp, Cond, Operand, Reg, Size};
 use crate::manifest::SetManifest;
 use crate::object::{DataSection, MapDef};
@@ -81,9 +83,7 @@ impl Emitter<'_> {
         let plan = self.plan;
         let (shape, map) = (&plan.set_tables[&part.set].shape, self.sets[&part.set]);
         for numbers in &part.numbers {
-            if let NumberWords::Port { proto, port, icmp } = *numbers {
-                self.port_number(proto, port, icmp);
-            }
+            self.port_number(numbers);
         }
         for level in 0..shape.levels.len() {
             let next = self.asm.label();
@@ -93,30 +93,53 @@ impl Emitter<'_> {
         self.asm.goto(other);
     }
 
-    /// `proto << 16 | port` to its place.
-    fn port_number(&mut self, proto: u8, port: u8, icmp: u8) {
-        let [proto, port, icmp] = [proto, port, icmp].map(|word| self.layout.word(word));
+    /// Puts what [`NumberWords::Port`] is to its place.
+    fn port_number(&mut self, numbers: &NumberWords) {
+        let NumberWords::Port { family, proto, port, icmp, l4_len, frag_offset } = *numbers else { return };
+        let [proto, port, icmp, l4_len] = [proto, port, icmp, l4_len].map(|word| self.layout.word(word));
+        let frag_offset = frag_offset.map(|word| self.layout.word(word));
         let a = &mut self.asm;
-        let (has_port, has_icmp, done) = (a.label(), a.label(), a.label());
+        let (compared, none, done) = (a.label(), a.label(), a.label());
+        let (has_port, has_type) = (a.label(), a.label());
+        let whole = |a: &mut Asm| {
+            if let Some(frag_offset) = frag_offset {
+                a.load(Size::W, Reg::R2, Reg::FP, frag_offset);
+                a.jump32(Cond::Ne, Reg::R2, 0, none);
+            }
+        };
         a.load(Size::W, Reg::R1, Reg::FP, proto);
+        a.load(Size::W, Reg::R3, Reg::FP, l4_len);
+        for (number, bytes, compared) in WITH_HEADER {
+            let (other, to) = (a.label(), if compared == Compared::Port { has_port } else { has_type });
+            a.jump32(Cond::Ne, Reg::R1, i32::from(number), other);
+            a.jump32(Cond::Ge, Reg::R3, i32::from(bytes), to);
+            a.goto(none);
+            a.bind(other);
+        }
+        if family == Family::V6 {
+            a.jump32(Cond::Eq, Reg::R1, i32::from(kind::NONE), none);
+            whole(a);
+        }
         a.mov64(Reg::R2, 0);
-        for number in PORT_PROTOS {
-            a.jump32(Cond::Eq, Reg::R1, i32::from(number), has_port);
-        }
-        for number in ICMP_PROTOS {
-            a.jump32(Cond::Eq, Reg::R1, i32::from(number), has_icmp);
-        }
-        a.goto(done);
-        a.bind(has_icmp);
+        a.goto(compared);
+        a.bind(has_type);
+        whole(a);
         a.load(Size::W, Reg::R2, Reg::FP, icmp);
-        a.goto(done);
+        a.goto(compared);
         a.bind(has_port);
+        whole(a);
         a.load(Size::W, Reg::R2, Reg::FP, port);
-        a.bind(done);
+        a.bind(compared);
         // Loaded anew, since the verifier tells apart what it was compared with.
         a.load(Size::W, Reg::R1, Reg::FP, proto);
         a.alu64(AluOp::Lsh, Reg::R1, 16);
         a.alu64(AluOp::Or, Reg::R1, Reg::R2);
+        a.goto(done);
+        a.bind(none);
+        // 0, but not to the verifier, which would follow it apart: a packet has less than 2^31 bytes.
+        a.load(Size::W, Reg::R1, Reg::FP, l4_len);
+        a.alu32(AluOp::Rsh, Reg::R1, 31);
+        a.bind(done);
         a.store(Size::W, Reg::FP, PORT + 4, Reg::R1);
     }
 

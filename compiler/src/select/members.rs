@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use polc_ir::classifier::Classifier;
 use polc_ir::derived::DerivedData;
 use polc_ir::entities::{Derived, Set};
+use polc_ir::env::Fragments;
 use polc_ir::field::{End, Field};
 use polc_ir::plan::set::{SetTable, build};
 use polc_ir::plan::{KeySlot, MemberPart, MemberStep, NumberWords};
+use polc_ir::set::port::TYPE_AND_CODE;
 use polc_ir::set::{DimensionKind, leaves, mac_field};
 
 /// A field that tables give, the sets it asks, its ends, and whether `nomatch` is asked for.
@@ -32,7 +34,10 @@ pub(super) fn fields(classifier: &Classifier) -> Vec<Field> {
             for (dimension, &end) in classifier.sets[set].dimensions.iter().zip(ends) {
                 match dimension {
                     DimensionKind::Address | DimensionKind::Net => fields.push(Field::address(end)),
-                    DimensionKind::Port => fields.extend([Field::Proto, Field::port(end), ICMP]),
+                    DimensionKind::Port => {
+                        fields.extend([Field::Proto, Field::port(end), TYPE_AND_CODE, Field::L4Len]);
+                        fields.extend(as_seen(classifier).then_some(Field::FragOffset));
+                    }
                     DimensionKind::Mac => fields.push(mac_field(end)),
                     DimensionKind::Mark => fields.push(Field::Mark),
                     DimensionKind::Device => {}
@@ -43,8 +48,10 @@ pub(super) fn fields(classifier: &Classifier) -> Vec<Field> {
     fields
 }
 
-/// What ICMP has in place of a port.
-const ICMP: Field = Field::L4Bytes { offset: 0, len: 2 };
+/// Whether fragments come to the rules as they are.
+fn as_seen(classifier: &Classifier) -> bool {
+    classifier.place.fragments == Fragments::AsSeen
+}
 
 /// The steps that compute membership.
 pub(super) fn steps(classifier: &Classifier, slot: impl Fn(Field) -> KeySlot) -> Vec<MemberStep> {
@@ -57,9 +64,12 @@ pub(super) fn steps(classifier: &Classifier, slot: impl Fn(Field) -> KeySlot) ->
         DimensionKind::Mac => words(mac_field(end), u32::MAX),
         DimensionKind::Mark => words(Field::Mark, classifier.sets[set].mark_mask),
         DimensionKind::Port => NumberWords::Port {
+            family: classifier.family,
             proto: slot(Field::Proto).word,
             port: slot(Field::port(end)).word,
-            icmp: slot(ICMP).word,
+            icmp: slot(TYPE_AND_CODE).word,
+            l4_len: slot(Field::L4Len).word,
+            frag_offset: as_seen(classifier).then(|| slot(Field::FragOffset).word),
         },
         DimensionKind::Device => unreachable!("sets that name devices have no table"),
     };

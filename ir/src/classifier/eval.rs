@@ -3,6 +3,7 @@
 use super::{Classifier, Exit};
 use crate::derived::DerivedData;
 use crate::entities::Derived;
+use crate::env::Fragments;
 use crate::field::Field;
 use crate::outcome::{Ending, Outcome, Verdict};
 use crate::set;
@@ -43,7 +44,10 @@ impl Classifier {
     pub fn member(&self, field: Derived, value: &mut impl FnMut(Field) -> u128) -> Option<u32> {
         let DerivedData::Member { set, ends, return_nomatch } = &self.derived[field] else { return None };
         let is_given = self.members.contains(&field);
-        is_given.then(|| set::holds(&self.sets, self.family, *set, ends, *return_nomatch, value).into())
+        let as_seen = self.place.fragments == Fragments::AsSeen;
+        // To rules that see reassembled packets, no packet has an offset.
+        let mut value = |field| if field == Field::FragOffset && !as_seen { 0 } else { value(field) };
+        is_given.then(|| set::holds(&self.sets, self.family, *set, ends, *return_nomatch, &mut value).into())
     }
 
     /// What becomes of a packet with these fields.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::set::SetTable;
 use crate::entities::{Derived, Set};
-use crate::set::{DIMENSIONS_MAX, ICMP_PROTOS, PORT_PROTOS};
+use crate::hook::Family;
+use crate::set::DIMENSIONS_MAX;
+use crate::set::port::{Compared, PortReading};
 
 /// How a field that says whether a packet is in a set comes about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,14 +42,20 @@ pub enum NumberWords {
         /// The bits of the last that count.
         mask: u32,
     },
-    /// `proto << 16 | port`; the words hold a protocol, its port, and what ICMP has in place of one.
+    /// `proto << 16 | port`, or 0 for packets that have none: [`crate::set::port`].
     Port {
-        /// The protocol.
+        /// Whose packets.
+        family: Family,
+        /// The word of the protocol.
         proto: u8,
-        /// The port.
+        /// Of the port.
         port: u8,
-        /// ICMP's type and code.
+        /// Of ICMP's type and code.
         icmp: u8,
+        /// Of how many bytes there are from the transport header on.
+        l4_len: u8,
+        /// Of the fragment's offset, where the rules see fragments as they are.
+        frag_offset: Option<u8>,
     },
 }
 
@@ -60,16 +68,17 @@ impl NumberWords {
                 let all = (first..first + words).fold(0, |number, at| number << 32 | word(at));
                 all & (u128::MAX << 32 | u128::from(mask))
             }
-            NumberWords::Port { proto, port, icmp } => {
+            NumberWords::Port { family, proto, port, icmp, l4_len, frag_offset } => {
                 let number = key[usize::from(proto)] as u8;
-                let of = if PORT_PROTOS.contains(&number) {
-                    word(port)
-                } else if ICMP_PROTOS.contains(&number) {
-                    word(icmp)
-                } else {
-                    0
+                let reading = PortReading::of(family, number)
+                    .filter(|reading| reading.reads(word(l4_len), frag_offset.map_or(0, word)));
+                let Some(reading) = reading else { return 0 };
+                let compared = match reading.compared {
+                    Compared::Port => word(port),
+                    Compared::TypeAndCode => word(icmp),
+                    Compared::Zero => 0,
                 };
-                u128::from(number) << 16 | of
+                u128::from(number) << 16 | compared
             }
         }
     }
@@ -78,7 +87,9 @@ impl NumberWords {
     fn words(&self) -> Vec<u8> {
         match *self {
             NumberWords::Words { word, words, .. } => (word..word + words).collect(),
-            NumberWords::Port { proto, port, icmp } => vec![proto, port, icmp],
+            NumberWords::Port { proto, port, icmp, l4_len, frag_offset, .. } => {
+                [proto, port, icmp, l4_len].into_iter().chain(frag_offset).collect()
+            }
         }
     }
 }
