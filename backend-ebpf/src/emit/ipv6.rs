@@ -19,6 +19,10 @@ use crate::insn::{AluOp, Cond, Reg, Size, Width};
 /// Largest offset of a transport header that is read directly; the verifier bounds packet offsets by 65,535.
 const L4_OFFSET_MAX: i32 = 0x7fff;
 
+/// Set beside the bits of [`Field::ExtHeaders`] while headers are walked: the verifier tells memory that is zero from
+/// other memory, and would follow either.
+const WALKED: i32 = 4;
+
 impl Emitter<'_> {
     /// The IPv6 header (net/ipv6/ip6_input.c, `ip6_rcv_core`) and what follows.
     pub(super) fn ipv6(&mut self) {
@@ -90,16 +94,15 @@ impl Emitter<'_> {
         a.mov64(Reg::R7, 40);
         a.mov64(Reg::R8, Reg::R2);
         a.mov64(Reg::R9, 0);
-        a.store(Size::W, Reg::FP, abi::HANDOVER, 0);
+        a.store(Size::W, Reg::FP, abi::HANDOVER, WALKED);
         a.bind(top);
         self.jump_unless_extension(Reg::R8, found);
         self.copy_header_bytes(0, 2, 0, bad);
         self.asm.jump32(Cond::Ne, Reg::R8, i32::from(kind::FRAGMENT), not_fragment);
         self.copy_header_bytes(2, 2, 2, bad);
         self.load_be(Reg::R1, Reg::FP, abi::BUFFER + 2, 2);
-        if let Some(slot) = self.slot(Field::Fragment) {
-            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), 1);
-        }
+        self.asm.mov64(Reg::R0, 1);
+        self.store_field(Field::Fragment, Reg::R0);
         let a = &mut self.asm;
         a.alu64(AluOp::Rsh, Reg::R1, 3);
         a.jump32(Cond::Eq, Reg::R1, 0, whole);
@@ -124,7 +127,7 @@ impl Emitter<'_> {
         if self.slot(Field::ExtHeaders).is_some() {
             let next = self.asm.label();
             self.asm.jump32(Cond::Ne, Reg::R8, i32::from(kind::AUTHENTICATION), next);
-            self.asm.store(Size::W, Reg::FP, abi::HANDOVER, 2);
+            self.asm.store(Size::W, Reg::FP, abi::HANDOVER, WALKED | 2);
             self.asm.bind(next);
         }
         self.routing_header(bad);
@@ -133,6 +136,8 @@ impl Emitter<'_> {
         a.bind(advance);
         a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
         a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+        self.forget_offset();
+        let a = &mut self.asm;
         a.alu64(AluOp::Add, Reg::R9, 1);
         a.loop_jump(Width::W64, Cond::Lt, Reg::R9, IPV6_EXT_HEADERS_MAX as i32, top, IPV6_EXT_HEADERS_MAX);
         a.goto(many);
@@ -143,7 +148,7 @@ impl Emitter<'_> {
         a.store(Size::W, Reg::FP, abi::PROTOCOL, 0);
         if self.slot(Field::ExtHeaders).is_some() {
             self.asm.load(Size::W, Reg::R1, Reg::FP, abi::HANDOVER);
-            self.asm.alu64(AluOp::Or, Reg::R1, 1);
+            self.asm.alu64(AluOp::Xor, Reg::R1, WALKED | 1);
             self.store_field(Field::ExtHeaders, Reg::R1);
         }
         let a = &mut self.asm;
@@ -152,6 +157,7 @@ impl Emitter<'_> {
         a.bind(found);
         if self.slot(Field::ExtHeaders).is_some() {
             self.asm.load(Size::W, Reg::R1, Reg::FP, abi::HANDOVER);
+            self.asm.alu64(AluOp::Xor, Reg::R1, WALKED);
             self.store_field(Field::ExtHeaders, Reg::R1);
         }
         self.store_field(Field::Proto, Reg::R8);
@@ -191,6 +197,13 @@ impl Emitter<'_> {
             self.transport();
         }
         self.asm.bind(done);
+    }
+
+    /// Has the verifier forget what it knew about `r7`, an offset that each header's length takes on in another way: else
+    /// it would follow every sequence of headers apart.
+    fn forget_offset(&mut self) {
+        self.asm.store_opaque(abi::L4_OFFSET, Reg::R7);
+        self.asm.load(Size::W, Reg::R7, Reg::FP, abi::L4_OFFSET);
     }
 
     /// Jumps unless `reg` is the number of an extension header with a next header. `r1` is lost.
@@ -285,6 +298,8 @@ impl Emitter<'_> {
         a.bind(advance);
         a.load(Size::B, Reg::R8, Reg::FP, abi::BUFFER);
         a.alu64(AluOp::Add, Reg::R7, Reg::R1);
+        self.forget_offset();
+        let a = &mut self.asm;
         a.comment("beyond the packet's end only what ends a chain by itself is known");
         a.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
         a.jump64(Cond::Le, Reg::R7, Reg::R1, on);
