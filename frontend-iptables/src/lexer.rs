@@ -58,6 +58,16 @@ pub struct Line<'a> {
 }
 
 impl Line<'_> {
+    /// Offset of what follows the line and its ending.
+    pub fn end(&self) -> usize {
+        let ending = match self.ending {
+            Ending::Newline => 1,
+            Ending::CarriageReturn => 2,
+            Ending::EndOfFile => 0,
+        };
+        self.start as usize + self.text.len() + ending
+    }
+
     /// The span of the whole line, without its ending.
     pub fn span(&self, file: File) -> Span {
         Span::new(file, self.start, self.start + self.text.len() as u32)

@@ -150,3 +150,62 @@ proptest! {
         prop_assert_eq!(ipset::print(&read(&printed).1), printed);
     }
 }
+
+/// Long runs of plain lines are read on threads; lines that start with a blank are not plain. Both say the same, whatever
+/// stands between.
+#[test]
+fn long_files_say_what_short_ones_do() {
+    use std::fmt::Write as _;
+    let mut text =
+        String::from("create a hash:ip maxelem 59500\ncreate b hash:net family inet6 maxelem 40000\n");
+    let mut odd = [
+        "add a 1.2.3.4\r",
+        "add a 1.2.3.4",
+        "add a 1.2.3.4.5",
+        "add b 2001:db8::/33 nomatch",
+        "# a comment",
+        "add c 1.1.1.1",
+        "create c hash:net",
+        "add c 10.0.0.0/8",
+        "add b 1.2.3.4",
+        "",
+        "add \"a\" 1.2.3.5",
+        "add a 1.2.3.5",
+    ]
+    .iter();
+    for at in 0..90_000u32 {
+        let [x, y, z] = [at >> 16, at >> 8 & 255, at & 255];
+        _ = match at / 30_000 {
+            // Two sets in turns, and more elements than `a` takes.
+            1 => writeln!(text, "add b 2001:{x:x}:{y:x}:{z:x}::/64"),
+            _ => writeln!(text, "add a 10.{x}.{y}.{z}"),
+        };
+        if at % 6_000 == 5_000 || at % 6_000 == 5_001 {
+            _ = writeln!(text, "{}", odd.next().unwrap_or(&"add a 10.0.0.0-10.0.0.3"));
+        }
+    }
+    text.push_str("add a 9.9.9.9");
+    assert!(text.len() > 3 << 19);
+    let told = |text: &str| {
+        let (sources, sets, findings) = read(text);
+        let findings = findings.into_iter().map(|finding| {
+            let span = finding.span;
+            (
+                finding.code,
+                finding.message,
+                span.map(|span| (sources.text(span).to_string(), sources.line_column(span).line)),
+            )
+        });
+        let spans: Vec<String> = sets
+            .iter()
+            .flat_map(|set| &set.elements)
+            .map(|element| sources.text(element.span).to_string())
+            .collect();
+        (ipset::print(&sets), findings.collect::<Vec<_>>(), spans)
+    };
+    let (printed, findings, spans) = told(&text);
+    let (one_by_one, same_findings, same_spans) = told(&text.replace("add ", " add "));
+    assert!(printed == one_by_one && spans == same_spans);
+    assert_eq!(findings, same_findings);
+    assert!(findings.len() > 5 && printed.lines().count() > 80_000, "{findings:?}");
+}

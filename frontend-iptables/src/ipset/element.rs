@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use polc_ir::hook::Family;
 
+use super::SetAst;
 use super::kind::{Dimension, SetKind};
 use crate::ast::Text;
 use crate::names;
@@ -58,9 +59,16 @@ pub enum AddressForm {
 }
 
 /// What surrounds a part.
+#[derive(Clone, Copy)]
 pub(super) struct PartContext {
     pub(super) kind: &'static SetKind,
     pub(super) family: Family,
+}
+
+impl PartContext {
+    pub(super) fn of(set: &SetAst) -> PartContext {
+        PartContext { kind: set.kind, family: set.family.unwrap_or(Family::V4) }
+    }
 }
 
 /// Types and codes of ICMP by name (lib/icmp.c); the first name is printed.

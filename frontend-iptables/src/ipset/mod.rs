@@ -15,6 +15,7 @@
 //! assert!(ipset::print(&sets).ends_with("\nadd bad 198.51.100.0/24\n"));
 //! ```
 
+mod bulk;
 mod element;
 mod kind;
 mod live;

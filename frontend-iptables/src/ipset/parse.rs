@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
+use std::ops::Range;
 
 use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
@@ -14,15 +15,15 @@ use polc_ir::source::{File, SourceMap, Span};
 
 use super::element::{self, AddressForm, Part, PartContext, SET_NAME_BYTES_MAX};
 use super::kind::{Dimension, SetKind};
-use super::{CreateOptions, ElementAst, ElementExtra, SetAst, Sets, lower};
+use super::{CreateOptions, ElementAst, ElementExtra, SetAst, Sets, bulk, lower};
 use crate::codes;
 use crate::lexer;
 use crate::value::{self, Masked, strtoul};
 
 /// A word of a line, without its quotes.
-struct Word<'t> {
-    text: Cow<'t, str>,
-    span: Span,
+pub(super) struct Word<'t> {
+    pub(super) text: Cow<'t, str>,
+    pub(super) span: Span,
 }
 
 /// What is wrong with a line, and where.
@@ -40,10 +41,16 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
         parser.report(Diagnostic::error(codes::SET_LIMIT, message, Span::new(file, 0, 0)));
         return (Sets::default(), parser.diagnostics);
     }
-    for line in lexer::lines(text) {
-        if let Err((code, message, span)) = parser.line(line.text, line.start, file) {
-            parser.report(Diagnostic::error(code, message, span));
-        }
+    let mut at = 0;
+    while let Some(line) = lexer::lines(&text[at..]).next() {
+        at = match parser.last {
+            Some(set) if text.len() - at >= bulk::TEXT_BYTES_MIN => parser.run(text, at, file, set),
+            _ => {
+                let end = at + line.end();
+                parser.lines(text, at..end, file);
+                end
+            }
+        };
     }
     let warnings: Vec<Diagnostic> = parser.sets.iter().flat_map(warnings).collect();
     for warning in warnings {
@@ -105,6 +112,50 @@ impl Parser {
             self.diagnostics.push(codes::with_hint(diagnostic));
         } else {
             self.suppressed += 1;
+        }
+    }
+
+    fn report_fault(&mut self, result: Result<(), Fault>) {
+        if let Err((code, message, span)) = result {
+            self.report(Diagnostic::error(code, message, span));
+        }
+    }
+
+    /// Reads a long text's lines from `at` on, those that add elements to one set on other threads; gives where it
+    /// ended, at the beginning of a line.
+    fn run(&mut self, text: &str, at: usize, file: File, index: usize) -> usize {
+        let set = &self.sets[index];
+        let job = bulk::Job {
+            text,
+            file,
+            set: &set.name.clone(),
+            cx: PartContext::of(set),
+            hasher: &self.seen[index].hasher.clone(),
+        };
+        std::thread::scope(|scope| {
+            for stretch in bulk::read(scope, &job, at) {
+                for plain in stretch.elements {
+                    let text = &text[plain.span.start as usize..plain.span.end as usize];
+                    let word = Word { text: Cow::Borrowed(text), span: plain.span };
+                    let taken = self.take(index, plain.parts, plain.hash, &word, &[]);
+                    self.report_fault(taken);
+                }
+                let (end, other) = (stretch.rest.end, !stretch.rest.is_empty());
+                self.lines(text, stretch.rest, file);
+                if other {
+                    return end;
+                }
+            }
+            text.len()
+        })
+    }
+
+    /// Reads lines one by one.
+    fn lines(&mut self, text: &str, lines: Range<usize>, file: File) {
+        let start = lines.start as u32;
+        for line in lexer::lines(&text[lines]) {
+            let read = self.line(line.text, start + line.start, file);
+            self.report_fault(read);
         }
     }
 
@@ -187,9 +238,21 @@ impl Parser {
             return Err((codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span));
         };
         self.last = Some(index);
+        let parts = parts(element, &PartContext::of(&self.sets[index]))?;
+        let hash = self.seen[index].hasher.hash_one(&parts[..]);
+        self.take(index, parts, hash, element, rest)
+    }
+
+    /// Adds an element to a set, unless something is against it.
+    fn take(
+        &mut self,
+        index: usize,
+        parts: Box<[Part]>,
+        hash: u64,
+        element: &Word<'_>,
+        rest: &[&Word<'_>],
+    ) -> Result<(), Fault> {
         let set = &self.sets[index];
-        let cx = PartContext { kind: set.kind, family: set.family.unwrap_or(Family::V4) };
-        let parts = parts(element, &cx)?;
         check_range(set, &parts, element)?;
         let mut ast = ElementAst { span: element.span, parts, nomatch: false, wildcard: false, extra: None };
         let place = element_options(set, &mut ast, rest)?;
@@ -204,18 +267,18 @@ impl Parser {
             }
         }
         let max = set.elements_max();
-        let hash = set.kind.name.starts_with("hash:");
-        if hash && set.elements.len() >= max && !set.options.force_add {
-            let message = format!("set `{}` is full: its `maxelem` is {max}", name.text);
+        let is_hash = set.kind.name.starts_with("hash:");
+        if is_hash && set.elements.len() >= max && !set.options.force_add {
+            let message = format!("set `{}` is full: its `maxelem` is {max}", set.name);
             return Err((codes::SET_LIMIT, message, element.span));
         }
         if self.elements == limits::SET_ELEMENTS_MAX {
             let message = format!("more than {} elements", limits::SET_ELEMENTS_MAX);
             return Err((codes::SET_LIMIT, message, element.span));
         }
-        let is_new = self.seen[index].insert(&self.sets[index].elements, &ast.parts, place.is_some());
+        let is_new = self.seen[index].insert(&set.elements, &ast.parts, hash, place.is_some());
         if !is_new {
-            let message = format!("set `{}` has the element `{}` already", name.text, element.text);
+            let message = format!("set `{}` has the element `{}` already", set.name, element.text);
             return Err((codes::SET_DUPLICATE, message, element.span));
         }
         self.elements += 1;
@@ -238,7 +301,7 @@ impl Parser {
 }
 
 /// The set and the element of a line that is `add SET ELEMENT` and nothing else, as nearly all lines of large files are.
-fn plain_add(text: &str) -> Option<[&str; 2]> {
+pub(super) fn plain_add(text: &str) -> Option<[&str; 2]> {
     let (name, element) = text.strip_prefix("add ")?.split_once(' ')?;
     let plain = |word: &str| {
         !word.is_empty()
@@ -259,7 +322,7 @@ struct Seen {
 }
 
 /// Bytes of the shortest line that adds an address.
-const LINE_BYTES: usize = 14;
+pub(super) const LINE_BYTES: usize = 14;
 
 impl Seen {
     fn with_room(elements: usize) -> Seen {
@@ -267,15 +330,14 @@ impl Seen {
     }
 
     /// Adds what is about to become the last element, or one somewhere between others; false if it is there.
-    fn insert(&mut self, elements: &[ElementAst], parts: &[Part], between: bool) -> bool {
+    fn insert(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64, between: bool) -> bool {
         if between || matches!(parts.first(), Some(Part::Set(_))) {
             return self.moving.insert(parts.into());
         }
-        let hash = |parts: &[Part]| self.hasher.hash_one(parts);
         let entry = self.table.entry(
-            hash(parts),
+            hash,
             |at| *elements[*at as usize].parts == *parts,
-            |at| hash(&elements[*at as usize].parts),
+            |at| self.hasher.hash_one(&elements[*at as usize].parts[..]),
         );
         match entry {
             Entry::Occupied(_) => false,
@@ -466,7 +528,7 @@ fn address_range(word: &Word<'_>, family: Family) -> Result<(IpAddr, IpAddr), Fa
     Ok((first, last))
 }
 
-fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
+pub(super) fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
     let count = word.text.split(',').count();
     let dimensions = cx.kind.dimensions;
     // The second part of a bitmap:ip,mac may be missing.
