@@ -365,19 +365,19 @@ impl Flattener<'_> {
             if ability == ClauseAbility::Known && !key.supposed && supposes(self.place, clause, key.fragment)
             {
                 let onward = Onward::go(self.stage(Key { clause: index, unknown, supposed: true, ..key }));
-                emit(entries, &cubes, rule, &onward);
+                emit(entries, cubes, rule, onward);
                 *comes_back = true;
                 return false;
             }
             match ability {
                 ClauseAbility::Observable(_) => {
-                    emit(entries, &cubes, rule, &Onward::defer(rule));
+                    emit(entries, cubes, rule, Onward::defer(rule));
                     return false;
                 }
                 ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Hotdrop(_)) => {
                     if !key.doubt {
                         let onward = self.go_on(Key { doubt: true, ..start });
-                        emit(entries, &cubes, rule, &onward);
+                        emit(entries, cubes, rule, onward);
                         return false;
                     }
                 }
@@ -385,20 +385,20 @@ impl Flattener<'_> {
                 ClauseAbility::Unknown(_) => unknown = true,
                 ClauseAbility::Known => match &clause.kind {
                     ClauseKind::Any(tests) => {
-                        cubes = self.narrow(&cubes, tests);
+                        cubes = self.narrow(cubes, tests);
                         if cubes.is_empty() {
                             return false;
                         }
                         if cubes.len() > RULE_CUBES_MAX {
                             self.many_cubes.insert(rule);
-                            emit(entries, &cubes, rule, &Onward::defer(rule));
+                            emit(entries, cubes, rule, Onward::defer(rule));
                             return false;
                         }
                     }
                     ClauseKind::Hotdrop(tests) => {
                         let mut dropped = cubes.clone();
                         for test in tests {
-                            dropped = self.narrow(&dropped, std::slice::from_ref(test));
+                            dropped = self.narrow(dropped, std::slice::from_ref(test));
                         }
                         if dropped.is_empty() {
                             continue;
@@ -411,14 +411,14 @@ impl Flattener<'_> {
                             Some(outermost) => self.behind(key, outermost),
                             None => Onward::drop(key, Decider::Hotdrop(rule)),
                         };
-                        emit(entries, &dropped, rule, &onward);
+                        emit(entries, dropped, rule, onward);
                     }
                     ClauseKind::Beyond(test) => {
-                        let beyond = self.narrow(&cubes, std::slice::from_ref(test));
-                        emit(entries, &beyond, rule, &Onward::defer(rule));
+                        let beyond = self.narrow(cubes.clone(), std::slice::from_ref(test));
+                        emit(entries, beyond, rule, Onward::defer(rule));
                     }
                     ClauseKind::Effect(_) if unknown => {
-                        emit(entries, &cubes, rule, &Onward::defer(rule));
+                        emit(entries, cubes, rule, Onward::defer(rule));
                         return false;
                     }
                     ClauseKind::Effect(test) => {
@@ -428,20 +428,20 @@ impl Flattener<'_> {
                         let (yes, no) =
                             if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
                         let exit = Exit::Test { test: *test, yes, no };
-                        emit(entries, &cubes, rule, &Onward { counts: Vec::new(), exit });
+                        emit(entries, cubes, rule, Onward { counts: Vec::new(), exit });
                         return true;
                     }
                     ClauseKind::Opaque(_) => {
-                        emit(entries, &cubes, rule, &Onward::defer(rule));
+                        emit(entries, cubes, rule, Onward::defer(rule));
                         return false;
                     }
                 },
             }
         }
         if unknown {
-            self.possible(rule, [start, key, next], &cubes, entries, comes_back)
+            self.possible(rule, [start, key, next], cubes, entries, comes_back)
         } else {
-            self.matched(rule, key, next, &cubes, entries, comes_back)
+            self.matched(rule, key, next, cubes, entries, comes_back)
         }
     }
 
@@ -450,7 +450,7 @@ impl Flattener<'_> {
         &mut self,
         rule: Rule,
         [start, key, next]: [Key; 3],
-        cubes: &[Cube],
+        cubes: Vec<Cube>,
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
     ) -> bool {
@@ -459,15 +459,15 @@ impl Flattener<'_> {
             Action::Drop if key.doubt => {}
             Action::Drop => {
                 let onward = self.go_on(Key { doubt: true, ..start });
-                emit(entries, cubes, rule, &onward);
+                emit(entries, cubes, rule, onward);
             }
             Action::Jump(to) => {
                 let stack = self.push(key.stack, key.chain, next.rule, true);
                 let onward = self.go_on(Key { chain: to, rule: 0, stack, ..next });
-                emit(entries, cubes, rule, &onward);
+                emit(entries, cubes, rule, onward);
                 *comes_back = true;
             }
-            _ => emit(entries, cubes, rule, &Onward::defer(rule)),
+            _ => emit(entries, cubes, rule, Onward::defer(rule)),
         }
         false
     }
@@ -477,14 +477,14 @@ impl Flattener<'_> {
         rule: Rule,
         key: Key,
         next: Key,
-        cubes: &[Cube],
+        cubes: Vec<Cube>,
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
     ) -> bool {
         let action = &self.ruleset.rules[rule].action;
         let outermost = self.outermost(key.stack);
         if is_handed_over(self.place, action, outermost.is_some(), key.doubt) {
-            emit(entries, cubes, rule, &Onward::defer(rule));
+            emit(entries, cubes, rule, Onward::defer(rule));
             return false;
         }
         let end = |verdict| Onward::end(verdict, Decider::Rule(rule));
@@ -523,7 +523,7 @@ impl Flattener<'_> {
         let counted =
             outermost.is_none() && self.place.counters.counts(self.ruleset.rules[rule].action.ends());
         let onward = onward.counting(Count::Rule(rule), counted);
-        emit(entries, cubes, rule, &onward);
+        emit(entries, cubes, rule, onward);
         ends
     }
 
@@ -536,7 +536,7 @@ impl Flattener<'_> {
     }
 
     /// The cubes narrowed by a disjunction of tests.
-    fn narrow(&mut self, cubes: &[Cube], tests: &[Test]) -> Vec<Cube> {
+    fn narrow(&mut self, mut cubes: Vec<Cube>, tests: &[Test]) -> Vec<Cube> {
         let family = self.ruleset.family;
         let unresolved = self.place.fragments == Fragments::Unresolved;
         let looked_up = matches!(self.place.connections, Connections::LookedUp { .. });
@@ -550,7 +550,7 @@ impl Flattener<'_> {
             };
             if let Some(value) = fixed {
                 if test.holds(value) {
-                    return cubes.to_vec();
+                    return cubes;
                 }
                 continue;
             }
@@ -559,7 +559,11 @@ impl Flattener<'_> {
             {
                 self.tested.push(derived);
             }
-            for cube in cubes {
+            if let [_] = tests {
+                cubes.retain_mut(|cube| cube.and(test, family));
+                return cubes;
+            }
+            for cube in &cubes {
                 let mut both = cube.clone();
                 if both.and(test, family) {
                     narrowed.push(both);
@@ -687,12 +691,13 @@ impl Entry {
 }
 
 /// Adds an entry for each cube, unless an entry before it has the same cube and takes every packet.
-fn emit(entries: &mut Vec<Entry>, cubes: &[Cube], rule: Rule, onward: &Onward) {
-    for cube in cubes {
+fn emit(entries: &mut Vec<Entry>, cubes: Vec<Cube>, rule: Rule, onward: Onward) {
+    let onwards = std::iter::repeat_n(onward, cubes.len());
+    for (cube, onward) in cubes.into_iter().zip(onwards) {
         // Guards repeat from rule to rule: look back a few entries for one that covers this.
-        let covered = entries.iter().rev().take(16).any(|earlier| earlier.cube.is_superset(cube));
+        let covered = entries.iter().rev().take(16).any(|earlier| earlier.cube.is_superset(&cube));
         if !covered {
-            entries.push(Entry { cube: cube.clone(), rule: Some(rule), onward: onward.clone() });
+            entries.push(Entry { cube, rule: Some(rule), onward });
         }
     }
 }

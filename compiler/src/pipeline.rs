@@ -48,9 +48,8 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let flat = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let mut classifier = simplify(&flat);
+    let mut classifier = simplify(flat);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
-    drop(flat);
     let structures = structure(&classifier, devices, prefer);
     let mut decision = decide(&classifier, &structures.walked);
     if bound(ruleset, &mut classifier, &decision, &structures.walked, &mut diagnostics) {

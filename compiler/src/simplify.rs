@@ -32,8 +32,8 @@ const ASKED_PER_ENTRY: usize = 32;
 const UNCOUNTED_ENTRIES_MAX: usize = 8;
 
 /// Simplifies every stage.
-pub fn simplify(classifier: &Classifier) -> Classifier {
-    thread(&join(prune(classifier)))
+pub fn simplify(classifier: Classifier) -> Classifier {
+    thread(join(prune(classifier)))
 }
 
 /// What is known of the packets that enter a stage, as a cube that holds for all of them; `None` if there are none.
@@ -41,25 +41,28 @@ type Known = Option<Cube>;
 
 /// Leaves out tests and entries that are decided where their stage is entered. The stages keep their numbers; those that
 /// nothing leads to have no entries.
-fn prune(classifier: &Classifier) -> Classifier {
+fn prune(mut classifier: Classifier) -> Classifier {
     let family = classifier.family;
     let mut asks = ASKED_PER_ENTRY * classifier.entries.len();
     let mut known: SecondaryMap<Stage, Known> = SecondaryMap::new();
     known[classifier.root] = Some(Cube::all());
     let mut pruned: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
     // Stages lead to smaller numbers: whatever leads to a stage comes before it.
-    for (stage, data) in classifier.stages.iter().rev() {
+    for stage in classifier.stages.keys().rev() {
         let Some(here) = known[stage].take() else { continue };
-        let mut kept: Vec<EntryData> = Vec::new();
-        for &entry in &data.entries {
-            let data = &classifier.entries[entry];
-            let Some(cube) = asked(&data.cube, &here) else { continue };
+        let entries = std::mem::take(&mut classifier.stages[stage].entries);
+        let mut kept: Vec<EntryData> = Vec::with_capacity(entries.len());
+        for &entry in &entries {
+            let Some(cube) = asked(&mut classifier.entries[entry].cube, &here) else { continue };
             let all = cube.is_all();
-            let mut data = EntryData { cube, ..data.clone() };
+            let mut data = EntryData { cube, ..take(&mut classifier.entries[entry]) };
             if data.exit.successors().next().is_some() {
                 let earlier = &kept[kept.len().saturating_sub(EARLIER_ENTRIES)..];
-                let Some(taken) = taken(&here, &data.cube, earlier, family) else { continue };
-                past(classifier, &taken, &mut data, &mut asks);
+                let Some(taken) = taken(&here, &data.cube, earlier, family) else {
+                    classifier.entries[entry] = data;
+                    continue;
+                };
+                past(&classifier, &taken, &mut data, &mut asks);
                 leave(&taken, &data.exit, family, &mut known);
             }
             kept.push(data);
@@ -69,7 +72,7 @@ fn prune(classifier: &Classifier) -> Classifier {
         }
         // Every packet that enters takes an entry, the last if no other: it needs to ask nothing. That no entry is left
         // means that no packet enters, though not one field alone says so.
-        match (kept.last_mut(), data.entries.last()) {
+        match (kept.last_mut(), entries.last()) {
             (Some(last), _) => last.cube = Cube::all(),
             (None, Some(&last)) => {
                 let last = &classifier.entries[last];
@@ -80,7 +83,8 @@ fn prune(classifier: &Classifier) -> Classifier {
         }
         pruned[stage] = kept;
     }
-    rebuild(classifier, classifier.root, pruned)
+    let root = classifier.root;
+    rebuild(classifier, root, pruned)
 }
 
 /// Whether something holds of a packet, by what is known of it.
@@ -99,17 +103,32 @@ fn holds(test: &Test, known: &Cube) -> Holds {
     }
 }
 
-/// What is left to ask of a packet of which `known` holds; `None` if the cube holds for none.
-fn asked(cube: &Cube, known: &Cube) -> Option<Cube> {
-    let mut open = Vec::new();
-    for test in cube.tests() {
-        match holds(test, known) {
-            Holds::Never => return None,
-            Holds::Maybe => open.push(test),
-            Holds::Always => {}
-        }
+/// What is left to ask of a packet of which `known` holds; `None`, and the cube stays, if it holds for none.
+fn asked(cube: &mut Cube, known: &Cube) -> Option<Cube> {
+    if known.is_all() {
+        return Some(std::mem::take(cube));
     }
-    Some(if open.len() == cube.tests().len() { cube.clone() } else { open.into_iter().cloned().collect() })
+    if cube.tests().iter().any(|test| holds(test, known) == Holds::Never) {
+        return None;
+    }
+    let open = cube.tests().iter().filter(|test| holds(test, known) == Holds::Maybe);
+    Some(if open.clone().count() == cube.tests().len() {
+        std::mem::take(cube)
+    } else {
+        open.cloned().collect()
+    })
+}
+
+/// Takes an entry out of its stage; what is left is empty.
+fn take(entry: &mut EntryData) -> EntryData {
+    let EntryData { stage, rule, .. } = *entry;
+    EntryData {
+        stage,
+        cube: std::mem::take(&mut entry.cube),
+        rule,
+        counts: std::mem::take(&mut entry.counts),
+        exit: std::mem::replace(&mut entry.exit, Exit::Then { writes: Vec::new(), stage }),
+    }
 }
 
 /// The entry that packets of which `known` holds take in a stage, if all take the same; and how many were asked.
@@ -275,11 +294,11 @@ fn count_later(classifier: &mut Classifier, entry: Entry, led: &SecondaryMap<Sta
 }
 
 /// Takes out stages of a single entry: entries that lead there do what it does.
-fn thread(classifier: &Classifier) -> Classifier {
+fn thread(mut classifier: Classifier) -> Classifier {
     let mut threaded: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
     for (stage, data) in classifier.stages.iter() {
         let mut entries: Vec<EntryData> =
-            data.entries.iter().map(|&entry| classifier.entries[entry].clone()).collect();
+            data.entries.iter().map(|&entry| take(&mut classifier.entries[entry])).collect();
         for entry in &mut entries {
             match &mut entry.exit {
                 Exit::Then { writes, stage: next } => {
@@ -330,7 +349,7 @@ fn behind(writes: &[Write], exit: &Exit) -> Option<Exit> {
 
 /// The classifier with other entries and another root, without the stages that the root does not lead to.
 fn rebuild(
-    classifier: &Classifier,
+    classifier: Classifier,
     root: Stage,
     mut entries: SecondaryMap<Stage, Vec<EntryData>>,
 ) -> Classifier {
@@ -348,12 +367,12 @@ fn rebuild(
         entries: PrimaryMap::new(),
         root,
         family: classifier.family,
-        place: classifier.place.clone(),
-        derived: classifier.derived.clone(),
-        sets: classifier.sets.clone(),
-        members: classifier.members.clone(),
-        set_shapes: classifier.set_shapes.clone(),
-        effect_tests: classifier.effect_tests.clone(),
+        place: classifier.place,
+        derived: classifier.derived,
+        sets: classifier.sets,
+        members: classifier.members,
+        set_shapes: classifier.set_shapes,
+        effect_tests: classifier.effect_tests,
     };
     let mut number: SecondaryMap<Stage, Option<Stage>> = SecondaryMap::new();
     for (old, data) in classifier.stages.iter().filter(|(stage, _)| reached[*stage]) {
@@ -401,7 +420,7 @@ mod tests {
             ..place(&[Hook::Input], Attach::TcIngress, Mode::Replace, true)
         };
         let flat = flatten(&ruleset, &place, &Env::default(), &mut Vec::new());
-        let simple = simplify(&flat);
+        let simple = simplify(flat.clone());
         assert_eq!(simple.verify(), Vec::<String>::new());
         [flat, simple]
     }

@@ -6,6 +6,8 @@
 
 use std::fmt;
 
+use smallvec::{SmallVec, smallvec};
+
 /// A closed interval `lo..=hi`, never empty.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Interval {
@@ -55,10 +57,13 @@ pub fn max_value(bits: u8) -> u128 {
 }
 
 /// A set of values: sorted, disjoint intervals with a gap between neighbours, so that equal sets are equal values.
+/// Nearly all sets are one interval, which takes no memory of its own.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct IntervalSet {
-    intervals: Vec<Interval>,
+    intervals: Intervals,
 }
+
+type Intervals = SmallVec<[Interval; 1]>;
 
 impl IntervalSet {
     /// The set without values.
@@ -68,12 +73,12 @@ impl IntervalSet {
 
     /// All values of an integer `bits` wide.
     pub fn full(bits: u8) -> IntervalSet {
-        IntervalSet { intervals: vec![Interval { lo: 0, hi: max_value(bits) }] }
+        IntervalSet { intervals: smallvec![Interval { lo: 0, hi: max_value(bits) }] }
     }
 
     /// The set that holds `value` alone.
     pub fn point(value: u128) -> IntervalSet {
-        IntervalSet { intervals: vec![Interval::point(value)] }
+        IntervalSet { intervals: smallvec![Interval::point(value)] }
     }
 
     /// The values `lo..=hi`; empty if `lo > hi`.
@@ -93,7 +98,7 @@ impl IntervalSet {
 
     /// Whether every value of an integer `bits` wide is inside.
     pub fn is_full(&self, bits: u8) -> bool {
-        self.intervals == [Interval { lo: 0, hi: max_value(bits) }]
+        self.intervals[..] == [Interval { lo: 0, hi: max_value(bits) }]
     }
 
     /// The only value, if there is exactly one.
@@ -121,7 +126,7 @@ impl IntervalSet {
     /// The values in both.
     pub fn intersect(&self, other: &IntervalSet) -> IntervalSet {
         let (mut left, mut right) = (self.intervals.iter().peekable(), other.intervals.iter().peekable());
-        let mut intervals = Vec::new();
+        let mut intervals = Intervals::new();
         while let (Some(&&a), Some(&&b)) = (left.peek(), right.peek()) {
             intervals.extend(a.intersect(b));
             if a.hi < b.hi {
@@ -156,7 +161,7 @@ impl IntervalSet {
 
     /// The values of an integer `bits` wide that are not inside.
     pub fn complement(&self, bits: u8) -> IntervalSet {
-        let mut intervals = Vec::with_capacity(self.intervals.len() + 1);
+        let mut intervals = Intervals::new();
         let mut next = Some(0u128);
         for interval in &self.intervals {
             if let Some(lo) = next
@@ -175,9 +180,9 @@ impl IntervalSet {
 
 impl FromIterator<Interval> for IntervalSet {
     fn from_iter<I: IntoIterator<Item = Interval>>(iter: I) -> IntervalSet {
-        let mut sorted: Vec<Interval> = iter.into_iter().collect();
+        let mut sorted: Intervals = iter.into_iter().collect();
         sorted.sort_unstable();
-        let mut intervals: Vec<Interval> = Vec::with_capacity(sorted.len());
+        let mut intervals = Intervals::new();
         for interval in sorted {
             match intervals.last_mut() {
                 Some(last) if interval.lo <= last.hi.saturating_add(1) => last.hi = last.hi.max(interval.hi),
@@ -190,7 +195,7 @@ impl FromIterator<Interval> for IntervalSet {
 
 impl From<Interval> for IntervalSet {
     fn from(interval: Interval) -> IntervalSet {
-        IntervalSet { intervals: vec![interval] }
+        IntervalSet { intervals: smallvec![interval] }
     }
 }
 

@@ -15,10 +15,13 @@
 //! others ──▶ service class ──────────────────────────────────┘
 //! ```
 
+use std::hash::{Hash, Hasher};
+
 use polc_ir::entities::{Entry, Value};
 use polc_ir::plan::{AluKind, DataTable};
+use smallvec::SmallVec;
 
-use super::classes::{FastMap, numbers};
+use super::classes::{FastMap, Same, numbers};
 use super::column::look_up;
 use super::cuckoo::Cuckoo;
 use super::line::Line;
@@ -325,7 +328,10 @@ struct Lists {
     row_of: FastMap<Vec<u32>, u32>,
     row_contents: FastMap<Vec<u16>, u32>,
     numbers: Vec<u32>,
-    base_of: FastMap<Vec<u32>, u32>,
+    /// By hash, where lists begin that have it.
+    base_of: FastMap<u64, SmallVec<[u32; 2]>>,
+    /// Room for the services of a list.
+    services: Vec<u32>,
 }
 
 impl Lists {
@@ -354,6 +360,7 @@ impl Lists {
             rows,
             numbers: vec![NOBODY],
             base_of: FastMap::default(),
+            services: Vec::new(),
         };
         lists.row_contents.insert(vec![0; cells], 0);
         lists
@@ -361,14 +368,18 @@ impl Lists {
 
     /// The row and base of a list of services and numbers, ascending by number. `None` if rows grow too large.
     fn add(&mut self, entries: impl Iterator<Item = (u32, u32)>) -> Option<(u32, u32)> {
-        let (mut services, mut numbers) = (Vec::new(), Vec::new());
+        let mut services = std::mem::take(&mut self.services);
+        services.clear();
+        // The numbers are written where they stay if no list has the same.
+        let base = self.numbers.len();
+        self.numbers.push(NOBODY);
         for (service, number) in entries {
             // A service that came before never gets here.
             if std::mem::replace(&mut self.seen[service as usize], self.count) == self.count {
                 continue;
             }
             services.push(service);
-            numbers.push(number);
+            self.numbers.push(number);
             if self.holds[service as usize].len() == self.cells {
                 break;
             }
@@ -377,7 +388,7 @@ impl Lists {
         if services.len() >= usize::from(u16::MAX) {
             return None;
         }
-        let row = match self.row_of.get(&services) {
+        let row = match self.row_of.get(services.as_slice()) {
             Some(&row) => row,
             None => {
                 let mut cells = vec![0u16; self.cells];
@@ -394,21 +405,32 @@ impl Lists {
                     self.rows.extend(cells);
                     next
                 });
-                self.row_of.insert(services, row);
+                self.row_of.insert(services.clone(), row);
                 row
             }
         };
-        let base = match self.base_of.get(&numbers) {
-            Some(&base) => base,
-            None => {
-                let base = self.numbers.len() as u32;
-                self.numbers.push(NOBODY);
-                self.numbers.extend(&numbers);
-                self.base_of.insert(numbers, base);
-                base
-            }
-        };
+        self.services = services;
+        let base = self.listed_at(base);
         Some((row, base))
+    }
+
+    /// Where the list is that was written last, at `base`: an equal one before it takes its place.
+    fn listed_at(&mut self, base: usize) -> u32 {
+        let (before, written) = self.numbers.split_at(base);
+        let mut hasher = Same::default();
+        written.hash(&mut hasher);
+        let same = self.base_of.entry(hasher.finish()).or_default();
+        let equal = |&&known: &&u32| {
+            let known = &before[known as usize..];
+            // Behind a list comes the next, or nothing.
+            known.starts_with(written) && known.get(written.len()).is_none_or(|&next| next == NOBODY)
+        };
+        if let Some(&known) = same.iter().find(equal) {
+            self.numbers.truncate(base);
+            return known;
+        }
+        same.push(base as u32);
+        base as u32
     }
 }
 

@@ -25,6 +25,9 @@ const CELLS_MAX: usize = 1 << 21;
 /// Words of bit sets that combining may look at.
 const WORDS_MAX: usize = 1 << 26;
 
+/// Words of the bit sets that say which classes have an entry.
+const HAVING_WORDS_MAX: usize = 1 << 21;
+
 /// A stage as tables.
 #[derive(Debug)]
 pub(super) struct Matrix {
@@ -124,26 +127,33 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
         partials.push(pair);
     }
     if partials.len() == 3 {
-        // Every order of three is tried, the one with the smallest tables kept.
-        let mut best: Option<(usize, Vec<Node>, Partial)> = None;
+        // Of every order of three, the one with the smallest tables is taken.
+        let mut orders: Vec<(usize, usize, Partial, Vec<Node>)> = Vec::new();
+        let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
         for (a, b, c) in [(0, 1, 2), (0, 2, 1), (1, 2, 0)] {
             let nodes = builder.nodes.len();
-            let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
-            let known = best.as_ref().map_or(usize::MAX, |(known, ..)| *known);
+            let least = orders.iter().map(|(cells, ..)| *cells).min().unwrap_or(usize::MAX);
             let first = size(&partials[a], &partials[b]);
-            if first < known
+            if first < least
                 && let Some(pair) = builder.pair(&partials[a], &partials[b])
-                && first + size(&pair, &partials[c]) < known
-                && let Some(last) = builder.last(&pair, &partials[c])
             {
-                best = Some((first + size(&pair, &partials[c]), builder.nodes[nodes..].to_vec(), last));
+                let cells = first + size(&pair, &partials[c]);
+                if cells < least && builder.afford_last(&pair, &partials[c]).is_some() {
+                    orders.push((cells, c, pair, builder.nodes.split_off(nodes)));
+                }
             }
             builder.nodes.truncate(nodes);
         }
-        let (_, nodes, last) = best?;
-        builder.nodes.extend(nodes);
-        partials = vec![last];
+        orders.sort_by_key(|(cells, ..)| *cells);
+        let nodes = builder.nodes.len();
+        let last = orders.into_iter().find_map(|(_, third, pair, own)| {
+            builder.nodes.truncate(nodes);
+            builder.nodes.extend(own);
+            builder.last(&pair, &partials[third])
+        });
+        partials = vec![last?];
     } else if partials.len() == 2 {
+        builder.afford_last(&partials[0], &partials[1])?;
         partials = vec![builder.last(&partials[0].clone(), &partials[1].clone())?];
     }
     let last = partials.remove(0);
@@ -236,14 +246,19 @@ impl Builder<'_> {
         Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
-    /// The table of two.
+    /// The table of two, if there is time for it.
     fn pair(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
+        self.afford(left.sets.len() * right.sets.len(), left.sets.words())?;
+        Some(self.paired(left, right))
+    }
+
+    /// The table of two.
+    fn paired(&mut self, left: &Partial, right: &Partial) -> Partial {
         let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
         let done = self.done(&columns);
         let mut sets = Sets::new(self.problem.entries.len());
         let words = sets.words();
         let (height, width) = (left.sets.len(), right.sets.len());
-        self.afford(height * width, words)?;
         let mut cells = Vec::with_capacity(height * width);
         let mut row = vec![0; words];
         let mut both: Vec<(u32, u64)> = Vec::new();
@@ -267,25 +282,61 @@ impl Builder<'_> {
             }
         }
         self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
-        Some(Partial { node: self.nodes.len() - 1, sets, columns })
+        Partial { node: self.nodes.len() - 1, sets, columns }
     }
 
-    /// The table of two that gives what is wanted.
+    /// Whether there is time for the table of two that gives what is wanted.
+    fn afford_last(&mut self, left: &Partial, right: &Partial) -> Option<()> {
+        let words = match self.wanted {
+            Wanted::First => 1 + left.sets.words() / 4,
+            Wanted::All => left.sets.words(),
+        };
+        self.afford(left.sets.len() * right.sets.len(), words)
+    }
+
+    /// The table of two that gives what is wanted, once that is known to be affordable.
     fn last(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
         if self.wanted == Wanted::All {
-            return self.pair(left, right);
+            return Some(self.paired(left, right));
         }
         let exits = self.problem.exits.len();
         let mut sets = Sets::new(self.problem.entries.len());
         let (height, width) = (left.sets.len(), right.sets.len());
-        self.afford(height * width, 1 + sets.words() / 4)?;
         let mut class_of: Vec<Option<u32>> = vec![None; exits];
         let mut cells = Vec::with_capacity(height * width);
-        let mut row = vec![0; sets.words()];
+        // For each entry, the right classes that have it.
+        let words = width.div_ceil(64);
+        if self.problem.entries.len() * words > HAVING_WORDS_MAX {
+            return None;
+        }
+        let mut having = vec![0u64; self.problem.entries.len().max(1) * words];
+        for b in 0..width {
+            for entry in numbers(right.sets.get(b as u32)) {
+                insert(&mut having[entry * words..][..words], b);
+            }
+        }
+        let (mut open, mut first) = (vec![0u64; words], vec![0usize; width]);
         for a in 0..height as u32 {
-            left.sets.write(a, &mut row);
-            for b in 0..width as u32 {
-                let first = first_of_both(&row, right.sets.get(b)).unwrap_or(0);
+            // The first entry of the left class that a right class has is theirs. A combination that no packet has may
+            // have none.
+            first.fill(0);
+            open.fill(u64::MAX);
+            let mut left_open = width;
+            for entry in numbers(left.sets.get(a)) {
+                for (word, (open, having)) in open.iter_mut().zip(&having[entry * words..]).enumerate() {
+                    let mut taken = *open & having;
+                    *open &= !having;
+                    left_open -= taken.count_ones() as usize;
+                    while taken != 0 {
+                        first[64 * word + taken.trailing_zeros() as usize] = entry;
+                        taken &= taken - 1;
+                    }
+                }
+                if left_open == 0 {
+                    break;
+                }
+            }
+            for &first in &first {
                 let class = &mut class_of[self.problem.exit_of[first] as usize];
                 cells.push(
                     *class.get_or_insert_with(|| sets.intern(&[(first as u32 / 64, 1 << (first % 64))])),

@@ -5,8 +5,6 @@
 //! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
 //! and everything behind it.
 
-use std::collections::BTreeMap;
-
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
@@ -24,6 +22,7 @@ use polc_ir::plan::{
     PlanExit, StepData, Target, Trace, WalkTable, WordTest, WordWrite,
 };
 
+use self::classes::FastMap;
 pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
 use self::groups::groups;
 use self::line::{Line, Tables};
@@ -251,7 +250,7 @@ struct Keys {
 /// What packets are counted for.
 struct Counting {
     traces: Vec<Trace>,
-    slots: BTreeMap<Trace, u32>,
+    slots: FastMap<Trace, u32>,
 }
 
 struct Selector<'a> {
@@ -294,7 +293,7 @@ impl Counting {
             })
             .collect();
         lookups.sort_by_key(|exits| std::cmp::Reverse(exits.len()));
-        let mut place: BTreeMap<Trace, usize> = BTreeMap::new();
+        let mut place: FastMap<Trace, usize> = FastMap::default();
         for exits in lookups {
             let ends = exits.iter().map_while(|&exit| {
                 trace(&classifier.entries[exit]).filter(|trace| trace.ending.is_some() && !trace.if_absent)
@@ -308,8 +307,8 @@ impl Counting {
                 place.entry(end).or_insert(next);
             }
         }
-        traces.sort_by_key(|trace| place.get(trace).copied().unwrap_or(usize::MAX));
-        let mut counting = Counting { traces: Vec::new(), slots: BTreeMap::new() };
+        traces.sort_by_cached_key(|trace| place.get(trace).copied().unwrap_or(usize::MAX));
+        let mut counting = Counting { traces: Vec::new(), slots: FastMap::default() };
         for trace in traces {
             let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {
                 ending: Some(Ending { verdict: Verdict::Defer, ..ending }),

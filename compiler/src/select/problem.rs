@@ -67,7 +67,7 @@ impl Problem {
             Problem { columns: Vec::new(), entries: Vec::new(), exit_of: Vec::new(), exits: Vec::new() };
         let mut column_of: BTreeMap<(Field, u128), u32> = BTreeMap::new();
         let mut predicate_of: Vec<FastMap<IntervalSet, u32>> = Vec::new();
-        let mut exit_of: BTreeMap<(&Exit, &[Count]), u32> = BTreeMap::new();
+        let mut exit_of: FastMap<(&Exit, &[Count]), u32> = FastMap::default();
         for &entry in &classifier.stages[stage].entries {
             let data = &classifier.entries[entry];
             let mut tests: Vec<(u32, u32)> = Vec::with_capacity(data.cube.tests().len());
