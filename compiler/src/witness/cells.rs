@@ -252,6 +252,8 @@ impl<'a> Cells<'a> {
         let mut distinct: Vec<&Test> = tests.iter().flatten().copied().collect();
         distinct.sort_unstable();
         distinct.dedup();
+        let number = |test: &&Test| distinct.binary_search(test).expect("it is one of them");
+        let numbers: Vec<Vec<usize>> = tests.iter().map(|tests| tests.iter().map(number).collect()).collect();
         let (values, mut is_complete) = if is_device {
             (self.devices(slot.field), true)
         } else if slot.words == 1 {
@@ -274,9 +276,11 @@ impl<'a> Cells<'a> {
             } else {
                 (0..u32::from(slot.words)).rev().map(|index| (value >> (32 * index)) as u32).collect()
             };
+            // Rules share their tests, so each is made once.
+            let held: Vec<bool> = distinct.iter().map(|test| test.holds(value)).collect();
             let mut holds = vec![0u64; self.entries.len().div_ceil(64)];
-            for (at, tests) in tests.iter().enumerate() {
-                if tests.iter().all(|test| test.holds(value)) {
+            for (at, tests) in numbers.iter().enumerate() {
+                if tests.iter().all(|&test| held[test]) {
                     holds[at / 64] |= 1 << (at % 64);
                 }
             }
@@ -484,9 +488,12 @@ impl<'a> Alone<'a> {
     /// Whether what is computed is the same for all of a range.
     fn is_settled(&self, plan: &Plan, range: Range, known: &mut Vec<Range>) -> bool {
         let By::Ops { step, alone, watched } = &self.by else { return true };
-        let Some(&last) = watched.last() else { return true };
+        let mut watched = watched.iter().copied().peekable();
         known.clear();
-        for (op, &alone) in step.ops.values().zip(alone).take(last + 1) {
+        for (at, (op, &alone)) in step.ops.values().zip(alone).enumerate() {
+            if watched.peek().is_none() {
+                break;
+            }
             let of = |value: Value| known[value.as_u32() as usize];
             known.push(match *op {
                 _ if !alone => Range::ANY,
@@ -499,8 +506,12 @@ impl<'a> Alone<'a> {
                     None => Range::ANY,
                 },
             });
+            // Most ranges are not, and the first of the values says so.
+            if watched.next_if_eq(&at).is_some() && known[at].as_point().is_none() {
+                return false;
+            }
         }
-        watched.iter().all(|&at| known[at].as_point().is_some())
+        true
     }
 }
 
