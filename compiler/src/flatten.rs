@@ -592,7 +592,7 @@ impl Flattener<'_> {
                         let wanted = *return_nomatch && data.takes_nomatch();
                         let entry = |(mut cube, nomatch): (Cube, bool)| {
                             if self.place.fragments == Fragments::Unresolved {
-                                cube = cube.without(Field::FragOffset);
+                                cube.forget(Field::FragOffset);
                             }
                             let onward = if nomatch == wanted { go(exit(1, root)) } else { next.clone() };
                             Entry { cube, rule: None, onward }

@@ -157,22 +157,25 @@ fn certain(classifier: &Classifier, stage: Stage, known: &Cube) -> (Option<Entry
 
 /// Leads an entry's exit past stages in which its packets, of which `taken` holds, take one and the same entry.
 fn past(classifier: &Classifier, taken: &Cube, entry: &mut EntryData, asks: &mut usize) {
-    while let Exit::Then { writes, stage } = &entry.exit
+    let mut known = taken.clone();
+    let mut told = 0;
+    while let Exit::Then { writes, stage } = &mut entry.exit
         && *asks > 0
     {
-        let written;
-        let known = if writes.is_empty() {
-            taken
-        } else {
-            written = writes.iter().fold(taken.clone(), |cube, write| wrote(&cube, write, classifier.family));
-            &written
-        };
-        let (certain, asked) = certain(classifier, *stage, known);
+        writes[told..].iter().for_each(|write| write_to(&mut known, write, classifier.family));
+        told = writes.len();
+        let (certain, asked) = certain(classifier, *stage, &known);
         *asks = asks.saturating_sub(asked);
         let Some(next) = certain.map(|next| &classifier.entries[next]) else { return };
-        let Some(exit) = behind(writes, &next.exit) else { return };
+        match &next.exit {
+            Exit::Then { writes: more, stage: next } => {
+                writes.extend(more);
+                *stage = *next;
+            }
+            exit if writes.is_empty() => entry.exit = exit.clone(),
+            _ => return,
+        }
         entry.counts.extend(&next.counts);
-        entry.exit = exit;
     }
 }
 
@@ -205,7 +208,9 @@ fn leave(taken: &Cube, exit: &Exit, family: Family, known: &mut SecondaryMap<Sta
     let written;
     let after = match exit {
         Exit::Then { writes, .. } if !writes.is_empty() => {
-            written = writes.iter().fold(taken.clone(), |cube, write| wrote(&cube, write, family));
+            let mut after = taken.clone();
+            writes.iter().for_each(|write| write_to(&mut after, write, family));
+            written = after;
             &written
         }
         _ => taken,
@@ -218,13 +223,12 @@ fn leave(taken: &Cube, exit: &Exit, family: Family, known: &mut SecondaryMap<Sta
     }
 }
 
-/// What is known behind a write: of its field, only the bits that it gives.
-fn wrote(cube: &Cube, write: &Write, family: Family) -> Cube {
-    let mut after: Cube = cube.tests().iter().filter(|test| test.field != write.field).cloned().collect();
+/// Makes what is known what is known behind a write: of its field, only the bits that it gives.
+fn write_to(known: &mut Cube, write: &Write, family: Family) {
+    known.forget(write.field);
     let given = Test::masked(write.field, family, write.xor, write.clear);
-    let possible = after.and(&given, family);
+    let possible = known.and(&given, family);
     debug_assert!(possible, "a value is possible");
-    after
 }
 
 /// What is known of a packet of either.

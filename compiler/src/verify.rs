@@ -22,7 +22,7 @@ use crate::build;
 use crate::runner::{Level, Program, run};
 use crate::select::Devices;
 use crate::session::Session;
-use crate::witness::Witnesses;
+use crate::witness::{Effort, Witnesses};
 use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
@@ -113,7 +113,8 @@ pub fn verify(
         }
     }
     let entries = verified.entries.max(1);
-    let witnesses = Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, seed);
+    let witnesses =
+        Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::THOROUGH, seed);
     let total = (witnesses.enough() + random).min((WORK_MAX / entries).max(PACKETS_MIN));
     let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
     for mut input in witnesses.take(total) {
@@ -153,7 +154,8 @@ pub fn spot_check(
     let which: &[Level] =
         if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
     let step = (compiled.classifier.entries.len() / packets.max(1)).max(1);
-    let directed = Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, SEED);
+    let directed =
+        Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::QUICK, SEED);
     let spread = Witnesses::new(&compiled.classifier, &devices.declared, SEED).step_by(step);
     for mut input in directed.take(packets).chain(spread.take(packets)) {
         if let (_, Some(levels)) = levels.run(&mut input, which) {

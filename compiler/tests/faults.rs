@@ -330,7 +330,7 @@ fn changes_go_back_when_polc_is_killed_or_hung_up_on() {
     let Some(host) = Host::new("fault-hangup") else { return };
     host.files.file("other.v4", OTHER_RULES.as_bytes());
     host.says(&APPLY, 0);
-    let apply = [&APPLY_OTHER[..], &["--confirm", "1"]].concat();
+    let apply = [&APPLY_OTHER[..], &["--confirm", "3"]].concat();
     // Killed as soon as the other policy is in force, whatever there is left to do.
     let before = programs("eth0");
     let mut child = host.command(&apply).spawn().expect("polc runs");

@@ -3,7 +3,7 @@
 //! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use polc_ir::diag::Diagnostic;
@@ -117,8 +117,71 @@ fn generator(text: &str) -> Generator {
 }
 
 struct OpenTable {
+    /// Its chains' rules are in `orders` until the table is closed.
     ast: TableAst,
     names: HashMap<Arc<str>, ChainIndex>,
+    /// The rules of each chain, in order: lines may put them at either end.
+    orders: Vec<VecDeque<u32>>,
+    /// How many of these rules lead to each chain.
+    references: Vec<u32>,
+}
+
+impl OpenTable {
+    fn insert(&mut self, chain: usize, position: usize, rule: RuleAst) {
+        if let Some(to) = led_to(&rule) {
+            self.references[to] += 1;
+        }
+        self.orders[chain].insert(position, self.ast.rules.len() as u32);
+        self.ast.rules.push(rule);
+    }
+
+    fn remove(&mut self, chain: usize, position: usize) {
+        let rule = self.orders[chain].remove(position).map(|id| &self.ast.rules[id as usize]);
+        if let Some(to) = rule.and_then(led_to) {
+            self.references[to] -= 1;
+        }
+    }
+
+    fn flush(&mut self, chain: usize) {
+        for id in std::mem::take(&mut self.orders[chain]) {
+            if let Some(to) = led_to(&self.ast.rules[id as usize]) {
+                self.references[to] -= 1;
+            }
+        }
+    }
+
+    /// Takes a user chain away, if it has no rules and no rule leads to it.
+    fn delete(&mut self, chain: usize, span: Span) -> Result<(), Fault> {
+        let ChainAst { name, hook, deleted, .. } = &mut self.ast.chains[chain];
+        let why = if hook.is_some() {
+            "is a base chain"
+        } else if !self.orders[chain].is_empty() {
+            "has rules"
+        } else if self.references[chain] > 0 {
+            "is where rules lead to"
+        } else {
+            *deleted = true;
+            self.names.remove(&**name);
+            return Ok(());
+        };
+        let message = format!("chain `{name}` {why} and can't be deleted");
+        Err(Fault::new(codes::COMMAND, message).at(span).hint("flush what holds it before this line"))
+    }
+
+    fn close(mut self) -> TableAst {
+        for (chain, order) in self.ast.chains.iter_mut().zip(self.orders) {
+            chain.rules = order.into();
+        }
+        self.ast
+    }
+}
+
+/// The chain that a rule jumps or goes to.
+fn led_to(rule: &RuleAst) -> Option<usize> {
+    match rule.target.verdict {
+        TargetVerdict::Jump(to) | TargetVerdict::Goto(to) => Some(to.0 as usize),
+        _ => None,
+    }
 }
 
 struct Parser<'a> {
@@ -233,7 +296,8 @@ impl Parser<'_> {
                 deleted: false,
             });
         }
-        self.table = Some(OpenTable { ast, names });
+        let (orders, references) = (vec![VecDeque::new(); ast.chains.len()], vec![0; ast.chains.len()]);
+        self.table = Some(OpenTable { ast, names, orders, references });
         Ok(())
     }
 
@@ -241,7 +305,7 @@ impl Parser<'_> {
         let Some(open) = self.table.take() else {
             return Err(Fault::new(codes::OUTSIDE_TABLE, "COMMIT without an open table").at(span));
         };
-        self.install(open.ast);
+        self.install(open.close());
         Ok(())
     }
 
@@ -443,10 +507,22 @@ impl Parser<'_> {
     ) -> Result<(), Fault> {
         let command = line.command;
         let Some(chain) = line.chain else {
-            return match command {
-                Command::Flush | Command::Zero | Command::List | Command::DeleteChain => Ok(()),
-                _ => Err(Fault::new(codes::UNKNOWN_CHAIN, "the chain's name is missing").at(span)),
-            };
+            match command {
+                Command::Zero | Command::List => {}
+                Command::Flush => (0..open.orders.len()).for_each(|chain| open.flush(chain)),
+                Command::DeleteChain => {
+                    let is_user = |chain: &ChainAst| chain.hook.is_none() && !chain.deleted;
+                    for chain in 0..open.orders.len() {
+                        if is_user(&open.ast.chains[chain]) {
+                            open.delete(chain, span)?;
+                        }
+                    }
+                }
+                _ => {
+                    return Err(Fault::new(codes::UNKNOWN_CHAIN, "the chain's name is missing").at(span));
+                }
+            }
+            return Ok(());
         };
         if command == Command::NewChain {
             if open.names.contains_key(chain.text) {
@@ -467,7 +543,7 @@ impl Parser<'_> {
         let at = index.0 as usize;
         match command {
             Command::Append | Command::Insert(_) | Command::Replace(_) => {
-                let count = open.ast.chains[at].rules.len();
+                let count = open.orders[at].len();
                 let mut position = match command {
                     Command::Insert(number) if number as usize <= count + 1 => number as usize - 1,
                     Command::Replace(number) if number as usize <= count => number as usize - 1,
@@ -482,14 +558,12 @@ impl Parser<'_> {
                 };
                 let rules = self.expand(open, index, line, counters, span)?;
                 if matches!(command, Command::Replace(_)) {
-                    open.ast.chains[at].rules.remove(position);
+                    open.remove(at, position);
                 }
                 // Each copy of an inserted line goes to the same number, so the last stands first.
                 let in_place = matches!(command, Command::Insert(_));
                 for rule in rules {
-                    let id = open.ast.rules.len() as u32;
-                    open.ast.rules.push(rule);
-                    open.ast.chains[at].rules.insert(position, id);
+                    open.insert(at, position, rule);
                     if !in_place {
                         position += 1;
                     }
@@ -497,36 +571,22 @@ impl Parser<'_> {
                 Ok(())
             }
             Command::DeleteNumber(number) => {
-                let rules = &mut open.ast.chains[at].rules;
-                if number as usize > rules.len() {
+                let count = open.orders[at].len();
+                if number as usize > count {
                     return Err(Fault::new(
                         codes::RULE_NUMBER,
-                        format!("chain `{}` has only {} rules", chain.text, rules.len()),
+                        format!("chain `{}` has only {count} rules", chain.text),
                     )
                     .at(span));
                 }
-                rules.remove(number as usize - 1);
+                open.remove(at, number as usize - 1);
                 Ok(())
             }
             Command::Flush => {
-                open.ast.chains[at].rules.clear();
+                open.flush(at);
                 Ok(())
             }
-            Command::DeleteChain => {
-                let used = open.ast.rules.iter().any(|rule| {
-                    matches!(rule.target.verdict, TargetVerdict::Jump(to) | TargetVerdict::Goto(to) if to == index)
-                });
-                if open.ast.chains[at].hook.is_some() || !open.ast.chains[at].rules.is_empty() || used {
-                    return Err(Fault::new(
-                        codes::COMMAND,
-                        format!("chain `{}` is in use and can't be deleted", chain.text),
-                    )
-                    .at(chain.span));
-                }
-                open.ast.chains[at].deleted = true;
-                open.names.remove(chain.text);
-                Ok(())
-            }
+            Command::DeleteChain => open.delete(at, chain.span),
             Command::Policy => {
                 let policy = match line.operand.map(|operand| operand.text) {
                     Some("ACCEPT") => Policy::Accept,
@@ -562,10 +622,16 @@ impl Parser<'_> {
         span: Span,
     ) -> Result<Vec<RuleAst>, Fault> {
         let find = |name: crate::ext::Argument<'_>| {
-            open.names
-                .get(name.text)
-                .copied()
-                .ok_or_else(|| Fault::new(codes::UNKNOWN_CHAIN, "no such chain").at(name.span))
+            let chain = open.names.get(name.text).copied();
+            let chain =
+                chain.ok_or_else(|| Fault::new(codes::UNKNOWN_CHAIN, "no such chain").at(name.span))?;
+            if open.ast.chains[chain.0 as usize].hook.is_some() {
+                let message = format!("`{}` is a base chain, which rules can't lead to", name.text);
+                return Err(Fault::new(codes::UNKNOWN_TARGET, message)
+                    .at(name.span)
+                    .hint("put its rules in a user chain, and lead both there"));
+            }
+            Ok(chain)
         };
         let verdict = match line.target {
             LineTarget::None => TargetVerdict::Continue,
@@ -798,5 +864,7 @@ fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Coun
         rules: Vec::new(),
         deleted: false,
     });
+    open.orders.push(VecDeque::new());
+    open.references.push(0);
     Ok(())
 }

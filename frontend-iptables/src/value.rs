@@ -58,10 +58,11 @@ impl PortRange {
     /// Every port.
     pub const ALL: PortRange = PortRange { first: 0, last: u16::MAX };
 
-    /// `port[:port]` for one protocol, the ends optional, by number or name; `None` if a port is unknown.
-    pub fn parse(text: &str, protocol: &str) -> Option<PortRange> {
+    /// `port[:port]` for one protocol, or for the first that has a service of the name; the ends optional, by number or
+    /// name; `None` if a port is unknown.
+    pub fn parse(text: &str, protocol: Option<&str>) -> Option<PortRange> {
         let port = |text: &str, default| {
-            if text.is_empty() { Some(default) } else { port(text, Some(protocol)) }
+            if text.is_empty() { Some(default) } else { port(text, protocol) }
         };
         match text.split_once(':') {
             None => port_only(text, protocol),
@@ -70,8 +71,8 @@ impl PortRange {
     }
 }
 
-fn port_only(text: &str, protocol: &str) -> Option<PortRange> {
-    let port = port(text, Some(protocol))?;
+fn port_only(text: &str, protocol: Option<&str>) -> Option<PortRange> {
+    let port = port(text, protocol)?;
     Some(PortRange { first: port, last: port })
 }
 

@@ -123,9 +123,9 @@ impl Cube {
         Some(both)
     }
 
-    /// The cube that asks nothing of a field, else the same.
-    pub fn without(&self, field: Field) -> Cube {
-        self.tests.iter().filter(|test| test.field != field).cloned().collect()
+    /// Has it ask nothing of a field.
+    pub fn forget(&mut self, field: Field) {
+        self.tests.retain(|test| test.field != field);
     }
 
     /// Whether every value that satisfies `other` satisfies this cube, judged field by field (sufficient; under

@@ -11,7 +11,7 @@ use polc::Compiled;
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
-use polc::witness::{Random, Witnesses};
+use polc::witness::{Effort, Random, Witnesses};
 use polc_backend_ebpf::emit::emit;
 use polc_backend_ebpf::insn::decode_all;
 use polc_backend_ebpf::object::Object;
@@ -52,7 +52,8 @@ struct Case {
 impl Case {
     /// The packets that `verify` makes, if `plan` is what was compiled.
     fn packets<'a>(&'a self, plan: &'a Plan, seed: u64) -> impl Iterator<Item = (Input, Outcome)> + 'a {
-        let witnesses = Witnesses::of_plan(&self.compiled.classifier, plan, &self.devices, seed);
+        let witnesses =
+            Witnesses::of_plan(&self.compiled.classifier, plan, &self.devices, Effort::THOROUGH, seed);
         let enough = witnesses.enough();
         let outcome = move |input: &Input| {
             run(Level::Ruleset, &self.ruleset, &self.compiled, &self.env, input, &mut State::new(1))
@@ -155,7 +156,9 @@ fn judge(case: &mut Case, plan: &Plan, object: &Object, what: &str, tally: &mut 
     let original = &case.compiled.plan;
     let tells =
         if (&plan.tables, &plan.steps, &plan.walk) != (&original.tables, &original.steps, &original.walk) {
-            if Witnesses::of_plan(&case.compiled.classifier, plan, &case.devices, 1).are_steps_proven() {
+            if Witnesses::of_plan(&case.compiled.classifier, plan, &case.devices, Effort::THOROUGH, 1)
+                .are_steps_proven()
+            {
                 tally.proven += 1;
                 return;
             }

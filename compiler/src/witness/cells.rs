@@ -4,7 +4,7 @@
 //! The values of each field fall into parts within which all that the step computes of the field alone stays the same,
 //! and every test of the stage. For fields of one word the parts are worked out exactly, from the tables themselves:
 //! ranges are halved until nothing in them changes. A cell is a part of each field. Where there are more than
-//! [`CELLS_MAX`], as many are drawn. So a table that is wrong anywhere is found by its contents, which packets made for
+//! an [`Effort`] allows, as many are drawn. So a table that is wrong anywhere is found by its contents, which packets made for
 //! rules seldom reach; whether a packet shows it is for the levels to say.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -21,12 +21,28 @@ use polc_ir::plan::{
 use super::random::Random;
 use crate::select::trace;
 
-/// Cells that are looked at for a step, and for all steps of a plan.
-const CELLS_MAX: usize = 1 << 17;
-const ALL_CELLS_MAX: usize = 1 << 20;
-/// Ranges that a field's values are halved into, and tests on their ends.
-const RANGES_MAX: usize = 1 << 16;
-const TESTS_MAX: usize = 1 << 22;
+/// How much is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effort {
+    /// Cells for a step.
+    cells: usize,
+    /// Cells for all steps of a plan.
+    cells_of_all: usize,
+    /// Ranges that a field's values are halved into.
+    ranges: usize,
+    /// Tests on the ends of a field's ranges.
+    tests: usize,
+}
+
+impl Effort {
+    /// All cells of most rule sets of hundreds of rules: seconds at most.
+    pub const THOROUGH: Effort =
+        Effort { cells: 1 << 17, cells_of_all: 1 << 20, ranges: 1 << 16, tests: 1 << 22 };
+    /// A sample, in milliseconds.
+    pub const QUICK: Effort =
+        Effort { cells: 1 << 10, cells_of_all: 1 << 12, ranges: 1 << 8, tests: 1 << 17 };
+}
+
 /// Differences that are reported for a step, and packets for each: not all values of a part go together.
 const DIFFERENCES_MAX: usize = 64;
 const OF_DIFFERENCE: usize = 8;
@@ -57,13 +73,13 @@ pub(super) struct Compared {
 }
 
 /// Compares the plan's steps with the stages they decide.
-pub(super) fn compare(classifier: &Classifier, plan: &Plan, random: &mut Random) -> Compared {
+pub(super) fn compare(classifier: &Classifier, plan: &Plan, effort: Effort, random: &mut Random) -> Compared {
     let is_complete = plan.walk.nodes.is_empty();
     let mut compared = Compared { differences: Vec::new(), is_complete, boundaries: Vec::new() };
-    let mut left = ALL_CELLS_MAX;
+    let mut left = effort.cells_of_all;
     for (step, data) in &plan.steps {
-        let cells = Cells::new(classifier, plan, data);
-        left -= cells.compare(step, left.min(CELLS_MAX), random, &mut compared);
+        let cells = Cells::new(classifier, plan, data, effort);
+        left -= cells.compare(step, left.min(effort.cells), random, &mut compared);
         if let StepData::Lookup(_) = data {
             cells.boundaries(random, &mut compared.boundaries);
         }
@@ -111,11 +127,11 @@ struct Cells<'a> {
 }
 
 impl<'a> Cells<'a> {
-    fn new(classifier: &'a Classifier, plan: &'a Plan, data: &'a StepData) -> Cells<'a> {
+    fn new(classifier: &'a Classifier, plan: &'a Plan, data: &'a StepData, effort: Effort) -> Cells<'a> {
         let entries = &classifier.stages[data.stage()].entries;
         let mut cells = Cells { classifier, plan, data, entries, fields: Vec::new(), is_complete: true };
         for &slot in &plan.key {
-            let (parts, runs, is_complete) = cells.parts(slot);
+            let (parts, runs, is_complete) = cells.parts(slot, effort);
             // A field that nobody asks for has none.
             if !parts.is_empty() {
                 cells.fields.push((slot, parts, runs));
@@ -234,7 +250,7 @@ impl<'a> Cells<'a> {
 
     /// The parts of a field's values, the runs of values of one part, and whether these are all; none if neither the
     /// stage nor the step asks for the field.
-    fn parts(&self, slot: KeySlot) -> (Vec<Part>, Vec<Run>, bool) {
+    fn parts(&self, slot: KeySlot, effort: Effort) -> (Vec<Part>, Vec<Run>, bool) {
         let family = self.classifier.family;
         let tests: Vec<Vec<&Test>> = self
             .entries
@@ -257,11 +273,11 @@ impl<'a> Cells<'a> {
         let (values, mut is_complete) = if is_device {
             (self.devices(slot.field), true)
         } else if slot.words == 1 {
-            alone.representatives(self.plan, slot.field.bits(family), &distinct)
+            alone.representatives(self.plan, slot.field.bits(family), &distinct, effort.ranges)
         } else {
             (edges(&distinct, slot.field.bits(family)), false)
         };
-        let most = (TESTS_MAX / self.entries.len().max(1)).max(2);
+        let most = (effort.tests / self.entries.len().max(1)).max(2);
         is_complete &= values.len() <= most;
         let top = max_value(slot.field.bits(family));
         let mut parts: BTreeMap<(Vec<u64>, Vec<u64>), Part> = BTreeMap::new();
@@ -451,7 +467,7 @@ impl<'a> Alone<'a> {
     }
 
     /// A value of each range within which nothing changes, and whether these are all ranges.
-    fn representatives(&self, plan: &Plan, bits: u8, tests: &[&Test]) -> (Vec<u128>, bool) {
+    fn representatives(&self, plan: &Plan, bits: u8, tests: &[&Test], most: usize) -> (Vec<u128>, bool) {
         let top = max_value(bits) as u64;
         let own = |test: &WordTest| Test {
             field: self.slot.field,
@@ -471,7 +487,7 @@ impl<'a> Alone<'a> {
             open.retain(|test| !is_settled(test, range));
             let is_split =
                 range.lo < range.hi && (!open.is_empty() || !self.is_settled(plan, range, &mut known));
-            let is_full = values.len() + ranges.len() >= RANGES_MAX;
+            let is_full = values.len() + ranges.len() >= most;
             if !is_split || is_full {
                 is_complete &= !is_split;
                 values.push(range.lo.into());

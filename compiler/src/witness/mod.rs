@@ -29,6 +29,7 @@ use polc_ir::field::Field;
 use polc_ir::interval::max_value;
 use polc_ir::plan::Plan;
 
+pub use cells::Effort;
 use cells::{Aim, Compared, compare};
 use directed::{Directed, surroundings};
 use frame::Wanted;
@@ -92,10 +93,11 @@ impl<'a> Witnesses<'a> {
         classifier: &'a Classifier,
         plan: &'a Plan,
         devices: &'a [Device],
+        effort: Effort,
         seed: u64,
     ) -> Witnesses<'a> {
         let mut witnesses = Witnesses::new(classifier, devices, seed);
-        witnesses.compared = Some(compare(classifier, plan, &mut Random::new(seed)));
+        witnesses.compared = Some(compare(classifier, plan, effort, &mut Random::new(seed)));
         // Nothing is left to find where all was compared.
         if !witnesses.are_steps_proven() {
             witnesses.probes = Some(Probes::new(classifier, plan, witnesses.directed.elements()));

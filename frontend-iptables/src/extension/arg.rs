@@ -68,7 +68,7 @@ pub enum Arg {
     /// `value[/mask]` of 32 bits.
     Mark,
     /// `port[:port]` of one of these protocols.
-    Ports(&'static str),
+    Ports(Option<&'static str>),
     /// Up to 15 ports and port ranges.
     PortList,
     /// Text of at most so many bytes, printed in quotes where iptables-save does.

@@ -348,9 +348,9 @@ fn mark(options: &Options, body: &mut Body<'_>) {
 fn parse_packet_type(words: &[&str], _: &Context) -> Result<Value, String> {
     PACKET_TYPES
         .iter()
-        .find(|(name, _)| value::abbreviates(words[0], name) && !words[0].is_empty())
+        .find(|(name, _)| name.eq_ignore_ascii_case(words[0]))
         .map(|&(_, kind)| Value::Number(kind))
-        .ok_or_else(|| format!("`{}` is none of unicast, broadcast, multicast", words[0]))
+        .ok_or_else(|| format!("`{}` is none of unicast, broadcast, multicast, otherhost", words[0]))
 }
 
 fn print_packet_type(value: &Value, out: &mut String) {
@@ -361,8 +361,15 @@ fn print_packet_type(value: &Value, out: &mut String) {
 }
 
 /// `PACKET_*` of include/uapi/linux/if_packet.h.
-const PACKET_TYPES: &[(&str, u64)] =
-    &[("unicast", 0), ("broadcast", 1), ("multicast", 2), ("bcast", 1), ("mcast", 2), ("host", 0)];
+const PACKET_TYPES: &[(&str, u64)] = &[
+    ("unicast", 0),
+    ("broadcast", 1),
+    ("multicast", 2),
+    ("otherhost", 3),
+    ("bcast", 1),
+    ("mcast", 2),
+    ("host", 0),
+];
 
 fn packet_type(options: &Options, body: &mut Body<'_>) {
     if let Some((kind, negated)) = number(options, "pkt-type") {
@@ -555,15 +562,22 @@ fn parse_mh(words: &[&str], _: &Context) -> Result<Value, String> {
         if text.is_empty() {
             return Ok(default);
         }
-        MH_TYPES
-            .iter()
-            .find(|(name, _)| value::abbreviates(text, name))
+        // A whole name goes before those that it begins.
+        let whole = MH_TYPES.iter().find(|(name, _)| name.eq_ignore_ascii_case(text));
+        whole
+            .or_else(|| MH_TYPES.iter().find(|(name, _)| value::abbreviates(text, name)))
             .map(|&(_, kind)| kind)
             .or_else(|| value::number(text, 0, 255).map(|kind| kind as u8))
             .ok_or_else(|| format!("`{text}` is no mobility header type"))
     };
     let (first, last) = match words[0].split_once(':') {
-        Some((first, last)) => (one(first, 0)?, one(last, 255)?),
+        Some((first, last)) => {
+            let (first, last) = (one(first, 0)?, one(last, 255)?);
+            if first > last {
+                return Err(format!("`{}` ends before it begins", words[0]));
+            }
+            (first, last)
+        }
         None => {
             let kind = one(words[0], 0)?;
             (kind, kind)

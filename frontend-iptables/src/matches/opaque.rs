@@ -467,6 +467,10 @@ fn print_rate(value: &Value, out: &mut String) {
 }
 
 fn parse_hash_rate(words: &[&str], _: &Context) -> Result<Value, String> {
+    // What iptables tells a rate in bytes by (extensions/libxt_hashlimit.c, `parse_bytes`).
+    if words[0].contains("b/s") {
+        return Err(format!("`{}` is a rate in bytes; only rates in packets are read", words[0]));
+    }
     rate(words[0], HASHLIMIT_SCALE)
 }
 

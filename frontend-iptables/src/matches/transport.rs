@@ -19,8 +19,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         protocols: &[TCP],
         options: &[
-            Opt::not("sport", Arg::Ports("tcp")).or(&["source-port"]),
-            Opt::not("dport", Arg::Ports("tcp")).or(&["destination-port"]),
+            Opt::not("sport", Arg::Ports(Some("tcp"))).or(&["source-port"]),
+            Opt::not("dport", Arg::Ports(Some("tcp"))).or(&["destination-port"]),
             Opt::not("tcp-option", Arg::Number(1, 255)),
             Opt::not("tcp-flags", Arg::TcpFlags),
             Opt::not("syn", Arg::Flag),
@@ -90,8 +90,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         protocols: &[SCTP],
         options: &[
-            Opt::not("sport", Arg::Ports("sctp")).or(&["source-port"]),
-            Opt::not("dport", Arg::Ports("sctp")).or(&["destination-port"]),
+            Opt::not("sport", Arg::Ports(Some("sctp"))).or(&["source-port"]),
+            Opt::not("dport", Arg::Ports(Some("sctp"))).or(&["destination-port"]),
             Opt::not("chunk-types", Arg::Custom { words: 2, parse: parse_chunks, print: print_chunks }),
         ],
         ..base("sctp", Meaning::Match(sctp), "SCTP ports and chunks.")
@@ -99,8 +99,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         protocols: &[DCCP],
         options: &[
-            Opt::not("sport", Arg::Ports("dccp")).or(&["source-port"]),
-            Opt::not("dport", Arg::Ports("dccp")).or(&["destination-port"]),
+            Opt::not("sport", Arg::Ports(None)).or(&["source-port"]),
+            Opt::not("dport", Arg::Ports(None)).or(&["destination-port"]),
             Opt::not("dccp-types", Arg::Names(DCCP_TYPES)),
             Opt::not("dccp-option", Arg::Number(1, 255)),
         ],
@@ -149,8 +149,8 @@ pub(super) const ALL: &[Extension] = &[
 ];
 
 const UDP_OPTIONS: &[Opt] = &[
-    Opt::not("sport", Arg::Ports("udp")).or(&["source-port"]),
-    Opt::not("dport", Arg::Ports("udp")).or(&["destination-port"]),
+    Opt::not("sport", Arg::Ports(None)).or(&["source-port"]),
+    Opt::not("dport", Arg::Ports(None)).or(&["destination-port"]),
 ];
 
 /// `--syn`: of SYN, RST, ACK and FIN, SYN alone is set.

@@ -128,7 +128,13 @@ fn set_deferral(
     use crate::field::End;
     let data = &ruleset.sets[set];
     match &data.contents {
-        SetContents::Unknown => return Some(Deferral::UnknownSet(data.name.clone())),
+        SetContents::Unknown if data.create.is_empty() => {
+            return Some(Deferral::UnknownSet(data.name.clone()));
+        }
+        SetContents::Unknown => {
+            let reason = "is a set whose elements are not compiled".into();
+            return Some(Deferral::Opaque { name: data.name.clone(), reason });
+        }
         // ipset forbids lists in lists (net/netfilter/ipset/ip_set_list_set.c), and so does lowering: one level.
         SetContents::Sets(members) => {
             return members

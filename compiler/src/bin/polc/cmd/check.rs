@@ -2,12 +2,14 @@
 
 use std::process::ExitCode;
 
+use polc::flatten::flatten;
 use polc::lint::lint;
-use polc::place::best_attach;
+use polc::place::{attach_for, best_attach, place as place_of};
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc_ir::diag::{Diagnostic, Severity};
-use polc_ir::env::{Attach, Place};
+use polc_ir::env::{Attach, Mode, Place};
+use polc_ir::hook::Hook;
 use serde::Serialize;
 
 use super::{FOUND, counted, place, show, worst};
@@ -38,15 +40,19 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
         Some(place) => Scope::At(place),
         None => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
     };
-    let report = Report::new(&session, scope);
+    let mut report = Report::new(&session, scope);
+    let bounded = bounded(args, &session, given.as_ref());
     let deferrals = match args.format {
         ReportFormat::Human if !args.verbose => report.grouped_diagnostics(mode),
         _ => report.diagnostics(mode),
     };
     let mut findings = session.diagnostics.clone();
     findings.extend(deferrals);
+    findings.extend(bounded.iter().cloned());
     findings.extend(lint(&session));
     sort(&mut findings);
+    // These findings say why already.
+    report.defer_bounded(&session, &bounded);
 
     let name = session.sources.file(session.rules_file).name();
     match args.format {
@@ -78,6 +84,35 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
     }
     let denied = worst(&findings).is_some_and(|worst| worst >= args.deny.into());
     Ok(if denied { FOUND.into() } else { ExitCode::SUCCESS })
+}
+
+/// Where bounds end what is compiled at the place asked about, or at any hook. Such findings are errors where nothing may
+/// be deferred.
+fn bounded(args: &CheckArgs, session: &Session, given: Option<&Place>) -> Vec<Diagnostic> {
+    // What is read in part is not compiled.
+    if session.has_errors() {
+        return Vec::new();
+    }
+    let mode = args.place.mode();
+    let env = input::env(&args.input, session.family());
+    let local = !args.input.local.is_empty();
+    let at_hooks = || Hook::ALL.map(|hook| place_of(&[hook], attach_for(hook), mode, local)).to_vec();
+    let places = given.map_or_else(at_hooks, |place| vec![place.clone()]);
+    let mut all: Vec<Diagnostic> = Vec::new();
+    for place in places.iter().filter(|place| !session.ruleset.path_chains(place).is_empty()) {
+        let mut found = Vec::new();
+        flatten(&session.ruleset, place, &env, &mut found);
+        for mut finding in found {
+            if mode == Mode::Replace {
+                finding.severity = finding.severity.max(Severity::Error);
+            }
+            // The same bound at several hooks is one finding.
+            if !all.contains(&finding) {
+                all.push(finding);
+            }
+        }
+    }
+    all
 }
 
 /// The place the user asked about, if they named an attach point or a hook.

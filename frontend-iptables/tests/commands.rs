@@ -1,0 +1,110 @@
+//! What lines other than `-A` do to a table, and words that stand for more than they spell: as iptables 1.8.9 has them.
+
+use polc_frontend_iptables::{ParseOptions, parse, print};
+use polc_ir::diag::Severity;
+use polc_ir::hook::Family;
+use polc_ir::source::SourceMap;
+
+/// A filter table's own text, or the errors it gives.
+fn read(lines: &str, family: Family) -> Result<String, Vec<String>> {
+    let mut sources = SourceMap::new();
+    let file = sources.add("rules", format!("*filter\n{lines}COMMIT\n"));
+    let options = ParseOptions { family: Some(family), ..ParseOptions::default() };
+    let (dump, findings) = parse(&sources, file, &options);
+    let errors = findings.into_iter().filter(|found| found.severity == Severity::Error);
+    let errors: Vec<String> = errors.map(|found| found.message).collect();
+    if errors.is_empty() { Ok(print(&dump, false)) } else { Err(errors) }
+}
+
+/// The rules and user chains that are left.
+fn left(lines: &str) -> Vec<String> {
+    let text = read(lines, Family::V4).expect("no errors");
+    let own = |line: &&str| line.starts_with("-A") || line.starts_with(':') && line.contains(" - ");
+    text.lines().filter(own).map(String::from).collect()
+}
+
+fn errors(lines: &str) -> Vec<String> {
+    read(lines, Family::V4).expect_err("an error")
+}
+
+#[test]
+fn flushing_without_a_chain_flushes_all() {
+    assert_eq!(left("-A INPUT -j DROP\n-A OUTPUT -j DROP\n-F\n"), Vec::<String>::new());
+    assert_eq!(left("-A INPUT -j DROP\n-F\n-A INPUT -j ACCEPT\n"), ["-A INPUT -j ACCEPT"]);
+    assert_eq!(left("-A INPUT -j DROP\n-A OUTPUT -j DROP\n-F INPUT\n"), ["-A OUTPUT -j DROP"]);
+}
+
+#[test]
+fn chains_are_deleted_when_nothing_holds_them() {
+    assert_eq!(left("-N a\n-N b\n-X\n"), Vec::<String>::new());
+    assert_eq!(left("-N a\n-A INPUT -j a\n-F INPUT\n-X a\n"), Vec::<String>::new());
+    assert_eq!(left("-N a\n-A INPUT -j a\n-D INPUT 1\n-X a\n"), Vec::<String>::new());
+    assert_eq!(left("-N a\n-A INPUT -j a\n-R INPUT 1 -j DROP\n-X a\n"), ["-A INPUT -j DROP"]);
+    assert_eq!(
+        errors("-N a\n-A INPUT -j a\n-X a\n"),
+        ["chain `a` is where rules lead to and can't be deleted"]
+    );
+    assert_eq!(errors("-N a\n-A a -j DROP\n-X\n"), ["chain `a` has rules and can't be deleted"]);
+    assert_eq!(errors("-X INPUT\n"), ["chain `INPUT` is a base chain and can't be deleted"]);
+}
+
+#[test]
+fn inserted_rules_come_first() {
+    let lines =
+        "-A INPUT -s 1.1.1.1\n-I INPUT -s 2.2.2.2\n-I INPUT 2 -s 3.3.3.3,4.4.4.4\n-R INPUT 1 -s 5.5.5.5\n";
+    let sources: Vec<String> = left(lines).iter().map(|line| line[12..].to_string()).collect();
+    assert_eq!(sources, ["5.5.5.5/32", "4.4.4.4/32", "3.3.3.3/32", "1.1.1.1/32"]);
+}
+
+#[test]
+fn nothing_leads_to_base_chains() {
+    for line in ["-A INPUT -j OUTPUT\n", "-A INPUT -g FORWARD\n", "-N a\n-A a -j INPUT\n"] {
+        let found = errors(line);
+        assert!(matches!(&found[..], [error] if error.contains("is a base chain")), "{found:?}");
+    }
+}
+
+#[test]
+fn many_commands_take_their_time_in_proportion() {
+    const COUNT: usize = 50_000;
+    let mut lines: String = (0..COUNT).map(|number| format!("-N c{number}\n-I INPUT -j ACCEPT\n")).collect();
+    lines.extend((0..COUNT).map(|number| format!("-X c{number}\n")));
+    assert_eq!(left(&lines).len(), COUNT);
+}
+
+#[test]
+fn whole_names_go_before_what_they_begin() {
+    let read = |types: &str| read(&format!("-A INPUT -p mh -m mh --mh-type {types}\n"), Family::V6);
+    let kept = |types: &str| {
+        let text = read(types).expect("read");
+        let line = text.lines().find(|line| line.starts_with("-A")).expect("a rule").to_string();
+        line.rsplit(' ').next().expect("words").to_string()
+    };
+    for (types, numbers) in
+        [("home-test", "3"), ("hot", "3"), ("home-test-init", "1"), ("careof-test", "4"), ("hoti:cot", "1:4")]
+    {
+        assert_eq!(kept(types), numbers, "{types}");
+    }
+    assert_eq!(read("5:1"), Err(vec!["`5:1` ends before it begins".to_string()]));
+}
+
+#[test]
+fn services_of_any_protocol_are_ports_of_udp() {
+    assert_eq!(left("-A INPUT -p udp --dport ssh\n"), ["-A INPUT -p udp -m udp --dport 22"]);
+    assert_eq!(left("-A INPUT -p dccp --dport http\n"), ["-A INPUT -p dccp -m dccp --dport 80"]);
+    assert!(errors("-A INPUT -p tcp --dport tftp\n")[0].contains("`tftp` is not a port"));
+}
+
+#[test]
+fn packet_types_are_whole_names() {
+    let type_of = |name: &str| left(&format!("-A INPUT -m pkttype --pkt-type {name}\n"));
+    assert_eq!(type_of("otherhost"), ["-A INPUT -m pkttype --pkt-type otherhost"]);
+    assert_eq!(type_of("bcast"), ["-A INPUT -m pkttype --pkt-type broadcast"]);
+    assert!(errors("-A INPUT -m pkttype --pkt-type uni\n")[0].contains("none of unicast"));
+}
+
+#[test]
+fn rates_in_bytes_are_refused_by_name() {
+    let found = errors("-A INPUT -m hashlimit --hashlimit-above 5kb/s --hashlimit-name a -j DROP\n");
+    assert_eq!(found, ["`5kb/s` is a rate in bytes; only rates in packets are read"]);
+}
