@@ -303,24 +303,55 @@ const APPLY: [&str; 5] = ["apply", "rules.v4", "--replace", "--dev", "eth0"];
 const APPLY_OTHER: [&str; 5] = ["apply", "other.v4", "--replace", "--dev", "eth0"];
 
 #[test]
+fn a_policy_is_not_lost_to_an_empty_file() {
+    let Some(host) = Host::new("fault-empty") else { return };
+    host.files.file("empty.v4", b"");
+    host.says(&APPLY, 0);
+    let said = host.says(&["apply", "empty.v4", "--replace", "--dev", "eth0"], 2);
+    assert!(said.contains("`empty.v4` has no table, so nothing is applied"), "{said}");
+    host.says(&["restore", "--dev", "eth0"], 2);
+    assert_eq!(in_force(&host), Some(53));
+    host.says(&["flush"], 0);
+}
+
+#[test]
+fn a_name_that_another_device_has_now_is_refused() {
+    let Some(host) = Host::new("fault-renamed") else { return };
+    host.says(&APPLY, 0);
+    let before = programs("eth0");
+    ip("link set eth0 down");
+    ip("link set eth0 name old0");
+    ip("link add eth0 type veth peer name eth2");
+    let said = host.says(&APPLY, 3);
+    assert!(said.contains("[E0830]") && said.contains("polc flush"), "{said}");
+    assert_eq!((programs("old0"), programs("eth0")), (before, Vec::new()));
+    host.says(&["flush"], 0);
+    host.says(&APPLY, 0);
+    assert_eq!((programs("old0").len(), programs("eth0").len()), (0, 1));
+    host.says(&["flush"], 0);
+}
+
+#[test]
 fn unconfirmed_changes_go_back() {
     let Some(host) = Host::new("fault-confirm") else { return };
     host.files.file("other.v4", OTHER_RULES.as_bytes());
     // Where nothing was before, nothing is afterwards.
-    let said = host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    let said = host.says(&[&APPLY_OTHER[..], &["--confirm", "2"]].concat(), 0);
     assert!(said.contains("it goes back by itself unless `polc confirm` follows"), "{said}");
     assert_eq!(in_force(&host), Some(54));
     comes_into_force(&host, None);
     host.says(&APPLY, 0);
     // Until then nothing else is applied.
-    host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    host.says(&[&APPLY_OTHER[..], &["--confirm", "2"]].concat(), 0);
     let said = host.says(&APPLY, 3);
     assert!(said.contains("[E0822]") && said.contains("`polc confirm` keeps it"), "{said}");
     comes_into_force(&host, Some(53));
+    // Who confirms too late hears of it.
+    assert!(host.says(&["confirm"], 1).contains("nothing to confirm"));
     // What is confirmed stays.
-    host.says(&[&APPLY_OTHER[..], &["--confirm", "1"]].concat(), 0);
+    host.says(&[&APPLY_OTHER[..], &["--confirm", "2"]].concat(), 0);
     assert!(host.says(&["confirm"], 0).contains("kept at xdp of `eth0`"));
-    std::thread::sleep(Duration::from_millis(1_700));
+    std::thread::sleep(Duration::from_millis(2_700));
     assert_eq!(in_force(&host), Some(54));
     host.says(&["flush"], 0);
 }

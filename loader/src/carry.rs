@@ -25,13 +25,19 @@ pub type ByRule = BTreeMap<Identity, (u64, u64)>;
 fn identities(counted: &[Counted]) -> Vec<Identity> {
     let mut seen: BTreeMap<(String, String, Option<String>), u32> = BTreeMap::new();
     let identity = |counted: &Counted| {
-        let text = counted.rule.map(|_| counted.text.trim().to_string());
+        let text = counted.rule.map(|_| without_counters(counted.text.trim()).to_string());
         let key = (counted.table.clone(), counted.chain.clone(), text);
         let count = seen.entry(key.clone()).or_default();
         *count += 1;
         (key.0, key.1, key.2, *count)
     };
     counted.iter().map(identity).collect()
+}
+
+/// A rule's text without the counts that a dump has before it (`[packets:bytes]`): they differ from save to save.
+fn without_counters(text: &str) -> &str {
+    let rest = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    rest.map_or(text, |(_, rule)| rule.trim_start())
 }
 
 /// Adds counts to `carried`, which is by the order of the manifest's `counted`. Counts of rules that it doesn't have are
@@ -119,6 +125,14 @@ mod tests {
 
     fn counted(chain: &str, rule: Option<u32>, text: &str) -> Counted {
         Counted { table: "filter".into(), chain: chain.into(), rule, text: text.into(), ..Counted::default() }
+    }
+
+    #[test]
+    fn a_rule_is_the_same_whatever_it_counted() {
+        let of = |text: &str| identities(&[counted("INPUT", Some(1), text)]);
+        assert_eq!(of("[1:10] -A INPUT -j DROP"), of("-A INPUT -j DROP"));
+        assert_eq!(of("[1:10] -A INPUT -j DROP"), of("[2:20] -A INPUT -j DROP"));
+        assert_ne!(of("[1:10] -A INPUT -j DROP"), of("[1:10] -A INPUT -j ACCEPT"));
     }
 
     #[test]

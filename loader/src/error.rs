@@ -81,6 +81,15 @@ pub enum Error {
         /// Whether fragments are reassembled first.
         defrag: bool,
     },
+    /// A policy is applied to a device that had the name, which another has now.
+    OtherDevice {
+        /// Where.
+        place: String,
+        /// Number of the device that it is applied to.
+        applied: u32,
+        /// Number of the device that has the name now.
+        named: u32,
+    },
     /// The device is part of another, whose name the rules see.
     LowerDevice {
         /// The device.
@@ -230,6 +239,7 @@ impl Error {
             Error::PriorityTaken { .. } => 826,
             Error::Priority { .. } => 827,
             Error::OtherPlace { .. } => 828,
+            Error::OtherDevice { .. } => 830,
         })
     }
 
@@ -261,6 +271,7 @@ impl Error {
                 "with --defrag it has to be above -400, where fragments are reassembled".into()
             }
             Error::Priority { defrag: false, .. } => "the lowest and the highest number are not to be had".into(),
+            Error::OtherDevice { .. } => "`polc flush` takes the policy off the device that was renamed".into(),
             Error::OtherPlace { .. } => {
                 "apply with the same options, or `polc flush` first: packets would meet both programs for a moment"
                     .into()
@@ -345,6 +356,10 @@ impl fmt::Display for Error {
                     "the policy {place} is applied at priority {priority}, {with} reassembly of fragments"
                 )
             }
+            Error::OtherDevice { place, applied, named } => write!(
+                f,
+                "the policy {place} is on device number {applied}, and the name is now that of number {named}"
+            ),
             Error::LowerDevice { device, upper, kind } => {
                 write!(
                     f,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
-use polc_ir::env::Attach;
+use polc_ir::env::{Attach, Mode};
 
 use crate::attach::{self, How};
 use crate::carry;
@@ -140,6 +140,13 @@ fn change(
             return Err(Error::Unconfirmed(state.slot.to_string()));
         }
         Some(Repaired { state, current, .. }) => {
+            if request.slot.device.is_some() && state.ifindex != device.ifindex {
+                return Err(Error::OtherDevice {
+                    place: state.slot.to_string(),
+                    applied: state.ifindex,
+                    named: device.ifindex,
+                });
+            }
             keeps_place(&state, request)?;
             (state, Some(current))
         }
@@ -171,7 +178,13 @@ fn change(
 fn keeps_place(state: &SlotState, request: &Request<'_>) -> Result<(), Error> {
     let Via::Dispatch { priority, defrag } = state.via else { return Ok(()) };
     let wanted = request.hook_order;
-    if wanted.defrag == defrag && wanted.priority.is_none_or(|wanted| wanted == priority) {
+    // In accelerate mode it has to stay ahead of the kernel's own rules, which may have got an earlier table.
+    let accelerates = request.object.manifest.mode == Some(Mode::Accelerate);
+    let stays = match wanted.priority {
+        Some(wanted) => wanted == priority,
+        None => !accelerates || priority < wanted.before,
+    };
+    if wanted.defrag == defrag && stays {
         return Ok(());
     }
     Err(Error::OtherPlace { place: state.slot.to_string(), priority, defrag })

@@ -112,6 +112,11 @@ impl Job<'_> {
         let mut session = input::session(self.file, &self.options.input)?;
         let attach: Attach = self.options.attach.into();
         self.check_options(attach)?;
+        // A file that was cut to nothing is no rule set that lets everything through.
+        if session.dump.tables.is_empty() && !session.has_errors() {
+            let name = session.sources.file(session.rules_file).name();
+            return Err(Failure::Input(format!("`{name}` has no table, so nothing is applied")));
+        }
         let devices = net::devices(&sys)?;
         let device = match &self.options.dev {
             Some(name) => net::find(&devices, name)?.clone(),

@@ -9,6 +9,7 @@ use polc_loader::state::{Confirm, SlotName, Store};
 use polc_loader::swap::{self, Held};
 use polc_loader::sys::Sys;
 
+use super::FOUND;
 use crate::cli::{SlotArgs, StoreArgs, WatchdogArgs};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -69,14 +70,17 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
     if slots.is_empty() {
         return Err(nothing(args));
     }
+    let mut kept = false;
     for slot in slots {
         if swap::confirm(&sys, &store, &slot)? {
             output.remark(&format!("kept {slot}\n"));
+            kept = true;
         } else {
             output.remark(&format!("nothing to confirm {slot}\n"));
         }
     }
-    Ok(ExitCode::SUCCESS)
+    // Who confirms too late has to hear of it.
+    Ok(if kept { ExitCode::SUCCESS } else { FOUND.into() })
 }
 
 pub(super) fn flush(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {

@@ -93,7 +93,16 @@ fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
     }
     let family = manifest.family.unwrap_or(policy.slot.family);
     let device = policy.slot.device.as_deref();
-    let now = Surroundings::now(sys, family, device, kept.addresses.is_some())?;
+    let now = match Surroundings::now(sys, family, device, kept.addresses.is_some()) {
+        Ok(now) => now,
+        Err(error) => {
+            // What can't be judged does not go on dropping.
+            if suspend(sys, policy, true)? {
+                output.remark(&format!("{}: suspended, its host can't be told\n", policy.slot));
+            }
+            return Err(error);
+        }
+    };
     if now == kept {
         if suspend(sys, policy, false)? {
             output.remark(&format!("{}: goes on, the kernel's rules are its own again\n", policy.slot));
