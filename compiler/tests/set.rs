@@ -110,9 +110,16 @@ fn sets_change_while_they_are_in_force() {
          add nets 2.0.0.0/7\nadd nets 10.0.0.0/8\nadd nets 10.1.0.0/16 nomatch\n"
     );
     assert_eq!(program(&host.well("status --sample 0")), before);
+    // Nobody who watches applies again the sets as they were.
+    kernel::run("ip", &["addr", "add", "192.0.2.77/32", "dev", "eth0"]).unwrap();
+    host.fails("watch --once", 1, "so has set `hosts` since it was applied");
+    host.well("set test hosts 192.0.2.2");
     // What is listed can be applied again.
     host.files.file("listed", host.well("set list").as_bytes());
     host.well("apply rules.v4 --ipset listed --attach tc-ingress --dev eth0 --replace");
+    host.well("set test nets 3.0.0.1");
+    kernel::run("ip", &["addr", "add", "192.0.2.78/32", "dev", "eth0"]).unwrap();
+    assert!(host.well("watch --once").contains("applying anew"));
     host.well("set test nets 3.0.0.1");
 
     host.well(&format!("{apply} --unchecked"));
