@@ -274,6 +274,22 @@ fn what_is_kept_is_damaged() {
     host.says(&apply, 0);
     host.says(&["flush"], 0);
     assert!(!has_xdp("eth0"));
+    // Damaged or lost, it can be taken away, and what is beside it as well.
+    host.says(&apply, 0);
+    host.says(&[&apply[..], &["--attach", "tc-ingress"]].concat(), 0);
+    for name in ["eth0-xdp-4", "eth0-tc-ingress-4"] {
+        let netns = fs::read_dir(&host.state).expect("a folder").next().expect("one").expect("a folder");
+        let folder = netns.path().join(name);
+        match name {
+            "eth0-xdp-4" => fs::write(folder.join("state.json"), b"{").expect("written"),
+            _ => fs::remove_dir_all(folder).expect("it is there"),
+        }
+    }
+    host.says(&["flush"], 0);
+    assert!(!has_xdp("eth0"));
+    assert!(!host.says(&["status", "--sample", "0"], 0).contains("eth0"));
+    host.says(&[&apply[..], &["--attach", "tc-ingress"]].concat(), 0);
+    host.says(&["flush"], 0);
 }
 
 #[test]

@@ -16,9 +16,10 @@
 //!
 //! Pins do not outlive the machine, so the state directory is one that does not either: `/run/polc`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -61,6 +62,29 @@ impl SlotName {
             (None, None) => "all".to_string(),
         };
         format!("{place}-{}-{}", self.attach, if self.family == Family::V4 { 4 } else { 6 })
+    }
+
+    /// The slot whose directories have a name, if it is one of [`Self::directory`].
+    fn of_directory(directory: &str) -> Option<SlotName> {
+        let (rest, family) = directory.rsplit_once('-')?;
+        let family = match family {
+            "4" => Family::V4,
+            "6" => Family::V6,
+            _ => return None,
+        };
+        let places = [Attach::Xdp, Attach::TcIngress, Attach::TcEgress, Attach::Netfilter];
+        let (place, attach) = places.into_iter().find_map(|attach| {
+            let place = rest.strip_suffix(&attach.to_string())?.strip_suffix('-')?;
+            Some((place, attach))
+        })?;
+        let name = if attach == Attach::Netfilter {
+            let hook = Hook::ALL.into_iter().find(|hook| hook.to_string() == place);
+            SlotName { device: None, attach, hook, family }
+        } else {
+            let device = place.replace("%2e", ".").replace("%25", "%");
+            SlotName { device: Some(device), attach, hook: None, family }
+        };
+        (name.directory() == directory).then_some(name)
     }
 }
 
@@ -214,6 +238,18 @@ impl Store {
         Ok(found)
     }
 
+    /// The slots that have state, whatever has become of it, or pins, in order.
+    ///
+    /// # Errors
+    /// The directories can't be listed.
+    pub fn names(&self, sys: &Sys) -> Result<Vec<SlotName>, Error> {
+        let mut names = BTreeSet::new();
+        for path in [&self.state, &self.pins] {
+            names.extend(sys.list(path).map_err(Error::disk(path))?);
+        }
+        Ok(names.iter().filter_map(|name| SlotName::of_directory(name)).collect())
+    }
+
     /// Removes the store's directories if they are empty.
     pub fn tidy(&self, sys: &Sys) {
         // Whoever finds them in use leaves them.
@@ -224,6 +260,8 @@ impl Store {
     }
 }
 
+/// How often the directory of a lock is made again after another polc removed it.
+const LOCK_TRIES: usize = 16;
 const STATE_FILE: &str = "state.json";
 /// Slots' directories have no dots in their names.
 const LOCK_SUFFIX: &str = ".lock";
@@ -252,12 +290,20 @@ impl Slot {
     /// # Errors
     /// [`Error::Locked`] if another has it, and `wait` is not given.
     pub fn lock(&self, sys: &Sys, wait: bool) -> Result<Lock, Error> {
-        sys.make_dirs(&self.state).map_err(Error::disk(&self.state))?;
+        let make = || sys.make_dirs(&self.state).map_err(Error::disk(&self.state));
         let path = self.state.with_extension("lock");
-        let file = sys.lock_file(&path, wait).map_err(|source| match source.kind() {
-            std::io::ErrorKind::WouldBlock => Error::Locked(path.clone()),
-            _ => Error::Disk { path: path.clone(), source },
-        })?;
+        let mut tries = 0;
+        let file = loop {
+            make()?;
+            match sys.lock_file(&path, wait) {
+                Ok(file) => break file,
+                // Whoever ends a slot takes its directories along, and may just have done so.
+                Err(error) if error.kind() == ErrorKind::NotFound && tries < LOCK_TRIES => tries += 1,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(Error::Locked(path)),
+                Err(source) => return Err(Error::Disk { path, source }),
+            }
+        };
+        make()?;
         Ok(Lock { _file: file })
     }
 
@@ -268,7 +314,7 @@ impl Slot {
     pub fn lock_reports(&self, sys: &Sys) -> Result<Lock, Error> {
         let path = self.state.join(REPORTS_LOCK);
         let file = sys.lock_file(&path, false).map_err(|source| match source.kind() {
-            std::io::ErrorKind::WouldBlock => Error::Watched(self.name.to_string()),
+            ErrorKind::WouldBlock => Error::Watched(self.name.to_string()),
             _ => Error::Disk { path, source },
         })?;
         Ok(Lock { _file: file })
@@ -401,6 +447,28 @@ mod tests {
 
     fn name(device: &str) -> SlotName {
         SlotName { device: Some(device.into()), attach: Attach::Xdp, hook: None, family: Family::V4 }
+    }
+
+    #[test]
+    fn directories_name_their_slots() {
+        let of = |device: Option<&str>, attach, hook, family| SlotName {
+            device: device.map(String::from),
+            attach,
+            hook,
+            family,
+        };
+        for name in [
+            of(Some("eth0"), Attach::Xdp, None, Family::V4),
+            of(Some("a-tc-ingress-4"), Attach::TcEgress, None, Family::V6),
+            of(Some("eth0.7%2e"), Attach::TcIngress, None, Family::V4),
+            of(None, Attach::Netfilter, Some(Hook::Forward), Family::V6),
+            of(None, Attach::Netfilter, None, Family::V4),
+        ] {
+            assert_eq!(SlotName::of_directory(&name.directory()), Some(name));
+        }
+        for other in ["eth0-xdp-4.lock", "eth0-xdp", "eth0-tap-4", "nowhere-netfilter-4", "eth0.1-xdp-4"] {
+            assert_eq!(SlotName::of_directory(other), None, "{other}");
+        }
     }
 
     #[test]

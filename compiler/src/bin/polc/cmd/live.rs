@@ -36,13 +36,15 @@ pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure
         return Err(Error::NotRoot.into());
     }
     let found = store(&args.store)?.slots(sys)?;
-    let wanted = |slot: &SlotName| {
-        args.attach.is_none_or(|attach| slot.attach == attach.into())
-            && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
-            && args.family.family().is_none_or(|family| slot.family == family)
-            && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
-    };
-    Ok(found.into_iter().map(|(slot, _)| slot.name).filter(wanted).collect())
+    Ok(found.into_iter().map(|(slot, _)| slot.name).filter(|slot| is_asked_for(slot, args)).collect())
+}
+
+/// Whether options leave a slot in.
+fn is_asked_for(slot: &SlotName, args: &SlotArgs) -> bool {
+    args.attach.is_none_or(|attach| slot.attach == attach.into())
+        && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
+        && args.family.family().is_none_or(|family| slot.family == family)
+        && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
 }
 
 /// The failure that no policy is applied where options say.
@@ -85,8 +87,12 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
 
 pub(super) fn flush(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
+    if !sys.is_root() {
+        return Err(Error::NotRoot.into());
+    }
     let store = store(&args.store)?;
-    for slot in slots(&sys, args)? {
+    // What is kept of one may be damaged or lost: its pins are taken away all the same.
+    for slot in store.names(&sys)?.into_iter().filter(|slot| is_asked_for(slot, args)) {
         if swap::flush(&sys, &store, &slot)? {
             output.remark(&format!("removed {slot}\n"));
         }
