@@ -4,7 +4,8 @@
 //! not tell when they change, so they are read at intervals; a program whose rules are no longer the kernel's is
 //! suspended by one word in its memory, and leaves every packet to the kernel until they are again. Addresses, links and
 //! announced connections are what programs were compiled for: when they change, the policy is applied anew, which swaps
-//! the program atomically; not, though, where `polc set` has changed a set since, which is told instead. Changes of the network are told over netlink and wake the command at once.
+//! the program atomically; not, though, where `polc set` has changed a set since, which is told instead. Changes of the
+//! network are told over netlink and wake the command at once.
 //!
 //! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
 //! that reading them takes, for addresses and links the time that applying anew takes.
