@@ -274,8 +274,22 @@ fn captures_are_read() {
     assert_eq!(text.lines().count(), 2);
     assert!(text.lines().all(|line| line.contains(r#""verdict":"drop""#)), "{text}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet captured in part"));
-    fs::write(&path, &bytes[..50]).expect("written");
-    assert_eq!(run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path])).status.code(), Some(2));
+    // Cut within the second packet: the first is decided. Within the first: nothing is.
+    for (length, decided) in [(bytes.len() - 10, 1), (50, 0)] {
+        fs::write(&path, &bytes[..length]).expect("written");
+        let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path]));
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), decided);
+    }
+    // As `tcpdump -i any` writes: cooked, version 2.
+    bytes[20..24].copy_from_slice(&276u32.to_le_bytes());
+    let cooked = [&[8, 0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 6][..], &[0; 8], &packet].concat();
+    bytes.truncate(24 + 8);
+    bytes.extend([(cooked.len() as u32).to_le_bytes(); 2].concat());
+    bytes.extend(cooked);
+    fs::write(&path, &bytes).expect("written");
+    let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path, "--format", "json"]));
+    assert_eq!(text.lines().next(), String::from_utf8_lossy(&output.stdout).lines().next());
 
     // The same as pcapng, big-endian: a section, a raw IP and an Ethernet interface, a packet of each.
     let block = |kind: u32, words: &[u32], data: &[u8]| {
@@ -316,6 +330,44 @@ fn captures_are_read() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet captured in part"));
     fs::write(&path, &bytes[..bytes.len() - 30]).expect("written");
     assert_eq!(run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path])).status.code(), Some(2));
+}
+
+#[test]
+fn bytes_that_are_no_utf_8_are_kept() {
+    let scratch = Scratch::new("latin1");
+    let path = scratch.file("latin1.v4.rules");
+    // 253 bytes more, so that the comment is as long as can be.
+    let line = |filler| {
+        [&b"-A INPUT -i \xe4+ -m comment --comment \"\xfc"[..], &vec![b'x'; filler], b"\xe9\" -j DROP\n"]
+            .concat()
+    };
+    let text = |filler| {
+        [&b"*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\n"[..], &line(filler), b"COMMIT\n"]
+            .concat()
+    };
+    fs::write(&path, text(253)).expect("written");
+    let output = run(&mut polc(&["fmt", "--strict", &path]));
+    assert!(output.stdout.windows(line(253).len()).any(|window| window == line(253)));
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert!(said.contains("byte 0xe4 is not UTF-8") && said.contains("2 more of the kind"), "{said}");
+    assert_eq!(run(&mut polc(&["check", &path])).status.code(), Some(0));
+    assert_eq!(run(&mut polc(&["verify", &path])).status.code(), Some(0));
+    fs::write(&path, text(254)).expect("written");
+    assert_eq!(run(&mut polc(&["check", &path])).status.code(), Some(1));
+}
+
+#[test]
+fn a_byte_order_mark_is_told_once() {
+    let scratch = Scratch::new("mark");
+    let path = scratch.file("mark.rules");
+    let good = fs::read_to_string(folder().join("input/good.v4.rules")).expect("the rules");
+    fs::write(&path, format!("\u{feff}{good}")).expect("written");
+    for (args, status) in [(vec!["check"], 0), (vec!["check", "--strict"], 1)] {
+        let output = run(&mut polc(&[&args[..], &[&path]].concat()));
+        let said = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        assert_eq!(said.matches("byte order mark").count(), 1, "{said}");
+    }
 }
 
 #[test]
@@ -385,7 +437,7 @@ fn the_kernel_decides_as_the_levels_do() {
         return;
     }
     let scratch = Scratch::new("kernel-level");
-    // What the kernel makes no test packet of is left out: a frame of two bytes, a packet that comes by no device.
+    // What the kernel makes no test packet of comes below: a frame of two bytes, a packet that comes by no device.
     let packets = fs::read_to_string(folder().join("input/packets.jsonl")).expect("the packets");
     let packets: String =
         packets.split_inclusive('\n').filter(|line| line.contains("eth0") || line.contains("=lo")).collect();
@@ -410,8 +462,12 @@ fn the_kernel_decides_as_the_levels_do() {
     }
     let output =
         run(&mut polc(&["simulate", "good.v4.rules", "--packets", "packets.jsonl", "--level", "kernel"]));
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("packet 6: "));
+    assert_eq!(output.status.code(), Some(1));
+    let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+    let untested = lines.lines().filter(|line| line.ends_with(": not tested")).count();
+    assert!(lines.contains("\n6: not tested\n") && untested < lines.lines().count(), "{lines}");
+    let remark = format!("{untested} packets not tested");
+    assert!(String::from_utf8_lossy(&output.stderr).contains(&remark));
 }
 
 #[test]

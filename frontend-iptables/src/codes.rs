@@ -99,8 +99,10 @@ codes! {
     TOO_MANY_DIAGNOSTICS = 136, "correct those that are shown and check again";
     /// An extension polc knows by name but has no definition of its options for.
     UNSUPPORTED_EXTENSION = 137, "rules with it stay with the kernel";
-    /// An ipset line is no `create` or `add`.
-    SET_LINE = 200, "a line is `create NAME TYPE ...` or `add NAME ELEMENT ...`";
+    /// The file begins with a byte order mark (tolerant mode).
+    BYTE_ORDER_MARK = 138, "save the file as UTF-8 without one; `polc fmt` does";
+    /// An ipset line is no `create`, `add` or `flush`.
+    SET_LINE = 200, "a line is `create NAME TYPE ...`, `add NAME ELEMENT ...` or `flush NAME`";
     /// `create` names an unknown set type.
     SET_TYPE = 201, "`man ipset` lists the set types";
     /// A set name is missing, too long or declared twice.
@@ -116,7 +118,7 @@ codes! {
     /// An element of an address family that the set does not hold.
     SET_FAMILY = 207, "create the set with `family inet6` for IPv6 addresses";
     /// An element the set already has.
-    SET_DUPLICATE = 208, "remove the line";
+    SET_DUPLICATE = 208, "remove the line, or give it `-exist`";
     /// The file exceeds a limit of polc or of the set.
     SET_LIMIT = 209, "split the set, or create it with a larger `maxelem`";
     /// Tolerated deviations from what `ipset restore` reads (tolerant mode).

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::hook::{Family, Hook, TableKind};
-use polc_ir::source::Span;
+use polc_ir::source::{Span, bytes};
 
 use crate::ast::Text;
 use crate::codes;
@@ -280,7 +280,7 @@ impl<'a> Argument<'a> {
 
     /// A device name or a prefix with `+`.
     pub(crate) fn interface(&self, text: Text) -> Result<Interface, Fault> {
-        if text.len() > INTERFACE_BYTES_MAX {
+        if bytes::count(&text) > INTERFACE_BYTES_MAX {
             return Err(self.bad(format!("device name `{text}` is longer than {INTERFACE_BYTES_MAX} bytes")));
         }
         Ok(Interface { pattern: text })

@@ -74,6 +74,9 @@ impl Line<'_> {
     }
 }
 
+/// What some editors put before the first line of UTF-8 text.
+pub const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// The lines of `text`, in order.
 pub fn lines(text: &str) -> impl Iterator<Item = Line<'_>> {
     let mut at = 0;

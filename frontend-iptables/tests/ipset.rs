@@ -99,7 +99,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("create c hash:ip netmask 0", "0"),
     ("add c 1.1.1.1", "c"),
     ("create l list:set\nadd l x", "x"),
-    ("flush", "flush"),
+    ("destroy", "destroy"),
+    ("flush y", "y"),
     ("create c hash:ip comment\nadd c 1.1.1.1 comment \"x", "\"x"),
 ];
 
@@ -113,6 +114,40 @@ fn what_ipset_refuses_is_pointed_at() {
         let last_line = text.lines().count() as u32;
         assert_eq!(sources.line_column(span).line, last_line, "{text}");
     }
+}
+
+#[test]
+fn what_exists_is_given_anew_where_it_may() {
+    let created = "create a hash:net comment\nadd a 10.0.0.0/8 comment old\nadd a 11.0.0.0/8\n";
+    let printed = |more: &str| {
+        let (_, sets, diagnostics) = read(&format!("{created}{more}"));
+        let again = usize::from(more.contains("-exist"));
+        assert!(diagnostics.iter().all(|finding| finding.severity == Severity::Warning), "{diagnostics:?}");
+        assert_eq!(diagnostics.len(), again, "{more}: {diagnostics:?}");
+        ipset::print(&sets)
+    };
+    assert_eq!(printed("create a hash:net comment hashsize 64 -exist\nadd a 11.0.0.0/8 -exist"), printed(""));
+    let anew = printed("add -exist a 10.0.0.0/8 nomatch comment new\n");
+    assert_eq!(anew, printed("").replace("old", "new").replace("10.0.0.0/8", "10.0.0.0/8 nomatch"));
+    assert_eq!(
+        printed("flush a\nadd a 11.0.0.0/8"),
+        printed("").replace("add a 10.0.0.0/8 comment \"old\"\n", "")
+    );
+    assert_eq!(printed("flush"), printed("").lines().next().map(|line| format!("{line}\n")).expect("one"));
+    for wrong in
+        ["create a hash:net -exist", "create a hash:ip comment -exist", "add a 11.0.0.0/8", "flush b"]
+    {
+        let (_, _, diagnostics) = read(&format!("{created}{wrong}"));
+        assert_eq!(diagnostics.len(), 1, "{wrong}");
+        assert_eq!(diagnostics[0].severity, Severity::Error, "{wrong}");
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_told_once() {
+    let (_, sets, diagnostics) = read("\u{feff}create a hash:ip\nadd a 1.1.1.1\n");
+    assert_eq!(sets.iter().count(), 1);
+    assert!(matches!(&diagnostics[..], [mark] if mark.severity == Severity::Warning));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::entities::Derived;
 use crate::hook::Family;
+use crate::source::bytes::of_text;
 
 /// Which of a packet's two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -219,11 +220,12 @@ pub struct DeviceName([u8; 16]);
 impl DeviceName {
     /// The name as 16 bytes; `None` if it is empty, longer than 15 bytes, or holds NUL.
     pub fn new(name: &str) -> Option<DeviceName> {
-        if name.is_empty() || name.len() > 15 || name.contains('\0') {
+        let name = of_text(name);
+        if name.is_empty() || name.len() > 15 || name.contains(&0) {
             return None;
         }
         let mut bytes = [0; 16];
-        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        bytes[..name.len()].copy_from_slice(&name);
         Some(DeviceName(bytes))
     }
 

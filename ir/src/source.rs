@@ -8,6 +8,8 @@ use std::fmt;
 use cranelift_entity::{EntityRef, PrimaryMap, entity_impl};
 use serde::{Deserialize, Serialize};
 
+pub mod bytes;
+
 /// A source file of a [`SourceMap`]. Prints as `file0`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

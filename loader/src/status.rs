@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::{MapType, Object};
+use polc_ir::source::bytes::to_text;
 
 use crate::attach;
 use crate::carry;
@@ -127,11 +128,11 @@ impl Open {
     /// A text that has to be kept with the generation.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if it is not there, or no UTF-8.
+    /// [`Error::Corrupt`] if it is not there.
     pub fn kept_text(&self, sys: &Sys, name: &str) -> Result<String, Error> {
         let corrupt = |why: &str| Error::Corrupt { path: self.path(name), why: why.to_string() };
         let bytes = self.file(sys, name)?.ok_or_else(|| corrupt("it is not there"))?;
-        String::from_utf8(bytes).map_err(|_| corrupt("it is not UTF-8"))
+        Ok(to_text(bytes))
     }
 
     /// The files kept with it whose names start so, in the order of their names.

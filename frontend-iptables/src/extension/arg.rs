@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use polc_ir::hook::Family;
+use polc_ir::source::bytes;
 
 use super::Context;
 use crate::ast::Text;
@@ -167,7 +168,7 @@ impl Arg {
                 .ok_or_else(|| format!("`{text}` is not a port, a service name or a range of them")),
             Arg::PortList => port_list(text, context),
             Arg::Text(max) | Arg::Quoted(max) | Arg::Word(max) => {
-                if text.len() > max {
+                if bytes::count(text) > max {
                     return Err(format!("the text is longer than {max} bytes"));
                 }
                 Ok(Value::Text(text.into()))

@@ -120,6 +120,23 @@ pub struct CreateOptions {
     pub size: Option<u32>,
 }
 
+impl CreateOptions {
+    /// Whether a set with the other options is the same but for its room and its seed
+    /// (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_same_set`).
+    fn holds_as(&self, other: &CreateOptions) -> bool {
+        let comparable = |options: &CreateOptions| CreateOptions {
+            hash_size: None,
+            elements_max: Some(options.elements_max.map_or(ELEMENTS_MAX_DEFAULT, |max| max as usize) as u32),
+            bucket_size: None,
+            seed: None,
+            force_add: false,
+            size: None,
+            ..options.clone()
+        };
+        comparable(self) == comparable(other)
+    }
+}
+
 /// An element.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ElementAst {

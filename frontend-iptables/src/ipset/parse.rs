@@ -42,6 +42,11 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
         return (Sets::default(), parser.diagnostics);
     }
     let mut at = 0;
+    if text.starts_with(lexer::BYTE_ORDER_MARK) {
+        at = lexer::BYTE_ORDER_MARK.len_utf8();
+        let message = "the file begins with a byte order mark, which `ipset restore` takes for text";
+        parser.report(Diagnostic::warning(codes::SET_TOLERATED, message, Span::new(file, 0, at as u32)));
+    }
     while let Some(line) = lexer::lines(&text[at..]).next() {
         at = match parser.last {
             Some(set) if text.len() - at >= bulk::TEXT_BYTES_MIN => parser.run(text, at, file, set),
@@ -104,6 +109,8 @@ struct Parser {
     diagnostics: Vec<Diagnostic>,
     suppressed: usize,
     elements: usize,
+    /// That something was given again has been told.
+    tolerated: bool,
 }
 
 impl Parser {
@@ -137,7 +144,7 @@ impl Parser {
                 for plain in stretch.elements {
                     let text = &text[plain.span.start as usize..plain.span.end as usize];
                     let word = Word { text: Cow::Borrowed(text), span: plain.span };
-                    let taken = self.take(index, plain.parts, plain.hash, &word, &[]);
+                    let taken = self.take(index, plain.parts, plain.hash, &word, &[], false);
                     self.report_fault(taken);
                 }
                 let (end, other) = (stretch.rest.end, !stretch.rest.is_empty());
@@ -165,7 +172,7 @@ impl Parser {
             let element_at = 5 + name.len();
             let name = Word { text: Cow::Borrowed(name), span: span(4, element_at - 1) };
             let element = Word { text: Cow::Borrowed(element), span: span(element_at, text.len()) };
-            return self.add(&[&name, &element], span(0, text.len()));
+            return self.add(&[&name, &element], span(0, text.len()), false);
         }
         let trimmed = text.trim_start_matches([' ', '\t', '\r', '\x0b', '\x0c']);
         if trimmed.is_empty() || trimmed.starts_with('#') || matches!(trimmed.trim_end(), "COMMIT" | "commit")
@@ -183,16 +190,59 @@ impl Parser {
         let words = words(text, &span)?;
         let line = span(indent, trimmed.trim_end().len() + indent);
         let mut words: Vec<&Word<'_>> = words.iter().collect();
+        let all = words.len();
         words.retain(|word| !matches!(&*word.text, "-exist" | "-!"));
+        let may_exist = words.len() < all;
         let Some((command, rest)) = words.split_first() else { return Ok(()) };
         match command.text.trim_start_matches('-') {
-            "create" | "N" | "n" | "new" => self.create(rest, line),
-            "add" | "A" | "a" => self.add(rest, line),
-            other => Err((codes::SET_LINE, format!("`{other}` is neither `create` nor `add`"), command.span)),
+            "create" | "N" | "n" | "new" => self.create(rest, line, may_exist),
+            "add" | "A" | "a" => self.add(rest, line, may_exist),
+            "flush" | "F" => self.flush(rest, line),
+            other => {
+                let message =
+                    format!("`{other}` is not `create`, `add` or `flush`, the commands that are read");
+                Err((codes::SET_LINE, message, command.span))
+            }
         }
     }
 
-    fn create(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
+    /// Tells, once, that `ipset restore` takes what exists already only if it is itself called with `-exist`
+    /// (ipset 7.17).
+    fn given_again(&mut self, span: Span) {
+        if !std::mem::replace(&mut self.tolerated, true) {
+            let message =
+                "what exists already is given again, which `ipset restore` refuses in spite of `-exist` here";
+            let hint = "call `ipset restore -exist`";
+            self.report(Diagnostic::warning(codes::SET_TOLERATED, message, span).with_hint(hint));
+        }
+    }
+
+    /// Takes away what a set holds, or what all do.
+    fn flush(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
+        let sets = match words {
+            [] => 0..self.sets.len(),
+            [name] => {
+                let index = self.find(name)?;
+                index..index + 1
+            }
+            _ => return Err((codes::SET_LINE, "`flush` takes one set".into(), line)),
+        };
+        for index in sets {
+            self.elements -= self.sets[index].elements.len();
+            self.sets[index].elements.clear();
+            self.seen[index].clear();
+        }
+        Ok(())
+    }
+
+    fn find(&self, name: &Word<'_>) -> Result<usize, Fault> {
+        self.by_name
+            .get(&*name.text)
+            .copied()
+            .ok_or_else(|| (codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span))
+    }
+
+    fn create(&mut self, words: &[&Word<'_>], line: Span, may_exist: bool) -> Result<(), Fault> {
         let [name, kind, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`create` needs a name and a type".into(), line));
         };
@@ -200,7 +250,8 @@ impl Parser {
             let message = format!("set name `{}` is longer than {SET_NAME_BYTES_MAX} bytes", name.text);
             return Err((codes::SET_NAME, message, name.span));
         }
-        if self.by_name.contains_key(&*name.text) {
+        let existing = self.by_name.get(&*name.text).copied();
+        if existing.is_some() && !may_exist {
             return Err((codes::SET_NAME, format!("set `{}` exists already", name.text), name.span));
         }
         let kind_word = kind;
@@ -211,39 +262,47 @@ impl Parser {
         if kind.is_bitmap() && options.addresses.is_none() && options.ports.is_none() {
             return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
         }
+        let with_addresses = kind.has_addresses().then_some(family);
+        if let Some(existing) = existing {
+            let set = &self.sets[existing];
+            if set.kind == kind && set.family == with_addresses && set.options.holds_as(&options) {
+                self.given_again(line);
+                return Ok(());
+            }
+            let message = format!("set `{}` exists with another type or other options", name.text);
+            return Err((codes::SET_NAME, message, line));
+        }
         self.by_name.insert(name.text.to_string(), self.sets.len());
         // Those who make a large set say so, and a file can't have more elements than lines.
         let room = options.elements_max.map_or(0, |max| self.lines.min(max as usize));
         self.lines -= room;
         self.seen.push(Seen::with_room(room));
-        let family = kind.has_addresses().then_some(family);
         self.sets.push(SetAst {
             name: name.text.to_string(),
             span: line,
             kind,
-            family,
+            family: with_addresses,
             options,
             elements: Vec::with_capacity(room),
         });
         Ok(())
     }
 
-    fn add(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
+    fn add(&mut self, words: &[&Word<'_>], line: Span, may_exist: bool) -> Result<(), Fault> {
         let [name, element, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`add` needs a set and an element".into(), line));
         };
         // Mostly the set of the line before.
         let last = self.last.filter(|&last| self.sets[last].name == name.text);
-        let Some(index) = last.or_else(|| self.by_name.get(&*name.text).copied()) else {
-            return Err((codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span));
-        };
+        let index = last.map_or_else(|| self.find(name), Ok)?;
         self.last = Some(index);
         let parts = parts(element, &PartContext::of(&self.sets[index]))?;
         let hash = self.seen[index].hasher.hash_one(&parts[..]);
-        self.take(index, parts, hash, element, rest)
+        self.take(index, parts, hash, element, rest, may_exist)
     }
 
-    /// Adds an element to a set, unless something is against it.
+    /// Adds an element to a set, unless something is against it. One that is there may be given again where `may_exist`:
+    /// then its options are those given last (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_add`).
     fn take(
         &mut self,
         index: usize,
@@ -251,6 +310,7 @@ impl Parser {
         hash: u64,
         element: &Word<'_>,
         rest: &[&Word<'_>],
+        may_exist: bool,
     ) -> Result<(), Fault> {
         let set = &self.sets[index];
         check_range(set, &parts, element)?;
@@ -265,6 +325,11 @@ impl Parser {
                     return Err((codes::SET_ELEMENT, "a list holds no lists".into(), element.span));
                 }
             }
+        }
+        if may_exist && let Some(at) = self.seen[index].find(&set.elements, &ast.parts, hash) {
+            self.given_again(element.span);
+            self.sets[index].elements[at] = ast;
+            return Ok(());
         }
         let max = set.elements_max();
         let is_hash = set.kind.name.starts_with("hash:");
@@ -327,6 +392,20 @@ pub(super) const LINE_BYTES: usize = 14;
 impl Seen {
     fn with_room(elements: usize) -> Seen {
         Seen { table: HashTable::with_capacity(elements), ..Seen::default() }
+    }
+
+    fn clear(&mut self) {
+        self.table.clear();
+        self.moving.clear();
+    }
+
+    /// Where an element with these parts is.
+    fn find(&self, elements: &[ElementAst], parts: &[Part], hash: u64) -> Option<usize> {
+        if self.moving.contains(parts) {
+            return elements.iter().position(|element| *element.parts == *parts);
+        }
+        let found = self.table.find(hash, |at| *elements[*at as usize].parts == *parts);
+        found.map(|at| *at as usize)
     }
 
     /// Adds what is about to become the last element, or one somewhere between others; false if it is there.

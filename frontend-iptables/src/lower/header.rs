@@ -10,6 +10,7 @@ use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::interval::IntervalSet;
 use polc_ir::ruleset::ClauseKind;
+use polc_ir::source::bytes;
 
 use super::Body;
 use crate::ast::{Given, RuleAst};
@@ -93,7 +94,7 @@ fn device(field: Field, given: Option<&Given<Interface>>, body: &mut Body<'_>) {
     let name = given.value.name();
     // The parser holds names to 15 bytes; an empty prefix fits every device.
     let value = DeviceName::new(name).map_or(0, DeviceName::value);
-    let len = if given.value.is_wildcard() { name.len() } else { 16 };
+    let len = if given.value.is_wildcard() { bytes::count(name) } else { 16 };
     let test = Test::masked(field, body.family(), value, DeviceName::prefix_mask(len));
     body.require_unless(given.negated, test);
 }

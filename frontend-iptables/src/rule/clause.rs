@@ -2,7 +2,7 @@
 
 use polc_ir::hook::Family;
 use polc_ir::limits;
-use polc_ir::source::Span;
+use polc_ir::source::{Span, bytes};
 
 use super::suggest::nearest;
 use super::{BASE, Instance, LineParser, Loaded, Lookup};
@@ -105,7 +105,7 @@ impl<'a> LineParser<'a, '_> {
                 Fault::new(codes::UNKNOWN_TARGET, "the target's name is empty").at(word.span.to(name.span))
             );
         }
-        if name.text.len() > limits::CHAIN_NAME_BYTES_MAX {
+        if bytes::count(name.text) > limits::CHAIN_NAME_BYTES_MAX {
             let message =
                 format!("target name `{}` is longer than {} bytes", name.text, limits::CHAIN_NAME_BYTES_MAX);
             return Err(Fault::new(codes::UNKNOWN_TARGET, message).at(name.span));

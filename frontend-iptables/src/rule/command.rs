@@ -1,6 +1,7 @@
 //! What a line asks for: its command, the command's operands, and what goes with them.
 
 use polc_ir::limits;
+use polc_ir::source::bytes;
 
 use super::{Command, LineParser, base_name};
 use crate::ast::Counters;
@@ -120,7 +121,7 @@ impl<'a> LineParser<'a, '_> {
             return Err(Fault::new(codes::COMMAND, message));
         }
         let Some(chain) = self.chain else { return Ok(()) };
-        if chain.text.len() > limits::CHAIN_NAME_BYTES_MAX {
+        if bytes::count(chain.text) > limits::CHAIN_NAME_BYTES_MAX {
             let message =
                 format!("chain name `{}` is longer than {} bytes", chain.text, limits::CHAIN_NAME_BYTES_MAX);
             return Err(Fault::new(codes::CHAIN_NAME, message).at(chain.span));

@@ -2,6 +2,7 @@
 
 use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::{Action, RejectWith};
+use polc_ir::source::bytes;
 
 use super::kernel;
 use crate::extension::{Arg, Context, Extension, Families, Meaning, Names, Opt, Options, Value, base};
@@ -331,7 +332,7 @@ fn parse_nflog_prefix(words: &[&str], _: &Context) -> Result<Value, String> {
 }
 
 fn prefix(text: &str, max: usize) -> Result<Value, String> {
-    if text.len() > max {
+    if bytes::count(text) > max {
         return Err(format!("the prefix is longer than {max} bytes"));
     }
     if text.contains('\n') {

@@ -134,6 +134,9 @@ pub fn parse(text: &str) -> Result<PacketSpec, PacketError> {
             })?;
             match (ends, arrow) {
                 (0, false) => (spec.src, spec.sport) = (Some(address), port),
+                (1, true) if spec.src.is_some_and(|src| src.is_ipv4() != address.is_ipv4()) => {
+                    return Err(fault(MIXED_FAMILIES.into()));
+                }
                 (1, true) => (spec.dst, spec.dport) = (Some(address), port),
                 _ => return Err(fault("a packet has a source, a `>` and a destination".into())),
             }
@@ -148,6 +151,9 @@ pub fn parse(text: &str) -> Result<PacketSpec, PacketError> {
     Ok(spec)
 }
 
+const MIXED_FAMILIES: &str = "the two addresses are of different families";
+
+/// Takes `key=value`, if it is what [`PacketSpec::input`] makes a packet of.
 fn set(spec: &mut PacketSpec, key: &str, value: &str) -> Result<(), String> {
     fn number<T: TryFrom<u64>>(value: &str) -> Result<T, String> {
         let parsed = match value.strip_prefix("0x") {
@@ -160,6 +166,15 @@ fn set(spec: &mut PacketSpec, key: &str, value: &str) -> Result<(), String> {
             .ok_or_else(|| format!("`{value}` is not a number that fits"))
     }
     let text = || Some(value.to_string());
+    match key {
+        "hex" | "frame" => from_hex(value).map(drop)?,
+        "proto" => protocol(value).map(drop).ok_or_else(|| no_protocol(value))?,
+        "flags" => tcp_flags(value).map(drop)?,
+        "smac" | "dmac" => mac(value).map(drop)?,
+        "in" | "out" => device(value).map(drop)?,
+        "ct" => connection(value).map(drop)?,
+        _ => {}
+    }
     match key {
         "hex" | "frame" => spec.frame = text(),
         "proto" => spec.proto = text(),
@@ -206,6 +221,23 @@ fn end(word: &str) -> Option<(IpAddr, u16)> {
     Some((address.parse().ok()?, port.parse().ok()?))
 }
 
+fn no_protocol(text: &str) -> String {
+    format!("`{text}` is no protocol")
+}
+
+fn tcp_flags(text: &str) -> Result<u8, String> {
+    text.split(',').try_fold(0, |sum, name| {
+        let known = FLAGS.iter().find(|(flag, _)| flag.eq_ignore_ascii_case(name));
+        known.map(|(_, bit)| sum | bit).ok_or_else(|| format!("`{name}` is no TCP flag"))
+    })
+}
+
+fn connection(text: &str) -> Result<Connection, String> {
+    let known = STATES.iter().find(|(name, _)| name.eq_ignore_ascii_case(text));
+    let (_, state) = known.ok_or_else(|| format!("`{text}` is no connection state"))?;
+    Ok(Connection { state: *state, ..Connection::default() })
+}
+
 fn mac(text: &str) -> Result<[u8; 6], String> {
     let bytes: Option<Vec<u8>> =
         text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() <= 2)).collect();
@@ -235,14 +267,6 @@ impl PacketSpec {
     /// # Errors
     /// A value that no packet has.
     pub fn input(&self) -> Result<Input, String> {
-        let connection = match &self.ct {
-            None => None,
-            Some(state) => {
-                let known = STATES.iter().find(|(name, _)| name.eq_ignore_ascii_case(state));
-                let (_, state) = known.ok_or_else(|| format!("`{state}` is no connection state"))?;
-                Some(Connection { state: *state, ..Connection::default() })
-            }
-        };
         Ok(Input {
             frame: match &self.frame {
                 Some(hex) => from_hex(hex)?,
@@ -253,7 +277,7 @@ impl PacketSpec {
             mark: self.mark,
             vlan: self.vlan,
             packet_type: None,
-            connection,
+            connection: self.ct.as_deref().map(connection).transpose()?,
         })
     }
 
@@ -264,11 +288,11 @@ impl PacketSpec {
         let family = match (src, dst) {
             (IpAddr::V4(_), IpAddr::V4(_)) => Family::V4,
             (IpAddr::V6(_), IpAddr::V6(_)) => Family::V6,
-            _ => return Err("the two addresses are of different families".into()),
+            _ => return Err(MIXED_FAMILIES.into()),
         };
         let proto = match self.proto.as_deref() {
             None => 6,
-            Some(text) => protocol(text).ok_or_else(|| format!("`{text}` is no protocol"))?,
+            Some(text) => protocol(text).ok_or_else(|| no_protocol(text))?,
         };
         let mut frame = Vec::new();
         frame.extend(self.dmac.as_deref().map_or(Ok([2, 0, 0, 0, 0, 2]), mac)?);
@@ -313,7 +337,7 @@ impl PacketSpec {
                 ip[24..40].copy_from_slice(&dst.octets());
                 frame.extend(ip);
             }
-            _ => return Err("the two addresses are of different families".into()),
+            _ => return Err(MIXED_FAMILIES.into()),
         }
         frame.extend(payload);
         Ok(frame)
@@ -333,12 +357,7 @@ impl PacketSpec {
         match proto {
             6 => {
                 header[12] = 0x50;
-                header[13] = self.flags.as_deref().map_or(Ok(0x02), |text| {
-                    text.split(',').try_fold(0u8, |sum, name| {
-                        let known = FLAGS.iter().find(|(flag, _)| flag.eq_ignore_ascii_case(name));
-                        known.map(|(_, bit)| sum | bit).ok_or_else(|| format!("`{name}` is no TCP flag"))
-                    })
-                })?;
+                header[13] = self.flags.as_deref().map_or(Ok(0x02), tcp_flags)?;
             }
             17 | 136 => header[4..6].copy_from_slice(&8u16.to_be_bytes()),
             _ => {}
@@ -400,6 +419,16 @@ mod tests {
         assert_eq!(parse("tcp 1.1.1.1 > 2.2.2.2 colour=red").expect_err("no key").at, 22);
         assert!(parse("tcp 1.1.1.1").is_err());
         assert!(parse("hex=0800").expect("a frame").input().is_ok());
-        assert!(parse("hex=080").expect("a frame").input().is_err());
+        for (text, at) in [
+            ("hex=080", 0),
+            ("tcp 1.1.1.1 > ::2", 14),
+            ("tcp 1.1.1.1 > 2.2.2.2 in=abcdefghijklmnop", 22),
+            ("tcp 1.1.1.1 > 2.2.2.2 mark=1 flags=syn,fun", 29),
+            ("tcp 1.1.1.1 > 2.2.2.2 ct=old", 22),
+            ("tcp 1.1.1.1 > 2.2.2.2 smac=02", 22),
+            ("1.1.1.1 > 2.2.2.2 proto=tpc", 18),
+        ] {
+            assert_eq!(parse(text).expect_err(text).at, at, "{text}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use polc_ir::env::Env;
 use polc_ir::hook::Family;
 use polc_ir::interval::Interval;
 use polc_ir::limits::FILE_BYTES_MAX;
+use polc_ir::source::bytes::{kept, to_text};
 use polc_ir::source::{SourceMap, Span};
 
 use crate::cli::InputArgs;
@@ -47,40 +48,26 @@ pub(crate) fn name(path: &Path) -> String {
     if is_stdin(path) { STDIN.to_string() } else { path.to_string_lossy().into_owned() }
 }
 
-/// Adds a text file to `sources`; bytes that are no UTF-8 are replaced, with a finding.
+/// Adds a text file to `sources`; bytes that are no UTF-8 are kept ([`polc_ir::source::bytes`]), with a finding.
 pub(crate) fn text(
     sources: &mut SourceMap,
     path: &Path,
     findings: &mut Vec<Diagnostic>,
 ) -> Result<polc_ir::source::File, Failure> {
-    let bytes = bytes(path)?;
-    let text = match String::from_utf8(bytes) {
-        Ok(text) => return Ok(sources.add(name(path), text)),
-        Err(error) => error.into_bytes(),
-    };
-    // What is replaced may be wider or narrower than the replacement, so offsets are those of the new text.
-    let mut replaced = String::with_capacity(text.len());
-    let mut first = None;
-    let mut count = 0usize;
-    for chunk in text.utf8_chunks() {
-        replaced.push_str(chunk.valid());
-        if !chunk.invalid().is_empty() {
-            first.get_or_insert((replaced.len() as u32, chunk.invalid()[0]));
-            count += 1;
-            replaced.push(char::REPLACEMENT_CHARACTER);
-        }
-    }
-    let replaced_bytes = replaced.len();
-    if replaced_bytes > FILE_BYTES_MAX {
+    let text = to_text(bytes(path)?);
+    if text.len() > FILE_BYTES_MAX {
         return Err(Failure::TooLarge(path.to_path_buf()));
     }
-    let file = sources.add(name(path), replaced);
+    let mut strange = text.char_indices().filter_map(|(at, character)| Some((at as u32, kept(character)?)));
+    let (first, more) = (strange.next(), strange.count());
+    let file = sources.add(name(path), text);
     if let Some((at, byte)) = first {
-        let span = Span::new(file, at, at + char::REPLACEMENT_CHARACTER.len_utf8() as u32);
-        let mut finding = Diagnostic::error(NOT_UTF8, format!("byte 0x{byte:02x} is not UTF-8"), span)
+        let span = Span::new(file, at, at + char::MAX.len_utf8() as u32);
+        let mut finding = Diagnostic::warning(NOT_UTF8, format!("byte 0x{byte:02x} is not UTF-8"), span)
+            .with_note("netfilter's tools take it as it is, and so it is kept and printed")
             .with_hint("convert the file to UTF-8, with `iconv -f latin1 -t utf8` for instance");
-        if count > 1 {
-            finding = finding.with_note(format!("the file has {} more of the kind", count - 1));
+        if more > 0 {
+            finding = finding.with_note(format!("the file has {more} more of the kind"));
         }
         findings.push(finding);
     }

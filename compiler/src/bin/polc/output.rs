@@ -6,6 +6,7 @@
 use std::io::{self, IsTerminal as _, Write as _};
 
 use annotate_snippets::Renderer;
+use polc_ir::source::bytes::{kept, of_text};
 
 use crate::cli::ColorChoice;
 
@@ -35,16 +36,17 @@ impl Output {
         if self.color { Renderer::styled() } else { Renderer::plain() }
     }
 
-    /// Writes a result.
+    /// Writes a result; bytes of the user's that are no UTF-8 as they were.
     pub(crate) fn result(&self, text: &str) {
         let mut out = io::stdout().lock();
         // Nobody is left to tell.
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        let _ = out.write_all(&of_text(text)).and_then(|()| out.flush());
     }
 
-    /// Writes a remark or a finding.
+    /// Writes a remark or a finding; bytes that are no UTF-8 show as U+FFFD.
     pub(crate) fn remark(&self, text: &str) {
-        let _ = io::stderr().lock().write_all(text.as_bytes());
+        let shown = text.replace(|character| kept(character).is_some(), "\u{fffd}");
+        let _ = io::stderr().lock().write_all(shown.as_bytes());
     }
 
     /// Writes a failure.

@@ -24,6 +24,7 @@ use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
 use polc_ir::outcome::Verdict;
 use polc_ir::packet::text;
+use polc_ir::source::bytes;
 use polc_ir::state::State;
 use polc_loader::coexist::Order;
 use polc_loader::sets::SETS_FILE;
@@ -304,8 +305,8 @@ impl Job<'_> {
     /// The texts of the sets.
     fn sets(&self) -> Result<Vec<String>, Failure> {
         let read = |path: &PathBuf| {
-            let bytes = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
+            let read = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
+            Ok(bytes::to_text(read))
         };
         self.options.input.ipset.iter().map(read).collect()
     }
@@ -321,14 +322,14 @@ impl Job<'_> {
         let store = live::store(&self.options.store)?;
         let rules = session.sources.file(session.rules_file);
         let mut files: Vec<(String, Vec<u8>)> = vec![
-            (live::RULES_FILE.into(), rules.text().as_bytes().to_vec()),
-            (live::CANONICAL_FILE.into(), print(&session.dump, false).into_bytes()),
+            (live::RULES_FILE.into(), bytes::of_text(rules.text()).into_owned()),
+            (live::CANONICAL_FILE.into(), bytes::of_text(&print(&session.dump, false)).into_owned()),
         ];
         let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
         files.push((live::HOST_FILE.into(), json(serde_json::to_vec(surroundings))));
         files.push((live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again(part)))));
         for (index, text) in sets.iter().enumerate() {
-            files.push((format!("{}{index}", live::SETS_PREFIX), text.as_bytes().to_vec()));
+            files.push((format!("{}{index}", live::SETS_PREFIX), bytes::of_text(text).into_owned()));
         }
         let sets = serde_json::to_vec(&part.object.manifest.sets).expect("plain data serializes");
         files.push((SETS_FILE.into(), sets));

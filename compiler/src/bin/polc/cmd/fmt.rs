@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use polc::session::{ReadOptions, Session};
 use polc_frontend_iptables::print;
 use polc_ir::source::SourceMap;
+use polc_ir::source::bytes::of_text;
 
 use super::{FOUND, counted, show};
 use crate::cli::FmtArgs;
@@ -41,7 +42,7 @@ pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> 
             }
         } else if args.write {
             if canonical != text {
-                write::atomically(path, canonical.as_bytes())?;
+                write::atomically(path, &of_text(&canonical))?;
                 let comments = text.lines().filter(|line| line.starts_with('#')).count();
                 if comments > 0 {
                     let what = counted(comments, "comment line");

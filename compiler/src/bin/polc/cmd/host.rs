@@ -18,6 +18,7 @@ use polc_ir::field::Field;
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::ruleset::ClauseKind;
 use polc_ir::source::SourceMap;
+use polc_ir::source::bytes::to_text;
 use polc_loader::kernel_types::KernelTypes;
 use polc_loader::sys::Sys;
 use polc_loader::{Error, net, nft};
@@ -197,5 +198,5 @@ fn saved(command: &[&str]) -> Result<Option<String>, Failure> {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
         return Err(Error::call(what())(std::io::Error::other(said)).into());
     }
-    Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned()))
+    Ok(Some(to_text(output.stdout)))
 }

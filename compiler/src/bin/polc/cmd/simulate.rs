@@ -39,11 +39,12 @@ const BUFFER_BYTES: usize = 1 << 16;
 struct Line<'a> {
     /// The packet's place in its file, from 0.
     index: usize,
-    /// `accept`, `drop`, `reject` or `defer`.
-    verdict: &'a str,
+    /// `accept`, `drop`, `reject` or `defer`; null for a packet that the kernel tests no program with.
+    verdict: Option<&'a str>,
     /// The rule or policy that decided; null where none did.
     rule: Option<Named>,
-    /// Which kind of thing decided: `rule`, `policy`, `hotdrop`, or why the frame reached no rule.
+    /// Which kind of thing decided: `rule`, `policy`, `hotdrop`, or why the frame reached no rule; `untested` beside a
+    /// null verdict.
     by: String,
     /// The mark on arrival.
     mark_in: u32,
@@ -60,28 +61,34 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
     let packets = packets(args, &mut session, output)?;
     let place = simulated_place(args)?;
     let env = input::env(&args.input, session.family());
-    let devices = devices(args, &session, &packets)?;
+    let devices = devices(args, &session, &packets.inputs)?;
     let Some(mut decide) = Decide::new(&session, args.level, place, env, &devices, output)? else {
         return Ok(FOUND.into());
     };
 
     let mut text = String::new();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (index, packet) in packets.iter().enumerate() {
-        let (ending, mark) = decide.packet(&session, packet).map_err(|failure| failure.at_packet(index))?;
-        *verdicts.entry(ending.verdict.word()).or_default() += 1;
+    let mut untested = 0;
+    for (index, packet) in packets.inputs.iter().enumerate() {
+        let decided = decide.packet(&session, packet).map_err(|failure| failure.at_packet(index))?;
+        match decided {
+            Some((ending, _)) => *verdicts.entry(ending.verdict.word()).or_default() += 1,
+            None => untested += 1,
+        }
         match args.format {
             TextFormat::Human => {
-                let _ = writeln!(text, "{index}: {}", describe(&session, ending));
+                let what = decided.map_or("not tested".into(), |(ending, _)| describe(&session, ending));
+                let _ = writeln!(text, "{index}: {what}");
             }
             TextFormat::Json => {
+                let ending = decided.map(|(ending, _)| ending);
                 let line = Line {
                     index,
-                    verdict: ending.verdict.word(),
-                    rule: named(&session, ending.by),
-                    by: by(ending.by),
+                    verdict: ending.map(|ending| ending.verdict.word()),
+                    rule: ending.and_then(|ending| named(&session, ending.by)),
+                    by: ending.map_or("untested".into(), |ending| by(ending.by)),
                     mark_in: packet.mark,
-                    mark,
+                    mark: decided.map_or(packet.mark, |(_, mark)| mark),
                 };
                 text += &serde_json::to_string(&line).expect("plain data serializes");
                 text.push('\n');
@@ -97,11 +104,30 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
     let level = decide.name();
     output.remark(&format!(
         "{}: {} at {} ({level})\n",
-        counted(packets.len(), "packet"),
+        counted(packets.inputs.len(), "packet"),
         if parts.is_empty() { "nothing".to_string() } else { parts.join(", ") },
         place::describe(&decide.place)
     ));
-    Ok(ExitCode::SUCCESS)
+    if untested > 0 {
+        output.remark(&format!(
+            "{} not tested: the kernel tests no program with a packet that is tagged, longer than 1,500 bytes, cut to \
+             less than a header, or comes by no device that a rule or an option names\n",
+            counted(untested, "packet")
+        ));
+    }
+    match packets.broken {
+        // The packets before it were decided.
+        Some(why) => Err(Failure::Input(why)),
+        None if untested > 0 => Ok(FOUND.into()),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// What is decided.
+struct Packets {
+    inputs: Vec<Input>,
+    /// Why the rest of their file can't be read.
+    broken: Option<String>,
 }
 
 fn by(by: Decider) -> String {
@@ -115,14 +141,16 @@ fn by(by: Decider) -> String {
 }
 
 /// The packets, with the devices of the command line where they have none of their own.
-fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Result<Vec<Input>, Failure> {
-    let mut packets = match (&args.pcap, &args.packets) {
+fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Result<Packets, Failure> {
+    let mut broken = None;
+    let mut inputs = match (&args.pcap, &args.packets) {
         (Some(path), _) => {
             let capture = capture::read(path)?;
             if capture.cut > 0 {
                 let (packets, what) = (counted(capture.cut, "packet"), path.display());
                 output.remark(&format!("{what}: {packets} captured in part; zeros stand for the rest\n"));
             }
+            broken = capture.broken;
             capture.packets
         }
         (None, Some(path)) => {
@@ -139,11 +167,11 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
     };
     let in_device = args.devices.in_interface.as_deref().map(place::device_name).transpose()?;
     let out_device = args.devices.out_interface.as_deref().map(place::device_name).transpose()?;
-    for packet in &mut packets {
+    for packet in &mut inputs {
         packet.in_device = packet.in_device.or(in_device);
         packet.out_device = packet.out_device.or(out_device);
     }
-    Ok(packets)
+    Ok(Packets { inputs, broken })
 }
 
 fn simulated_place(args: &SimulateArgs) -> Result<Place, Failure> {
@@ -263,7 +291,8 @@ impl Decide {
         self.level.to_string()
     }
 
-    fn packet(&mut self, session: &Session, packet: &Input) -> Result<(Ending, u32), Failure> {
+    /// What becomes of a packet, and its mark; `None` for one that the kernel tests no program with.
+    fn packet(&mut self, session: &Session, packet: &Input) -> Result<Option<(Ending, u32)>, Failure> {
         let Some(compiled) = &self.compiled else {
             // The rules' own meaning uses the connection state that a packet gives; a program has none.
             let mut place = self.place.clone();
@@ -271,27 +300,22 @@ impl Decide {
                 place.connections = Connections::Given;
             }
             let outcome = session.ruleset.eval(&place, &self.env, packet, &mut self.state);
-            return Ok((outcome.ending, outcome.mark));
+            return Ok(Some((outcome.ending, outcome.mark)));
         };
         #[cfg(feature = "kernel")]
         if let Some(program) = &mut self.kernel {
-            let Some(tested) = program.run(&compiled.plan, packet)? else {
-                return Err(Failure::Input(
-                    "the kernel tests no program with such a packet: it is tagged, longer than 1,500 bytes, cut to less \
-                     than a header, or comes by no device that a rule or an option names"
-                        .into(),
-                ));
-            };
+            let Some(tested) = program.run(&compiled.plan, packet)? else { return Ok(None) };
             let wrong = |error| Failure::Input(format!("the program went wrong: {error}"));
-            return Ok((tested.result.and_then(Told::counted).map_err(wrong)?.0, tested.mark));
+            let ending = tested.result.and_then(Told::counted).map_err(wrong)?.0;
+            return Ok(Some((ending, tested.mark)));
         }
         if let Some(program) = &mut self.program {
             let ending = program
                 .run(&compiled.plan, packet)
                 .map_err(|error| Failure::Input(format!("the program went wrong: {error}")))?;
-            return Ok((ending.0, program.mark()));
+            return Ok(Some((ending.0, program.mark())));
         }
         let outcome = run_level(self.level, &session.ruleset, compiled, &self.env, packet, &mut self.state);
-        Ok((outcome.ending, outcome.mark))
+        Ok(Some((outcome.ending, outcome.mark)))
     }
 }

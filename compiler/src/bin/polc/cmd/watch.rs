@@ -19,6 +19,7 @@ use polc_backend_ebpf::emit::SUSPEND_MAP;
 use polc_backend_ebpf::object::{MapKind, Object};
 use polc_ir::env::Mode;
 use polc_ir::source::SourceMap;
+use polc_ir::source::bytes::to_text;
 use polc_loader::Error;
 use polc_loader::sets::read;
 use polc_loader::status::Open;
@@ -132,11 +133,8 @@ fn disagreement(sys: &Sys, policy: &Open) -> Result<Option<String>, Failure> {
     let rules = sources.add("rules", policy.kept_text(sys, live::RULES_FILE)?);
     let options =
         ReadOptions { family: manifest.family, semantics: manifest.semantics, ..ReadOptions::default() };
-    let sets: Vec<String> = policy
-        .files(sys, live::SETS_PREFIX)?
-        .into_iter()
-        .map(|(_, bytes)| String::from_utf8_lossy(&bytes).into_owned())
-        .collect();
+    let sets: Vec<String> =
+        policy.files(sys, live::SETS_PREFIX)?.into_iter().map(|(_, bytes)| to_text(bytes)).collect();
     let session = Session::read(sources, rules, &[], &options);
     host::disagreement(sys, &session, &sets)
 }

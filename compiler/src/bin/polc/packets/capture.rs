@@ -28,9 +28,12 @@ pub(crate) struct Capture {
     pub packets: Vec<Input>,
     /// How many of them were captured in part.
     pub cut: usize,
+    /// Why what follows these packets can't be read.
+    pub broken: Option<String>,
 }
 
-/// Reads a capture.
+/// Reads a capture. One that ends within a packet, as those of a capture program that was killed do, has the packets
+/// before it.
 pub(crate) fn read(path: &Path) -> Result<Capture, Failure> {
     let bytes = input::bytes(path)?;
     let mut capture = Capture::default();
@@ -39,10 +42,14 @@ pub(crate) fn read(path: &Path) -> Result<Capture, Failure> {
     } else {
         pcap(&bytes, &mut capture)
     };
-    result.map_err(|why| {
+    if let Err(why) = result {
         let count = capture.packets.len();
-        Failure::Input(format!("`{}`, after {count} packets: {why}", path.display()))
-    })?;
+        let why = format!("`{}`, after {count} packets: {why}", path.display());
+        if count == 0 {
+            return Err(Failure::Input(why));
+        }
+        capture.broken = Some(why);
+    }
     Ok(capture)
 }
 
@@ -96,10 +103,17 @@ impl Capture {
         let frame = match link {
             DataLink::ETHERNET => data,
             DataLink::RAW | DataLink::IPV4 | DataLink::IPV6 => ethernet(ether_type(&data), &data),
-            // LINKTYPE_LINUX_SLL: packet type, ARPHRD type, address length, address, protocol: 16 bytes in all.
-            DataLink::LINUX_SLL if data.len() >= 16 => {
-                packet_type = Some(data[1]);
-                ethernet(u16::from_be_bytes([data[14], data[15]]), &data[16..])
+            // tcpdump's list of link types: packet type, ARPHRD type, address length, address, protocol.
+            DataLink::LINUX_SLL => {
+                let (header, packet) = cooked::<16>(&data)?;
+                packet_type = Some(header[1]);
+                ethernet(u16::from_be_bytes([header[14], header[15]]), packet)
+            }
+            // Protocol, reserved, device number, ARPHRD type, packet type, address length, address.
+            DataLink::LINUX_SLL2 => {
+                let (header, packet) = cooked::<20>(&data)?;
+                packet_type = Some(header[10]);
+                ethernet(u16::from_be_bytes([header[0], header[1]]), packet)
             }
             other => {
                 return Err(format!(
@@ -110,6 +124,11 @@ impl Capture {
         self.packets.push(Input { frame, packet_type, ..Input::default() });
         Ok(())
     }
+}
+
+fn cooked<const HEADER: usize>(data: &[u8]) -> Result<(&[u8; HEADER], &[u8]), String> {
+    let message = || format!("a packet of {} bytes, less than a header of Linux' cooked form", data.len());
+    data.split_first_chunk().ok_or_else(message)
 }
 
 fn ether_type(packet: &[u8]) -> u16 {
