@@ -3,7 +3,8 @@
 //! The same rules with reports and without are test-run by the kernel in turns, so that whatever else the machine does
 //! meets both alike; of each the best of many runs counts.
 
-#[path = "../tests/common/mod.rs"]
+#[path = "../tests/it/common/mod.rs"]
+#[expect(dead_code, reason = "a bench uses a part of it")]
 mod common;
 
 use std::time::{Duration, Instant};

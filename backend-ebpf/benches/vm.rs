@@ -1,6 +1,7 @@
 //! What a packet costs in the check VM: `cargo bench -p polc-backend-ebpf`.
 
-#[path = "../tests/common/mod.rs"]
+#[path = "../tests/it/common/mod.rs"]
+#[expect(dead_code, reason = "a bench uses a part of it")]
 mod common;
 
 use polc_backend_ebpf::budget::Budget;
