@@ -132,37 +132,55 @@ pub fn verify(
     verified
 }
 
-/// A packet on which a program differs from the rules: of `packets` packets where its tables decide otherwise than their
-/// stages or have boundaries, and as many that are spread over all entries. This is what each program is held against
-/// before it is loaded: the levels between cost as much again, and [`verify`] is for them.
+/// Holds a program against the rules on `packets` packets where its tables decide otherwise than their stages or have
+/// boundaries, and as many that are spread over all entries: a packet on which they differ, else what `each` gives for
+/// the packets, and the program to run others like them. This is done before a program is loaded: the levels between
+/// cost as much again, and [`verify`] is for them. The two sorts of packets have a thread each.
 ///
 /// # Errors
 /// The check VM does not run the program.
-pub fn spot_check(
+pub fn spot_check<T: Send>(
     session: &Session,
     compiled: &Compiled,
     object: &Object,
     env: &Env,
     devices: &Devices,
     packets: usize,
-) -> Result<Option<Disagreement>, VmError> {
+    each: &(dyn Fn(&mut Program, &Input) -> Option<T> + Sync),
+) -> Result<Result<Vec<T>, Disagreement>, VmError> {
     const SEED: u64 = 1;
     let attach = compiled.plan.place.attach.expect("programs are made for an attach point");
-    let program = Program::new(&compiled.plan, attach, object)?;
-    let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SEED);
-    // Beyond a bound the rules could tell more than the program does.
-    let which: &[Level] =
-        if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
-    let step = (compiled.classifier.entries.len() / packets.max(1)).max(1);
-    let directed =
-        Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::QUICK, SEED);
-    let spread = Witnesses::new(&compiled.classifier, &devices.declared, SEED).step_by(step);
-    for mut input in directed.take(packets).chain(spread.take(packets)) {
-        if let (_, Some(levels)) = levels.run(&mut input, which) {
-            return Ok(Some(Disagreement { input, levels }));
+    let (classifier, declared) = (&compiled.classifier, &devices.declared);
+    let hold = |is_directed: bool| {
+        let program = Program::new(&compiled.plan, attach, object)?;
+        let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SEED);
+        // Beyond a bound the rules could tell more than the program does.
+        let which: &[Level] =
+            if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
+        let witnesses = match is_directed {
+            true => Witnesses::of_plan(classifier, &compiled.plan, declared, Effort::QUICK, SEED),
+            // The first of a sequence are for entries from all parts.
+            false => Witnesses::new(classifier, declared, SEED + 1),
+        };
+        let mut found = Vec::new();
+        for mut input in witnesses.take(packets) {
+            if let (_, Some(levels)) = levels.run(&mut input, which) {
+                return Ok(Err(Disagreement { input, levels }));
+            }
+            found.extend(each(levels.program.as_mut().expect("it was made above"), &input));
         }
-    }
-    Ok(None)
+        Ok(Ok(found))
+    };
+    let (first, second) = std::thread::scope(|scope| {
+        let second = scope.spawn(|| hold(false));
+        let first = hold(true);
+        (first, second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    let (first, second) = (first?, second?);
+    Ok(first.and_then(|mut found| {
+        found.extend(second?);
+        Ok(found)
+    }))
 }
 
 /// The levels of a compiled rule set, to run packets through. State (counters of `nth`, random numbers) lives as long as

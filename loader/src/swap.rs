@@ -8,11 +8,13 @@
 //! Counters are not copied between maps, which would race with the programs: a new generation remembers what its
 //! predecessors counted for the same rules ([`crate::carry`]).
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
+use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::object::Object;
 use polc_ir::env::{Attach, Mode};
 
@@ -95,6 +97,8 @@ pub struct Applied {
     pub confirm: Option<Confirm>,
     /// What could not be tidied up; the next polc will.
     pub untidy: Option<Error>,
+    /// When packets began to meet it.
+    pub attached: Instant,
     /// Time that the kernel's attaching call took.
     pub attach_time: Duration,
 }
@@ -164,13 +168,15 @@ fn change(
             attach::first(sys, slot, &state, to, program.as_fd(), how)?;
         }
     }
-    let attach_time = began.elapsed();
+    let attached = Instant::now();
     let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.clone());
     let (program_id, via) = (state.generations[&to].program_id, state.via);
     // The change is made; from here on nothing fails it.
-    let untidy =
-        settle(sys, slot, &mut state, to, from).and_then(|()| prune(sys, slot, &mut state, to)).err();
-    Ok(Applied { generation: to, program_id, replaced: from, via, confirm, untidy, attach_time })
+    let untidy = settle(sys, slot, &mut state, to, from, Some(&request.object.manifest))
+        .and_then(|()| prune(sys, slot, &mut state, to))
+        .err();
+    let attach_time = attached - began;
+    Ok(Applied { generation: to, program_id, replaced: from, via, confirm, untidy, attached, attach_time })
 }
 
 /// Refuses to change where among a hook's functions an applied policy is: that takes a new link, and until the old one is
@@ -261,11 +267,8 @@ fn install(
     let folder = slot.generation_files(to);
     sys.make_dirs(&folder).map_err(Error::disk(&folder))?;
     let object = request.object.write().map_err(|error| Error::NoProgram(error.to_string()))?;
-    let own = [(OBJECT_FILE, object.as_slice())];
-    for (name, bytes) in own.iter().chain(request.files) {
-        let path = folder.join(name);
-        sys.write_whole(&path, bytes).map_err(Error::disk(&path))?;
-    }
+    let files = [&[(OBJECT_FILE, object.as_slice())], request.files].concat();
+    sys.write_new(&folder, &files).map_err(Error::disk(&folder))?;
 
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let generation = Generation {
@@ -367,7 +370,7 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
     if unconfirmed.is_none() {
         let from = state.intent.as_ref().and_then(|intent| intent.from);
         if !state.generations[&current].settled {
-            settle(sys, slot, &mut state, current, from)?;
+            settle(sys, slot, &mut state, current, from, None)?;
         }
         prune(sys, slot, &mut state, current)?;
     }
@@ -443,15 +446,25 @@ fn go_back(
     }
 }
 
-/// Makes the counters of generation `to` go on where those of `from` ended.
-fn settle(sys: &Sys, slot: &Slot, state: &mut SlotState, to: u32, from: Option<u32>) -> Result<(), Error> {
+/// Makes the counters of generation `to` go on where those of `from` ended. `manifest` is that of `to`, if it is known.
+fn settle(
+    sys: &Sys,
+    slot: &Slot,
+    state: &mut SlotState,
+    to: u32,
+    from: Option<u32>,
+    manifest: Option<&Manifest>,
+) -> Result<(), Error> {
     if let Some(from) = from.filter(|_| !state.generations[&to].settled) {
         // The old program may still be deciding a packet.
         sys.wait_for_runs().map_err(Error::call("wait for the old program to end"))?;
         let before = state.generations.get(&from).map(|generation| generation.carried.clone());
         // Counters of a generation whose files were lost are lost with it; that must not keep the new one from settling.
         let counted = carry::totals(sys, slot, from, &before.unwrap_or_default());
-        let manifest = carry::manifest(sys, slot, to);
+        let manifest = match manifest {
+            Some(manifest) => Ok(Cow::Borrowed(manifest)),
+            None => carry::manifest(sys, slot, to).map(Cow::Owned),
+        };
         if let (Ok(counted), Ok(manifest), Some(generation)) =
             (counted, manifest, state.generations.get_mut(&to))
         {

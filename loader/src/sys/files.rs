@@ -36,6 +36,26 @@ impl Sys {
         }
     }
 
+    /// Writes files of a directory that nobody reads before it is written down elsewhere that they are whole. All are on
+    /// the disk when this returns; after an error or a crash, any may be there in part.
+    pub fn write_new(&self, folder: &Path, files: &[(&str, &[u8])]) -> io::Result<()> {
+        let mut written = Vec::new();
+        for (name, bytes) in files {
+            self.enter("create")?;
+            let mut file = File::create(folder.join(name))?;
+            self.enter("write")?;
+            file.write_all(bytes)?;
+            written.push(file);
+        }
+        // Once all are on their way to the disk, waiting for one is waiting for most.
+        for file in written {
+            self.enter("fsync")?;
+            file.sync_all()?;
+        }
+        self.enter("fsync_dir")?;
+        File::open(folder)?.sync_all()
+    }
+
     /// Opens a file, made if it isn't there, and locks it (flock(2)) until it is closed, by a crash if need be.
     /// `WouldBlock` if another holds the lock and `wait` is not given.
     pub fn lock_file(&self, path: &Path, wait: bool) -> io::Result<File> {

@@ -182,7 +182,7 @@ impl Job<'_> {
                 Some(old) => format!("generation {}, in place of {old}", applied.generation),
                 None => format!("generation {}", applied.generation),
             },
-            millis(began.elapsed()),
+            millis(applied.attached - began),
             millis(compiled_in),
             millis(applied.attach_time),
         );
@@ -263,14 +263,19 @@ impl Job<'_> {
                 return Ok(None);
             }
         };
-        let checked = spot_check(session, &compiled, &object, &env, &names, CHECKED_PACKETS / 2);
-        if let Some(wrong) = checked.map_err(not_run)? {
-            return Err(Failure::Input(format!(
+        // The kernel draws other random numbers.
+        let is_fixed = compiled.plan.effect_tests.is_empty();
+        let check = |program: &mut Program, input: &Input| {
+            if is_fixed { one_check(program, &compiled, &object, input, device) } else { None }
+        };
+        let checked = spot_check(session, &compiled, &object, &env, &names, CHECKED_PACKETS / 2, &check);
+        let checked = checked.map_err(not_run)?.map_err(|wrong| {
+            Failure::Input(format!(
                 "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
                 hex(&wrong.input.frame)
-            )));
-        }
-        let mut checks = checks(session, &compiled, &object, device)?;
+            ))
+        })?;
+        let mut checks = checked.into_iter().collect::<Result<Vec<Check>, Failure>>()?;
         for canary in &self.options.canary {
             checks.push(self.canary(canary, session, &place, &env, &compiled, &object, device)?);
         }
@@ -505,36 +510,6 @@ fn vm(compiled: &Compiled, object: &Object) -> Result<Program, Failure> {
 
 fn not_run(error: VmError) -> Failure {
     Failure::Input(format!("the program can't be run in userspace: {error}"))
-}
-
-/// What the loaded program has to return for packets like those that rbpf was tried with.
-fn checks(
-    session: &Session,
-    compiled: &Compiled,
-    object: &Object,
-    device: &net::Device,
-) -> Result<Vec<Check>, Failure> {
-    // The kernel draws other random numbers.
-    if !compiled.plan.effect_tests.is_empty() {
-        return Ok(Vec::new());
-    }
-    let _ = session;
-    let mut program = vm(compiled, object)?;
-    let devices: Vec<IrDevice> = compiled
-        .plan
-        .devices
-        .devices
-        .iter()
-        .map(|(declared, _)| *declared)
-        .filter(|declared| declared.ifindex == device.ifindex)
-        .collect();
-    let mut found = Vec::new();
-    for input in polc::witness::Witnesses::new(&compiled.classifier, &devices, 1).take(CHECKED_PACKETS) {
-        if let Some(check) = one_check(&mut program, compiled, object, &input, device) {
-            found.push(check?);
-        }
-    }
-    Ok(found)
 }
 
 /// A packet as a test run has it, and what the VM returns for it; `None` for packets that the kernel tests no program
