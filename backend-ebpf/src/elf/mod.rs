@@ -17,6 +17,7 @@
 //! resolves.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +88,12 @@ struct ProgramNotes {
 fn without_repeats(manifest: &Manifest) -> (Manifest, Vec<Option<u32>>) {
     let mut manifest = manifest.clone();
     let Manifest { counters, counted, .. } = &mut manifest;
+    // A match that drops what it can't read has a slot, too, in which its rule is not counted.
+    let places = counted.iter().map(|counted| (&*counted.table, &*counted.chain, counted.rule));
+    let by_place: HashMap<(&str, &str, Option<u32>), u32> = places.zip(0..).collect();
+    let named = |slot: &CounterSlot| {
+        by_place.get(&(slot.table.as_deref()?, slot.chain.as_deref()?, slot.rule)).copied()
+    };
     let repeats = |slot: &CounterSlot, index: &u32| {
         counted.get(*index as usize).is_some_and(|counted| {
             let mut other = slot.clone();
@@ -96,7 +103,7 @@ fn without_repeats(manifest: &Manifest) -> (Manifest, Vec<Option<u32>>) {
     };
     let mut deciders = Vec::with_capacity(counters.len());
     for slot in counters {
-        let decider = slot.counts.iter().rev().copied().find(|index| repeats(slot, index));
+        let decider = slot.counts.iter().rev().copied().chain(named(slot)).find(|index| repeats(slot, index));
         if decider.is_some() {
             slot.text.clear();
             (slot.table, slot.chain, slot.rule, slot.file, slot.line) = (None, None, None, None, None);
