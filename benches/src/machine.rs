@@ -3,8 +3,11 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
-use rustix::thread::{CpuSet, LinkNameSpaceType, move_into_link_name_space, sched_setaffinity};
+use rustix::thread::{
+    CpuSet, LinkNameSpaceType, move_into_link_name_space, sched_getaffinity, sched_setaffinity,
+};
 
 /// Runs a command.
 ///
@@ -95,16 +98,38 @@ impl Drop for Namespace {
     }
 }
 
+/// The CPUs that this process had before its thread was kept on one.
+static ALL_CPUS: OnceLock<CpuSet> = OnceLock::new();
+
 /// Keeps this thread on the last CPU, where fewer interrupts are handled than on the first.
 ///
 /// # Errors
 /// What the kernel says.
 pub(crate) fn pin() -> Result<usize, String> {
-    let cpu = std::thread::available_parallelism().map_or(1, |cpus| cpus.get()) - 1;
+    let all = sched_getaffinity(None).map_err(|error| format!("asking for CPUs: {error}"))?;
+    let all = ALL_CPUS.get_or_init(|| all);
+    let cpu = (0..CpuSet::MAX_CPU).rev().find(|&cpu| all.is_set(cpu)).ok_or("there is no CPU")?;
     let mut set = CpuSet::new();
     set.set(cpu);
-    sched_setaffinity(None, &set).map_err(|error| format!("pinning to CPU {cpu}: {error}"))?;
+    keep_on(&set)?;
     Ok(cpu)
+}
+
+fn keep_on(cpus: &CpuSet) -> Result<(), String> {
+    sched_setaffinity(None, cpus).map_err(|error| format!("choosing CPUs: {error}"))
+}
+
+/// Does something with all CPUs, as it is done where nothing is measured beside it; threads and commands that it starts
+/// have them, too.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn on_all_cpus<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+    let own = sched_getaffinity(None).map_err(|error| format!("asking for CPUs: {error}"))?;
+    keep_on(ALL_CPUS.get().unwrap_or(&own))?;
+    let result = run();
+    keep_on(&own)?;
+    Ok(result)
 }
 
 fn line_of(path: &str, key: &str) -> Option<String> {
@@ -117,7 +142,7 @@ fn line_of(path: &str, key: &str) -> Option<String> {
 pub(crate) fn describe() -> String {
     let model = line_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown processor".into());
     let cache = line_of("/proc/cpuinfo", "cache size").unwrap_or_default();
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    let cpus = ALL_CPUS.get().map_or(1, CpuSet::count);
     let memory = line_of("/proc/meminfo", "MemTotal")
         .and_then(|text| text.split(' ').next()?.parse::<u64>().ok())
         .map_or_else(String::new, |kib| format!(", {} GB", (kib + (1 << 19)) >> 20));
