@@ -8,17 +8,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use polc_ir::derived::DerivedData;
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Derived, Set};
+use polc_ir::hook::Family;
 use polc_ir::plan::set::{SetShape, shape};
 use polc_ir::ruleset::Ruleset;
-use polc_ir::set::{SetContents, leaves};
+use polc_ir::set::{DimensionKind, SetContents, leaves};
 
 /// A set that a running program should look up can't be a table.
 pub(crate) const SET_NOT_LIVE: Code = Code(502);
 
 /// Elements that a set of one dimension may have as a stage.
 const STAGE_ELEMENTS_MAX: usize = 1_000;
-/// Elements that a set of several dimensions may have as a stage.
-const STAGE_PRODUCTS_MAX: usize = 64;
+/// The same of what a table finds in one step and a stage in several: elements of several dimensions, hosts of IPv6.
+const STAGE_LONG_MAX: usize = 64;
 
 /// Membership that tables give.
 #[derive(Clone, Debug, Default)]
@@ -79,6 +80,10 @@ impl Members {
 fn wants_table(ruleset: &Ruleset, set: Set) -> bool {
     let data = &ruleset.sets[set];
     let SetContents::Elements(elements) = &data.contents else { return false };
-    let small = if data.dimensions.len() == 1 { STAGE_ELEMENTS_MAX } else { STAGE_PRODUCTS_MAX };
+    let small = match data.dimensions[..] {
+        [DimensionKind::Address] if ruleset.family == Family::V6 => STAGE_LONG_MAX,
+        [_] => STAGE_ELEMENTS_MAX,
+        _ => STAGE_LONG_MAX,
+    };
     data.live || elements.len() > small
 }

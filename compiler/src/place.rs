@@ -7,10 +7,12 @@
 
 use std::collections::BTreeSet;
 
+use polc_ir::derived::DerivedData;
 use polc_ir::env::{Attach, Connections, Counting, Device, Fragments, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Hook, TableKind};
 use polc_ir::ruleset::{ClauseKind, Ruleset};
+use polc_ir::set::{DimensionKind, DimensionValue, SetContents, leaves};
 
 /// The attach point that sees a hook's packets: XDP before routing, tc where the device they leave by is known.
 pub fn attach_for(hook: Hook) -> Attach {
@@ -72,7 +74,11 @@ pub fn place(path: &[Hook], attach: Attach, mode: Mode, local_addresses: bool) -
     }
 }
 
-/// A device for every name that rules mention, and one that none does, with made-up numbers.
+/// Elements of a set that are looked through for names of devices.
+const SET_DEVICES_MAX: usize = 256;
+
+/// A device for every name that rules mention, or the first elements of their sets, and one that none does, with made-up
+/// numbers.
 pub fn devices_of(ruleset: &Ruleset) -> Vec<Device> {
     let mut names: BTreeSet<DeviceName> = BTreeSet::new();
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
@@ -88,6 +94,20 @@ pub fn devices_of(ruleset: &Ruleset) -> Vec<Device> {
                     }
                 }
             }
+        }
+    }
+    let asked = ruleset.derived.values().filter_map(|derived| match derived {
+        DerivedData::Member { set, .. } => Some(leaves(&ruleset.sets, *set)),
+        _ => None,
+    });
+    for set in asked.flatten() {
+        let SetContents::Elements(elements) = &ruleset.sets[set].contents else { continue };
+        if ruleset.sets[set].dimensions.contains(&DimensionKind::Device) {
+            let values = elements.iter().take(SET_DEVICES_MAX).flat_map(|element| element.values);
+            names.extend(values.filter_map(|value| match value {
+                DimensionValue::Device(name) => Some(name),
+                _ => None,
+            }));
         }
     }
     names.extend(DeviceName::new("polc-other"));

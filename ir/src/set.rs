@@ -1,14 +1,15 @@
 //! Sets: what ipset calls a set, as an ordered list of elements over the dimensions of its type.
 
+mod elements;
 pub mod port;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::Deref;
-use std::sync::{Arc, OnceLock};
 
 use cranelift_entity::PrimaryMap;
 use serde::{Deserialize, Serialize};
+
+pub use elements::{Element, ElementList, Elements};
 
 use crate::cube::{Cube, Test};
 use crate::entities::Set;
@@ -63,55 +64,6 @@ pub enum DimensionValue {
         /// Their value.
         value: u32,
     },
-}
-
-/// An element: one value for each dimension.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Element {
-    /// One value for each dimension, in the type's order.
-    pub values: Vec<DimensionValue>,
-    /// The element takes what it covers out of the set.
-    pub nomatch: bool,
-}
-
-/// Elements in the order the kernel looks them up, so the first that covers a packet decides: for `net` dimensions
-/// longer prefixes come first (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_test_cidrs`). Copies share the elements.
-#[derive(Clone, Default)]
-pub struct Elements(Arc<Shared>);
-
-#[derive(Default)]
-struct Shared {
-    list: Vec<Element>,
-    /// Made when a large set is first asked.
-    index: OnceLock<Index>,
-}
-
-impl From<Vec<Element>> for Elements {
-    fn from(list: Vec<Element>) -> Elements {
-        Elements(Arc::new(Shared { list, index: OnceLock::new() }))
-    }
-}
-
-impl Deref for Elements {
-    type Target = [Element];
-
-    fn deref(&self) -> &[Element] {
-        &self.0.list
-    }
-}
-
-impl PartialEq for Elements {
-    fn eq(&self, other: &Elements) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || self.0.list == other.0.list
-    }
-}
-
-impl Eq for Elements {}
-
-impl fmt::Debug for Elements {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0.list, f)
-    }
 }
 
 /// What a set holds.
@@ -223,7 +175,7 @@ fn covers(
         };
         return elements.iter().find(|element| covers(element, value)).map(|element| element.nomatch);
     }
-    let index = elements.0.index.get_or_init(|| Index::new(data, family, elements));
+    let index = elements.index(|| Index::new(data, family, elements));
     index.get(&numbers(data, family, ends, value))
 }
 
@@ -237,11 +189,11 @@ type ByDimension<T> = [T; DIMENSIONS_MAX];
 type NomatchByNumbers = HashMap<ByDimension<u128>, bool>;
 
 impl Index {
-    fn new(data: &SetData, family: Family, elements: &[Element]) -> Index {
+    fn new(data: &SetData, family: Family, elements: &Elements) -> Index {
         let mut index: Vec<(ByDimension<u8>, NomatchByNumbers)> = Vec::new();
         let widths = widths(data, family);
-        for element in elements {
-            patterns(data, family, element, &mut |pattern| {
+        for element in elements.iter() {
+            patterns(data, family, &element, &mut |pattern| {
                 // Neighbours have the same lengths, since elements are in order of them.
                 let at = index.iter().rposition(|(lengths, _)| *lengths == pattern.lengths);
                 let at = at.unwrap_or_else(|| {
@@ -279,9 +231,9 @@ pub fn cubes(data: &SetData, family: Family, ends: &[End]) -> Vec<(Cube, bool)> 
     if ends.len() < data.dimensions.len() {
         return Vec::new();
     }
-    let cubes = |element: &Element| {
+    let cubes = |element: Element| {
         let nomatch = element.nomatch;
-        element_cubes(family, element, ends).into_iter().map(move |cube| (cube, nomatch))
+        element_cubes(family, &element, ends).into_iter().map(move |cube| (cube, nomatch))
     };
     elements.iter().flat_map(cubes).collect()
 }
@@ -343,7 +295,8 @@ fn port_tests(family: Family, proto: u8, ports: Interval, end: End) -> Option<Ve
 /// Protocols that a port without one stands for.
 const BITMAP_PROTOS: [u8; 2] = [6, 17];
 
-fn device_field(end: End) -> Field {
+/// The field of a device.
+pub fn device_field(end: End) -> Field {
     if end == End::Src { Field::InDevice } else { Field::OutDevice }
 }
 

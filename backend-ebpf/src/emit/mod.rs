@@ -45,6 +45,8 @@ mod walk;
 pub const COUNTERS_MAP: &str = "polc_counters";
 /// The data map from device number to device class, 16 bits each.
 pub const DEVICES_MAP: &str = "devices";
+/// The data map from device class to the device's name, 16 bytes each, where sets are asked for names.
+pub const DEVICE_NAMES_MAP: &str = "device_names";
 /// The data map of `statistic nth` counters, 32 bits each, by effect test.
 pub const NTH_MAP: &str = "nth";
 /// The data map of one 32-bit word: while it is not 0, the program leaves every packet to the kernel and counts none.
@@ -233,6 +235,7 @@ struct Emitter<'a> {
     /// The counters, if packets are counted.
     counters: Option<Map>,
     devices: Option<Map>,
+    device_names: Option<Map>,
     nth: Option<Map>,
     trace: Option<trace::Trace>,
     /// The word that suspends the program.
@@ -286,6 +289,7 @@ impl<'a> Emitter<'a> {
             maps,
             counters,
             devices: None,
+            device_names: None,
             nth: None,
             trace: None,
             suspend: None,

@@ -23,16 +23,23 @@ use polc_ir::plan::set::{CELL_BITS, Half, MULTIPLIER, SLOTS, SetShape, USED_WORD
 use polc_ir::plan::{MemberPart, NumberWords};
 use polc_ir::set::port::{Compared, WITH_HEADER};
 
-use super::{Emitter, SET_MAP_PREFIX};
+use super::{DEVICE_NAMES_MAP, Emitter, SET_MAP_PREFIX};
 use crate::abi;
 use crate::asm::{Asm, Label};
 use crate::insn::{AluOp, Cond, Operand, Reg, Size};
 use crate::manifest::SetManifest;
 use crate::object::{DataSection, MapDef};
 
+/// Bytes of a device's name as a number.
+const NAME_BYTES: usize = 16;
+
 /// Where a port's number is kept while its set is looked up: behind the key's further words.
 const PORT: i16 = abi::BUFFER + 40;
 const _: () = assert!(PORT + 8 <= abi::BUFFER + abi::BUFFER_BYTES);
+
+/// Where the name of a device is: in sets that have one, keys are four words at most.
+const DEVICE: i16 = abi::BUFFER + 24;
+const _: () = assert!(DEVICE + 16 <= PORT);
 
 impl Emitter<'_> {
     /// Adds the tables of sets, and what the manifest says about them.
@@ -51,6 +58,15 @@ impl Emitter<'_> {
             });
             let map = self.maps.push(MapDef::data(name, DataSection::Data, table.bytes()));
             self.sets.insert(set, map);
+        }
+        let names_devices = |numbers: &NumberWords| matches!(numbers, NumberWords::Device { .. });
+        if plan.members.iter().flat_map(|step| &step.parts).any(|part| part.numbers.iter().any(names_devices))
+        {
+            let classes = plan.devices.names.len().next_power_of_two();
+            let names =
+                (0..classes as u32).flat_map(|class| plan.devices.name(class).to_le_bytes()).collect();
+            self.device_names =
+                Some(self.maps.push(MapDef::data(DEVICE_NAMES_MAP, DataSection::Data, names)));
         }
     }
 
@@ -84,6 +100,7 @@ impl Emitter<'_> {
         let (shape, map) = (&plan.set_tables[&part.set].shape, self.sets[&part.set]);
         for numbers in &part.numbers {
             self.port_number(numbers);
+            self.device_name(numbers);
         }
         for level in 0..shape.levels.len() {
             let next = self.asm.label();
@@ -91,6 +108,22 @@ impl Emitter<'_> {
             self.asm.bind(next);
         }
         self.asm.goto(other);
+    }
+
+    /// Puts what [`NumberWords::Device`] is to its place, its least significant word first.
+    fn device_name(&mut self, numbers: &NumberWords) {
+        let (&NumberWords::Device { word }, Some(names)) = (numbers, self.device_names) else { return };
+        let classes = self.maps[names].contents().map_or(1, |contents| contents.len() / NAME_BYTES);
+        let a = &mut self.asm;
+        a.load(Size::W, Reg::R1, Reg::FP, self.layout.word(word));
+        a.alu64(AluOp::And, Reg::R1, (classes - 1) as i32);
+        a.alu64(AluOp::Mul, Reg::R1, NAME_BYTES as i32);
+        a.load_map_value(Reg::R2, names, 0);
+        a.alu64(AluOp::Add, Reg::R2, Reg::R1);
+        for at in [0, 8] {
+            a.load(Size::Dw, Reg::R1, Reg::R2, at);
+            a.store(Size::Dw, Reg::FP, DEVICE + at, Reg::R1);
+        }
     }
 
     /// Puts what [`NumberWords::Port`] is to its place.
@@ -306,6 +339,10 @@ impl Emitter<'_> {
                 } else {
                     u32::MAX
                 }
+            }
+            NumberWords::Device { .. } => {
+                self.asm.load(Size::W, into, Reg::FP, DEVICE + 4 * i16::from(index));
+                u32::MAX
             }
             NumberWords::Port { .. } => {
                 self.asm.load(Size::W, into, Reg::FP, PORT + 4);

@@ -10,7 +10,7 @@ use polc_ir::field::{End, Field};
 use polc_ir::plan::set::{SetTable, build};
 use polc_ir::plan::{KeySlot, MemberPart, MemberStep, NumberWords};
 use polc_ir::set::port::TYPE_AND_CODE;
-use polc_ir::set::{DimensionKind, leaves, mac_field};
+use polc_ir::set::{DimensionKind, device_field, leaves, mac_field};
 
 /// A field that tables give, the sets it asks, its ends, and whether `nomatch` is asked for.
 fn asked(classifier: &Classifier) -> impl Iterator<Item = (Derived, Vec<Set>, &[End], bool)> {
@@ -40,12 +40,18 @@ pub(super) fn fields(classifier: &Classifier) -> Vec<Field> {
                     }
                     DimensionKind::Mac => fields.push(mac_field(end)),
                     DimensionKind::Mark => fields.push(Field::Mark),
-                    DimensionKind::Device => {}
+                    DimensionKind::Device => fields.push(device_field(end)),
                 }
             }
         }
     }
     fields
+}
+
+/// Whether sets are asked for names of devices: then each device has a class of its own.
+pub(super) fn ask_for_devices(classifier: &Classifier) -> bool {
+    let of = |set: Set| classifier.sets[set].dimensions.contains(&DimensionKind::Device);
+    asked(classifier).any(|(_, sets, ..)| sets.into_iter().any(of))
 }
 
 /// Whether fragments come to the rules as they are.
@@ -71,7 +77,7 @@ pub(super) fn steps(classifier: &Classifier, slot: impl Fn(Field) -> KeySlot) ->
             l4_len: slot(Field::L4Len).word,
             frag_offset: as_seen(classifier).then(|| slot(Field::FragOffset).word),
         },
-        DimensionKind::Device => unreachable!("sets that name devices have no table"),
+        DimensionKind::Device => NumberWords::Device { word: slot(device_field(end)).word },
     };
     let step = |(derived, sets, ends, return_nomatch): (Derived, Vec<Set>, &[End], bool)| {
         let part = |set: Set| {

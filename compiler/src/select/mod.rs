@@ -360,7 +360,7 @@ impl Keys {
         keys
     }
 
-    /// Groups devices that no test tells apart.
+    /// Groups devices that no test tells apart, unless sets do.
     fn classes(&mut self, classifier: &Classifier, devices: &Devices) {
         let tests: Vec<&Test> = {
             let mut tests: Vec<&Test> = classifier
@@ -373,9 +373,12 @@ impl Keys {
             tests.dedup();
             tests
         };
-        let signature = |value: u128| -> Vec<bool> { tests.iter().map(|test| test.holds(value)).collect() };
+        let apart = members::ask_for_devices(classifier);
+        let signature = |value: u128| -> (Vec<bool>, Option<u128>) {
+            (tests.iter().map(|test| test.holds(value)).collect(), apart.then_some(value))
+        };
         // Class 0 is nobody, class 1 is no device.
-        let mut signatures: Vec<Vec<bool>> = vec![Vec::new(), signature(0)];
+        let mut signatures = vec![(Vec::new(), None), signature(0)];
         self.class_values = vec![0, 0];
         self.devices.names = vec![Vec::new(), Vec::new()];
         let mut class = |value: u128, values: &mut Vec<u128>, names: &mut Vec<Vec<String>>| -> u16 {

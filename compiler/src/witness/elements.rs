@@ -27,8 +27,8 @@ fn cubes(classifier: &Classifier, field: Derived) -> Vec<Cube> {
         }
         let count = elements.len().min(ELEMENTS_MAX);
         for at in 0..count {
-            let element = &elements[at * (elements.len() - 1) / (count - 1).max(1)];
-            cubes.extend(set::element_cubes(classifier.family, element, ends));
+            let element = elements.get(at * (elements.len() - 1) / (count - 1).max(1));
+            cubes.extend(set::element_cubes(classifier.family, &element, ends));
         }
     }
     cubes

@@ -1,9 +1,9 @@
 //! Reads long runs of plain `add` lines of one set on threads of their own.
 //!
 //! What an element is depends on its line and its set's type alone, and large files are nearly all such lines. Whether
-//! the set takes it depends on the lines before: so that stays with the parser, which goes through what was read here in
-//! the file's order while the next lines are being read. A line that is anything else ends a stretch, and the parser
-//! reads it and what follows as it reads every line. So findings are the same as without threads.
+//! the set takes it depends on the lines before: so that stays with the parser, which takes all that was read here if
+//! nothing is against any of it, and else reads the lines again as it reads every line. A line that is anything else
+//! ends a stretch, and the parser reads it and what follows. So findings are the same as without threads.
 
 use std::borrow::Cow;
 use std::hash::BuildHasher as _;
@@ -14,8 +14,9 @@ use std::thread::{Scope, available_parallelism};
 use hashbrown::DefaultHashBuilder;
 use polc_ir::source::{File, Span};
 
-use super::element::{Part, PartContext};
-use super::parse::{Word, parts, plain_add};
+use super::element::PartContext;
+use super::parse::{Word, is_in_range, parts, plain_add};
+use super::{CreateOptions, ElementAst};
 use crate::lexer;
 
 /// Texts shorter than this are read without threads.
@@ -33,21 +34,16 @@ pub(super) struct Job<'t> {
     pub(super) text: &'t str,
     pub(super) file: File,
     pub(super) set: &'t str,
+    pub(super) options: &'t CreateOptions,
     pub(super) cx: PartContext,
     pub(super) hasher: &'t DefaultHashBuilder,
 }
 
-/// An element as it stands, without options.
-pub(super) struct Plain {
-    pub(super) span: Span,
-    pub(super) parts: Box<[Part]>,
-    /// Of the parts.
-    pub(super) hash: u64,
-}
-
 /// The elements at the beginning of a stretch of text, and where the first line begins that is none of them.
 pub(super) struct Stretch {
-    pub(super) elements: Vec<Plain>,
+    pub(super) elements: Vec<ElementAst>,
+    /// Of the parts of each.
+    pub(super) hashes: Vec<u64>,
     pub(super) rest: Range<usize>,
 }
 
@@ -89,23 +85,24 @@ pub(super) fn read<'scope, 't: 'scope>(
 
 impl Job<'_> {
     fn read(&self, stretch: Range<usize>) -> Stretch {
-        let mut elements = Vec::with_capacity(stretch.len() / super::parse::LINE_BYTES);
+        let room = stretch.len() / super::parse::LINE_BYTES;
+        let (mut elements, mut hashes) = (Vec::with_capacity(room), Vec::with_capacity(room));
         let mut rest = stretch.clone();
         for line in lexer::lines(&self.text[stretch.clone()]) {
-            let Some(plain) = self.line(line.text, stretch.start + line.start as usize) else { break };
-            elements.push(plain);
+            let Some(element) = self.line(line.text, stretch.start + line.start as usize) else { break };
+            hashes.push(self.hasher.hash_one(&element.parts[..]));
+            elements.push(element);
             rest.start = stretch.start + line.end();
         }
-        Stretch { elements, rest }
+        Stretch { elements, hashes, rest }
     }
 
-    /// The element of a line that is an `add` of this set without options, and well formed.
-    fn line(&self, line: &str, start: usize) -> Option<Plain> {
+    /// The element of a line that is an `add` of this set without options, well formed and in the set's range.
+    fn line(&self, line: &str, start: usize) -> Option<ElementAst> {
         let [_, element] = plain_add(line).filter(|[set, _]| *set == self.set)?;
         let from = (start + line.len() - element.len()) as u32;
         let span = Span::new(self.file, from, from + element.len() as u32);
         let parts = parts(&Word { text: Cow::Borrowed(element), span }, &self.cx).ok()?;
-        let hash = self.hasher.hash_one(&parts[..]);
-        Some(Plain { span, parts, hash })
+        is_in_range(self.options, &parts).then(|| ElementAst::plain(span, parts))
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use polc_ir::field::DeviceName;
 use polc_ir::hook::Family;
 use polc_ir::set::Pattern;
 
@@ -38,8 +39,9 @@ pub fn add_line(set: &SetAst, pattern: &Pattern) -> Option<String> {
                 write!(line, "{}", bytes.join(":"))
             }
             Dimension::Mark => write!(line, "{value:#x}"),
-            // Such sets have no table.
-            Dimension::Device | Dimension::Set => return None,
+            Dimension::Device => write!(line, "{}", DeviceName::from_value(value)),
+            // A list has no table of its own.
+            Dimension::Set => return None,
         };
     }
     if pattern.nomatch {

@@ -4,7 +4,7 @@
 //! (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_test_cidrs`); only `nomatch` makes the order matter.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use polc_ir::entities::Set;
@@ -12,8 +12,9 @@ use polc_ir::field::DeviceName;
 use polc_ir::hook::Family;
 use polc_ir::interval::Interval;
 use polc_ir::ruleset::Ruleset;
-use polc_ir::set::{DIMENSIONS_MAX, DimensionKind, DimensionValue, Element, SetContents, SetData};
+use polc_ir::set::{DIMENSIONS_MAX, DimensionKind, DimensionValue, ElementList, SetContents, SetData};
 use polc_ir::source::Span;
+use smallvec::SmallVec;
 
 use super::element::{AddressForm, Part, prefix_ends, prefixes};
 use super::kind::Dimension;
@@ -81,6 +82,10 @@ pub(super) fn can_say(set: &SetAst) -> Result<(), (String, Span)> {
     if !set.elements.is_empty() && bits.is_some_and(|mask| prefix_length(mask).is_none()) {
         return Err(("its `bitmask` is not a prefix".into(), set.elements[0].span));
     }
+    // Elements of all other types are as long as they are, and have no devices.
+    if !set.kind.dimensions.iter().any(|dimension| matches!(dimension, Dimension::Device | Dimension::Mac)) {
+        return Ok(());
+    }
     for element in &set.elements {
         for at in 0..set.kind.dimensions.len() {
             let why = match element.parts.get(at) {
@@ -99,44 +104,40 @@ pub(super) fn can_say(set: &SetAst) -> Result<(), (String, Span)> {
 }
 
 /// The elements of a set in the kernel's order of look-up, none for a list; `None` if the IR can't say them.
-fn elements(set: &SetAst) -> Option<Vec<Element>> {
+fn elements(set: &SetAst) -> Option<ElementList> {
     if is_list(set) {
-        return Some(Vec::new());
+        return Some(ElementList::default());
     }
     can_say(set).ok()?;
-    let mut values = Vec::new();
-    if !set.kind.dimensions.contains(&Dimension::Net) {
-        let mut elements: Vec<Element> = Vec::with_capacity(set.elements.len());
-        for ast in &set.elements {
-            add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut |_, element| elements.push(element))?;
-        }
-        return Some(elements);
-    }
-    // Each with the lengths of its prefixes, which order the elements, the longest first.
-    let mut elements: Vec<(Lengths, Element)> = Vec::with_capacity(set.elements.len());
+    // By the lengths of their prefixes, the longest first; those of no prefixes are of one length.
+    let mut by_lengths: BTreeMap<Reverse<Lengths>, ElementList> = BTreeMap::new();
+    let mut give = |lengths, values: &[DimensionValue], nomatch| {
+        by_lengths.entry(Reverse(lengths)).or_default().push(values, nomatch);
+    };
+    let mut values = Values::new();
     for ast in &set.elements {
-        let mut give = |lengths, element| elements.push((lengths, element));
         add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut give)?;
     }
-    elements.sort_by_key(|(lengths, _)| Reverse(*lengths));
-    Some(elements.into_iter().map(|(_, element)| element).collect())
+    let mut all = ElementList::default();
+    by_lengths.into_values().for_each(|list| all.append(list));
+    Some(all)
 }
 
 type Lengths = [u8; DIMENSIONS_MAX];
+type Values = SmallVec<[DimensionValue; DIMENSIONS_MAX]>;
 
 /// Gives the elements that an element is, once the parts before have become `values`: a range in a dimension of prefixes
 /// is several.
 fn add(
     set: &SetAst,
     ast: &ElementAst,
-    values: &mut Vec<DimensionValue>,
+    values: &mut Values,
     lengths: Lengths,
-    give: &mut dyn FnMut(Lengths, Element),
+    give: &mut dyn FnMut(Lengths, &[DimensionValue], bool),
 ) -> Option<()> {
     let at = values.len();
     let Some(&dimension) = set.kind.dimensions.get(at) else {
-        let element = Element { values: values.clone(), nomatch: ast.nomatch };
-        give(lengths, element);
+        give(lengths, values, ast.nomatch);
         return Some(());
     };
     let one = match ast.parts.get(at)? {
@@ -148,9 +149,9 @@ fn add(
                 None => interval(ends),
             };
             if dimension == Dimension::Net {
-                let whole = match form {
-                    AddressForm::Prefix(length) => vec![(*first, *length)],
-                    AddressForm::Range => prefixes(*first, *last),
+                let whole: SmallVec<[(IpAddr, u8); 1]> = match form {
+                    AddressForm::Prefix(length) => [(*first, *length)].into_iter().collect(),
+                    AddressForm::Range => prefixes(*first, *last).into(),
                 };
                 for (address, length) in whole {
                     let covered = mask.map_or(length, |mask| mask.min(length));

@@ -27,6 +27,7 @@ use std::net::IpAddr;
 
 use polc_ir::hook::Family;
 use polc_ir::source::Span;
+use smallvec::SmallVec;
 
 pub use element::{AddressForm, Part};
 pub use kind::{Dimension, SetKind};
@@ -83,6 +84,11 @@ impl SetAst {
             _ => self.options.elements_max.map_or(ELEMENTS_MAX_DEFAULT, |max| max as usize),
         }
     }
+
+    /// Whether a hash of so many elements takes no more.
+    fn is_full(&self, elements: usize) -> bool {
+        self.kind.name.starts_with("hash:") && elements >= self.elements_max() && !self.options.force_add
+    }
 }
 
 /// The options of `create`. What is not given is `None`, and the kernel chooses.
@@ -137,19 +143,29 @@ impl CreateOptions {
     }
 }
 
+/// The parts of an element, mostly one.
+pub type Parts = SmallVec<[Part; 1]>;
+
 /// An element.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ElementAst {
     /// The element, without its options.
     pub span: Span,
     /// One part for each dimension; `bitmap:ip,mac` may lack the second.
-    pub parts: Box<[Part]>,
+    pub parts: Parts,
     /// `nomatch`: what the element covers is not in the set.
     pub nomatch: bool,
     /// `wildcard`: the device is a prefix of names.
     pub wildcard: bool,
     /// Options that don't change what the element covers.
     pub extra: Option<Box<ElementExtra>>,
+}
+
+impl ElementAst {
+    /// An element without options.
+    fn plain(span: Span, parts: Parts) -> ElementAst {
+        ElementAst { span, parts, nomatch: false, wildcard: false, extra: None }
+    }
 }
 
 /// Options of an element that don't change what it covers.

@@ -15,7 +15,7 @@ use polc_ir::source::{File, SourceMap, Span};
 
 use super::element::{self, AddressForm, Part, PartContext, SET_NAME_BYTES_MAX};
 use super::kind::{Dimension, SetKind};
-use super::{CreateOptions, ElementAst, ElementExtra, SetAst, Sets, bulk, lower};
+use super::{CreateOptions, ElementAst, ElementExtra, Parts, SetAst, Sets, bulk, lower};
 use crate::codes;
 use crate::lexer;
 use crate::value::{self, Masked, strtoul};
@@ -49,7 +49,9 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
     }
     while let Some(line) = lexer::lines(&text[at..]).next() {
         at = match parser.last {
-            Some(set) if text.len() - at >= bulk::TEXT_BYTES_MIN => parser.run(text, at, file, set),
+            Some(set) if text.len() - at >= bulk::TEXT_BYTES_MIN && !is_list(&parser.sets[set]) => {
+                parser.run(text, at, file, set)
+            }
             _ => {
                 let end = at + line.end();
                 parser.lines(text, at..end, file);
@@ -57,7 +59,8 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
             }
         };
     }
-    let warnings: Vec<Diagnostic> = parser.sets.iter().flat_map(warnings).collect();
+    let warnings: Vec<Diagnostic> =
+        parser.sets.iter().zip(&parser.seen).flat_map(|(set, seen)| warnings(set, seen.with_extra)).collect();
     for warning in warnings {
         parser.report(warning);
     }
@@ -72,8 +75,8 @@ pub fn parse(sources: &SourceMap, file: File) -> (Sets, Vec<Diagnostic>) {
     (Sets { sets: parser.sets }, parser.diagnostics)
 }
 
-/// What the compiler does not do with a set.
-fn warnings(set: &SetAst) -> Vec<Diagnostic> {
+/// What the compiler does not do with a set. `with_extra`: elements may have options.
+fn warnings(set: &SetAst, with_extra: bool) -> Vec<Diagnostic> {
     let mut warnings = Vec::new();
     if let Err((why, span)) = lower::can_say(set) {
         let message = format!("what is in set `{}` can't be compiled: {why}", set.name);
@@ -86,7 +89,8 @@ fn warnings(set: &SetAst) -> Vec<Diagnostic> {
         let own = element.extra.as_ref().and_then(|extra| extra.timeout);
         own.or(set.options.timeout).is_some_and(|timeout| timeout > 0)
     };
-    if let Some(element) = set.elements.iter().find(expires) {
+    let may_expire = with_extra || set.options.timeout.is_some();
+    if let Some(element) = set.elements.iter().filter(|_| may_expire).find(expires) {
         let message = format!("elements of set `{}` have timeouts, which programs do not keep", set.name);
         warnings.push(
             Diagnostic::warning(codes::SET_EXPIRES, message, element.span)
@@ -131,30 +135,47 @@ impl Parser {
     /// Reads a long text's lines from `at` on, those that add elements to one set on other threads; gives where it
     /// ended, at the beginning of a line.
     fn run(&mut self, text: &str, at: usize, file: File, index: usize) -> usize {
-        let set = &self.sets[index];
+        let set = &mut self.sets[index];
+        let mut elements = std::mem::take(&mut set.elements);
+        let (before, mut hashes) = (elements.len(), Vec::with_capacity(elements.capacity()));
         let job = bulk::Job {
             text,
             file,
-            set: &set.name.clone(),
+            set: &set.name,
+            options: &set.options,
             cx: PartContext::of(set),
-            hasher: &self.seen[index].hasher.clone(),
+            hasher: &self.seen[index].hasher,
         };
-        std::thread::scope(|scope| {
+        let rest = std::thread::scope(|scope| {
+            let mut rest = at..at;
             for stretch in bulk::read(scope, &job, at) {
-                for plain in stretch.elements {
-                    let text = &text[plain.span.start as usize..plain.span.end as usize];
-                    let word = Word { text: Cow::Borrowed(text), span: plain.span };
-                    let taken = self.take(index, plain.parts, plain.hash, &word, &[], false);
-                    self.report_fault(taken);
-                }
-                let (end, other) = (stretch.rest.end, !stretch.rest.is_empty());
-                self.lines(text, stretch.rest, file);
-                if other {
-                    return end;
+                elements.extend(stretch.elements);
+                hashes.extend(stretch.hashes);
+                rest = stretch.rest;
+                if !rest.is_empty() {
+                    break;
                 }
             }
-            text.len()
-        })
+            rest
+        });
+        set.elements = elements;
+        if self.takes_all(index, before, hashes) {
+            self.elements += self.sets[index].elements.len() - before;
+        } else {
+            self.sets[index].elements.truncate(before);
+            self.lines(text, at..rest.start, file);
+        }
+        let end = rest.end;
+        self.lines(text, rest, file);
+        end
+    }
+
+    /// Whether nothing is against a set's elements from `before` on, which have these hashes.
+    fn takes_all(&mut self, index: usize, before: usize, hashes: Vec<u64>) -> bool {
+        let set = &self.sets[index];
+        !set.is_full(set.elements.len().saturating_sub(1))
+            && self.elements + hashes.len() <= limits::SET_ELEMENTS_MAX
+            && self.seen[index].insert_all(&set.elements, before, hashes)
     }
 
     /// Reads lines one by one.
@@ -276,7 +297,7 @@ impl Parser {
         // Those who make a large set say so, and a file can't have more elements than lines.
         let room = options.elements_max.map_or(0, |max| self.lines.min(max as usize));
         self.lines -= room;
-        self.seen.push(Seen::with_room(room));
+        self.seen.push(Seen::default());
         self.sets.push(SetAst {
             name: name.text.to_string(),
             span: line,
@@ -306,35 +327,37 @@ impl Parser {
     fn take(
         &mut self,
         index: usize,
-        parts: Box<[Part]>,
+        parts: Parts,
         hash: u64,
         element: &Word<'_>,
         rest: &[&Word<'_>],
         may_exist: bool,
     ) -> Result<(), Fault> {
         let set = &self.sets[index];
-        check_range(set, &parts, element)?;
-        let mut ast = ElementAst { span: element.span, parts, nomatch: false, wildcard: false, extra: None };
+        if !is_in_range(&set.options, &parts) {
+            let message = format!("`{}` is outside the range of set `{}`", element.text, set.name);
+            return Err((codes::SET_ELEMENT, message, element.span));
+        }
+        let mut ast = ElementAst::plain(element.span, parts);
         let place = element_options(set, &mut ast, rest)?;
         for part in &ast.parts {
             if let Part::Set(member) = part {
                 let Some(&known) = self.by_name.get(&**member) else {
                     return Err((codes::UNKNOWN_SET, format!("set `{member}` is not created"), element.span));
                 };
-                if self.sets[known].kind.dimensions == [Dimension::Set] {
+                if is_list(&self.sets[known]) {
                     return Err((codes::SET_ELEMENT, "a list holds no lists".into(), element.span));
                 }
             }
         }
         if may_exist && let Some(at) = self.seen[index].find(&set.elements, &ast.parts, hash) {
             self.given_again(element.span);
+            self.seen[index].with_extra |= ast.extra.is_some();
             self.sets[index].elements[at] = ast;
             return Ok(());
         }
-        let max = set.elements_max();
-        let is_hash = set.kind.name.starts_with("hash:");
-        if is_hash && set.elements.len() >= max && !set.options.force_add {
-            let message = format!("set `{}` is full: its `maxelem` is {max}", set.name);
+        if set.is_full(set.elements.len()) {
+            let message = format!("set `{}` is full: its `maxelem` is {}", set.name, set.elements_max());
             return Err((codes::SET_LIMIT, message, element.span));
         }
         if self.elements == limits::SET_ELEMENTS_MAX {
@@ -347,6 +370,7 @@ impl Parser {
             return Err((codes::SET_DUPLICATE, message, element.span));
         }
         self.elements += 1;
+        self.seen[index].with_extra |= ast.extra.is_some();
         let elements = &mut self.sets[index].elements;
         let at = match place {
             None => elements.len(),
@@ -376,34 +400,39 @@ pub(super) fn plain_add(text: &str) -> Option<[&str; 2]> {
     (text.len() <= limits::LINE_BYTES_MAX && plain(name) && plain(element)).then_some([name, element])
 }
 
+fn is_list(set: &SetAst) -> bool {
+    set.kind.dimensions == [Dimension::Set]
+}
+
 /// What a set holds: its elements by their parts.
 #[derive(Default)]
 struct Seen {
-    /// Places among the elements.
+    /// Places among the elements: of the first so many.
     table: HashTable<u32>,
+    indexed: usize,
     hasher: DefaultHashBuilder,
     /// Sets of a list, whose places change.
     moving: HashSet<Box<[Part]>>,
+    /// Some elements have options.
+    with_extra: bool,
 }
 
 /// Bytes of the shortest line that adds an address.
 pub(super) const LINE_BYTES: usize = 14;
 
 impl Seen {
-    fn with_room(elements: usize) -> Seen {
-        Seen { table: HashTable::with_capacity(elements), ..Seen::default() }
-    }
-
     fn clear(&mut self) {
         self.table.clear();
+        self.indexed = 0;
         self.moving.clear();
     }
 
     /// Where an element with these parts is.
-    fn find(&self, elements: &[ElementAst], parts: &[Part], hash: u64) -> Option<usize> {
+    fn find(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64) -> Option<usize> {
         if self.moving.contains(parts) {
             return elements.iter().position(|element| *element.parts == *parts);
         }
+        self.index(elements);
         let found = self.table.find(hash, |at| *elements[*at as usize].parts == *parts);
         found.map(|at| *at as usize)
     }
@@ -413,6 +442,46 @@ impl Seen {
         if between || matches!(parts.first(), Some(Part::Set(_))) {
             return self.moving.insert(parts.into());
         }
+        self.index(elements);
+        let is_new = self.put(elements, parts, hash, elements.len());
+        self.indexed += usize::from(is_new);
+        is_new
+    }
+
+    /// Adds the elements from `before` on, which have these hashes; false, and none is added, if one is there or two are
+    /// alike. Many are compared by sorting their hashes, without a table: most sets are read in one go. Should two that
+    /// differ have the same hash, that may be false, too.
+    fn insert_all(&mut self, elements: &[ElementAst], before: usize, hashes: Vec<u64>) -> bool {
+        if hashes.len() >= before {
+            let mut all = hashes;
+            all.extend(elements[..before].iter().map(|element| self.hasher.hash_one(&element.parts[..])));
+            all.sort_unstable();
+            return all.array_windows().all(|[a, b]| a != b);
+        }
+        self.index(&elements[..before]);
+        let is_new = hashes
+            .iter()
+            .zip(before..)
+            .all(|(&hash, at)| self.put(&elements[..=at], &elements[at].parts, hash, at));
+        if is_new {
+            self.indexed = elements.len();
+        } else {
+            self.table.retain(|at| (*at as usize) < before);
+        }
+        is_new
+    }
+
+    /// Brings the table up to date.
+    fn index(&mut self, elements: &[ElementAst]) {
+        for at in self.indexed..elements.len() {
+            let hash = self.hasher.hash_one(&elements[at].parts[..]);
+            self.put(elements, &elements[at].parts, hash, at);
+        }
+        self.indexed = elements.len();
+    }
+
+    /// Puts the element of a place into the table; false if one like it is there.
+    fn put(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64, at: usize) -> bool {
         let entry = self.table.entry(
             hash,
             |at| *elements[*at as usize].parts == *parts,
@@ -421,7 +490,7 @@ impl Seen {
         match entry {
             Entry::Occupied(_) => false,
             Entry::Vacant(vacant) => {
-                vacant.insert(elements.len() as u32);
+                vacant.insert(at as u32);
                 true
             }
         }
@@ -607,7 +676,7 @@ fn address_range(word: &Word<'_>, family: Family) -> Result<(IpAddr, IpAddr), Fa
     Ok((first, last))
 }
 
-pub(super) fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fault> {
+pub(super) fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Parts, Fault> {
     let count = word.text.split(',').count();
     let dimensions = cx.kind.dimensions;
     // The second part of a bitmap:ip,mac may be missing.
@@ -618,7 +687,7 @@ pub(super) fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fa
     }
     let verbatim = word.text.len() == word.span.len() as usize;
     let mut offset = word.span.start;
-    let mut parts = Vec::with_capacity(count);
+    let mut parts = Parts::new();
     for (text, &dimension) in word.text.split(',').zip(dimensions) {
         let span = match verbatim {
             true => Span::new(word.span.file, offset, offset + text.len() as u32),
@@ -639,24 +708,16 @@ pub(super) fn parts(word: &Word<'_>, cx: &PartContext) -> Result<Box<[Part]>, Fa
             (code, message, span)
         })?);
     }
-    Ok(parts.into())
+    Ok(parts)
 }
 
 /// Elements of a bitmap lie in its range.
-fn check_range(set: &SetAst, parts: &[Part], word: &Word<'_>) -> Result<(), Fault> {
-    let inside = match (parts.first(), set.options.addresses, set.options.ports) {
+pub(super) fn is_in_range(options: &CreateOptions, parts: &[Part]) -> bool {
+    match (parts.first(), options.addresses, options.ports) {
         (Some(Part::Address { first, last, .. }), Some((low, high)), _) => low <= *first && *last <= high,
         (Some(Part::Port { first, last, .. }), _, Some((low, high))) => low <= *first && *last <= high,
         _ => true,
-    };
-    if inside {
-        return Ok(());
     }
-    Err((
-        codes::SET_ELEMENT,
-        format!("`{}` is outside the range of set `{}`", word.text, set.name),
-        word.span,
-    ))
 }
 
 /// Reads an element's options; `Some` is where in a list it goes: before or after, which set, and where that is said.

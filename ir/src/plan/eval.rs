@@ -17,6 +17,14 @@ impl DeviceClasses {
     }
 }
 
+impl DeviceClasses {
+    /// The name of the device of a class, as a number, where each device has a class of its own; 0 if there is none.
+    pub fn name(&self, class: u32) -> u128 {
+        let names = self.names.get(class as usize);
+        names.and_then(|names| DeviceName::new(names.first()?)).map_or(0, DeviceName::value)
+    }
+}
+
 impl WordTest {
     /// Whether the test holds for a key.
     pub fn holds(&self, key: &[u32]) -> bool {
@@ -60,7 +68,7 @@ impl Plan {
             }
         }
         for step in &self.members {
-            key[usize::from(step.word)] = step.holds(&self.set_tables, &key).into();
+            key[usize::from(step.word)] = step.holds(&self.set_tables, &self.devices, &key).into();
         }
         Ok(key)
     }

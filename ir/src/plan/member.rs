@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::DeviceClasses;
 use super::set::SetTable;
 use crate::entities::{Derived, Set};
 use crate::hook::Family;
@@ -42,6 +43,11 @@ pub enum NumberWords {
         /// The bits of the last that count.
         mask: u32,
     },
+    /// The name of a device, by its class; 0 if there is none.
+    Device {
+        /// The word of the class.
+        word: u8,
+    },
     /// `proto << 16 | port`, or 0 for packets that have none: [`crate::set::port`].
     Port {
         /// Whose packets.
@@ -61,13 +67,14 @@ pub enum NumberWords {
 
 impl NumberWords {
     /// The number.
-    pub fn number(&self, key: &[u32]) -> u128 {
+    pub fn number(&self, devices: &DeviceClasses, key: &[u32]) -> u128 {
         let word = |at: u8| u128::from(key[usize::from(at)]);
         match *self {
             NumberWords::Words { word: first, words, mask } => {
                 let all = (first..first + words).fold(0, |number, at| number << 32 | word(at));
                 all & (u128::MAX << 32 | u128::from(mask))
             }
+            NumberWords::Device { word } => devices.name(key[usize::from(word)]),
             NumberWords::Port { family, proto, port, icmp, l4_len, frag_offset } => {
                 let number = key[usize::from(proto)] as u8;
                 let reading = PortReading::of(family, number)
@@ -87,6 +94,7 @@ impl NumberWords {
     fn words(&self) -> Vec<u8> {
         match *self {
             NumberWords::Words { word, words, .. } => (word..word + words).collect(),
+            NumberWords::Device { word } => vec![word],
             NumberWords::Port { proto, port, icmp, l4_len, frag_offset, .. } => {
                 [proto, port, icmp, l4_len].into_iter().chain(frag_offset).collect()
             }
@@ -96,12 +104,12 @@ impl NumberWords {
 
 impl MemberStep {
     /// Whether a packet with this key is in the set.
-    pub fn holds(&self, tables: &BTreeMap<Set, SetTable>, key: &[u32]) -> bool {
+    pub fn holds(&self, tables: &BTreeMap<Set, SetTable>, devices: &DeviceClasses, key: &[u32]) -> bool {
         self.parts.iter().any(|part| {
             let table = &tables[&part.set];
             let mut numbers = [0; DIMENSIONS_MAX];
             for (number, words) in numbers.iter_mut().zip(&part.numbers) {
-                *number = words.number(key);
+                *number = words.number(devices, key);
             }
             table.shape.covers(table.words.as_slice(), &numbers) == Some(part.nomatch)
         })

@@ -5,7 +5,7 @@
 //! the same, the table gets larger. The same elements give the same words.
 
 use super::{
-    COUNT_WORD, Contents, HEADER_WORDS, Key, SLOTS, SetShape, SetTable, USED_WORD, cell_dimension, has_table,
+    COUNT_WORD, Contents, HEADER_WORDS, Key, SLOTS, SetShape, SetTable, USED_WORD, cell_dimension,
     level_start, live_starts, path,
 };
 use crate::hook::Family;
@@ -29,27 +29,33 @@ pub fn shape(data: &SetData, family: Family) -> Shaped {
     let SetContents::Elements(elements) = &data.contents else {
         return Err("its elements are not known");
     };
-    if data.dimensions.is_empty() || !data.dimensions.iter().copied().all(has_table) {
-        return Err("it names devices");
+    if data.dimensions.is_empty() {
+        return Err("its elements have no parts");
     }
     let cell = cell_dimension(data);
     let widths = widths(data, family);
-    let count = |element| patterns_count(data, family, element);
-    let cells: u128 = elements.iter().map(count).fold(0, u128::saturating_add);
-    if cells > SET_ELEMENTS_MAX as u128 {
-        return Err("its ranges are too many elements");
-    }
+    let starts: Vec<u8> = (0..=widths[cell]).map(|length| level_start(widths[cell], length)).collect();
     let mut levels: Vec<[u8; DIMENSIONS_MAX]> = Vec::new();
-    let mut last = None;
+    // How many different cells there are, or a few more: elements are in order of their lengths, and mostly of their
+    // values, so neighbours that share a cell are together.
+    let (mut cells, mut last) = (0usize, None);
+    let mut count = 0u128;
     for element in elements.iter() {
-        patterns(data, family, element, &mut |pattern| {
-            if last != Some(pattern.lengths) {
-                last = Some(pattern.lengths);
-                let mut lengths = pattern.lengths;
-                lengths[cell] = level_start(widths[cell], lengths[cell]);
-                if !levels.contains(&lengths) {
+        count = count.saturating_add(patterns_count(data, family, &element));
+        if count > SET_ELEMENTS_MAX as u128 {
+            return Err("its ranges are too many elements");
+        }
+        patterns(data, family, &element, &mut |Pattern { mut values, mut lengths, .. }| {
+            lengths[cell] = starts[usize::from(lengths[cell])];
+            let behind = widths[cell] - lengths[cell];
+            values[cell] = values[cell].checked_shr(behind.into()).unwrap_or(0);
+            let at = (lengths, values);
+            if last.is_none_or(|last| last != at) {
+                cells += 1;
+                if last.is_none_or(|(last, _)| last != lengths) && !levels.contains(&lengths) {
                     levels.push(lengths);
                 }
+                last = Some(at);
             }
         });
         if levels.len() > SET_LEVELS_MAX {
@@ -92,7 +98,7 @@ pub fn shape(data: &SetData, family: Family) -> Shaped {
         live: data.live,
         buckets: 1,
     };
-    let cells = cells_of(data, family, &shape).max(1);
+    let cells = cells.max(1);
     let room = if data.live {
         let room = (2 * cells).max(LIVE_CELLS_MIN).min(data.elements_max.max(cells));
         room * LIVE_ROOM
@@ -104,23 +110,6 @@ pub fn shape(data: &SetData, family: Family) -> Shaped {
         return Err("it is too large");
     }
     Ok(shape)
-}
-
-/// How many different cells the elements have, or a little more.
-fn cells_of(data: &SetData, family: Family, shape: &SetShape) -> usize {
-    let SetContents::Elements(elements) = &data.contents else { return 0 };
-    // Elements are in order of their lengths, and mostly of their values: neighbours that share a cell are together.
-    let (mut cells, mut last) = (0, None);
-    for element in elements.iter() {
-        patterns(data, family, element, &mut |pattern| {
-            let at = shape.locate(&pattern).map(|(_, key, _)| key.words);
-            if at != last {
-                cells += 1;
-                last = at;
-            }
-        });
-    }
-    cells
 }
 
 /// The table of a set that has the shape.
@@ -140,6 +129,7 @@ fn try_build(data: &SetData, family: Family, shape: &SetShape) -> Option<SetTabl
         words: vec![0; shape.words()],
         moves: 0,
         key_words: shape.key_words(),
+        slot_words: shape.slot_words(),
         contents: Contents::default(),
     };
     for bits in 0..32 {
@@ -149,7 +139,7 @@ fn try_build(data: &SetData, family: Family, shape: &SetShape) -> Option<SetTabl
     let mut fits = true;
     let mut batch: Vec<Pattern> = Vec::with_capacity(BATCH);
     for element in elements.iter() {
-        patterns(data, family, element, &mut |pattern| {
+        patterns(data, family, &element, &mut |pattern| {
             batch.push(pattern);
             if batch.len() == BATCH {
                 fits &= builder.add_all(&batch);
@@ -173,6 +163,7 @@ struct Builder<'a> {
     /// Counts moves: which slot of a bucket gives way.
     moves: usize,
     key_words: usize,
+    slot_words: usize,
     contents: Contents,
 }
 
@@ -182,6 +173,13 @@ const MOVES_MAX: usize = 1_000;
 /// Patterns whose buckets are brought into the cache together: a large table is not in it, and loads that do not wait
 /// for one another overlap.
 const BATCH: usize = 16;
+
+/// Where a key is, or a slot that is free for it.
+enum Found {
+    Key(usize),
+    Free(usize),
+    Nothing,
+}
 
 /// Where a pattern goes: it, its level, its key and its bit, and the key's buckets.
 type Placed<'p> = (&'p Pattern, (usize, Key, u32), [usize; 2]);
@@ -202,9 +200,10 @@ impl Builder<'_> {
     /// Adds a pattern, unless it is there; false if there is no room.
     fn add(&mut self, (pattern, (level, key, bit), places): Placed<'_>) -> bool {
         let slot = match self.find(&key, places) {
-            Some(slot) => slot,
-            None => match self.place(&key, places) {
-                Some(slot) => slot,
+            Found::Key(slot) => slot,
+            Found::Free(slot) => self.put(slot, &key),
+            Found::Nothing => match self.make_room(places) {
+                Some(slot) => self.put(slot, &key),
                 None => return false,
             },
         };
@@ -221,27 +220,46 @@ impl Builder<'_> {
         true
     }
 
-    fn find(&self, key: &Key, places: [usize; 2]) -> Option<usize> {
-        let count = self.key_words;
-        self.shape.slots(places).find(|&slot| self.words[slot..slot + count] == key.words[..count])
+    /// A bucket's slots.
+    fn slots(&self, bucket: usize) -> impl Iterator<Item = usize> + use<> {
+        let first = HEADER_WORDS + bucket * SLOTS * self.slot_words;
+        (first..).step_by(self.slot_words).take(SLOTS)
     }
 
-    /// Puts a key into a free slot, making one free if there is none. Others move before it comes.
-    fn place(&mut self, key: &Key, places: [usize; 2]) -> Option<usize> {
-        let free = self.free(places)?;
-        self.words[free..free + self.key_words].copy_from_slice(&key.words[..self.key_words]);
-        Some(free)
-    }
-
-    fn free(&mut self, places: [usize; 2]) -> Option<usize> {
-        let vacant = |words: &[u64], bucket: usize| {
-            (0..SLOTS).map(|slot| self.shape.slot(bucket, slot)).filter(|slot| words[*slot] == 0).collect()
-        };
-        let [a, b]: [Vec<usize>; 2] = places.map(|bucket| vacant(&self.words, bucket));
-        // The emptier bucket.
-        if let Some(&slot) = if a.len() >= b.len() { a.first() } else { b.first() } {
-            return Some(slot);
+    /// Where a key is in its buckets, or could go: to the first free slot of the emptier one.
+    fn find(&self, key: &Key, places: [usize; 2]) -> Found {
+        let mut best = (Found::Nothing, 0);
+        for bucket in places {
+            let (mut free, mut count) = (Found::Nothing, 0);
+            for slot in self.slots(bucket) {
+                let first = self.words[slot];
+                if first == key.words[0]
+                    && (1..self.key_words).all(|at| self.words[slot + at] == key.words[at])
+                {
+                    return Found::Key(slot);
+                }
+                if first == 0 {
+                    if count == 0 {
+                        free = Found::Free(slot);
+                    }
+                    count += 1;
+                }
+            }
+            if count > best.1 {
+                best = (free, count);
+            }
         }
+        best.0
+    }
+
+    /// Writes a key into a free slot. Others move before it comes.
+    fn put(&mut self, free: usize, key: &Key) -> usize {
+        self.words[free..free + self.key_words].copy_from_slice(&key.words[..self.key_words]);
+        free
+    }
+
+    /// Makes a slot of two full buckets free.
+    fn make_room(&mut self, places: [usize; 2]) -> Option<usize> {
         // A chain of slots, each to be filled from the next, until one is free.
         let mut chain: Vec<usize> = Vec::new();
         let mut bucket = places[self.moves % 2];
@@ -254,13 +272,13 @@ impl Builder<'_> {
             chain.push(slot);
             let [first, second] = self.shape.places(&self.words[slot..]);
             let other = if first == bucket { second } else { first };
-            if let Some(&free) = vacant(&self.words, other).first() {
+            if let Some(free) = self.slots(other).find(|slot| self.words[*slot] == 0) {
                 let mut to = free;
                 for &from in chain.iter().rev() {
-                    self.words.copy_within(from..from + self.shape.slot_words(), to);
+                    self.words.copy_within(from..from + self.slot_words, to);
                     to = from;
                 }
-                self.words[to..to + self.shape.slot_words()].fill(0);
+                self.words[to..to + self.slot_words].fill(0);
                 return Some(to);
             }
             bucket = other;

@@ -270,7 +270,10 @@ mod tests {
                 let host = u32::MAX.checked_shr(length).unwrap_or(0);
                 let range = Interval::new((value & !host).into(), (value | host).into()).unwrap();
                 let nomatch = nomatch && number(&mut state).is_multiple_of(3);
-                elements.push((length, Element { values: vec![DimensionValue::Address(range)], nomatch }));
+                elements.push((
+                    length,
+                    Element { values: [DimensionValue::Address(range)].into_iter().collect(), nomatch },
+                ));
             }
             elements.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
             let mut seen = std::collections::BTreeSet::new();

@@ -105,11 +105,12 @@ impl Contents {
     pub fn add(&mut self, pattern: &Pattern) {
         self.count += 1;
         let mut hash = u64::from(pattern.nomatch);
-        for (value, length) in pattern.values.iter().zip(pattern.lengths) {
-            for word in [*value as u64, (*value >> 64) as u64, length.into()] {
-                hash = (hash ^ word).wrapping_mul(MULTIPLIER);
-                hash ^= hash >> 32;
-            }
+        let parts = pattern.values.iter().zip(pattern.lengths);
+        let words = parts.flat_map(|(value, length)| [*value as u64, (*value >> 64) as u64, length.into()]);
+        // Most words of most patterns are 0; each place multiplies by another number.
+        for (place, word) in words.enumerate().filter(|(_, word)| *word != 0) {
+            hash = (hash ^ word).wrapping_mul(MULTIPLIER + 2 * place as u64);
+            hash ^= hash >> 32;
         }
         self.digest = self.digest.wrapping_add(hash);
     }
@@ -189,8 +190,17 @@ impl SetShape {
     /// The key of numbers in a level.
     pub fn key(&self, level: usize, numbers: &[u128; DIMENSIONS_MAX]) -> Key {
         let mut key = Key { words: [0; KEY_WORDS], bits: 0 };
-        let mut at = 0;
         let cell = usize::from(self.cell);
+        let behind = self.widths[cell] - self.levels[level][cell] - CELL_BITS;
+        key.bits = (numbers[cell] >> behind) as u8 & ((1 << CELL_BITS) - 1);
+        if self.widths.iter().enumerate().all(|(at, width)| at == cell || *width == 0) {
+            // Most sets have one dimension.
+            let number = numbers[cell] & self.mask(level, cell);
+            key.words[0] = number as u64 | (level as u64 + 1);
+            key.words[1] = (number >> 64) as u64;
+            return key;
+        }
+        let mut at = 0;
         for dimension in std::iter::once(cell).chain((0..DIMENSIONS_MAX).filter(|at| *at != cell)) {
             let number = numbers[dimension] & self.mask(level, dimension);
             for index in 0..self.widths[dimension].div_ceil(32) {
@@ -199,8 +209,6 @@ impl SetShape {
             }
         }
         key.words[0] |= level as u64 + 1;
-        let behind = self.widths[cell] - self.levels[level][cell] - CELL_BITS;
-        key.bits = (numbers[cell] >> behind) as u8 & ((1 << CELL_BITS) - 1);
         key
     }
 
@@ -349,11 +357,6 @@ impl SetTable {
         }
         wrong
     }
-}
-
-/// Whether tables know the dimension.
-pub fn has_table(dimension: DimensionKind) -> bool {
-    dimension != DimensionKind::Device
 }
 
 /// The dimension whose neighbours share cells: the last with prefixes, else the last with addresses, else the last.

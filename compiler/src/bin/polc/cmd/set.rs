@@ -121,7 +121,7 @@ fn element(
     let SetContents::Elements(elements) = &data.contents else { return Ok(None) };
     let mut all = Vec::new();
     for element in elements.iter() {
-        patterns(&data, family, element, &mut |pattern| all.push(pattern));
+        patterns(&data, family, &element, &mut |pattern| all.push(pattern));
     }
     let single = all.iter().all(|pattern| pattern.lengths == manifest.shape.widths);
     Ok(Some(Asked {
