@@ -5,6 +5,7 @@ use polc_ir::entities::{Chain, Rule};
 use polc_ir::outcome::{Decider, Ending};
 use serde::Serialize;
 
+use crate::guard::{self, GUARD_NUMBER};
 use crate::session::Session;
 
 /// The rule or policy that decided. A policy has no number, and the line that declares its chain.
@@ -52,10 +53,14 @@ pub fn rule_line(session: &Session, rule: Rule) -> RuleLine {
     let data = &session.ruleset.rules[rule];
     let file = session.sources.file(data.span.file);
     let named = named_rule(session, rule);
+    let text = match data.number {
+        GUARD_NUMBER => guard::what(data),
+        _ => file.line_text(named.line).trim(),
+    };
     RuleLine {
         file: file.name().to_string(),
         line: named.line,
-        text: file.line_text(named.line).trim().to_string(),
+        text: text.to_string(),
         table: named.table,
         chain: named.chain,
         number: data.number,

@@ -289,14 +289,16 @@ impl Flattener<'_> {
         let chain = self.chains[key.base];
         let drop = self.ruleset.chains[chain].base.is_some_and(|base| base.policy == Policy::Drop);
         let by = Decider::Policy(chain);
-        let onward = if drop { Onward::drop(key, by) } else { self.accept(key, by) };
+        let onward = if drop { Onward::drop(key, by) } else { self.accept(key, by, false) };
         onward.counting(Count::Policy(chain), self.place.counters.counts(true))
     }
 
-    fn accept(&mut self, key: Key, by: Decider) -> Onward {
+    /// Leaves the base chain, which let the packet on or does not see it (`passed`).
+    fn accept(&mut self, key: Key, by: Decider, passed: bool) -> Onward {
         let chain = self.chains[key.base];
         let Key { doubt, fragment, supposed, .. } = key;
-        match self.start(key.base + 1).map(|start| Key { doubt, fragment, supposed, ..start }) {
+        let next = self.ruleset.next_base(&self.chains, key.base, passed);
+        match self.start(next).map(|start| Key { doubt, fragment, supposed, ..start }) {
             None => Onward::end(if key.doubt { Verdict::Defer } else { Verdict::Accept }, by),
             Some(_) if self.ruleset.translates(chain) => Onward::end(Verdict::Defer, Decider::Policy(chain)),
             Some(next) => self.go_on(next),
@@ -496,7 +498,8 @@ impl Flattener<'_> {
                 *comes_back = true;
                 self.go_on(next)
             }
-            Action::Accept => self.accept(key, Decider::Rule(rule)),
+            Action::Accept => self.accept(key, Decider::Rule(rule), false),
+            Action::Pass => self.accept(key, Decider::Rule(rule), true),
             Action::Drop => match outermost {
                 Some(outermost) => self.behind(key, outermost),
                 None => Onward::drop(key, Decider::Rule(rule)),

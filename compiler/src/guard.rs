@@ -14,6 +14,14 @@ use polc_ir::ruleset::{Action, Clause, ClauseKind, Opaque, RuleData, Ruleset};
 /// The number of rules added here.
 pub const GUARD_NUMBER: u32 = 0;
 
+/// What a rule that was added here does, in a few words.
+pub fn what(rule: &RuleData) -> &'static str {
+    match rule.action {
+        Action::Pass => "not a packet of this hook",
+        _ => "DHCP, left to packet sockets",
+    }
+}
+
 const UDP: u128 = 17;
 /// Ports of DHCP and DHCPv6, servers and clients (RFC 2131, section 4.1; RFC 8415, section 7.2).
 const DHCP_PORTS: (u128, u128) = (67, 68);
@@ -68,13 +76,13 @@ pub fn split_local(ruleset: &mut Ruleset, place: &Place, env: &Env) {
             Some(Hook::Input) => {
                 let mut clauses = vec![vec![to_others.clone()]];
                 clauses.extend((!named.is_empty()).then(|| named.clone()));
-                add_any(ruleset, chain, clauses, Action::Accept);
+                add_any(ruleset, chain, clauses, Action::Pass);
             }
             Some(Hook::Forward) => {
                 if !nameless.is_empty() {
-                    add(ruleset, chain, nameless.clone(), Action::Accept);
+                    add(ruleset, chain, nameless.clone(), Action::Pass);
                 }
-                add(ruleset, chain, vec![to_host.clone()], Action::Accept);
+                add(ruleset, chain, vec![to_host.clone()], Action::Pass);
             }
             _ => {}
         }

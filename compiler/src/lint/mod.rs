@@ -75,14 +75,14 @@ pub fn lint(session: &Session) -> Vec<Diagnostic> {
 
 /// Whether no packet that matches a rule with this action is looked at by a later rule of the same chain.
 fn ends_chain(action: &Action) -> bool {
-    matches!(action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Goto(_) | Action::Return)
+    action.ends() || matches!(action, Action::Goto(_) | Action::Return)
 }
 
 /// The action as iptables writes it.
 fn action_name(ruleset: &Ruleset, action: &Action) -> String {
     match action {
         Action::Continue => "no action".into(),
-        Action::Accept => "ACCEPT".into(),
+        Action::Accept | Action::Pass => "ACCEPT".into(),
         Action::Drop => "DROP".into(),
         Action::Reject(_) => "REJECT".into(),
         Action::Jump(chain) => format!("a jump to {}", ruleset.chains[*chain].name),

@@ -286,7 +286,7 @@ pub fn action_deferral(place: &Place, action: &Action) -> Option<Deferral> {
 pub fn is_handed_over(place: &Place, action: &Action, hypothetical: bool, doubt: bool) -> bool {
     action_deferral(place, action).is_some()
         || match action {
-            Action::Accept | Action::Write(_) => hypothetical,
+            Action::Accept | Action::Pass | Action::Write(_) => hypothetical,
             Action::Reject(_) => hypothetical || doubt,
             _ => false,
         }

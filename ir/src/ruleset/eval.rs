@@ -12,7 +12,7 @@ use crate::derived::DerivedData;
 use crate::entities::{Chain, Rule};
 use crate::env::{Connections, Env, Fragments, Input, Mode, Place};
 use crate::field::Field;
-use crate::hook::TableKind;
+use crate::hook::{Hook, TableKind};
 use crate::outcome::{Count, Decider, Ending, Outcome, Verdict};
 use crate::packet::View;
 use crate::state::State;
@@ -116,6 +116,22 @@ impl Ruleset {
         chains.filter(|&chain| self.bears(chain) || counts(chain)).collect()
     }
 
+    /// Which of a path's base chains a packet comes to that the one at `index` let on, or is not seen by (`passed`); their
+    /// number if to none. Where chains begin with rules that tell packets for this host from those for others, who comes
+    /// through INPUT has arrived, and does not come to FORWARD.
+    pub fn next_base(&self, chains: &[Chain], index: usize, passed: bool) -> usize {
+        let is_on = |chain: Chain, hook| self.chains[chain].base.is_some_and(|base| base.hook == hook);
+        let first = self.chains[chains[index]].rules.first();
+        let tells = first.is_some_and(|rule| self.rules[*rule].action == Action::Pass);
+        let mut next = index + 1;
+        if !passed && tells && is_on(chains[index], Hook::Input) {
+            while chains.get(next).is_some_and(|chain| is_on(*chain, Hook::Forward)) {
+                next += 1;
+            }
+        }
+        next
+    }
+
     /// Whether anything on a path decides or counts packets by more than an accepting policy.
     pub fn bears_on(&self, place: &Place) -> bool {
         place.path.iter().flat_map(|&hook| self.base_chains(hook)).any(|chain| self.bears(chain))
@@ -176,14 +192,17 @@ impl Packet<'_, '_> {
     fn path(&mut self, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
         let chains = self.ruleset.path_chains(self.place);
         let mut ending = Ending { verdict: Verdict::Accept, by: Decider::Nothing };
-        for (index, &chain) in chains.iter().enumerate() {
-            let last = index + 1 == chains.len();
+        let mut index = 0;
+        while let Some(&chain) = chains.get(index) {
             trace(Event::Enter(chain));
             ending = self.base_chain(chain, state, trace);
             if ending.verdict != Verdict::Accept {
                 return ending;
             }
-            if !last && self.ruleset.translates(chain) {
+            let passed =
+                matches!(ending.by, Decider::Rule(rule) if self.ruleset.rules[rule].action == Action::Pass);
+            index = self.ruleset.next_base(&chains, index, passed);
+            if index < chains.len() && self.ruleset.translates(chain) {
                 return Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) };
             }
         }
@@ -253,7 +272,7 @@ impl Packet<'_, '_> {
             }
             match &data.action {
                 Action::Continue => {}
-                Action::Accept => return end(Verdict::Accept, rule),
+                Action::Accept | Action::Pass => return end(Verdict::Accept, rule),
                 Action::Drop => match hypothetical {
                     Some(at) => {
                         self.doubt = true;

@@ -200,6 +200,9 @@ pub enum Action {
     Continue,
     /// Leave the base chain; the packet goes on to the next one.
     Accept,
+    /// Leave the base chain as a packet that its hook does not see: the rules at the head of chains that tell packets for
+    /// this host from those for others, where a place has the hooks of both.
+    Pass,
     /// Drop the packet.
     Drop,
     /// Drop it and answer.
@@ -226,7 +229,7 @@ pub enum Action {
 impl Action {
     /// Whether it ends the packet's way through the base chain itself.
     pub fn ends(&self) -> bool {
-        matches!(self, Action::Accept | Action::Drop | Action::Reject(_))
+        matches!(self, Action::Accept | Action::Pass | Action::Drop | Action::Reject(_))
     }
 }
 

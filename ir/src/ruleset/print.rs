@@ -87,6 +87,7 @@ impl fmt::Display for Action {
         match self {
             Action::Continue => f.write_str("continue"),
             Action::Accept => f.write_str("accept"),
+            Action::Pass => f.write_str("pass"),
             Action::Drop => f.write_str("drop"),
             Action::Reject(with) => write!(f, "{}", crate::outcome::Verdict::Reject(*with)),
             Action::Jump(chain) => write!(f, "jump {chain}"),
