@@ -281,7 +281,7 @@ fn a_program_is_suspended_while_the_kernel_has_other_rules() {
     let mut watcher = Command::new(env!("CARGO_BIN_EXE_polc"))
         .args(["watch", "--interval", "100", "--bpffs", &host.pins.join(""), "--state"])
         .arg(host.files.path().join("state"))
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .expect("polc runs");
     thread::sleep(3 * interval);
@@ -293,9 +293,13 @@ fn a_program_is_suspended_while_the_kernel_has_other_rules() {
         "a change of the kernel's rules was seen after {:?}, looking every {interval:?}",
         began.elapsed()
     );
+    // What stays so is said once.
+    thread::sleep(3 * interval);
     kernel::run("iptables-legacy", &close).expect("the rule is gone");
     watcher.kill().expect("it runs");
-    watcher.wait().expect("it ends");
+    let said = watcher.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert_eq!(said.matches("suspended").count(), 1, "{said}");
 }
 
 #[test]

@@ -37,10 +37,9 @@ impl Host {
     /// What a command prints, and its exit status.
     fn says(&self, words: &str) -> (i32, String) {
         let words: Vec<&str> = words.split(' ').collect();
-        // `set add` and the like take options before the set.
+        // Options stand before a set and its element, or behind.
         let (command, rest) = words.split_at(if words[0] == "set" { 2 } else { 1 });
-        let store = ["--bpffs", &self.bpffs, "--state", "state"];
-        let output = self.run(&[command, &store, rest].concat());
+        let output = self.run(&[command, &["--bpffs", &self.bpffs], rest, &["--state", "state"]].concat());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         (output.status.code().expect("an exit status"), text + &String::from_utf8_lossy(&output.stderr))
     }

@@ -9,13 +9,14 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use polc_ir::env::Attach;
 
-use crate::clsact;
+use crate::clsact::{self, FILTER_NAME, Qdisc};
 use crate::coexist::{self, Order};
 use crate::dispatch;
 use crate::error::Error;
 use crate::net::Device;
 use crate::probe::{Feature, missing};
-use crate::state::{Slot, SlotState, Via};
+use crate::state::{SlotState, Via};
+use crate::store::Slot;
 use crate::sys::{LinkKind, LinkSpec, Map, Sys};
 
 /// The way to attach at a place of this kernel.
@@ -30,7 +31,7 @@ pub fn choose(sys: &Sys, attach: Attach, force_clsact: bool) -> Result<Via, Erro
         },
         Attach::TcIngress | Attach::TcEgress => {
             let old = force_clsact || !missing(sys, &[Feature::Tcx]).is_empty();
-            Ok(if old { Via::Clsact { priority: 0, own_qdisc: false } } else { Via::Link })
+            Ok(if old { Via::Clsact { priority: 0 } } else { Via::Link })
         }
         Attach::Netfilter => match missing(sys, &[Feature::NetfilterLink]) {
             missing if missing.is_empty() => Ok(Via::Dispatch { priority: 0, defrag: false }),
@@ -50,22 +51,29 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             }
             None => Ok(None),
         },
-        // A link of this kind doesn't tell that it was detached (net/netfilter/nf_bpf_link.c, `bpf_nf_link_detach`); that
-        // it was going to be is written down.
-        Via::Dispatch { .. } if state.intent.as_ref().is_some_and(|intent| intent.to.is_none()) => Ok(None),
-        Via::Dispatch { .. } => match (open_pin(sys, &slot.link())?, place(sys, slot)?) {
-            (Some(_), Some(place)) => dispatch::current(sys, &place).map_err(ask()),
+        Via::Dispatch { priority, defrag } => match (open_pin(sys, &slot.link())?, place(sys, slot)?) {
+            (Some(_), Some(place)) if dispatch::is_linked(sys, slot, priority, defrag)? => {
+                dispatch::current(sys, &place).map_err(ask())
+            }
             _ => Ok(None),
         },
-        Via::Clsact { priority, .. } => {
-            let egress = slot.name.attach == Attach::TcEgress;
-            let filters = match clsact::filters(sys, state.ifindex, egress) {
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Vec::new(),
-                filters => filters.map_err(ask())?,
-            };
-            let own = filters.iter().find(|filter| filter.priority == priority && filter.name == "polc");
+        Via::Clsact { priority } => {
+            let filters = filters(sys, state.ifindex, is_egress(slot)).map_err(ask())?;
+            let own = filters.iter().find(|filter| filter.priority == priority && filter.name == FILTER_NAME);
             Ok(own.map(|filter| filter.program_id))
         }
+    }
+}
+
+fn is_egress(slot: &Slot) -> bool {
+    slot.name.attach == Attach::TcEgress
+}
+
+/// The filters of one side of a device; none if it is gone.
+fn filters(sys: &Sys, ifindex: u32, egress: bool) -> io::Result<Vec<clsact::Filter>> {
+    match clsact::filters(sys, ifindex, egress) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(Vec::new()),
+        filters => filters,
     }
 }
 
@@ -125,13 +133,17 @@ pub fn first(
             // Unpinned it would go with this process, and so it does if pinning fails.
             sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
         }
-        (Via::Clsact { priority, own_qdisc }, attach) => {
-            if own_qdisc && !clsact::has_qdisc(sys, device.ifindex).map_err(Error::call("list the qdiscs"))? {
+        (Via::Clsact { priority }, _) => {
+            let _lock = slot.lock_qdiscs(sys)?;
+            let ask = Error::call(format!("list the qdiscs of `{}`", device.name));
+            if clsact::qdisc(sys, device.ifindex).map_err(ask)?.is_none() {
+                // That it is polc's is said first: nobody else removes it.
+                let mark = slot.qdisc_mark(device.ifindex);
+                sys.make_dirs(&mark).map_err(Error::disk(&mark))?;
                 clsact::add_qdisc(sys, device.ifindex)
                     .map_err(Error::call(format!("add a clsact qdisc to `{}`", device.name)))?;
             }
-            let egress = attach == Attach::TcEgress;
-            clsact::set_filter(sys, device.ifindex, egress, priority, program, false).map_err(fail)
+            clsact::set_filter(sys, device.ifindex, is_egress(slot), priority, program, false).map_err(fail)
         }
         (Via::Dispatch { .. }, _) => {
             dispatch::attach(sys, slot, program, state.generations[&generation].mode, state.via)
@@ -159,7 +171,10 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
                 open_pin(sys, &slot.link())?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
             let updated = sys.link_update(&link, &new, Some(old.as_fd()));
             updated.map_err(|source| match source.raw_os_error() {
-                Some(libc::EPERM | libc::ENOENT) => Error::Replaced(slot.name.to_string()),
+                Some(libc::EPERM | libc::ENOENT) => {
+                    let by = sys.link_info(&link).map_or(0, |info| info.program_id);
+                    Error::Replaced { place: slot.name.to_string(), by }
+                }
                 Some(libc::ENOLINK | libc::ENODEV) => {
                     Error::DeviceGone(slot.name.device.clone().unwrap_or_default())
                 }
@@ -170,14 +185,14 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
             let place = place(sys, slot)?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
             let fail = || Error::call(format!("replace the program {}", slot.name));
             let now = dispatch::current(sys, &place).map_err(fail())?;
-            if now != state.generations.get(&from).map(|generation| generation.program_id) {
-                return Err(Error::Replaced(slot.name.to_string()));
+            let by = now.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
+            if state.generation_of(by) != Some(from) {
+                return Err(Error::Replaced { place: slot.name.to_string(), by });
             }
             dispatch::put(sys, &place, &new).map_err(fail())
         }
-        Via::Clsact { priority, .. } => {
-            let egress = slot.name.attach == Attach::TcEgress;
-            clsact::set_filter(sys, state.ifindex, egress, priority, &new, true)
+        Via::Clsact { priority } => {
+            clsact::set_filter(sys, state.ifindex, is_egress(slot), priority, &new, true)
                 .map_err(Error::call(format!("replace the program {}", slot.name)))
         }
     }
@@ -202,42 +217,58 @@ pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
             }
             Ok(())
         }
-        Via::Clsact { priority, own_qdisc } => {
-            let ifindex = state.ifindex;
-            let absent = |result: io::Result<()>| match result {
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) =>
-                {
-                    Ok(())
-                }
-                result => result,
-            };
-            if current(sys, slot, state)?.is_some() {
-                let egress = slot.name.attach == Attach::TcEgress;
-                absent(clsact::remove_filter(sys, ifindex, egress, priority)).map_err(fail())?;
-            }
-            if own_qdisc {
-                let mut left = 0;
-                for egress in [false, true] {
-                    left += clsact::filters(sys, ifindex, egress).map_or(0, |filters| filters.len());
-                }
-                if left == 0 {
-                    absent(clsact::remove_qdisc(sys, ifindex)).map_err(fail())?;
-                }
-            }
-            Ok(())
-        }
+        Via::Clsact { priority } => remove_filter(sys, slot, state, priority),
     }
 }
 
-/// The priority for a filter of polc's that no other filter has, and whether polc has to make the qdisc.
+/// Takes a slot's filter away, and with the last of polc's the qdisc, if polc made it and nobody else has a filter on
+/// it.
+fn remove_filter(sys: &Sys, slot: &Slot, state: &SlotState, priority: u16) -> Result<(), Error> {
+    let fail = || Error::call(format!("detach the program {}", slot.name));
+    let _lock = slot.lock_qdiscs(sys)?;
+    let ifindex = state.ifindex;
+    let attached = current(sys, slot, state)?.is_some();
+    let mut others = Vec::new();
+    for egress in [false, true] {
+        let own = |filter: &clsact::Filter| {
+            attached && egress == is_egress(slot) && filter.priority == priority && filter.name == FILTER_NAME
+        };
+        others
+            .extend(filters(sys, ifindex, egress).map_err(fail())?.into_iter().filter(|filter| !own(filter)));
+    }
+    let mark = slot.qdisc_mark(ifindex);
+    let made = sys.is_there(&mark).map_err(Error::disk(&mark))?;
+    // Where polc's filter is gone without polc, so is the qdisc that it was on, and one that is there is another's; but
+    // for a first filter that polc did not come to add.
+    let began = state.intent.as_ref().is_some_and(|intent| intent.from.is_none() && intent.to.is_some());
+    let removed = if made && others.is_empty() && (attached || began) {
+        // With the filter, at once.
+        clsact::remove_qdisc(sys, ifindex)
+    } else if attached {
+        clsact::remove_filter(sys, ifindex, is_egress(slot), priority)
+    } else {
+        Ok(())
+    };
+    match removed {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {}
+        removed => removed.map_err(fail())?,
+    }
+    if others.iter().all(|filter| filter.name != FILTER_NAME) {
+        sys.remove_dir(&mark).map_err(Error::disk(&mark))?;
+    }
+    Ok(())
+}
+
+/// The priority for a filter of polc's that no other filter has.
 pub fn clsact_place(sys: &Sys, device: &Device, egress: bool) -> Result<Via, Error> {
     let ask = || Error::call(format!("list the filters of `{}`", device.name));
-    let own_qdisc = !clsact::has_qdisc(sys, device.ifindex).map_err(ask())?;
-    let taken =
-        if own_qdisc { Vec::new() } else { clsact::filters(sys, device.ifindex, egress).map_err(ask())? };
+    let taken = match clsact::qdisc(sys, device.ifindex).map_err(ask())? {
+        None => Vec::new(),
+        Some(Qdisc::Ingress) if egress => return Err(Error::IngressQdisc(device.name.clone())),
+        Some(_) => clsact::filters(sys, device.ifindex, egress).map_err(ask())?,
+    };
     let free = (1..u16::MAX).find(|priority| taken.iter().all(|filter| filter.priority != *priority));
-    Ok(Via::Clsact { priority: free.unwrap_or(u16::MAX), own_qdisc })
+    Ok(Via::Clsact { priority: free.unwrap_or(u16::MAX) })
 }
 
 fn refused(slot: &Slot, device: &Device, generic: bool, source: io::Error) -> Error {

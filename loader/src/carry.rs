@@ -11,7 +11,7 @@ use polc_backend_ebpf::manifest::{Counted, Manifest};
 use polc_backend_ebpf::object::Object;
 
 use crate::error::Error;
-use crate::state::Slot;
+use crate::store::Slot;
 use crate::swap::OBJECT_FILE;
 use crate::sys::{Map, Sys};
 

@@ -31,6 +31,8 @@ const EGRESS: u32 = 0xffff_fff3;
 const ALL_PROTOCOLS: u32 = 0x0003u16.to_be() as u32;
 const HANDLE: u32 = 1;
 const MESSAGE_BYTES: usize = 20;
+/// Name of polc's filters.
+pub const FILTER_NAME: &str = "polc";
 
 /// A filter of type `bpf`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,14 +60,28 @@ const fn side(egress: bool) -> u32 {
     if egress { EGRESS } else { INGRESS }
 }
 
-/// Whether a device has a `clsact` qdisc.
-pub fn has_qdisc(sys: &Sys, ifindex: u32) -> io::Result<bool> {
+/// The qdisc that a device's filters are on. There is room for one of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Qdisc {
+    /// `clsact`, which has both sides.
+    Clsact,
+    /// `ingress`, which has one. Filters on it are named as on the other's.
+    Ingress,
+}
+
+/// Which of the two a device has.
+pub fn qdisc(sys: &Sys, ifindex: u32) -> io::Result<Option<Qdisc>> {
     let body = message(ifindex, 0, 0, 0);
     let answers = sys.netlink(&NetlinkRequest { kind: RTM_GETQDISC, flags: NetlinkRequest::DUMP, body })?;
-    Ok(answers.iter().any(|answer| {
-        u32_at(&answer.body, 4) == Some(ifindex)
-            && attributes(answer.body.get(MESSAGE_BYTES..).unwrap_or_default())
-                .any(|(kind, value)| kind == TCA_KIND && text(value) == "clsact")
+    let mut own = answers.iter().filter(|answer| u32_at(&answer.body, 4) == Some(ifindex));
+    Ok(own.find_map(|answer| {
+        let mut attributes = attributes(answer.body.get(MESSAGE_BYTES..).unwrap_or_default());
+        let kind = attributes.find_map(|(kind, value)| (kind == TCA_KIND).then(|| text(value)))?;
+        match kind.as_str() {
+            "clsact" => Some(Qdisc::Clsact),
+            "ingress" => Some(Qdisc::Ingress),
+            _ => None,
+        }
     }))
 }
 
@@ -137,7 +153,7 @@ pub fn set_filter(
     put(&mut body, TCA_KIND, b"bpf\0");
     let mut options = Vec::new();
     put(&mut options, TCA_BPF_FD, &(program.as_fd().as_raw_fd() as u32).to_ne_bytes());
-    put(&mut options, TCA_BPF_NAME, b"polc\0");
+    put(&mut options, TCA_BPF_NAME, format!("{FILTER_NAME}\0").as_bytes());
     put(&mut options, TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes());
     put(&mut body, TCA_OPTIONS, &options);
     let flags = NetlinkRequest::CREATE | if replace { NetlinkRequest::REPLACE } else { NetlinkRequest::EXCL };

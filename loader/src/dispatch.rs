@@ -17,7 +17,8 @@ use polc_ir::hook::{Family, Hook};
 
 use crate::coexist;
 use crate::error::Error;
-use crate::state::{Slot, Via};
+use crate::state::Via;
+use crate::store::Slot;
 use crate::sys::{LinkSpec, Map, MapSpec, ProgramSpec, ProgramType, Sys};
 
 /// `BPF_NETFILTER` of `enum bpf_attach_type`.
@@ -115,17 +116,34 @@ fn taken(sys: &Sys, slot: &Slot, priority: i32) -> Error {
     Error::PriorityTaken { place: slot.name.to_string(), priority, by: by.unwrap_or_default() }
 }
 
-/// The priority that a first program gets: the user's, or the highest free one. A program that lets every packet on
-/// tries, since nothing else tells whether a priority is free.
+/// A program that lets every packet on. It tries whether a priority of a hook is free, which nothing else tells where
+/// the kernel has no nfnetlink_hook.
+fn load_trier(sys: &Sys) -> io::Result<OwnedFd> {
+    let mut asm = Asm::new();
+    asm.mov32(Reg::R0, netfilter::ACCEPT);
+    asm.exit();
+    load_code(sys, asm, &[])
+}
+
+/// Whether there is a function at a slot's priority. A link does not tell whether it was detached
+/// (net/netfilter/nf_bpf_link.c, `bpf_nf_link_detach`), but nothing else gets its priority while it is attached.
+pub fn is_linked(sys: &Sys, slot: &Slot, priority: i32, defrag: bool) -> Result<bool, Error> {
+    let fail = || Error::call(format!("ask what is attached {}", slot.name));
+    let program = load_trier(sys).map_err(fail())?;
+    match sys.link_create(&program, &link_spec(slot, priority, defrag)?) {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
+        Err(error) => Err(fail()(error)),
+    }
+}
+
+/// The priority that a first program gets: the user's, or the highest free one.
 ///
 /// # Errors
 /// [`Error::PriorityTaken`] if none is free.
 pub fn choose(sys: &Sys, slot: &Slot, order: Order) -> Result<Via, Error> {
     let fail = || Error::call(format!("find a free priority {}", slot.name));
-    let mut asm = Asm::new();
-    asm.mov32(Reg::R0, netfilter::ACCEPT);
-    asm.exit();
-    let program = load_code(sys, asm, &[]).map_err(fail())?;
+    let program = load_trier(sys).map_err(fail())?;
     let candidates = match order.priority {
         Some(priority) => priority..=priority,
         None => order.before.saturating_sub(PRIORITIES_TRIED)..=order.before.saturating_sub(1),

@@ -16,14 +16,16 @@ use crate::probe::Missing;
 /// Why the kernel does not agree with an object.
 #[derive(Debug)]
 pub enum Error {
-    /// The process may not load programs.
-    NotRoot,
-    /// There is no bpffs where pins are to be kept, and none can be mounted.
+    /// The process lacks these capabilities.
+    Capabilities(Vec<&'static str>),
+    /// There is no bpffs where pins are kept or to be kept.
     NoBpffs {
         /// The directory.
         path: PathBuf,
-        /// Why none can be mounted.
-        source: io::Error,
+        /// Why that matters, or none is mounted.
+        why: String,
+        /// Whether the process has mounts of its own, which may be why, and end with it.
+        own_mounts: bool,
     },
     /// The kernel lacks something that is needed.
     Kernel(Vec<Missing>),
@@ -81,6 +83,17 @@ pub enum Error {
         /// Whether fragments are reassembled first.
         defrag: bool,
     },
+    /// A policy is attached in another way than is asked for.
+    OtherWay {
+        /// Where.
+        place: String,
+        /// How it is attached.
+        way: &'static str,
+    },
+    /// polc's policy for the other address family has the only place.
+    OtherFamily(String),
+    /// A device has an `ingress` qdisc, and so none with the other side.
+    IngressQdisc(String),
     /// A policy is applied to a device that had the name, which another has now.
     OtherDevice {
         /// Where.
@@ -140,7 +153,19 @@ pub enum Error {
     /// A change waits for its confirmation.
     Unconfirmed(String),
     /// The program attached is no longer the one that polc attached.
-    Replaced(String),
+    Replaced {
+        /// Where.
+        place: String,
+        /// Number of the program that is there.
+        by: u32,
+    },
+    /// Of several changes one failed, and others could not be taken back.
+    HalfDone {
+        /// Where changes are in force.
+        in_force: Vec<String>,
+        /// What failed.
+        error: Box<Error>,
+    },
     /// A packet of the user's was decided otherwise than the user wants.
     Canary {
         /// The packet.
@@ -209,7 +234,7 @@ impl Error {
     /// The diagnostic's code.
     pub const fn code(&self) -> Code {
         Code(match self {
-            Error::NotRoot => 800,
+            Error::Capabilities(_) => 800,
             Error::NoBpffs { .. } => 801,
             Error::Kernel(_) => 802,
             Error::NoDevice(_) => 803,
@@ -226,7 +251,7 @@ impl Error {
             Error::Disk { .. } => 814,
             Error::Locked(_) => 815,
             Error::NotApplied(_) => 816,
-            Error::Replaced(_) => 817,
+            Error::Replaced { .. } => 817,
             Error::Canary { .. } => 818,
             Error::TestRun { .. } => 819,
             Error::Set(_) => 820,
@@ -240,15 +265,23 @@ impl Error {
             Error::Priority { .. } => 827,
             Error::OtherPlace { .. } => 828,
             Error::OtherDevice { .. } => 830,
+            Error::OtherWay { .. } => 831,
+            Error::OtherFamily(_) => 832,
+            Error::IngressQdisc(_) => 833,
+            Error::HalfDone { .. } => 834,
         })
     }
 
     /// What the user can do.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Error::NotRoot => "run it as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".into(),
+            Error::Capabilities(_) => "run it as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".into(),
+            Error::NoBpffs { own_mounts: true, .. } => {
+                "`ip netns exec` has mounts of its own: use `nsenter --net=/run/netns/NAME polc ...`, or name with --bpffs one that was mounted outside"
+                    .into()
+            }
             Error::NoBpffs { path, .. } => {
-                format!("mount one: mount -t bpf bpf {}", path.display())
+                format!("mount one (`mount -t bpf bpf {}`), or name another directory with --bpffs", path.display())
             }
             Error::Kernel(_) => "a newer kernel has it; `polc compile` writes an object without one".into(),
             Error::NoDevice(_) => "`ip link` lists the devices of this network namespace".into(),
@@ -276,16 +309,23 @@ impl Error {
                 "apply with the same options, or `polc flush` first: packets would meet both programs for a moment"
                     .into()
             }
+            Error::OtherWay { .. } => "`polc flush` it first: packets would meet both programs for a moment".into(),
+            Error::OtherFamily(_) => "apply one of the two with --attach tc-ingress, where there is room for both".into(),
+            Error::IngressQdisc(device) => format!(
+                "if nobody needs it, `tc qdisc del dev {device} ingress`; a kernel with tcx (6.6) needs neither"
+            ),
+            Error::HalfDone { .. } => "`polc status` shows what is in force; apply again, or `polc flush`".into(),
             Error::LowerDevice { upper, .. } => format!("apply to `{upper}` with --attach tc-ingress"),
             Error::MapMemory { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
-                "raise the limit on locked memory: ulimit -l unlimited".into()
+                "before Linux 5.11 raise the limit on locked memory (`ulimit -l unlimited`); later ones refuse for lack of CAP_BPF in the first user namespace, or by a security module"
+                    .into()
             }
             Error::MapMemory { .. } => "free memory, raise the cgroup's limit, or split the rule set".into(),
             Error::Verifier(_) => {
                 "the program was checked before; please report this rule set with the kernel's version".into()
             }
-            Error::Pin { path, .. } => {
-                format!("remove it (`rm {}`) if it is not somebody else's, and apply again", path.display())
+            Error::Pin { .. } => {
+                "what is attached stays so; `polc flush` removes it and its pins, then apply again".into()
             }
             Error::Corrupt { path, .. } => format!(
                 "what is attached stays so; `polc flush` removes it, or remove {} by hand and apply again",
@@ -294,10 +334,18 @@ impl Error {
             Error::Disk { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 "make room on the file system, or name another directory with --state".into()
             }
+            Error::Disk { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                "mount the file system for writing, or name another directory with --state".into()
+            }
+            Error::Disk { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "name directories that this user may write with --state and --bpffs".into()
+            }
             Error::Locked(_) => "wait for the other polc to end".into(),
             Error::NotApplied(_) => "`polc status` shows what is applied".into(),
             Error::Unconfirmed(_) => "`polc confirm` keeps it; without it, it goes back by itself".into(),
-            Error::Replaced(_) => "`polc status` shows what is attached now".into(),
+            Error::Replaced { by, .. } => format!(
+                "polc leaves it alone; `bpftool prog show id {by}` tells what it is. Once it is detached, `polc flush` removes what is left of polc's"
+            ),
             Error::Canary { .. } => "`polc explain` shows which rule decides the packet".into(),
             Error::TestRun { .. } => {
                 "a fault of polc or of the kernel: please report this rule set with the kernel's version".into()
@@ -318,10 +366,10 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::NotRoot => f.write_str("only root may load programs into the kernel"),
-            Error::NoBpffs { path, source } => {
-                write!(f, "`{}` is in no bpffs, and none can be mounted there: {source}", path.display())
+            Error::Capabilities(missing) => {
+                write!(f, "only a process with {} may load programs into the kernel", missing.join(", "))
             }
+            Error::NoBpffs { path, why, .. } => write!(f, "`{}` is in no bpffs{why}", path.display()),
             Error::Kernel(missing) => {
                 f.write_str("this kernel lacks ")?;
                 for (index, missing) in missing.iter().enumerate() {
@@ -356,6 +404,22 @@ impl fmt::Display for Error {
                     "the policy {place} is applied at priority {priority}, {with} reassembly of fragments"
                 )
             }
+            Error::OtherWay { place, way } => write!(f, "the policy {place} is attached {way}"),
+            Error::OtherFamily(place) => {
+                write!(
+                    f,
+                    "{place}: polc's policy for the other address family is there, and there is room for one"
+                )
+            }
+            Error::IngressQdisc(device) => {
+                write!(
+                    f,
+                    "`{device}` has an ingress qdisc, beside which there is no clsact qdisc for tc-egress"
+                )
+            }
+            Error::HalfDone { in_force, error } => {
+                write!(f, "{error}; {} could not be taken back and is in force", in_force.join(", "))
+            }
             Error::OtherDevice { place, applied, named } => write!(
                 f,
                 "the policy {place} is on device number {applied}, and the name is now that of number {named}"
@@ -383,8 +447,8 @@ impl fmt::Display for Error {
             Error::Disk { path, source } => write!(f, "`{}`: {source}", path.display()),
             Error::Locked(path) => write!(f, "another polc is at work: `{}` is locked", path.display()),
             Error::NotApplied(place) => write!(f, "no policy of polc's is applied {place}"),
-            Error::Replaced(place) => {
-                write!(f, "{place}: the program there is no longer the one that polc attached")
+            Error::Replaced { place, by } => {
+                write!(f, "{place}: program {by} is there, and no longer the one that polc attached")
             }
             Error::Unconfirmed(place) => {
                 write!(f, "{place}: the last change has not been confirmed yet")
@@ -410,13 +474,13 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::NoBpffs { source, .. }
-            | Error::MtuTooLarge { source, .. }
+            Error::MtuTooLarge { source, .. }
             | Error::NoNativeXdp { source, .. }
             | Error::MapMemory { source, .. }
             | Error::Disk { source, .. }
             | Error::Call { source, .. } => Some(source),
             Error::Verifier(refusal) => Some(&refusal.source),
+            Error::HalfDone { error, .. } => Some(&**error),
             _ => None,
         }
     }

@@ -12,9 +12,12 @@
 //! | [`load`] | an object into the kernel |
 //! | [`attach`], [`clsact`], [`dispatch`] | a program onto its attach point, off it, and in place of another |
 //! | [`coexist`] | others' programs |
-//! | [`state`] | what is kept about applied policies, on disk and in bpffs |
+//! | [`state`] | what is kept about applied policies |
+//! | [`store`] | where: on disk and in bpffs, and the locks |
 //! | [`swap`] | applying, confirming, flushing, repairing |
+//! | [`held`] | going back when nobody confirms, whatever became of files and pins |
 //! | [`carry`] | counters over generations |
+//! | [`gone`] | what is kept of network namespaces that are gone |
 //! | [`status`] | reading back what is applied |
 //! | [`counters`], [`events`] | packets by rule, packets as they are decided |
 //! | [`jited`] | a loaded program's code, beside the rules it comes from |
@@ -32,6 +35,8 @@ pub mod counters;
 pub mod dispatch;
 pub mod error;
 pub mod events;
+pub mod gone;
+pub mod held;
 pub mod jited;
 pub mod kernel_types;
 pub mod load;
@@ -42,6 +47,7 @@ pub mod probe;
 pub mod sets;
 pub mod state;
 pub mod status;
+pub mod store;
 pub mod swap;
 pub mod sys;
 pub mod tables;

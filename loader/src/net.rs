@@ -26,7 +26,8 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_PROG_ID: u16 = 4;
-const IFLA_XDP_MODE_IDS: [u16; 3] = [5, 6, 7];
+const IFLA_XDP_MODE_IDS: [u16; 3] = [5, IFLA_XDP_SKB_PROG_ID, 7];
+const IFLA_XDP_SKB_PROG_ID: u16 = 6;
 const RTA_DST: u16 = 1;
 const RT_TABLE_LOCAL: u8 = 255;
 const RTN_LOCAL: u8 = 2;
@@ -53,6 +54,8 @@ pub struct Device {
     pub address: Vec<u8>,
     /// Numbers of the XDP programs on it.
     pub xdp: Vec<u32>,
+    /// Whether one of them runs without the driver's help.
+    pub xdp_is_generic: bool,
 }
 
 /// The addresses that the kernel takes as its own, of one family.
@@ -147,8 +150,12 @@ fn device(body: &[u8]) -> Option<Device> {
             IFLA_XDP => {
                 // One number if one mode is in use, else one for each mode.
                 let ids = attributes(value)
-                    .filter(|(kind, _)| *kind == IFLA_XDP_PROG_ID || IFLA_XDP_MODE_IDS.contains(kind));
-                device.xdp = ids.filter_map(|(_, value)| u32_at(value, 0)).filter(|&id| id != 0).collect();
+                    .filter(|(kind, _)| *kind == IFLA_XDP_PROG_ID || IFLA_XDP_MODE_IDS.contains(kind))
+                    .filter_map(|(kind, value)| Some((kind, u32_at(value, 0).filter(|&id| id != 0)?)));
+                for (kind, id) in ids {
+                    device.xdp.push(id);
+                    device.xdp_is_generic |= kind == IFLA_XDP_SKB_PROG_ID;
+                }
                 device.xdp.sort_unstable();
                 device.xdp.dedup();
             }

@@ -10,7 +10,8 @@ use polc_ir::plan::set::{Words, change::Store};
 
 use crate::attach;
 use crate::error::Error;
-use crate::state::{Lock, Slot, SlotName, Store as StateStore};
+use crate::state::SlotName;
+use crate::store::{Lock, Slot, Store as StateStore};
 use crate::swap::{Repaired, repair};
 use crate::sys::{Map, MapWords, Sys};
 

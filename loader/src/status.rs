@@ -15,7 +15,8 @@ use crate::carry;
 use crate::error::Error;
 use crate::events::TraceMaps;
 use crate::load::map_spec;
-use crate::state::{Confirm, Generation, Lock, Slot, SlotName, SlotState, Store, Via};
+use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
+use crate::store::{Lock, Slot, Store};
 use crate::sys::{Map, ProgramInfo, Sys};
 
 /// An applied policy, opened for reading.
@@ -37,6 +38,7 @@ pub struct Open {
     pub program: ProgramInfo,
     /// Names of the object's maps and the maps.
     pub maps: Vec<(String, Map)>,
+    state: SlotState,
     files: Slot,
 }
 
@@ -94,8 +96,7 @@ impl Open {
     /// # Errors
     /// The kernel does not tell.
     pub fn is_attached(&self, sys: &Sys) -> Result<bool, Error> {
-        let Some(state) = self.files.read(sys)? else { return Ok(false) };
-        Ok(attach::current(sys, &self.files, &state)? == Some(self.program.id))
+        Ok(attach::current(sys, &self.files, &self.state)? == Some(self.program.id))
     }
 
     /// The program, to ask the kernel more about it.
@@ -111,7 +112,7 @@ impl Open {
     /// # Errors
     /// [`Error::Watched`] if somebody watches already.
     pub fn lock_reports(&self, sys: &Sys) -> Result<Lock, Error> {
-        self.files.lock_reports(sys)
+        self.files.lock_reports(sys, self.number)
     }
 
     /// Where a file kept with the generation is.
@@ -181,9 +182,13 @@ impl Fill<'_> {
 /// [`Error::NotApplied`] if none is.
 pub fn open(sys: &Sys, store: &Store, name: &SlotName) -> Result<Open, Error> {
     let slot = store.slot(name);
+    let not_applied = || Error::NotApplied(name.to_string());
     let attached = || -> Result<(SlotState, u32), Error> {
-        let state = slot.read(sys)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
-        let id = attach::current(sys, &slot, &state)?.ok_or_else(|| Error::NotApplied(name.to_string()))?;
+        let state = match slot.read(sys)? {
+            Some(state) => state,
+            None => return Err(if is_pinned(sys, &slot)? { slot.lost() } else { not_applied() }),
+        };
+        let id = attach::current(sys, &slot, &state)?.ok_or_else(not_applied)?;
         Ok((state, id))
     };
     let mut found = attached()?;
@@ -204,8 +209,8 @@ pub fn open(sys: &Sys, store: &Store, name: &SlotName) -> Result<Open, Error> {
 /// Opens the generation of a slot whose program has that number.
 fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Open, Error> {
     let name = &slot.name;
-    let found = state.generations.iter().find(|(_, generation)| generation.program_id == id);
-    let Some((&number, generation)) = found else { return Err(Error::Replaced(name.to_string())) };
+    let replaced = || Error::Replaced { place: name.to_string(), by: id };
+    let number = state.generation_of(id).ok_or_else(replaced)?;
     let object = carry::object(sys, slot, number)?;
     let program = attach::program(sys, slot, number)?;
     let program = sys.prog_info(&program).map_err(Error::call("ask about the pinned program"))?;
@@ -218,14 +223,13 @@ fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Op
         let map = pinned_map(sys, &slot.map(number, &def.name), &map_spec(def))?;
         maps.push((def.name.clone(), map));
     }
-    let unconfirmed = state.intent.as_ref().filter(|intent| intent.to == Some(number));
-    let unconfirmed = unconfirmed.and_then(|intent| intent.confirm.clone());
     Ok(Open {
         slot: name.clone(),
         number,
-        generation: generation.clone(),
+        generation: state.generations[&number].clone(),
         via: state.via,
-        unconfirmed,
+        unconfirmed: state.unconfirmed(number).cloned(),
+        state: state.clone(),
         object,
         program,
         maps,
@@ -233,16 +237,12 @@ fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Op
     })
 }
 
-/// Opens every applied policy, in the order of the slots' directories. Slots whose device is gone are left out.
-pub fn open_all(sys: &Sys, store: &Store) -> Result<Vec<Open>, Error> {
-    let mut found = Vec::new();
-    for (slot, _) in store.slots(sys)? {
-        match open(sys, store, &slot.name) {
-            Err(Error::NotApplied(_)) => {}
-            result => found.push(result?),
-        }
+/// Whether a program of a slot without state is attached, as far as its pins tell.
+fn is_pinned(sys: &Sys, slot: &Slot) -> Result<bool, Error> {
+    match slot.noted(sys)? {
+        Some(noted) => Ok(attach::current(sys, slot, &noted)?.is_some()),
+        None => Ok(attach::open_pin(sys, &slot.link())?.is_some()),
     }
-    Ok(found)
 }
 
 /// A pinned map, if it is what an object's map has to be.

@@ -3,13 +3,13 @@
 //! A change is made in seven steps: lock; repair; load and test the new program; pin it and write its files; write down
 //! what is about to happen; swap; tidy. Only the swap changes what packets meet, and it is one call of the kernel's. Up
 //! to it a crash leaves the old policy, after it the new one, and what else is left over is for [`repair`], which every
-//! change begins with: it asks the kernel which generation is attached and removes the others.
+//! change begins with: it asks the kernel which generation is attached and removes the others. Changes of several slots
+//! take each step for all of them before the next, and if a swap fails, those made before it are taken back.
 //!
 //! Counters are not copied between maps, which would race with the programs: a new generation remembers what its
 //! predecessors counted for the same rules ([`crate::carry`]).
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -25,8 +25,9 @@ use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
-use crate::state::{Confirm, Generation, Intent, STATE_VERSION, Slot, SlotName, SlotState, Store, Via};
-use crate::sys::{LinkKind, Map, Sys, TestRun};
+use crate::state::{Confirm, Generation, Intent, LOST, STATE_VERSION, SlotName, SlotState, Via};
+use crate::store::{Lock, Slot, Store};
+use crate::sys::{LinkKind, Sys, TestRun};
 
 /// Name of a generation's object among its files.
 pub const OBJECT_FILE: &str = "object.o";
@@ -56,7 +57,7 @@ pub struct Request<'a> {
     pub hook_order: dispatch::Order,
     /// Go back after this time unless confirmed.
     pub confirm: Option<Duration>,
-    /// Packets and bytes that rules start with, by the manifest's `counted`, if nothing was applied before.
+    /// Packets and bytes that rules start with, by the manifest's `counted`; none for what they had before.
     pub initial: &'a [(u64, u64)],
 }
 
@@ -114,74 +115,181 @@ pub fn apply(
     request: &Request<'_>,
     watch: &mut dyn FnMut(&Confirm) -> Result<(), Error>,
 ) -> Result<Applied, Error> {
-    if !sys.is_root() {
-        return Err(Error::NotRoot);
-    }
-    store.prepare(sys)?;
-    let slot = store.slot(request.slot);
-    let _lock = slot.lock(sys, false)?;
-    let applied = change(sys, store, &slot, request, watch);
-    if applied.is_err() {
-        // What is attached tells what is left over. If even that fails, the next polc has another try.
-        if repair(sys, &slot).is_ok_and(|left| left.is_none()) {
-            let _ = slot.remove(sys);
-            store.tidy(sys);
-        }
-    }
-    applied
+    let mut watch = |_: &SlotName, confirm: &Confirm| watch(confirm);
+    let mut applied = apply_all(sys, store, std::slice::from_ref(request), &mut watch)?;
+    Ok(applied.pop().expect("one for each request"))
 }
 
-fn change(
+/// Applies several policies, to a slot each: all of them or none.
+///
+/// # Errors
+/// Nothing was changed, unless it is [`Error::HalfDone`].
+pub fn apply_all(
     sys: &Sys,
     store: &Store,
-    slot: &Slot,
-    request: &Request<'_>,
-    watch: &mut dyn FnMut(&Confirm) -> Result<(), Error>,
-) -> Result<Applied, Error> {
-    let device = device(sys, request)?;
-    let (mut state, from) = match repair(sys, slot)? {
-        Some(Repaired { state, unconfirmed: Some(_), .. }) => {
-            return Err(Error::Unconfirmed(state.slot.to_string()));
-        }
-        Some(Repaired { state, current, .. }) => {
-            if request.slot.device.is_some() && state.ifindex != device.ifindex {
-                return Err(Error::OtherDevice {
-                    place: state.slot.to_string(),
-                    applied: state.ifindex,
-                    named: device.ifindex,
-                });
-            }
-            keeps_place(&state, request)?;
-            (state, Some(current))
-        }
-        None => (fresh(sys, store, slot, &device, request)?, None),
-    };
-    let present = slot.generations_present(sys)?;
-    let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
-    install(sys, slot, &mut state, from, to, request, watch)?;
-    let began = Instant::now();
-    match from {
-        Some(from) => attach::swap(sys, slot, &state, to, from)?,
-        None => {
-            let program = attach::program(sys, slot, to)?;
-            let how = How { device: &device, generic: request.generic, order: request.order };
-            attach::first(sys, slot, &state, to, program.as_fd(), how)?;
-        }
+    requests: &[Request<'_>],
+    watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
+) -> Result<Vec<Applied>, Error> {
+    may_change(sys)?;
+    store.prepare(sys)?;
+    let mut changes = Changes { locked: Vec::new(), installed: Vec::new(), made: 0 };
+    match changes.make(sys, store, requests, watch) {
+        Ok(()) => Ok(changes.end(sys, requests)),
+        Err(error) => Err(changes.take_back(sys, store, error)),
     }
-    let attached = Instant::now();
-    let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.clone());
-    let (program_id, via) = (state.generations[&to].program_id, state.via);
-    // The change is made; from here on nothing fails it.
-    let untidy = settle(sys, slot, &mut state, to, from, Some(&request.object.manifest))
-        .and_then(|()| prune(sys, slot, &mut state, to))
-        .err();
-    let attach_time = attached - began;
-    Ok(Applied { generation: to, program_id, replaced: from, via, confirm, untidy, attached, attach_time })
 }
 
-/// Refuses to change where among a hook's functions an applied policy is: that takes a new link, and until the old one is
-/// gone packets would meet both.
-fn keeps_place(state: &SlotState, request: &Request<'_>) -> Result<(), Error> {
+/// Refuses to go on without the capabilities that changes take.
+pub fn may_change(sys: &Sys) -> Result<(), Error> {
+    match sys.missing_capabilities() {
+        missing if missing.is_empty() => Ok(()),
+        missing => Err(Error::Capabilities(missing)),
+    }
+}
+
+/// Changes of several slots, each as far as it has come.
+struct Changes {
+    locked: Vec<(Slot, Lock)>,
+    installed: Vec<Change>,
+    /// How many of `installed` packets meet.
+    made: usize,
+}
+
+/// A change that is written down.
+struct Change {
+    slot: Slot,
+    state: SlotState,
+    from: Option<u32>,
+    to: u32,
+    device: net::Device,
+    /// When packets began to meet it, and how long the call took.
+    attached: (Instant, Duration),
+}
+
+impl Changes {
+    fn make(
+        &mut self,
+        sys: &Sys,
+        store: &Store,
+        requests: &[Request<'_>],
+        watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for request in requests {
+            let slot = store.slot(request.slot);
+            let lock = slot.lock(sys, false)?;
+            self.locked.push((slot, lock));
+        }
+        for (request, (slot, _)) in requests.iter().zip(&self.locked) {
+            self.installed.push(Change::install(sys, store, slot, request, watch)?);
+        }
+        for (request, change) in requests.iter().zip(&mut self.installed) {
+            change.swap(sys, request)?;
+            self.made += 1;
+        }
+        Ok(())
+    }
+
+    /// What the changes did; from here on nothing fails them.
+    fn end(self, sys: &Sys, requests: &[Request<'_>]) -> Vec<Applied> {
+        let end = |(change, request): (Change, &Request<'_>)| {
+            let Change { slot, mut state, from, to, attached: (attached, attach_time), .. } = change;
+            let confirm = state.unconfirmed(to).cloned();
+            let (program_id, via) = (state.generations[&to].program_id, state.via);
+            let settled = settle(sys, &slot, &mut state, to, from, Some(&request.object.manifest));
+            let untidy = settled.and_then(|()| prune(sys, &slot, &mut state, to)).err();
+            Applied {
+                generation: to,
+                program_id,
+                replaced: from,
+                via,
+                confirm,
+                untidy,
+                attached,
+                attach_time,
+            }
+        };
+        self.installed.into_iter().zip(requests).map(end).collect()
+    }
+
+    /// Takes back what was made and clears what was begun; the failure to report.
+    fn take_back(mut self, sys: &Sys, store: &Store, error: Error) -> Error {
+        let mut in_force = Vec::new();
+        for Change { slot, state, from, to, .. } in self.installed[..self.made].iter_mut().rev() {
+            if go_back(sys, slot, state, *from, Some(*to)).is_err() {
+                in_force.push(slot.name.to_string());
+            }
+        }
+        for (slot, _) in &self.locked {
+            // What is attached tells what is left over. If even that fails, the next polc has another try.
+            if repair(sys, slot).is_ok_and(|left| left.is_none()) {
+                let _ = slot.remove(sys);
+            }
+        }
+        store.tidy(sys);
+        if in_force.is_empty() { error } else { Error::HalfDone { in_force, error: Box::new(error) } }
+    }
+}
+
+impl Change {
+    /// Makes everything ready, and writes down what is about to happen.
+    fn install(
+        sys: &Sys,
+        store: &Store,
+        slot: &Slot,
+        request: &Request<'_>,
+        watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
+    ) -> Result<Change, Error> {
+        let device = device(sys, request)?;
+        let (mut state, from) = match repair(sys, slot)? {
+            Some(Repaired { state, unconfirmed: Some(_), .. }) => {
+                return Err(Error::Unconfirmed(state.slot.to_string()));
+            }
+            Some(Repaired { state, current, .. }) => {
+                if request.slot.device.is_some() && state.ifindex != device.ifindex {
+                    return Err(Error::OtherDevice {
+                        place: state.slot.to_string(),
+                        applied: state.ifindex,
+                        named: device.ifindex,
+                    });
+                }
+                keeps_place(&state, &device, request)?;
+                (state, Some(current))
+            }
+            None => (fresh(sys, store, slot, &device, request)?, None),
+        };
+        let present = slot.generations_present(sys)?;
+        let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
+        install(sys, slot, &mut state, from, to, request, watch)?;
+        Ok(Change { slot: slot.clone(), state, from, to, device, attached: (Instant::now(), Duration::ZERO) })
+    }
+
+    /// Changes what packets meet.
+    fn swap(&mut self, sys: &Sys, request: &Request<'_>) -> Result<(), Error> {
+        let Change { slot, state, from, to, device, attached } = self;
+        let began = Instant::now();
+        match *from {
+            Some(from) => attach::swap(sys, slot, state, *to, from)?,
+            None => {
+                let program = attach::program(sys, slot, *to)?;
+                let how = How { device, generic: request.generic, order: request.order };
+                attach::first(sys, slot, state, *to, program.as_fd(), how)?;
+            }
+        }
+        *attached = (Instant::now(), began.elapsed());
+        Ok(())
+    }
+}
+
+/// Refuses to change how a policy is attached, or where among a hook's functions it is: that takes a new link, and until
+/// the old one is gone packets would meet both.
+fn keeps_place(state: &SlotState, device: &net::Device, request: &Request<'_>) -> Result<(), Error> {
+    let other = |way: &'static str| Err(Error::OtherWay { place: state.slot.to_string(), way });
+    if request.generic && !device.xdp_is_generic {
+        return other("by the driver");
+    }
+    if request.clsact && state.via == Via::Link {
+        return other("by a tcx link");
+    }
     let Via::Dispatch { priority, defrag } = state.via else { return Ok(()) };
     let wanted = request.hook_order;
     // In accelerate mode it has to stay ahead of the kernel's own rules, which may have got an earlier table.
@@ -213,11 +321,11 @@ fn fresh(
     request: &Request<'_>,
 ) -> Result<SlotState, Error> {
     let via = attach::choose(sys, slot.name.attach, request.clsact)?;
-    // A policy for the other family may share a list of programs, not the one place of XDP.
-    let mut own = BTreeSet::new();
-    if slot.name.attach != Attach::Xdp {
-        for (_, state) in store.slots(sys)? {
-            own.extend(state.generations.values().map(|generation| generation.program_id));
+    let own = store.programs(sys)?;
+    if slot.name.attach == Attach::Xdp {
+        // A policy for the other family may share a list of programs, not the one place of XDP.
+        if device.xdp.iter().any(|program| own.contains(program)) {
+            return Err(Error::OtherFamily(slot.name.to_string()));
         }
     }
     attach::check_occupants(sys, slot, via, device, request.order, &own)?;
@@ -244,7 +352,7 @@ fn install(
     from: Option<u32>,
     to: u32,
     request: &Request<'_>,
-    watch: &mut dyn FnMut(&Confirm) -> Result<(), Error>,
+    watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let loaded = load(sys, request.object)?;
     fill(sys, &loaded, request.contents)?;
@@ -276,8 +384,8 @@ fn install(
         applied: now,
         mode: request.object.manifest.mode,
         source: request.source.to_string(),
-        carried: if from.is_none() { request.initial.to_vec() } else { Vec::new() },
-        settled: from.is_none(),
+        carried: request.initial.to_vec(),
+        settled: from.is_none() || !request.initial.is_empty(),
     };
     state.generations.insert(to, generation);
     let confirm = match request.confirm {
@@ -290,7 +398,7 @@ fn install(
     };
     state.intent = Some(Intent { from, to: Some(to), confirm: confirm.clone() });
     slot.write(sys, state)?;
-    confirm.map_or(Ok(()), |confirm| watch(&confirm))
+    confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))
 }
 
 fn fill(sys: &Sys, loaded: &Loaded, contents: &[Contents]) -> Result<(), Error> {
@@ -340,33 +448,48 @@ pub struct Repaired {
 
 /// Makes a slot whole again, whatever happened before: finds the generation attached, takes an overdue change back,
 /// and removes everything else. `None`: nothing is attached, and nothing is left over. The slot has to be locked.
+///
+/// # Errors
+/// [`Error::Corrupt`] if the state is damaged; an overdue change was taken back all the same.
 pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
-    let Some(mut state) = read_or_rebuild(sys, slot)? else {
-        // Pins and files of a change that was never written down.
-        for generation in slot.generations_present(sys)? {
-            slot.remove_generation(sys, generation)?;
+    let (mut state, lost) = match slot.read(sys) {
+        Ok(Some(state)) => (state, false),
+        Ok(None) => match recall(sys, slot)? {
+            Some(state) => (state, true),
+            None => {
+                // Pins and files of a change that was never written down.
+                for generation in slot.generations_present(sys)? {
+                    slot.remove_generation(sys, generation)?;
+                }
+                return Ok(None);
+            }
+        },
+        Err(error) => {
+            if let Some(mut noted) = slot.noted(sys)?
+                && let Some(current) = attached(sys, slot, &noted)?
+            {
+                keep_or_go_back(sys, slot, &mut noted, current)?;
+            }
+            return Err(error);
         }
-        return Ok(None);
     };
     let mut current = attached(sys, slot, &state)?;
     let mut unconfirmed = None;
-    if let Some(Intent { from, to, confirm: Some(confirm) }) = state.intent.clone()
-        && current.is_some()
-        && current == to
-    {
-        if sys.uptime_ms().map_err(Error::call("read the clock"))? < confirm.deadline_ms {
-            unconfirmed = Some(confirm);
-        } else {
-            go_back(sys, slot, &mut state, from, to)?;
+    if let Some(now) = current {
+        unconfirmed = keep_or_go_back(sys, slot, &mut state, now)?;
+        if unconfirmed.is_none() {
             current = attached(sys, slot, &state)?;
         }
     }
     let Some(current) = current else {
         // Links of devices that are gone, filters whose device is.
         attach::detach(sys, slot, &state)?;
-        slot.remove_all_but_lock(sys)?;
+        slot.clear(sys)?;
         return Ok(None);
     };
+    if lost {
+        slot.write(sys, &state)?;
+    }
     if unconfirmed.is_none() {
         let from = state.intent.as_ref().and_then(|intent| intent.from);
         if !state.generations[&current].settled {
@@ -377,20 +500,62 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
     Ok(Some(Repaired { state, current, unconfirmed }))
 }
 
+/// Takes the change to the generation attached back if it had to be confirmed by now; what still waits for it.
+fn keep_or_go_back(
+    sys: &Sys,
+    slot: &Slot,
+    state: &mut SlotState,
+    current: u32,
+) -> Result<Option<Confirm>, Error> {
+    let Some(confirm) = state.unconfirmed(current).cloned() else { return Ok(None) };
+    if sys.uptime_ms().map_err(Error::call("read the clock"))? < confirm.deadline_ms {
+        return Ok(Some(confirm));
+    }
+    let from = state.intent.as_ref().and_then(|intent| intent.from);
+    go_back(sys, slot, state, from, Some(current))?;
+    Ok(None)
+}
+
+/// Takes a change back whose time is over, as the process that was to do it did not. Whether it did.
+///
+/// # Errors
+/// [`Error::Locked`] if a polc is at it, or what kept it from going back.
+pub fn take_back_overdue(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
+    let slot = store.slot(name);
+    let state = match slot.read(sys) {
+        Ok(Some(state)) => Some(state),
+        _ => slot.noted(sys)?,
+    };
+    let confirm = state.and_then(|state| state.intent).and_then(|intent| intent.confirm);
+    let Some(confirm) = confirm else { return Ok(false) };
+    let now = sys.uptime_ms().map_err(Error::call("read the clock"))?;
+    if now < confirm.deadline_ms.saturating_add(OVERDUE_MS) {
+        return Ok(false);
+    }
+    let _lock = slot.lock(sys, false)?;
+    if repair(sys, &slot)?.is_none() {
+        slot.remove(sys)?;
+        store.tidy(sys);
+    }
+    Ok(true)
+}
+
+/// Time that the process which is to take a change back has for it, in milliseconds.
+const OVERDUE_MS: u64 = 1_000;
+
 /// The generation attached.
 fn attached(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>, Error> {
     let Some(id) = attach::current(sys, slot, state)? else { return Ok(None) };
-    let found = state.generations.iter().find(|(_, generation)| generation.program_id == id);
-    match found {
-        Some((number, _)) => Ok(Some(*number)),
-        None => Err(Error::Replaced(slot.name.to_string())),
+    match state.generation_of(id) {
+        Some(number) => Ok(Some(number)),
+        None => Err(Error::Replaced { place: slot.name.to_string(), by: id }),
     }
 }
 
-/// The state, or what the pins tell if it was lost.
-fn read_or_rebuild(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
-    if let Some(state) = slot.read(sys)? {
-        return Ok(Some(state));
+/// What the pins tell of a state that was lost.
+fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
+    if let Some(noted) = slot.noted(sys)? {
+        return Ok(Some(noted));
     }
     let Some(link) = attach::open_pin(sys, &slot.link())? else { return Ok(None) };
     let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
@@ -413,7 +578,7 @@ fn read_or_rebuild(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
             program_id: info.id,
             applied: 0,
             mode: None,
-            source: "unknown: the state was lost".to_string(),
+            source: LOST.to_string(),
             carried: Vec::new(),
             settled: true,
         };
@@ -506,31 +671,23 @@ fn prune(sys: &Sys, slot: &Slot, state: &mut SlotState, current: u32) -> Result<
 /// # Errors
 /// What could not be removed; the rest may be gone.
 pub fn flush(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
-    if !sys.is_root() {
-        return Err(Error::NotRoot);
-    }
+    may_change(sys)?;
     let slot = store.slot(name);
     let _lock = slot.lock(sys, false)?;
+    // What is damaged or lost can't be confirmed either, and what the pins tell is enough to take it away. Nothing is
+    // written, for which there may be no room: that nothing is attached tells the next polc what was going on.
     let state = match slot.read(sys) {
-        // What can't be read can't be confirmed either; what the pins hold is enough to take it away.
-        Err(Error::Corrupt { .. }) => {
-            slot.remove_state(sys)?;
-            read_or_rebuild(sys, &slot)?
-        }
-        _ => read_or_rebuild(sys, &slot)?,
+        Ok(Some(state)) => Some(state),
+        _ => recall(sys, &slot)?,
     };
-    let had = state.is_some();
-    if let Some(mut state) = state {
+    if let Some(state) = &state {
         // Another's program is not ours to detach.
-        attached(sys, &slot, &state)?;
-        state.intent =
-            Some(Intent { from: state.generations.keys().next_back().copied(), to: None, confirm: None });
-        slot.write(sys, &state)?;
-        attach::detach(sys, &slot, &state)?;
+        attached(sys, &slot, state)?;
+        attach::detach(sys, &slot, state)?;
     }
     slot.remove(sys)?;
     store.tidy(sys);
-    Ok(had)
+    Ok(state.is_some())
 }
 
 /// Confirms what a slot waits for. Whether it waited.
@@ -538,9 +695,7 @@ pub fn flush(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
 /// # Errors
 /// [`Error::NotApplied`] if nothing is applied (any more).
 pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
-    if !sys.is_root() {
-        return Err(Error::NotRoot);
-    }
+    may_change(sys)?;
     let slot = store.slot(name);
     let _lock = slot.lock(sys, true)?;
     match repair(sys, &slot)? {
@@ -557,75 +712,4 @@ pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error>
             Err(Error::NotApplied(name.to_string()))
         }
     }
-}
-
-/// What a watchdog holds, so that it can take a change back whatever happens to files and pins.
-#[derive(Debug)]
-pub struct Held {
-    slot: Slot,
-    store: Store,
-    link: Option<std::os::fd::OwnedFd>,
-    /// At a netfilter hook, the map that says which program it goes on with.
-    place: Option<Map>,
-    old: Option<std::os::fd::OwnedFd>,
-}
-
-impl Held {
-    /// Opens what taking the slot's change back needs. The change has been written down, and not been made yet.
-    pub fn new(sys: &Sys, store: &Store, name: &SlotName) -> Result<Held, Error> {
-        let slot = store.slot(name);
-        let from = slot.read(sys)?.and_then(|state| state.intent).and_then(|intent| intent.from);
-        let old = from.map(|from| attach::program(sys, &slot, from)).transpose()?;
-        let link = attach::open_pin(sys, &slot.link())?;
-        let place = attach::place(sys, &slot)?;
-        Ok(Held { slot, store: store.clone(), link, place, old })
-    }
-
-    /// Whether the change still waits for its confirmation. What can't be read does.
-    pub fn waits(&self, sys: &Sys, token: &str) -> bool {
-        match self.slot.read(sys) {
-            Ok(Some(state)) => is_of(&state, token),
-            Ok(None) => false,
-            Err(_) => true,
-        }
-    }
-
-    /// Takes the change back if it has not been confirmed.
-    pub fn go_back(&self, sys: &Sys, token: &str) -> Result<(), Error> {
-        let _lock = self.slot.lock(sys, true)?;
-        let repaired = match self.slot.read(sys) {
-            Ok(Some(state)) if is_of(&state, token) => repair(sys, &self.slot),
-            Ok(_) => return Ok(()),
-            Err(error) => Err(error),
-        };
-        match repaired {
-            Ok(Some(_)) => Ok(()),
-            Ok(None) => {
-                self.slot.remove(sys)?;
-                self.store.tidy(sys);
-                Ok(())
-            }
-            // The files are of no use; the link and the old program are.
-            Err(error) => {
-                let pinned = attach::open_pin(sys, &self.slot.link())?;
-                if let (Some(place), Some(old)) = (&self.place, &self.old) {
-                    return dispatch::put(sys, place, old).map_err(Error::call("go back to the old program"));
-                }
-                match (self.link.as_ref().or(pinned.as_ref()), &self.old) {
-                    (Some(link), Some(old)) => {
-                        sys.link_update(link, old, None).map_err(Error::call("go back to the old program"))
-                    }
-                    (Some(link), None) => {
-                        sys.link_detach(link).map_err(Error::call("detach the new program"))
-                    }
-                    (None, _) => Err(error),
-                }
-            }
-        }
-    }
-}
-
-fn is_of(state: &SlotState, token: &str) -> bool {
-    let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.as_ref());
-    confirm.is_some_and(|confirm| confirm.token == token)
 }

@@ -26,7 +26,8 @@ use polc_loader::coexist::Order;
 use polc_loader::netfilter::{
     Entry, FRAMES_MAX, Netfilter, NetfilterError, Passage, Route, Stages, Tool, counter_lines,
 };
-use polc_loader::state::{SlotName, Store};
+use polc_loader::state::SlotName;
+use polc_loader::store::Store;
 use polc_loader::swap::{Request, apply, flush};
 use polc_loader::sys::Sys;
 use polc_loader::{net, status};

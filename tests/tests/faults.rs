@@ -24,10 +24,12 @@ use polc_ir::env::{Attach, Env, Mode};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
-use polc_loader::state::{SlotName, Store};
-use polc_loader::swap::{self, Held, Request};
+use polc_loader::held::Held;
+use polc_loader::state::SlotName;
+use polc_loader::store::Store;
+use polc_loader::swap::{self, Request};
 use polc_loader::sys::{QueryPoint, Sys, TestRun};
-use polc_loader::{Error, clsact, net};
+use polc_loader::{Error, attach, clsact, net};
 use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
 
 const DEVICE: &str = "in0";
@@ -130,6 +132,23 @@ struct Host {
     state: PathBuf,
 }
 
+fn request<'a>(slot: &'a SlotName, object: &'a Object, way: Way, confirm: Option<Duration>) -> Request<'a> {
+    Request {
+        slot,
+        object,
+        source: "rules",
+        files: &[("rules", b"text")],
+        contents: &[],
+        checks: &[],
+        generic: false,
+        clsact: way == Way::Clsact,
+        order: Order::Alone,
+        hook_order: Default::default(),
+        confirm,
+        initial: &[],
+    }
+}
+
 impl Host {
     fn new(way: Way, bpffs: &Path, state: &Path, objects: Vec<Object>) -> Host {
         let slot = way.slot();
@@ -138,20 +157,7 @@ impl Host {
     }
 
     fn apply(&self, sys: &Sys, policy: usize, confirm: Option<Duration>) -> Result<(), Error> {
-        let request = Request {
-            slot: &self.slot,
-            object: &self.objects[policy],
-            source: "rules",
-            files: &[("rules", b"text")],
-            contents: &[],
-            checks: &[],
-            generic: false,
-            clsact: self.way == Way::Clsact,
-            order: Order::Alone,
-            hook_order: Default::default(),
-            confirm,
-            initial: &[],
-        };
+        let request = request(&self.slot, &self.objects[policy], self.way, confirm);
         swap::apply(sys, &self.store, &request, &mut |_| Ok(())).map(|_| ())
     }
 
@@ -183,10 +189,9 @@ impl Host {
             Operation::SwapUnconfirmed => self.apply(sys, 1, Some(Duration::from_secs(600))),
             Operation::Confirm => swap::confirm(sys, &self.store, &self.slot).map(|_| ()),
             Operation::GoBack => {
-                let held = Held::new(sys, &self.store, &self.slot)?;
                 let state = self.store.slot(&self.slot).read(&Sys::new()).expect("readable").expect("there");
                 let token = state.intent.and_then(|intent| intent.confirm).expect("it waits").token;
-                held.go_back(sys, &token)
+                Held::new(sys, &self.store, &self.slot, &token)?.go_back(sys)
             }
             Operation::Flush => swap::flush(sys, &self.store, &self.slot).map(|_| ()),
         }
@@ -220,7 +225,7 @@ impl Host {
             // Where the question for tcx fails, a filter is the way that is left.
             let found = sys.prog_query(device.ifindex, QueryPoint::TcxIngress).expect("asked");
             programs.extend(found.into_iter().map(|(program, _)| program));
-            if clsact::has_qdisc(&sys, device.ifindex).expect("asked") {
+            if clsact::qdisc(&sys, device.ifindex).expect("asked").is_some() {
                 let filters = clsact::filters(&sys, device.ifindex, false).expect("asked");
                 programs.extend(filters.into_iter().map(|filter| filter.program_id));
             }
@@ -273,6 +278,13 @@ impl Host {
         swap::flush(&Sys::new(), &self.store, &self.slot).map_err(|error| format!("flushing: {error}"))?;
         if let Some(policy) = self.in_force()? {
             return Err(format!("policy {policy} is in force after a flush"));
+        }
+        if self.way == Way::Clsact {
+            let devices = net::devices(&Sys::new()).map_err(|error| error.to_string())?;
+            let ifindex = net::find(&devices, DEVICE).map_err(|error| error.to_string())?.ifindex;
+            if let Some(qdisc) = clsact::qdisc(&Sys::new(), ifindex).map_err(|error| error.to_string())? {
+                return Err(format!("after a flush the qdisc {qdisc:?} is left"));
+            }
         }
         for folder in [&self.bpffs, &self.state] {
             let left: Vec<_> = fs::read_dir(folder)
@@ -409,6 +421,60 @@ fn every_failing_call_leaves_the_old_policy_or_the_new() {
         eprintln!("{way:?}: {}", summary.join("; "));
     }
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
+}
+
+/// The changes of a policy that stands at several hooks are made together.
+#[test]
+fn of_several_changes_all_are_made_or_none() {
+    const NAME: &str = "of_several_changes_all_are_made_or_none";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("several");
+    let store = Store::new(Path::new(&bpffs.join("")), state.path()).expect("the namespace is known");
+    let objects = POLICIES.map(|port| object(port, Attach::Netfilter));
+    let slots =
+        [Hook::Input, Hook::Forward].map(|hook| SlotName { hook: Some(hook), ..Way::Netfilter.slot() });
+    let apply = |sys: &Sys, policy: usize| {
+        let request = |slot| request(slot, &objects[policy], Way::Netfilter, None);
+        swap::apply_all(sys, &store, &slots.each_ref().map(request), &mut |_, _| Ok(())).map(|_| ())
+    };
+    let attached = || {
+        slots.each_ref().map(|name| {
+            let (sys, slot) = (Sys::new(), store.slot(name));
+            let state = slot.read(&sys).expect("it can be read")?;
+            attach::current(&sys, &slot, &state).expect("asked")
+        })
+    };
+    // The calls that attach a first program, and that exchange it.
+    for (first, call) in [(true, "link_create"), (false, "map_update")] {
+        for number in 1..=CALLS_MAX {
+            if !first {
+                apply(&Sys::new(), 0).expect("nothing fails here");
+            }
+            let before = attached();
+            assert!(before.iter().all(|program| program.is_none() == first), "{before:?}");
+            let calls = Arc::new(AtomicUsize::new(0));
+            let counted = calls.clone();
+            let sys = Sys::with_hook(move |name| {
+                let fails = name == call && counted.fetch_add(1, Ordering::Relaxed) + 1 == number;
+                if fails { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
+            });
+            let result = apply(&sys, 1);
+            match &result {
+                Ok(()) => assert!(attached().iter().zip(before).all(|(now, before)| *now != before)),
+                Err(error) => assert_eq!(attached(), before, "{call} {number}: {error}"),
+            }
+            slots.iter().for_each(|slot| {
+                swap::flush(&Sys::new(), &store, slot).expect("flushed");
+            });
+            assert_eq!(attached(), [None; 2]);
+            if calls.load(Ordering::Relaxed) < number {
+                assert!(number > 2 && result.is_ok(), "{call} {number}");
+                break;
+            }
+        }
+    }
 }
 
 #[test]

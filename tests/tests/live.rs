@@ -33,7 +33,7 @@ COMMIT
 
 /// Loads the rules as a tc program, or says that `name` is skipped.
 fn loaded(name: &str, sys: &Sys, trace: bool) -> Option<(Object, Loaded)> {
-    if !sys.is_root() {
+    if !sys.missing_capabilities().is_empty() {
         eprintln!("skipped {name}: needs root");
         return None;
     }

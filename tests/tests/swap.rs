@@ -30,8 +30,9 @@ use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
 use polc_loader::load::load;
 use polc_loader::netfilter::counter_lines;
-use polc_loader::state::{SlotName, Store};
+use polc_loader::state::SlotName;
 use polc_loader::status;
+use polc_loader::store::Store;
 use polc_loader::swap::{Request, apply, flush};
 use polc_loader::sys::{LinkSpec, LiveFrames, Map, ProgramSpec, ProgramType, Sys};
 use polc_loader::{carry, net};
@@ -414,7 +415,7 @@ fn shown(host: &Host) -> BTreeMap<&'static str, String> {
         ("tc filter egress", show("tc", &["filter", "show", "dev", DEVICE, "egress"])),
         ("iptables-save", show("iptables-legacy-save", &[])),
         ("bpftool net", show("bpftool", &["net"])),
-        ("slots", format!("{:?}", host.store.slots(&host.sys).expect("readable"))),
+        ("slots", format!("{:?}", host.store.names(&host.sys).expect("readable"))),
     ])
 }
 

@@ -4,28 +4,29 @@
 //! Each test has a host of its own: a network namespace with a pair of devices, and directories for pins and state.
 //! Without root the tests say that they are skipped.
 
+mod host;
+mod kept;
+mod places;
+
 use std::fs;
-use std::io::Write as _;
-use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use polc_ir::env::Attach;
+use polc_ir::hook::Family;
 use polc_loader::net;
-use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys};
-use polc_tests::kernel::{self, BpfFs, Namespace, TempDir};
+use polc_loader::state::SlotName;
+use polc_loader::sys::{LinkSpec, ProgramType, QueryPoint, Sys};
+use polc_tests::kernel;
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Signal, kill_process, kill_process_group};
 
-const RULES: &str = "\
-*filter
-:INPUT ACCEPT [0:0]
-:FORWARD ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
--A INPUT -p udp -m udp --dport 53 -j DROP
-COMMIT
-";
+use host::{
+    APPLY, APPLY_OTHER, FullDisk, Host, OTHER_RULES, PATIENCE, comes_into_force, has_xdp, in_force, ip, pid,
+    programs, theirs,
+};
 
 /// Rules of which replace mode can do without none and compile only the first.
 const UNCOMPILED: &str = "\
@@ -38,134 +39,6 @@ const UNCOMPILED: &str = "\
 -A INPUT -m state --state NEW -j LOG --log-prefix \"new: \"
 COMMIT
 ";
-
-/// Another policy.
-const OTHER_RULES: &str = "\
-*filter
-:INPUT ACCEPT [0:0]
-:FORWARD ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
--A INPUT -p udp -m udp --dport 54 -j DROP
-COMMIT
-";
-
-/// Longest wait for what comes in moments.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A host with a pair of devices, and where its polc keeps things.
-struct Host {
-    files: TempDir,
-    pins: BpfFs,
-    state: PathBuf,
-    _namespace: Namespace,
-}
-
-impl Host {
-    /// Moves the calling thread into the host; `None` if the test can't run.
-    fn new(name: &str) -> Option<Host> {
-        if !kernel::may_run(name) || !kernel::has_tools(name, &["ip"]) {
-            return None;
-        }
-        let namespace = Namespace::enter(name);
-        ip("link add eth0 type veth peer name eth1");
-        ip("link set eth0 up");
-        let files = TempDir::new(name);
-        files.file("rules.v4", RULES.as_bytes());
-        let state = files.path().join("state");
-        let pins = BpfFs::new(&format!("{name}-pins"));
-        Some(Host { files, pins, state, _namespace: namespace })
-    }
-
-    /// polc with its directories.
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
-        command.args(args).args(["--bpffs", &self.pins.join(""), "--state"]).arg(&self.state);
-        command.current_dir(self.files.path()).stdin(Stdio::piped());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    }
-
-    fn polc(&self, args: &[&str], input: &str) -> Output {
-        let mut child = self.command(args).spawn().expect("polc runs");
-        // A command that does not read ends before it is written to.
-        let _ = child.stdin.take().expect("piped").write_all(input.as_bytes());
-        child.wait_with_output().expect("polc ends")
-    }
-
-    /// What a command says that ends with `code`.
-    fn says(&self, args: &[&str], code: i32) -> String {
-        self.says_of(args, "", code)
-    }
-
-    fn says_of(&self, args: &[&str], input: &str, code: i32) -> String {
-        let output = self.polc(args, input);
-        let said =
-            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
-        said
-    }
-
-    /// The one file of this name that is kept.
-    fn kept(&self, name: &str) -> PathBuf {
-        let mut folders = vec![self.state.clone()];
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(&folder).expect("a folder") {
-                let path = entry.expect("an entry").path();
-                if path.file_name().is_some_and(|own| own == name) {
-                    return path;
-                }
-                if path.is_dir() {
-                    folders.push(path);
-                }
-            }
-        }
-        panic!("no {name} is kept");
-    }
-}
-
-/// What tells the two policies apart: the port in the rules that are in force; `None`: no policy is.
-fn in_force(host: &Host) -> Option<u16> {
-    let saved = host.polc(&["save"], "");
-    let text = String::from_utf8_lossy(&saved.stdout).into_owned();
-    match (text.contains("--dport 53 "), text.contains("--dport 54 ")) {
-        (true, false) => Some(53),
-        (false, true) => Some(54),
-        found => {
-            assert_eq!(found, (false, false), "{text}");
-            assert!(!has_xdp("eth0"));
-            None
-        }
-    }
-}
-
-/// Waits for a policy; how long it took.
-fn comes_into_force(host: &Host, policy: Option<u16>) -> Duration {
-    let began = Instant::now();
-    while in_force(host) != policy {
-        assert!(began.elapsed() < PATIENCE, "{policy:?} does not come into force");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    began.elapsed()
-}
-
-/// Numbers of the device's XDP programs.
-fn programs(device: &str) -> Vec<u32> {
-    let devices = net::devices(&Sys::new()).expect("a list");
-    net::find(&devices, device).expect("it is there").xdp.clone()
-}
-
-fn pid(child: &Child) -> Pid {
-    Pid::from_child(child)
-}
-
-fn ip(args: &str) -> String {
-    kernel::run("ip", &args.split(' ').collect::<Vec<_>>()).expect("ip")
-}
-
-/// Whether an XDP program is attached to a device.
-fn has_xdp(device: &str) -> bool {
-    ip(&format!("link show {device}")).contains("xdp")
-}
 
 #[test]
 fn devices_that_are_not_there_or_go_away() {
@@ -206,32 +79,6 @@ fn an_mtu_that_the_driver_runs_no_xdp_with() {
     assert!(has_xdp("eth0"));
     host.says(&["flush"], 0);
     assert!(!has_xdp("eth0"));
-}
-
-/// A file system with no room left.
-struct FullDisk(PathBuf);
-
-impl FullDisk {
-    fn new(path: PathBuf) -> FullDisk {
-        fs::create_dir_all(&path).expect("a folder");
-        let target = path.to_str().expect("UTF-8");
-        kernel::run("mount", &["-t", "tmpfs", "-o", "size=16k", "tmpfs", target]).expect("a tmpfs");
-        let mut file = fs::File::create(path.join("ballast")).expect("a file");
-        while file.write_all(&[0; 1 << 10]).is_ok() {}
-        FullDisk(path)
-    }
-
-    fn make_room(&self) {
-        fs::remove_file(self.0.join("ballast")).expect("the ballast");
-        let target = self.0.to_str().expect("UTF-8");
-        kernel::run("mount", &["-o", "remount,size=4m", target]).expect("more room");
-    }
-}
-
-impl Drop for FullDisk {
-    fn drop(&mut self) {
-        _ = Command::new("umount").arg(&self.0).status();
-    }
 }
 
 #[test]
@@ -314,9 +161,6 @@ fn replace_mode_names_what_it_can_not_compile() {
     host.says(&["apply", "uncompiled.v4", "--unchecked", "--dev", "eth0"], 0);
     host.says(&["flush"], 0);
 }
-
-const APPLY: [&str; 5] = ["apply", "rules.v4", "--replace", "--dev", "eth0"];
-const APPLY_OTHER: [&str; 5] = ["apply", "other.v4", "--replace", "--dev", "eth0"];
 
 #[test]
 fn a_policy_is_not_lost_to_an_empty_file() {
@@ -410,9 +254,8 @@ fn two_polcs_do_not_get_into_each_others_way() {
     host.files.file("other.v4", OTHER_RULES.as_bytes());
     host.says(&APPLY, 0);
     // While one is at work, the other changes nothing.
-    let folder = host.kept("state.json");
-    let lock = folder.parent().expect("the slot's folder").with_extension("lock");
-    let lock = fs::File::open(&lock).expect("it was locked before");
+    let slot = SlotName { device: Some("eth0".into()), attach: Attach::Xdp, hook: None, family: Family::V4 };
+    let lock = fs::File::open(host.slot(&slot).pins()).expect("it is there");
     flock(&lock, FlockOperation::LockExclusive).expect("nobody is at work");
     for args in [&APPLY_OTHER[..], &["flush"]] {
         let said = host.says(args, 3);
@@ -439,14 +282,6 @@ fn two_polcs_do_not_get_into_each_others_way() {
     assert!(in_force(&host).is_some());
     host.says(&["flush"], 0);
     assert_eq!(in_force(&host), None);
-}
-
-/// A program of somebody else's, which lets everything on.
-fn theirs(kind: ProgramType, returns: u64) -> OwnedFd {
-    // `r0 = returns; exit`.
-    let slots = [returns << 32 | 0xb7, 0x95];
-    let spec = ProgramSpec { kind, attach_type: 0, name: "theirs", license: "GPL", slots: &slots, btf: None };
-    Sys::new().prog_load(&spec, &mut []).expect("accepted")
 }
 
 #[test]

@@ -56,19 +56,19 @@ impl Sys {
         File::open(folder)?.sync_all()
     }
 
-    /// Opens a file, made if it isn't there, and locks it (flock(2)) until it is closed, by a crash if need be.
-    /// `WouldBlock` if another holds the lock and `wait` is not given.
-    pub fn lock_file(&self, path: &Path, wait: bool) -> io::Result<File> {
+    /// Locks a directory (flock(2)) until the result is closed, by a crash if need be. `WouldBlock` if another holds the
+    /// lock and `wait` is not given.
+    pub fn lock_directory(&self, path: &Path, wait: bool) -> io::Result<File> {
         loop {
             self.enter("open_lock")?;
-            let file = File::options().create(true).truncate(false).write(true).open(path)?;
+            let file = File::open(path)?;
             self.enter("flock")?;
             if wait {
                 file.lock()?;
             } else {
                 lock_soon(&file)?;
             }
-            // Whoever held it may have removed the file; a lock on a file without a name keeps nobody out.
+            // Whoever held it may have removed the directory; a lock on one without a name keeps nobody out.
             let named = fs::metadata(path).is_ok_and(|named| {
                 file.metadata().is_ok_and(|own| (own.dev(), own.ino()) == (named.dev(), named.ino()))
             });
@@ -76,6 +76,35 @@ impl Sys {
                 return Ok(file);
             }
         }
+    }
+
+    /// Writes the text of a symbolic link: whoever reads it afterwards finds the old text or this one. It is made under
+    /// the name `new` first, in the same directory.
+    pub fn write_symlink(&self, path: &Path, new: &Path, text: &str) -> io::Result<()> {
+        self.enter("symlink")?;
+        absent_is_fine(fs::remove_file(new))?;
+        std::os::unix::fs::symlink(text, new)?;
+        self.enter("rename")?;
+        fs::rename(new, path)
+    }
+
+    /// The text of a symbolic link; `None` if there is none.
+    pub fn read_symlink(&self, path: &Path) -> io::Result<Option<String>> {
+        self.enter("readlink")?;
+        match fs::read_link(path) {
+            Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
+            // What is no link has no text (readlink(2), `EINVAL`).
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether there is something of this name.
+    pub fn is_there(&self, path: &Path) -> io::Result<bool> {
+        self.enter("stat")?;
+        fs::exists(path)
     }
 
     /// Makes a directory and those above it, if they aren't there.

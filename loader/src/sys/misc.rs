@@ -8,14 +8,41 @@ use super::{Sys, checked};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+/// Capabilities by name and number (include/uapi/linux/capability.h): to attach, to load, and to load programs that index
+/// their stack by what they compute.
+const NEEDED: [(&str, u32); 3] = [("CAP_NET_ADMIN", CAP_NET_ADMIN), ("CAP_BPF", 39), ("CAP_PERFMON", 38)];
 /// `MEMBARRIER_CMD_GLOBAL` (include/uapi/linux/membarrier.h).
 const MEMBARRIER_CMD_GLOBAL: i32 = 1;
 
 impl Sys {
-    /// Whether the process runs as root, as far as its effective user says.
-    pub fn is_root(&self) -> bool {
-        // SAFETY: the call always succeeds and touches no memory.
-        unsafe { libc::geteuid() == 0 }
+    /// Names of the capabilities that loading and attaching programs takes and this thread lacks. Before Linux 5.8
+    /// `CAP_SYS_ADMIN` stood for those of BPF, and it still does (include/linux/capability.h, `bpf_capable`).
+    pub fn missing_capabilities(&self) -> Vec<&'static str> {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+        let has = |bit: u32| effective >> bit & 1 != 0;
+        let lacks = |(name, bit): &(&'static str, u32)| {
+            (!has(*bit) && (*bit == CAP_NET_ADMIN || !has(CAP_SYS_ADMIN))).then_some(*name)
+        };
+        NEEDED.iter().filter_map(lacks).collect()
+    }
+
+    /// Whether a process that led to this one sees other mounts, so that what this one mounts may end with it (`ip netns
+    /// exec`, `unshare`). Processes that can't be asked are passed over.
+    pub fn has_own_mounts(&self) -> bool {
+        let mounts = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+        let parent = |process: &str| {
+            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+            // The name before it, in parentheses, may hold anything (proc_pid_stat(5)).
+            let (_, rest) = stat.rsplit_once(')')?;
+            rest.split_whitespace().nth(1).map(str::to_string)
+        };
+        let own = mounts("self");
+        let mut ancestors = std::iter::successors(parent("self"), |process| parent(process));
+        ancestors.any(|process| mounts(&process).is_some_and(|mounts| Some(mounts) != own))
     }
 
     /// Whether a directory is in a bpffs.

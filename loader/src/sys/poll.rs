@@ -102,15 +102,35 @@ impl Sys {
         output: Option<BorrowedFd<'_>>,
         timeout: Duration,
     ) -> io::Result<Vec<bool>> {
-        self.enter("poll")?;
-        let poll = |file: BorrowedFd<'_>, events| libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
         // That nobody reads any more is told without being asked for (poll(2), `POLLERR`).
+        self.wait(files, output.map(|output| (output, 0)), Some(timeout))
+    }
+
+    /// Waits until `output` takes something, or its reader has gone away, or one of `files` can be read, for at most
+    /// `timeout`; whether each of these is so, `output` last.
+    pub fn wait_writable(
+        &self,
+        files: &[BorrowedFd<'_>],
+        output: BorrowedFd<'_>,
+        timeout: Option<Duration>,
+    ) -> io::Result<Vec<bool>> {
+        self.wait(files, Some((output, libc::POLLOUT)), timeout)
+    }
+
+    fn wait(
+        &self,
+        files: &[BorrowedFd<'_>],
+        output: Option<(BorrowedFd<'_>, i16)>,
+        timeout: Option<Duration>,
+    ) -> io::Result<Vec<bool>> {
+        self.enter("poll")?;
+        let millis = timeout.map_or(FOREVER, |time| i32::try_from(time.as_millis()).unwrap_or(i32::MAX));
+        let poll = |file: BorrowedFd<'_>, events| libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
         let mut polls: Vec<libc::pollfd> = files
             .iter()
             .map(|file| poll(*file, libc::POLLIN))
-            .chain(output.map(|file| poll(file, 0)))
+            .chain(output.map(|(file, events)| poll(file, events)))
             .collect();
-        let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: the structures live and are as many as said.
         let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
         match checked(ready.into()) {
@@ -122,3 +142,6 @@ impl Sys {
         Ok(polls.iter().map(|poll| poll.revents != 0).collect())
     }
 }
+
+/// A timeout that poll(2) takes for none.
+const FOREVER: i32 = -1;

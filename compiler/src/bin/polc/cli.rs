@@ -1,5 +1,6 @@
 //! The command line's grammar: every command, option and default, and the text of `--help` and the man pages.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -24,7 +25,7 @@ pub(crate) use applied::{DumpCode, MetricsArgs, SaveArgs, TopArgs, TraceArgs};
     name = "polc",
     version,
     max_term_width = 110,
-    after_help = "Exit status: 0 if all is well, 1 if something was found or differs, 2 for bad usage or unreadable input, 3 if the\nkernel or the system refuses; nothing is changed then."
+    after_help = "Exit status: 0 if all is well, 1 if something was found or differs, 2 for bad usage or a file that can't be read,\n3 if the kernel or the system refuses; nothing is changed then."
 )]
 pub(crate) struct Cli {
     /// When to colour what is printed
@@ -32,6 +33,14 @@ pub(crate) struct Cli {
     pub color: ColorChoice,
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The process's command line. ipset's `-exist` is the one long option with one dash.
+    pub(crate) fn of_process() -> Cli {
+        let word = |word: OsString| if word == "-exist" { "--exist".into() } else { word };
+        Cli::parse_from(std::env::args_os().map(word))
+    }
 }
 
 /// When to use colour.
@@ -72,7 +81,7 @@ pub(crate) enum Command {
     Confirm(SlotArgs),
     /// Take applied policies away, and leave the host as it was before
     #[cfg(feature = "kernel")]
-    Flush(SlotArgs),
+    Flush(FlushArgs),
     /// Show what is applied where, since when, and what it does
     #[cfg(feature = "kernel")]
     Status(StatusArgs),
@@ -596,10 +605,10 @@ pub(crate) struct DumpInput {
 #[derive(Debug, Args)]
 pub(crate) struct StoreArgs {
     /// The bpffs that maps, programs and links are pinned in; one is mounted if there is none
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::state::DEFAULT_BPFFS, help_heading = "State")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::store::DEFAULT_BPFFS, help_heading = "State")]
     pub bpffs: PathBuf,
     /// Where the rest is kept; it need not outlive the machine
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::state::DEFAULT_STATE, help_heading = "State")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::store::DEFAULT_STATE, help_heading = "State")]
     pub state: PathBuf,
 }
 
@@ -727,6 +736,16 @@ pub(crate) struct SlotArgs {
 }
 
 #[cfg(feature = "kernel")]
+#[derive(Debug, Args)]
+pub(crate) struct FlushArgs {
+    #[command(flatten)]
+    pub slots: SlotArgs,
+    /// What is kept of a network namespace that is gone, by the number that `polc status` tells, instead of this one
+    #[arg(long, value_name = "NUMBER")]
+    pub gone: Option<u64>,
+}
+
+#[cfg(feature = "kernel")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum SetCommand {
     /// Add an element: SET ELEMENT [nomatch] [-exist]
@@ -746,8 +765,11 @@ pub(crate) enum SetCommand {
 pub(crate) struct SetChangeArgs {
     #[command(flatten)]
     pub slots: SlotArgs,
-    /// The set, an element as ipset takes it, its options; -exist: no error if it is there already, or isn't
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, allow_hyphen_values = true, value_name = "SET ELEMENT")]
+    /// No error if the element is there already, or isn't; also `-exist`
+    #[arg(long, short = '!')]
+    pub exist: bool,
+    /// The set, an element as ipset takes it, its options
+    #[arg(required = true, num_args = 2.., value_name = "SET ELEMENT")]
     pub words: Vec<String>,
 }
 

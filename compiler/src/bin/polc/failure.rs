@@ -20,6 +20,9 @@ pub(crate) enum Failure {
     /// The kernel or the system refuses.
     #[cfg(feature = "kernel")]
     Kernel(Box<polc_loader::Error>),
+    /// The same, of one of several applied policies.
+    #[cfg(feature = "kernel")]
+    At(polc_loader::state::SlotName, Box<polc_loader::Error>),
     /// The kernel's packet filter can't be asked.
     #[cfg(feature = "kernel")]
     Netfilter(polc_loader::netfilter::NetfilterError),
@@ -34,7 +37,19 @@ impl Failure {
         Failure::Write(path.to_path_buf(), error)
     }
 
-    /// The same, of one of several packets.
+    /// A failure about one of several applied policies, which it names.
+    #[cfg(feature = "kernel")]
+    pub(crate) fn at(slot: &polc_loader::state::SlotName, error: polc_loader::Error) -> Failure {
+        use polc_loader::Error;
+        match error {
+            Error::Corrupt { .. } | Error::Pin { .. } | Error::Disk { .. } => {
+                Failure::At(slot.clone(), Box::new(error))
+            }
+            error => error.into(),
+        }
+    }
+
+    /// This failure, of one of several packets.
     pub(crate) fn at_packet(self, index: usize) -> Failure {
         match self {
             Failure::Input(message) => Failure::Input(format!("packet {index}: {message}")),
@@ -46,7 +61,7 @@ impl Failure {
     pub(crate) fn exit_status(&self) -> u8 {
         match self {
             #[cfg(feature = "kernel")]
-            Failure::Kernel(_) | Failure::Netfilter(_) => 3,
+            Failure::Kernel(_) | Failure::At(..) | Failure::Netfilter(_) => 3,
             _ => 2,
         }
     }
@@ -67,19 +82,25 @@ impl fmt::Display for Failure {
             #[cfg(feature = "kernel")]
             Failure::Netfilter(error) => write!(f, "the kernel's packet filter can't be asked: {error}"),
             #[cfg(feature = "kernel")]
-            Failure::Kernel(error) => {
-                write!(f, "[E{}] {error}", error.code())?;
-                if let polc_loader::Error::Verifier(refusal) = &**error {
-                    for line in refusal.log.lines() {
-                        write!(f, "\n  | {line}")?;
-                    }
-                }
-                match error.hint() {
-                    Some(hint) => write!(f, "\n  help: {hint}"),
-                    None => Ok(()),
-                }
-            }
+            Failure::Kernel(error) => refused(f, "", error),
+            #[cfg(feature = "kernel")]
+            Failure::At(slot, error) => refused(f, &format!("{slot}: "), error),
         }
+    }
+}
+
+/// Why the kernel refuses, and what to do about it.
+#[cfg(feature = "kernel")]
+fn refused(f: &mut fmt::Formatter<'_>, place: &str, error: &polc_loader::Error) -> fmt::Result {
+    write!(f, "[E{}] {place}{error}", error.code())?;
+    if let polc_loader::Error::Verifier(refusal) = error {
+        for line in refusal.log.lines() {
+            write!(f, "\n  | {line}")?;
+        }
+    }
+    match error.hint() {
+        Some(hint) => write!(f, "\n  help: {hint}"),
+        None => Ok(()),
     }
 }
 

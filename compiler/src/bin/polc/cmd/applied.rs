@@ -12,47 +12,72 @@ use crate::cli::SlotArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Opens the policies that options name; there may be none. Slots whose device is gone are remarked upon.
-pub(super) fn open_all(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Vec<Open>, Failure> {
-    let (opened, gone) = open(sys, args)?;
-    for slot in gone {
+/// The policies that options name, as far as they can be opened.
+#[derive(Debug, Default)]
+pub(super) struct Opened {
+    /// Those that can.
+    pub policies: Vec<Open>,
+    /// Why others can't.
+    pub failed: Vec<Failure>,
+    /// Slots where nothing is attached any more.
+    gone: Vec<SlotName>,
+}
+
+impl Opened {
+    fn new(sys: &Sys, args: &SlotArgs) -> Result<Opened, Failure> {
+        let store = live::store(&args.store)?;
+        let mut opened = Opened::default();
+        for slot in live::slots(sys, args)? {
+            match status::open(sys, &store, &slot) {
+                Ok(policy) => opened.policies.push(policy),
+                Err(Error::NotApplied(_)) => opened.gone.push(slot),
+                Err(error) => opened.failed.push(Failure::at(&slot, error)),
+            }
+        }
+        Ok(opened)
+    }
+}
+
+/// Opens the policies that options name; there may be none. Slots whose program is gone are remarked upon.
+pub(super) fn open_all(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Opened, Failure> {
+    live::take_back_overdue(sys, args, output)?;
+    let opened = Opened::new(sys, args)?;
+    for slot in &opened.gone {
         output.remark(&format!("{slot}: nothing is attached any more; `polc flush` removes what is left\n"));
     }
     Ok(opened)
 }
 
 /// The same; that there is none is a failure.
-pub(super) fn open_some(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Vec<Open>, Failure> {
-    let opened = open_all(sys, args, output)?;
-    if opened.is_empty() { Err(live::nothing(args)) } else { Ok(opened) }
-}
-
-/// The policies that options name, and the slots among them where nothing is attached any more.
-fn open(sys: &Sys, args: &SlotArgs) -> Result<(Vec<Open>, Vec<SlotName>), Failure> {
-    let store = live::store(&args.store)?;
-    let (mut opened, mut gone) = (Vec::new(), Vec::new());
-    for slot in live::slots(sys, args)? {
-        match status::open(sys, &store, &slot) {
-            Err(Error::NotApplied(_)) => gone.push(slot),
-            result => opened.push(result?),
+pub(super) fn open_some(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Opened, Failure> {
+    let mut opened = open_all(sys, args, output)?;
+    match opened.failed.pop() {
+        None if opened.policies.is_empty() => Err(live::nothing(args)),
+        Some(failure) if opened.policies.is_empty() => {
+            opened.failed.push(failure);
+            live::all_well(opened.failed, output).map(|_| Opened::default())
+        }
+        failure => {
+            opened.failed.extend(failure);
+            Ok(opened)
         }
     }
-    Ok((opened, gone))
 }
 
 /// The policies that options name, over time: opened again only if what is applied changes.
 #[derive(Debug, Default)]
-pub(super) struct Followed(Vec<Open>);
+pub(super) struct Followed(Opened);
 
 impl Followed {
     /// What is applied now.
-    pub(super) fn refresh(&mut self, sys: &Sys, args: &SlotArgs) -> Result<&[Open], Failure> {
-        let mut same = self.0.iter().map(|open| &open.slot).eq(&live::slots(sys, args)?);
-        for open in &self.0 {
+    pub(super) fn refresh(&mut self, sys: &Sys, args: &SlotArgs) -> Result<&Opened, Failure> {
+        let opened = &self.0;
+        let mut same = opened.policies.iter().map(|open| &open.slot).eq(&live::slots(sys, args)?);
+        for open in &opened.policies {
             same = same && open.generation.settled && open.is_attached(sys)?;
         }
         if !same {
-            self.0 = open(sys, args)?.0;
+            self.0 = Opened::new(sys, args)?;
         }
         Ok(&self.0)
     }

@@ -29,7 +29,7 @@ use polc_ir::state::State;
 use polc_loader::coexist::Order;
 use polc_loader::sets::SETS_FILE;
 use polc_loader::state::{Confirm, SlotName};
-use polc_loader::swap::{Applied, Check, Request, apply, check};
+use polc_loader::swap::{self, Applied, Check, Request, apply_all, check};
 use polc_loader::sys::Sys;
 use polc_loader::{Error, dispatch, load, net};
 
@@ -106,9 +106,7 @@ struct Live<'a> {
 impl Job<'_> {
     fn run(&self, output: &Output) -> Result<ExitCode, Failure> {
         let sys = Sys::new();
-        if !sys.is_root() {
-            return Err(Error::NotRoot.into());
-        }
+        swap::may_change(&sys)?;
         let began = Instant::now();
         let mut session = input::session(self.file, &self.options.input)?;
         let attach: Attach = self.options.attach.into();
@@ -156,16 +154,9 @@ impl Job<'_> {
             }
             return Ok(ExitCode::SUCCESS);
         }
-        for (index, part) in parts.iter().enumerate() {
-            let applied =
-                self.put_in_force(&sys, &session, part, &sets, &surroundings).inspect_err(|_| {
-                    if index > 0 {
-                        let done: Vec<String> =
-                            parts[..index].iter().map(|part| part.slot.to_string()).collect();
-                        output.remark(&format!("already in force: {}\n", done.join(", ")));
-                    }
-                })?;
-            output.remark(&self.said(part, &applied, began, compiled_in));
+        let done = self.put_in_force(&sys, &session, &parts, &sets, &surroundings)?;
+        for (part, applied) in parts.iter().zip(&done) {
+            output.remark(&self.said(part, applied, began, compiled_in));
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -316,51 +307,73 @@ impl Job<'_> {
         self.options.input.ipset.iter().map(read).collect()
     }
 
+    /// Puts all parts in force, or none.
     fn put_in_force(
         &self,
         sys: &Sys,
         session: &Session,
+        parts: &[Part],
+        sets: &[String],
+        surroundings: &Surroundings,
+    ) -> Result<Vec<Applied>, Failure> {
+        let store = live::store(&self.options.store)?;
+        let rules = session.sources.file(session.rules_file);
+        let kept: Vec<Vec<(String, Vec<u8>)>> =
+            parts.iter().map(|part| self.kept(session, part, sets, surroundings)).collect();
+        let kept: Vec<Vec<(&str, &[u8])>> = kept
+            .iter()
+            .map(|files| files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect())
+            .collect();
+        let initial = |part: &Part| if self.counters { initial(session, &part.object) } else { Vec::new() };
+        let initial: Vec<Vec<(u64, u64)>> = parts.iter().map(initial).collect();
+        let requests: Vec<Request<'_>> = parts
+            .iter()
+            .enumerate()
+            .map(|(index, part)| Request {
+                slot: &part.slot,
+                object: &part.object,
+                source: self.options.named.as_deref().unwrap_or(rules.name()),
+                files: &kept[index],
+                contents: &[],
+                checks: &part.checks,
+                generic: self.options.generic,
+                clsact: self.options.clsact,
+                order: match self.options.order {
+                    None => Order::Alone,
+                    Some(OrderChoice::First) => Order::First,
+                    Some(OrderChoice::Last) => Order::Last,
+                },
+                hook_order: part.hook_order,
+                confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
+                initial: &initial[index],
+            })
+            .collect();
+        let mut watch =
+            |slot: &SlotName, confirm: &Confirm| live::start_watchdog(&self.options.store, slot, confirm);
+        Ok(apply_all(sys, &store, &requests, &mut watch)?)
+    }
+
+    /// The files that are kept with a part, by name.
+    fn kept(
+        &self,
+        session: &Session,
         part: &Part,
         sets: &[String],
         surroundings: &Surroundings,
-    ) -> Result<Applied, Failure> {
-        let store = live::store(&self.options.store)?;
+    ) -> Vec<(String, Vec<u8>)> {
         let rules = session.sources.file(session.rules_file);
+        let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
         let mut files: Vec<(String, Vec<u8>)> = vec![
             (live::RULES_FILE.into(), bytes::of_text(rules.text()).into_owned()),
             (live::CANONICAL_FILE.into(), bytes::of_text(&print(&session.dump, false)).into_owned()),
+            (live::HOST_FILE.into(), json(serde_json::to_vec(surroundings))),
+            (live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again(part)))),
+            (SETS_FILE.into(), json(serde_json::to_vec(&part.object.manifest.sets))),
         ];
-        let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
-        files.push((live::HOST_FILE.into(), json(serde_json::to_vec(surroundings))));
-        files.push((live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again(part)))));
         for (index, text) in sets.iter().enumerate() {
             files.push((format!("{}{index}", live::SETS_PREFIX), bytes::of_text(text).into_owned()));
         }
-        let sets = serde_json::to_vec(&part.object.manifest.sets).expect("plain data serializes");
-        files.push((SETS_FILE.into(), sets));
-        let files: Vec<(&str, &[u8])> =
-            files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        let initial = if self.counters { initial(session, &part.object) } else { Vec::new() };
-        let request = Request {
-            slot: &part.slot,
-            object: &part.object,
-            source: self.options.named.as_deref().unwrap_or(rules.name()),
-            files: &files,
-            contents: &[],
-            checks: &part.checks,
-            generic: self.options.generic,
-            clsact: self.options.clsact,
-            order: match self.options.order {
-                None => Order::Alone,
-                Some(OrderChoice::First) => Order::First,
-                Some(OrderChoice::Last) => Order::Last,
-            },
-            hook_order: part.hook_order,
-            confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
-            initial: &initial,
-        };
-        let mut watch = |confirm: &Confirm| live::start_watchdog(&self.options.store, &part.slot, confirm);
-        Ok(apply(sys, &store, &request, &mut watch)?)
+        files
     }
 
     /// The options that apply the same rules again, files aside.
@@ -408,11 +421,9 @@ impl Job<'_> {
         if let Some(path) = &self.path {
             return Ok(path.iter().map(|hook| vec![*hook]).collect());
         }
-        let applied = live::store(&self.options.store)?.slots(sys)?;
-        let applied = |hook| {
-            let slots = applied.iter().map(|(slot, _)| &slot.name);
-            slots.filter(|slot| slot.family == session.family()).any(|slot| slot.hook == Some(hook))
-        };
+        let applied = live::store(&self.options.store)?.names(sys)?;
+        let applied =
+            |hook| applied.iter().any(|slot| slot.family == session.family() && slot.hook == Some(hook));
         let wanted = |hook: &Hook| {
             let place = place_of(&[*hook], attach, self.mode, true);
             !session.ruleset.path_chains(&place).is_empty() || applied(*hook)

@@ -7,10 +7,10 @@ use polc_backend_ebpf::object::Object;
 #[cfg(feature = "kernel")]
 use polc_loader::{jited, sys::Sys};
 
-#[cfg(feature = "kernel")]
-use super::applied;
 use super::compile::{accept, refuse};
 use super::{FOUND, place, show};
+#[cfg(feature = "kernel")]
+use super::{applied, live};
 use crate::cli::{DumpArgs, DumpInput};
 #[cfg(feature = "kernel")]
 use crate::cli::{DumpCode, SlotArgs};
@@ -39,12 +39,13 @@ fn loaded(
     output: &Output,
 ) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    for (index, policy) in applied::open_some(&sys, slots, output)?.iter().enumerate() {
+    let opened = applied::open_some(&sys, slots, output)?;
+    for (index, policy) in opened.policies.iter().enumerate() {
         let listing = code(&sys, policy.open_program(&sys)?)?;
         let blank = if index > 0 { "\n" } else { "" };
         output.result(&format!("{blank}{}: {}\n{listing}", policy.slot, policy.generation.source));
     }
-    Ok(ExitCode::SUCCESS)
+    live::all_well(opened.failed, output)
 }
 
 /// What polc makes of a rule set, or made of it before.

@@ -5,12 +5,15 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use polc_loader::Error;
-use polc_loader::state::{Confirm, SlotName, Store};
-use polc_loader::swap::{self, Held};
+use polc_loader::gone;
+use polc_loader::held::Held;
+use polc_loader::state::{Confirm, SlotName};
+use polc_loader::store::Store;
+use polc_loader::swap;
 use polc_loader::sys::Sys;
 
 use super::FOUND;
-use crate::cli::{SlotArgs, StoreArgs, WatchdogArgs};
+use crate::cli::{FlushArgs, SlotArgs, StoreArgs, WatchdogArgs};
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -30,13 +33,24 @@ pub(super) fn store(args: &StoreArgs) -> Result<Store, Failure> {
     Ok(Store::new(&args.bpffs, &args.state)?)
 }
 
-/// The slots with state that options name.
+/// The slots that options name: those with state, whatever has become of it, or pins.
 pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure> {
-    if !sys.is_root() {
-        return Err(Error::NotRoot.into());
+    swap::may_change(sys)?;
+    let names = store(&args.store)?.names(sys)?;
+    Ok(names.into_iter().filter(|slot| is_asked_for(slot, args)).collect())
+}
+
+/// Takes changes back that had to be confirmed by now, where the process that was to do it did not live to.
+pub(super) fn take_back_overdue(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<(), Failure> {
+    let store = store(&args.store)?;
+    for slot in slots(sys, args)? {
+        // What can't be taken back is told by whoever looks at it.
+        if let Ok(true) = swap::take_back_overdue(sys, &store, &slot) {
+            output
+                .remark(&format!("{slot}: nobody confirmed the last change in time, so it was taken back\n"));
+        }
     }
-    let found = store(&args.store)?.slots(sys)?;
-    Ok(found.into_iter().map(|(slot, _)| slot.name).filter(|slot| is_asked_for(slot, args)).collect())
+    Ok(())
 }
 
 /// Whether options leave a slot in.
@@ -68,6 +82,7 @@ pub(super) fn nothing(args: &SlotArgs) -> Failure {
 pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
     let store = store(&args.store)?;
+    take_back_overdue(&sys, args, output)?;
     let slots = slots(&sys, args)?;
     if slots.is_empty() {
         return Err(nothing(args));
@@ -85,19 +100,47 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
     Ok(if kept { ExitCode::SUCCESS } else { FOUND.into() })
 }
 
-pub(super) fn flush(args: &SlotArgs, output: &Output) -> Result<ExitCode, Failure> {
+pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    if !sys.is_root() {
-        return Err(Error::NotRoot.into());
+    let store = store(&args.slots.store)?;
+    if let Some(namespace) = args.gone {
+        swap::may_change(&sys)?;
+        let count = gone::flush(&sys, &store, namespace)?;
+        output.remark(&format!(
+            "removed {} of network namespace {namespace}\n",
+            if count == 1 { "1 policy".to_string() } else { format!("{count} policies") }
+        ));
+        return Ok(ExitCode::SUCCESS);
     }
-    let store = store(&args.store)?;
-    // What is kept of one may be damaged or lost: its pins are taken away all the same.
-    for slot in store.names(&sys)?.into_iter().filter(|slot| is_asked_for(slot, args)) {
-        if swap::flush(&sys, &store, &slot)? {
-            output.remark(&format!("removed {slot}\n"));
+    let mut failed = Vec::new();
+    for slot in slots(&sys, &args.slots)? {
+        match swap::flush(&sys, &store, &slot) {
+            Ok(true) => output.remark(&format!("removed {slot}\n")),
+            Ok(false) => {}
+            // That must not keep the others.
+            Err(error) => failed.push(Failure::at(&slot, error)),
         }
     }
-    Ok(ExitCode::SUCCESS)
+    all_well(failed, output)
+}
+
+/// Tells of network namespaces that are gone and of which something is kept.
+pub(super) fn tell_of_gone(sys: &Sys, args: &StoreArgs, output: &Output) -> Result<(), Failure> {
+    for namespace in gone::namespaces(sys, &store(args)?)? {
+        output.remark(&format!(
+            "network namespace {namespace} is gone, and policies that were applied in it are kept: `polc flush --gone {namespace}` removes them\n"
+        ));
+    }
+    Ok(())
+}
+
+/// Success, or all failures shown and the last one's status.
+pub(super) fn all_well(mut failed: Vec<Failure>, output: &Output) -> Result<ExitCode, Failure> {
+    let Some(last) = failed.pop() else { return Ok(ExitCode::SUCCESS) };
+    for failure in failed {
+        output.error(&failure.to_string());
+    }
+    Err(last)
 }
 
 /// Starts the process that takes a change back, and waits until it holds what it needs.
@@ -135,7 +178,7 @@ pub(super) fn watchdog(args: &WatchdogArgs) -> Result<ExitCode, Failure> {
     let store = store(&args.store)?;
     // Whoever started this may hang up or be killed with its whole session.
     let _ = sys.new_session();
-    let held = Held::new(&sys, &store, &slot)?;
+    let held = Held::new(&sys, &store, &slot, &args.token)?;
     let mut out = std::io::stdout();
     let _ = out.write_all(b"\n").and_then(|()| out.flush());
     loop {
@@ -143,11 +186,11 @@ pub(super) fn watchdog(args: &WatchdogArgs) -> Result<ExitCode, Failure> {
         if left == 0 {
             break;
         }
-        if !held.waits(&sys, &args.token) {
+        if !held.waits(&sys) {
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(Duration::from_millis(left.min(500)));
     }
-    held.go_back(&sys, &args.token)?;
+    held.go_back(&sys)?;
     Ok(ExitCode::SUCCESS)
 }

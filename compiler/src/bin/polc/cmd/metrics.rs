@@ -3,9 +3,12 @@
 //! Everything is read from the kernel when somebody asks, so a scrape costs what `polc save -c` costs and nothing
 //! between scrapes. That nothing is applied is no failure here: policies come and go under a daemon.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
+use std::io::{self, Cursor};
+use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use polc_backend_ebpf::trace::Tally;
@@ -22,8 +25,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tiny_http::{Header, Method, Request, Response, Server};
 
-use super::applied::{self, Followed};
-use super::status;
+use super::applied::{self, Followed, Opened};
+use super::{live, status};
 use crate::cli::MetricsArgs;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -38,9 +41,12 @@ type Labels = Vec<(&'static str, String)>;
 
 pub(super) fn run(args: &MetricsArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let mut followed = Followed::default();
-    // What keeps this from reading policies is told now rather than with every scrape.
-    followed.refresh(&sys, &args.slots)?;
+    // What keeps this from reading any policy is told now rather than with every scrape.
+    let opened = applied::open_all(&sys, &args.slots, output)?;
+    if opened.policies.is_empty() {
+        live::all_well(opened.failed, output)?;
+    }
+    let mut served = Served { sys: &sys, args, output, followed: Followed::default(), told: Vec::new() };
     // The server's threads inherit that signals are waited for.
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
     let server = Server::http(args.listen)
@@ -49,7 +55,7 @@ pub(super) fn run(args: &MetricsArgs, output: &Output) -> Result<ExitCode, Failu
     loop {
         let request = server.recv_timeout(TICK).map_err(Error::call("wait for requests"))?;
         if let Some(request) = request {
-            answer(&sys, args, &mut followed, request, output);
+            respond(answer(&mut served, &request), request);
         }
         let asked = sys.wait_readable(&[std::os::fd::AsFd::as_fd(&signals)], None, Duration::ZERO);
         if asked.map_err(Error::call("wait for signals"))?.contains(&true) {
@@ -58,36 +64,87 @@ pub(super) fn run(args: &MetricsArgs, output: &Output) -> Result<ExitCode, Failu
     }
 }
 
-fn answer(sys: &Sys, args: &MetricsArgs, followed: &mut Followed, request: Request, output: &Output) {
+/// Answers that may wait for their readers at once, and those of one connection.
+const ANSWERS_MAX: usize = 64;
+const ANSWERS_MAX_EACH: usize = 8;
+
+/// Sends an answer. A client that takes its time, or asks and never reads, keeps no other one waiting: answers have a
+/// thread each, and what would be one too many is not given.
+fn respond(answer: Answer, request: Request) {
+    /// How many answers wait, by connection.
+    static WAITING: Mutex<BTreeMap<Option<SocketAddr>, usize>> = Mutex::new(BTreeMap::new());
+    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let client = request.remote_addr().copied();
+    let mut all = waiting();
+    let own = all.get(&client).copied().unwrap_or(0);
+    if own >= ANSWERS_MAX_EACH || all.values().sum::<usize>() >= ANSWERS_MAX {
+        drop(all);
+        drop(request.into_writer());
+        return;
+    }
+    all.insert(client, own + 1);
+    std::thread::spawn(move || {
+        // A client that went away needs no answer.
+        let _ = request.respond(answer);
+        let mut all = waiting();
+        match all.get_mut(&client) {
+            Some(own) if *own > 1 => *own -= 1,
+            _ => drop(all.remove(&client)),
+        }
+    });
+}
+
+type Answer = Response<Cursor<Vec<u8>>>;
+
+fn answer(served: &mut Served<'_>, request: &Request) -> Answer {
     let plain = |status: u16, text: String| Response::from_string(text).with_status_code(status);
     let path = request.url().split('?').next().unwrap_or_default();
-    let response = match (request.method(), path) {
-        (Method::Get | Method::Head, "/metrics") => {
-            let scraped = followed.refresh(sys, &args.slots).and_then(|policies| exposition(sys, policies));
-            match scraped {
-                Ok(text) => {
-                    let media = Header::from_bytes("Content-Type", OPEN_METRICS).expect("a header");
-                    plain(200, text).with_header(media)
-                }
-                Err(failure) => {
-                    output.error(&failure.to_string());
-                    plain(500, format!("{failure}\n"))
-                }
+    match (request.method(), path) {
+        (Method::Get | Method::Head, "/metrics") => match served.text() {
+            Ok(text) => {
+                let media = Header::from_bytes("Content-Type", OPEN_METRICS).expect("a header");
+                plain(200, text).with_header(media)
             }
-        }
+            Err(failure) => {
+                served.output.error(&failure.to_string());
+                plain(500, format!("{failure}\n"))
+            }
+        },
         (Method::Get | Method::Head, "/") => plain(200, "polc's metrics are at /metrics\n".into()),
         (Method::Get | Method::Head, _) => plain(404, "metrics are at /metrics\n".into()),
         _ => plain(405, "only GET\n".into())
             .with_header(Header::from_bytes("Allow", "GET, HEAD").expect("a header")),
-    };
-    // A client that went away needs no answer.
-    let _ = request.respond(response);
+    }
+}
+
+/// What is served.
+struct Served<'a> {
+    sys: &'a Sys,
+    args: &'a MetricsArgs,
+    output: &'a Output,
+    followed: Followed,
+    /// What was told of policies that can't be read.
+    told: Vec<String>,
+}
+
+impl Served<'_> {
+    /// The text of now. Policies that can't be read are told when that changes, and left out.
+    fn text(&mut self) -> Result<String, Failure> {
+        let Opened { policies, failed, .. } = self.followed.refresh(self.sys, &self.args.slots)?;
+        let failures: Vec<String> = failed.iter().map(ToString::to_string).collect();
+        for failure in failures.iter().filter(|failure| !self.told.contains(failure)) {
+            self.output.error(failure);
+        }
+        let text = exposition(self.sys, policies, failures.len());
+        self.told = failures;
+        text
+    }
 }
 
 /// The OpenMetrics text for policies.
-fn exposition(sys: &Sys, policies: &[Open]) -> Result<String, Failure> {
+fn exposition(sys: &Sys, policies: &[Open], unread: usize) -> Result<String, Failure> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Scrape::new(sys, policies)?));
+    registry.register_collector(Box::new(Scrape::new(sys, policies, unread)?));
     let mut out = String::new();
     text::encode(&mut out, &registry).expect("writing to a string succeeds");
     Ok(out)
@@ -110,12 +167,14 @@ struct Scrape {
 }
 
 impl Scrape {
-    fn new(sys: &Sys, policies: &[Open]) -> Result<Scrape, Error> {
+    fn new(sys: &Sys, policies: &[Open], unread: usize) -> Result<Scrape, Error> {
         let metric = |kind: MetricType, name, help| Samples { name, help, kind, samples: Vec::new() };
         let counter = |name, help| metric(MetricType::Counter, name, help);
         let gauge = |name, help| metric(MetricType::Gauge, name, help);
         let mut count = gauge("polc_policies", "Applied policies");
         count.samples.push((Labels::new(), policies.len() as u64));
+        let mut damaged = gauge("polc_policies_unread", "Applied policies that can't be read");
+        damaged.samples.push((Labels::new(), unread as u64));
         let mut applied =
             gauge("polc_policy_applied_timestamp_seconds", "When the policy was applied, since 1970");
         let mut insns =
@@ -191,6 +250,7 @@ impl Scrape {
         }
         let metrics = vec![
             count,
+            damaged,
             applied,
             insns,
             jited,

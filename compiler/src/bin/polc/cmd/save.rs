@@ -9,7 +9,8 @@ use polc_loader::status::Open;
 use polc_loader::sys::Sys;
 use polc_loader::{Error, counters};
 
-use super::{applied, live};
+use super::applied::{self, Opened};
+use super::live;
 use crate::cli::SaveArgs;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -17,13 +18,19 @@ use crate::output::Output;
 pub(super) fn run(args: &SaveArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
     let mut text = String::new();
-    for policy in applied::open_some(&sys, &args.slots, output)? {
-        let canonical = policy.kept_text(&sys, live::CANONICAL_FILE)?;
-        header(&policy, &mut text);
-        text += &with_counts(&canonical, &counts(&sys, &policy)?, args.counters);
+    let Opened { policies, mut failed, .. } = applied::open_some(&sys, &args.slots, output)?;
+    for policy in &policies {
+        let read = || Ok((policy.kept_text(&sys, live::CANONICAL_FILE)?, counts(&sys, policy)?));
+        match read() {
+            Ok((canonical, counts)) => {
+                header(policy, &mut text);
+                text += &with_counts(&canonical, &counts, args.counters);
+            }
+            Err(error) => failed.push(Failure::at(&policy.slot, error)),
+        }
     }
     output.result(&text);
-    Ok(ExitCode::SUCCESS)
+    live::all_well(failed, output)
 }
 
 /// The lines that tell a reader whose rules these are. `polc restore` finds in the first which family and whose corner

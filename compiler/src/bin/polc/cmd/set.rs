@@ -145,9 +145,8 @@ fn lowered(sets: &Sets, family: Family) -> Option<(SetData, &ipset::SetAst)> {
 }
 
 fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let is_flag = |word: &&String| matches!(word.as_str(), "-exist" | "-!" | "--exist");
-    let exist = args.words.iter().any(|word| is_flag(&word));
-    let words: Vec<&str> = args.words.iter().filter(|word| !is_flag(word)).map(String::as_str).collect();
+    let exist = args.exist;
+    let words: Vec<&str> = args.words.iter().map(String::as_str).collect();
     let [name, words @ ..] = words.as_slice() else {
         return Err(Failure::Usage("a set and an element are needed".into()));
     };

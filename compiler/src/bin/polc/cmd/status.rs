@@ -14,7 +14,8 @@ use polc_loader::status::Open;
 use polc_loader::sys::Sys;
 use serde::Serialize;
 
-use super::{applied, counted};
+use super::applied::{self, Opened};
+use super::{counted, live};
 use crate::cli::{StatusArgs, TextFormat};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -69,7 +70,7 @@ struct Rate {
 
 pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let opened = applied::open_all(&sys, &args.slots, output)?;
+    let Opened { policies: opened, failed, .. } = applied::open_all(&sys, &args.slots, output)?;
     let read = |policy: &Open| -> Result<(Instant, Verdicts), Error> {
         let slots = counters::by_slot(&sys, policy)?;
         Ok((Instant::now(), counters::by_verdict(&policy.object.manifest, &slots)))
@@ -103,10 +104,12 @@ pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failur
         TextFormat::Human => {
             let text: String =
                 policies.iter().zip(&opened).map(|(policy, open)| human(policy, open)).collect();
-            output.result(if text.is_empty() { "nothing is applied\n" } else { &text });
+            let nothing = text.is_empty() && failed.is_empty();
+            output.result(if nothing { "nothing is applied\n" } else { &text });
         }
     }
-    Ok(ExitCode::SUCCESS)
+    live::tell_of_gone(&sys, &args.slots.store, output)?;
+    live::all_well(failed, output)
 }
 
 /// How a policy's program is attached.

@@ -28,7 +28,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Names of the keys, in the last line.
 const KEYS: &str = "q quit   s sort   i idle rules   p pause   arrows, PgUp, PgDn, Home, End scroll";
 
-pub(super) fn run(args: &TopArgs, _output: &Output) -> Result<ExitCode, Failure> {
+pub(super) fn run(args: &TopArgs, output: &Output) -> Result<ExitCode, Failure> {
     if !io::stdin().is_terminal() || !io::stdout().is_terminal() {
         return Err(Failure::Usage(
             "polc top needs a terminal; `polc status` prints packets a second, `polc save -c` the counters of every rule"
@@ -38,10 +38,7 @@ pub(super) fn run(args: &TopArgs, _output: &Output) -> Result<ExitCode, Failure>
     let sys = Sys::new();
     let mut followed = Followed::default();
     let mut screen = Screen::new(Duration::from_millis(args.interval.into()));
-    screen.read(&sys, followed.refresh(&sys, &args.slots)?)?;
-    if screen.rows.is_empty() {
-        return Err(live::nothing(&args.slots));
-    }
+    screen.read(&sys, &applied::open_some(&sys, &args.slots, output)?.policies)?;
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
     let what = || Error::call("use the terminal");
     let mut terminal = ratatui::try_init().map_err(what())?;
@@ -66,7 +63,7 @@ pub(super) fn run(args: &TopArgs, _output: &Output) -> Result<ExitCode, Failure>
             }
             if read.elapsed() >= screen.interval && !screen.paused {
                 read = Instant::now();
-                screen.read(&sys, followed.refresh(&sys, &args.slots)?)?;
+                screen.read(&sys, &followed.refresh(&sys, &args.slots)?.policies)?;
                 if screen.rows.is_empty() {
                     return Err(live::nothing(&args.slots));
                 }

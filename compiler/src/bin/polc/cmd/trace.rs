@@ -11,6 +11,7 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use polc::guard::GUARD_NUMBER;
 use polc::watch;
 use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, Manifest};
 use polc_backend_ebpf::trace::{Config, Event, EventTransport, Pattern, Tally};
@@ -18,13 +19,14 @@ use polc_frontend_iptables::names;
 use polc_ir::env::Attach;
 use polc_ir::hook::Hook;
 use polc_loader::events::{self, Ends, TraceMaps, Watch};
-use polc_loader::state::Lock;
 use polc_loader::status::Open;
+use polc_loader::store::Lock;
 use polc_loader::sys::{Signals, Sys};
 use polc_loader::{Error, net};
 use serde::Serialize;
 
-use super::{applied, counted};
+use super::applied::{self, Opened};
+use super::{counted, live};
 use crate::cli::{TextFormat, TraceArgs};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -36,25 +38,33 @@ const BATCH_MAX: usize = 4_096;
 
 pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let mut policies = applied::open_some(&sys, &args.slots, output)?;
+    let Opened { mut policies, failed, .. } = applied::open_some(&sys, &args.slots, output)?;
     let mut devices = Devices::new(&sys)?;
     let patterns = watch::filter(&args.filter, &|name| devices.number(name)).map_err(Failure::Usage)?;
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
-    let mut stream = Stream::new(args);
+    let mut stream = Stream::new(args, &sys, &signals);
     let result = loop {
         match watch_policies(&sys, args, &patterns, &policies, &signals, &mut devices, &mut stream, output) {
             Ok(End::Asked) => break Ok(()),
             Ok(End::Changed) => {}
             Err(failure) => break Err(failure),
         }
-        policies = match applied::open_some(&sys, &args.slots, output) {
-            Ok(policies) => policies,
+        policies = match applied::open_all(&sys, &args.slots, output) {
+            Ok(Opened { policies, failed, .. }) if policies.is_empty() && failed.is_empty() => {
+                output.remark("what was watched is not applied any more\n");
+                break Ok(());
+            }
+            // Of those that can't be opened the last one is told, at the end.
+            Ok(Opened { policies, failed, .. }) if policies.is_empty() => {
+                break live::all_well(failed, output).map(|_| ());
+            }
+            Ok(opened) => opened.policies,
             Err(failure) => break Err(failure),
         };
         output.remark("a policy was replaced or removed; going on with what is applied now\n");
     };
     output.remark(&stream.summary());
-    result.map(|()| ExitCode::SUCCESS)
+    result.and_then(|()| live::all_well(failed, output))
 }
 
 /// Why watching ended.
@@ -73,7 +83,7 @@ fn watch_policies(
     policies: &[Open],
     signals: &Signals,
     devices: &mut Devices<'_>,
-    stream: &mut Stream,
+    stream: &mut Stream<'_>,
     output: &Output,
 ) -> Result<End, Failure> {
     let mut watched = Vec::new();
@@ -125,7 +135,7 @@ fn show(
     watched: &[Watched<'_>],
     signals: &Signals,
     devices: &mut Devices<'_>,
-    stream: &mut Stream,
+    stream: &mut Stream<'_>,
 ) -> Result<End, Failure> {
     let stdout = io::stdout();
     let ends = Ends { signals: Some(signals), output: Some(stdout.as_fd()) };
@@ -157,7 +167,7 @@ fn take(
     watches: &mut [Watch<'_>],
     watched: &[Watched<'_>],
     devices: &mut Devices<'_>,
-    stream: &mut Stream,
+    stream: &mut Stream<'_>,
     max: usize,
 ) -> Result<(), Failure> {
     let mut batch = Vec::new();
@@ -297,30 +307,38 @@ struct NotReported {
 }
 
 /// Where packets are written, and how many were.
-struct Stream {
+struct Stream<'s> {
     format: TextFormat,
     rate: u32,
     left: Option<u64>,
-    out: io::BufWriter<io::Stdout>,
+    sys: &'s Sys,
+    signals: &'s Signals,
+    /// What is still to be written.
+    out: Vec<u8>,
     /// Wall-clock time less the programs' clock, in nanoseconds.
     offset_ns: i128,
     broken: bool,
+    /// The reader did not read all in time.
+    unread: bool,
     shown: u64,
     /// Told since the round began, and by all rounds before it.
     told: Tally,
     before: Tally,
 }
 
-impl Stream {
-    fn new(args: &TraceArgs) -> Stream {
+impl<'s> Stream<'s> {
+    fn new(args: &TraceArgs, sys: &'s Sys, signals: &'s Signals) -> Stream<'s> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128);
         Stream {
             format: args.format,
             rate: args.rate,
             left: args.count,
-            out: io::BufWriter::new(io::stdout()),
-            offset_ns: now - i128::from(Sys::new().monotonic_ns()),
+            sys,
+            signals,
+            out: Vec::new(),
+            offset_ns: now - i128::from(sys.monotonic_ns()),
             broken: false,
+            unread: false,
             shown: 0,
             told: Tally::default(),
             before: Tally::default(),
@@ -350,9 +368,10 @@ impl Stream {
             verdict: decided.verdict.as_deref().unwrap_or_default(),
             table: decided.table.as_deref(),
             chain: decided.chain.as_deref(),
-            rule: decided.rule.filter(|rule| *rule > 0),
-            file: decided.file.as_deref(),
-            line: decided.line,
+            rule: decided.rule.filter(|rule| *rule != GUARD_NUMBER),
+            // What polc adds to a chain is in no line.
+            file: decided.file.as_deref().filter(|_| decided.rule != Some(GUARD_NUMBER)),
+            line: decided.line.filter(|_| decided.rule != Some(GUARD_NUMBER)),
             text: decided.text.trim(),
             ether_type: event.ether_type,
             ip: ip(event),
@@ -407,6 +426,9 @@ impl Stream {
     fn summary(&self) -> String {
         let Tally { reported, limited, full } = self.before;
         let mut text = format!("{} shown", packets(self.shown));
+        if self.unread {
+            text += ", not all of which were read";
+        }
         if reported > self.shown {
             text += &format!(", {} reported after the last one wanted", packets(reported - self.shown));
         }
@@ -417,26 +439,52 @@ impl Stream {
     }
 
     fn line(&mut self, text: &str) -> Result<(), Failure> {
-        let written = writeln!(self.out, "{text}");
-        self.written(written)
+        self.out.extend_from_slice(text.as_bytes());
+        self.out.push(b'\n');
+        if self.out.len() < OUT_BYTES { Ok(()) } else { self.flush() }
     }
 
+    /// Writes what there is as its reader takes it. A reader that goes away is no failure; one that does not read keeps
+    /// nobody from ending the command.
     fn flush(&mut self) -> Result<(), Failure> {
-        let written = self.out.flush();
-        self.written(written)
-    }
-
-    /// A reader that goes away is no failure.
-    fn written(&mut self, result: io::Result<()>) -> Result<(), Failure> {
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                self.broken = true;
-                Ok(())
+        let failed = |error: io::Error| Failure::write("standard output".as_ref(), error);
+        // Without the standard library's buffer, which writes when it likes.
+        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
+        let mut stdout = std::fs::File::from(stdout);
+        let mut out = std::mem::take(&mut self.out);
+        let mut rest = out.as_slice();
+        while !rest.is_empty() && !self.broken {
+            let ready =
+                self.sys.wait_writable(&[self.signals.as_fd()], stdout.as_fd(), None).map_err(failed)?;
+            let takes = ready[1]
+                || ready[0]
+                    && self.sys.wait_writable(&[], stdout.as_fd(), Some(LAST_WORDS)).map_err(failed)?[0];
+            self.unread |= ready[0] && !takes;
+            self.broken |= self.unread;
+            if takes {
+                let part = &rest[..rest.len().min(PART_BYTES)];
+                match stdout.write(part) {
+                    Ok(written) => rest = &rest[written..],
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.broken = true,
+                    Err(error)
+                        if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                    }
+                    Err(error) => return Err(failed(error)),
+                }
             }
-            result => result.map_err(|error| Failure::write("standard output".as_ref(), error)),
         }
+        out.clear();
+        self.out = out;
+        Ok(())
     }
 }
+
+/// How long a reader that does not read is waited for once the command is to end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// What is gathered before it is written.
+const OUT_BYTES: usize = 16 << 10;
+/// What a pipe takes without blocking once it takes anything: a page (fs/pipe.c, `pipe_poll`).
+const PART_BYTES: usize = 4_096;
 
 fn packets(count: u64) -> String {
     counted(count as usize, "packet")

@@ -10,6 +10,7 @@
 //! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
 //! that reading them takes, for addresses and links the time that applying anew takes.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -22,41 +23,73 @@ use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
 use polc_loader::Error;
 use polc_loader::sets::read;
-use polc_loader::status::Open;
+use polc_loader::state::SlotName;
+use polc_loader::status::{self, Open};
 use polc_loader::swap::OBJECT_FILE;
 use polc_loader::sys::{NetworkChanges, Signals, Sys};
 
+use super::applied::{self, Opened};
 use super::host::{self, Surroundings};
-use super::{FOUND, applied, live};
+use super::{FOUND, live};
 use crate::cli::WatchArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
 pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
+    let mut said = Said { output, by_slot: BTreeMap::new() };
     if args.once {
-        let policies = applied::open_some(&sys, &args.slots, output)?;
+        let Opened { policies, failed, .. } = applied::open_some(&sys, &args.slots, output)?;
         let mut well = true;
         for policy in &policies {
-            well &= look(&sys, policy, output)?;
+            well &= look(&sys, policy, &mut said)?;
         }
+        live::all_well(failed, output)?;
         return Ok(if well { ExitCode::SUCCESS } else { FOUND.into() });
     }
+    let store = live::store(&args.slots.store)?;
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
     let mut changes = sys.network_changes().map_err(Error::call("listen for changes of the network"))?;
     let interval = Duration::from_millis(args.interval.into());
     loop {
-        for policy in applied::open_all(&sys, &args.slots, output)? {
+        live::take_back_overdue(&sys, &args.slots, output)?;
+        for slot in live::slots(&sys, &args.slots)? {
+            let policy = match status::open(&sys, &store, &slot) {
+                Ok(policy) => policy,
+                Err(error) => {
+                    said.of(&slot, &Failure::from(error).to_string());
+                    continue;
+                }
+            };
             // A policy that is replaced or removed meanwhile is looked at again, or no more.
-            if let Err(failure) = look(&sys, &policy, output)
+            if let Err(failure) = look(&sys, &policy, &mut said)
                 && policy.is_attached(&sys).unwrap_or(true)
             {
-                output.remark(&format!("{}: {failure}\n", policy.slot));
+                said.of(&slot, &failure.to_string());
             }
         }
         if wait(&sys, &signals, &mut changes, interval)? {
             return Ok(ExitCode::SUCCESS);
         }
+    }
+}
+
+/// What was last said of each policy: the same is not said again until something else was.
+struct Said<'o> {
+    output: &'o Output,
+    by_slot: BTreeMap<SlotName, String>,
+}
+
+impl Said<'_> {
+    fn of(&mut self, slot: &SlotName, what: &str) {
+        let before = self.by_slot.insert(slot.clone(), what.to_string());
+        if before.is_none_or(|before| before != what) {
+            self.output.remark(&format!("{slot}: {what}\n"));
+        }
+    }
+
+    fn nothing_of(&mut self, slot: &SlotName) {
+        self.by_slot.remove(slot);
     }
 }
 
@@ -74,7 +107,7 @@ fn wait(
 }
 
 /// Brings a policy in step with the host; whether it is.
-fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
+fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<bool, Failure> {
     let manifest = &policy.object.manifest;
     let accelerates = manifest.mode == Some(Mode::Accelerate);
     let kept: Option<Vec<u8>> = policy.file(sys, live::HOST_FILE)?;
@@ -82,18 +115,13 @@ fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
     let options = policy.file(sys, live::OPTIONS_FILE)?;
     let options: Option<Vec<String>> = options.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let (Some(kept), Some(options)) = (kept, options) else {
-        output.remark(&format!(
-            "{}: applied by a polc that kept no record of the host; apply it again\n",
-            policy.slot
-        ));
+        said.of(&policy.slot, "applied by a polc that kept no record of the host; apply it again");
         return Ok(false);
     };
     let checked = accelerates && !options.iter().any(|option| option == "--unchecked");
     if checked && let Some(why) = disagreement(sys, policy)? {
-        if suspend(sys, policy, true)? {
-            output
-                .remark(&format!("{}: suspended, the kernel's rules are not its own: {why}\n", policy.slot));
-        }
+        suspend(sys, policy, true)?;
+        said.of(&policy.slot, &format!("suspended, the kernel's rules are not its own: {why}"));
         return Ok(false);
     }
     let family = manifest.family.unwrap_or(policy.slot.family);
@@ -103,26 +131,27 @@ fn look(sys: &Sys, policy: &Open, output: &Output) -> Result<bool, Failure> {
         Err(error) => {
             // What can't be judged does not go on dropping.
             if suspend(sys, policy, true)? {
-                output.remark(&format!("{}: suspended, its host can't be told\n", policy.slot));
+                said.of(&policy.slot, "suspended, its host can't be told");
             }
             return Err(error);
         }
     };
     if now == kept {
         if suspend(sys, policy, false)? {
-            output.remark(&format!("{}: goes on, the kernel's rules are its own again\n", policy.slot));
+            said.of(&policy.slot, "goes on, the kernel's rules are its own again");
         }
+        said.nothing_of(&policy.slot);
         return Ok(true);
     }
     suspend(sys, policy, true)?;
     if let Some(set) = changed_set(sys, policy)? {
-        output.remark(&format!(
-            "{}: the host has changed, and so has set `{set}` since it was applied; apply it again with the set as it is\n",
-            policy.slot
-        ));
+        let what = format!(
+            "the host has changed, and so has set `{set}` since it was applied; apply it again with the set as it is"
+        );
+        said.of(&policy.slot, &what);
         return Ok(false);
     }
-    output.remark(&format!("{}: the host has changed, applying anew\n", policy.slot));
+    said.of(&policy.slot, "the host has changed, applying anew");
     apply_anew(sys, policy, &options)
 }
 

@@ -102,8 +102,8 @@ struct DisagreementResult {
 
 pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failure> {
     #[cfg(feature = "kernel")]
-    if (args.kernel || args.netfilter) && !polc_loader::sys::Sys::new().is_root() {
-        return Err(polc_loader::Error::NotRoot.into());
+    if args.kernel || args.netfilter {
+        polc_loader::swap::may_change(&polc_loader::sys::Sys::new())?;
     }
     let session = input::session(&args.file, &args.input)?;
     let mode = args.place.mode();

@@ -1,0 +1,198 @@
+//! Places that are taken, hidden or of another kind: each refused by name, and left as it was.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use polc_loader::sys::{ProgramType, Sys};
+use polc_tests::kernel;
+
+use crate::host::{APPLY, Host, programs, theirs};
+
+fn tc(args: &str) -> String {
+    kernel::run("tc", &args.split(' ').collect::<Vec<_>>()).expect("tc")
+}
+
+/// Rules for IPv6.
+const RULES_V6: &str = "\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p udp -m udp --dport 53 -j DROP
+COMMIT
+";
+
+#[test]
+fn the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it() {
+    let Some(host) = Host::new("fault-clsact") else { return };
+    if !kernel::has_tools("the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it", &["tc"]) {
+        return;
+    }
+    host.files.file("rules.v6", RULES_V6.as_bytes());
+    let shown =
+        || (tc("qdisc show dev eth0"), tc("filter show dev eth0 ingress"), tc("filter show dev eth0 egress"));
+    let before = shown();
+    let apply = |family: &str, attach: &str| {
+        let (file, family) = (format!("rules.v{family}"), ["--family", family]);
+        let place = ["--replace", "--dev", "eth0", "--attach", attach, "--clsact"];
+        host.says(&[&["apply", &file][..], &place, &family].concat(), 0);
+    };
+    let flush = |family: &str, attach: &str| {
+        host.says(&["flush", "--family", family, "--attach", attach], 0);
+    };
+    let places = [("4", "tc-ingress"), ("6", "tc-ingress"), ("4", "tc-egress")];
+    for first in 0..places.len() {
+        places.iter().for_each(|(family, attach)| apply(family, attach));
+        let order = (0..places.len()).map(|index| places[(first + index) % places.len()]);
+        for (index, (family, attach)) in order.enumerate() {
+            assert!(tc("qdisc show dev eth0").contains("clsact"), "{index}");
+            flush(family, attach);
+        }
+        assert_eq!(shown(), before);
+    }
+    // A filter of somebody else's keeps it.
+    apply("4", "tc-ingress");
+    let pin = host.pins.join("theirs");
+    let program = theirs(ProgramType::SCHED_CLS, 0xffff_ffff);
+    Sys::new().obj_pin(&program, Path::new(&pin)).expect("pinned");
+    tc(&format!("filter add dev eth0 egress bpf da pinned {pin}"));
+    flush("4", "tc-ingress");
+    assert!(tc("filter show dev eth0 egress").contains("theirs"));
+    // And it is theirs now, and so is one that they made after ours was removed.
+    tc("filter del dev eth0 egress");
+    apply("4", "tc-ingress");
+    flush("4", "tc-ingress");
+    assert!(tc("qdisc show dev eth0").contains("clsact"));
+    tc("qdisc del dev eth0 clsact");
+    apply("4", "tc-ingress");
+    tc("qdisc del dev eth0 clsact");
+    tc("qdisc add dev eth0 clsact");
+    host.says(&["flush"], 0);
+    assert!(tc("qdisc show dev eth0").contains("clsact"));
+    tc("qdisc del dev eth0 clsact");
+    // An ingress qdisc has one side.
+    tc("qdisc add dev eth0 ingress");
+    let before = shown();
+    apply("4", "tc-ingress");
+    assert!(tc("filter show dev eth0 ingress").contains("polc"));
+    flush("4", "tc-ingress");
+    let egress = ["apply", "rules.v4", "--replace", "--dev", "eth0", "--attach", "tc-egress", "--clsact"];
+    let said = host.says(&egress, 3);
+    assert!(said.contains("[E0833] `eth0` has an ingress qdisc") && said.contains("tc qdisc del"), "{said}");
+    assert_eq!(shown(), before);
+}
+
+#[test]
+fn what_an_option_asks_for_in_vain_is_refused() {
+    let Some(host) = Host::new("fault-ways") else { return };
+    host.files.file("rules.v6", RULES_V6.as_bytes());
+    host.says(&APPLY, 0);
+    let before = programs("eth0");
+    let said = host.says(&[&APPLY[..], &["--generic"]].concat(), 3);
+    assert!(said.contains("[E0831]") && said.contains("attached by the driver"), "{said}");
+    // There is room for one of the two families.
+    let said = host.says(&["apply", "rules.v6", "--family", "6", "--replace", "--dev", "eth0"], 3);
+    assert!(said.contains("[E0832]") && said.contains("--attach tc-ingress"), "{said}");
+    assert_eq!(programs("eth0"), before);
+    let tc = [&APPLY[..], &["--attach", "tc-ingress"]].concat();
+    host.says(&tc, 0);
+    let said = host.says(&[&tc[..], &["--clsact"]].concat(), 3);
+    assert!(said.contains("[E0831]") && said.contains("by a tcx link"), "{said}");
+    let v6 = ["apply", "rules.v6", "--family", "6", "--replace", "--dev", "eth0", "--attach", "tc-ingress"];
+    host.says(&v6, 0);
+    host.says(&["flush"], 0);
+    host.says(&[&APPLY[..], &["--generic"]].concat(), 0);
+    host.says(&[&APPLY[..], &["--generic"]].concat(), 0);
+    host.says(&["flush"], 0);
+}
+
+#[test]
+fn pins_that_would_be_hidden_or_end_with_the_command_are_refused() {
+    let Some(host) = Host::new("fault-bpffs") else { return };
+    let own = host.files.path().join("own");
+    let apply = |bpffs: &str| -> Vec<String> {
+        let mut words: Vec<String> = APPLY.map(String::from).into();
+        words.extend(["--bpffs".into(), bpffs.into(), "--state".into(), host.state.to_string_lossy().into()]);
+        words
+    };
+    let polc = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+        command.current_dir(host.files.path());
+        command
+    };
+    fs::create_dir(&own).expect("a folder");
+    fs::write(own.join("file"), b"theirs").expect("written");
+    let words = apply(own.to_str().expect("UTF-8"));
+    let output = polc().args(&words).output().expect("polc runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("[E0801]") && said.contains("would hide its files"), "{said}");
+    assert_eq!(fs::read(own.join("file")).expect("it is there"), b"theirs");
+    // `ip netns exec` gives a command mounts of its own, which end with it.
+    fs::remove_file(own.join("file")).expect("removed");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", env!("CARGO_BIN_EXE_polc")]).args(&words).current_dir(host.files.path());
+    let output = command.output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("[E0801]") && said.contains("nsenter --net="), "{said}");
+    assert_eq!(programs("eth0"), Vec::<u32>::new());
+    // From there what is applied can't be seen, which is not taken for none.
+    host.says(&APPLY, 0);
+    let mut command = polc();
+    command.args(["status", "--sample", "0", "--bpffs"]).arg(&own).arg("--state").arg(&host.state);
+    let output = command.output().expect("polc runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("[E0801]") && said.contains("can't be seen"), "{said}");
+    host.says(&["flush"], 0);
+}
+
+#[test]
+fn capabilities_do_where_root_does() {
+    let Some(host) = Host::new("fault-caps") else { return };
+    if !kernel::has_tools("capabilities_do_where_root_does", &["setpriv"]) {
+        return;
+    }
+    let folder = host.files.path();
+    std::os::unix::fs::chown(folder, Some(65_534), Some(65_534)).expect("root may");
+    let polc = folder.join("polc");
+    fs::copy(env!("CARGO_BIN_EXE_polc"), &polc).expect("copied");
+    let pins = host.pins.join("");
+    std::os::unix::fs::chown(&pins, Some(65_534), Some(65_534)).expect("root may");
+    let run = |capabilities: &str, args: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        command.args(["--inh-caps", capabilities, "--ambient-caps", capabilities]);
+        command
+            .arg(&polc)
+            .args(args)
+            .args(["--bpffs", &pins, "--state"])
+            .arg(&host.state)
+            .current_dir(folder);
+        let output = command.output().expect("setpriv runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, said) = run("+net_admin,+perfmon", &APPLY);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains("[E0800]") && said.contains("CAP_BPF") && !said.contains("with CAP_NET_ADMIN may"),
+        "{said}"
+    );
+    let enough = "+net_admin,+perfmon,+bpf";
+    let (code, said) = run(enough, &APPLY);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(programs("eth0").len(), 1);
+    for args in [&["status"][..], &["save", "-c"], &["flush"]] {
+        let (code, said) = run(enough, args);
+        assert_eq!(code, Some(0), "{args:?}: {said}");
+    }
+    assert_eq!(programs("eth0"), Vec::<u32>::new());
+    // Directories of root's are not this user's to write.
+    fs::remove_dir_all(&host.state).expect("it is there");
+    std::os::unix::fs::chown(folder, Some(0), Some(0)).expect("root may");
+    let (code, said) = run(enough, &APPLY);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.contains("[E0814]") && said.contains("that this user may write"), "{said}");
+}
