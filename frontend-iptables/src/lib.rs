@@ -27,6 +27,7 @@ mod lower;
 pub mod matches;
 pub mod names;
 mod parse;
+mod place;
 mod print;
 mod rule;
 pub mod targets;

@@ -3,7 +3,7 @@
 //! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use polc_ir::diag::Diagnostic;
@@ -18,6 +18,7 @@ use crate::ast::{
 use crate::codes;
 use crate::ext::{Fault, Shelf};
 use crate::lexer::{self, Ending, LexError, Line, OpenQuote, Word};
+use crate::place;
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
 
 /// How strictly a dump is read.
@@ -331,8 +332,9 @@ impl Parser<'_> {
     }
 
     fn install(&mut self, mut ast: TableAst) {
-        self.check_loops(&mut ast);
-        self.check_places(&mut ast);
+        for found in place::check(&mut ast, self.family) {
+            self.report(found);
+        }
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {
             let old = self.dump.tables.remove(at);
             self.report(
@@ -696,133 +698,6 @@ impl Parser<'_> {
         Ok(rules)
     }
 
-    /// Chains may not jump in a circle, directly or not (net/ipv4/netfilter/ip_tables.c, `mark_source_chains`), nor nest
-    /// deeper than is followed. The jumps that would are not accepted.
-    fn check_loops(&mut self, ast: &mut TableAst) {
-        #[derive(Clone, Copy, PartialEq)]
-        enum Mark {
-            New,
-            Open,
-            Done,
-        }
-        let mut refused = BTreeSet::new();
-        let mut marks = vec![Mark::New; ast.chains.len()];
-        // How many chains a packet may be in at once from each on.
-        let mut depths = vec![0; ast.chains.len()];
-        for start in 0..ast.chains.len() {
-            if marks[start] != Mark::New {
-                continue;
-            }
-            marks[start] = Mark::Open;
-            let mut path = vec![(start, 0)];
-            while let Some((chain, next)) = path.last_mut() {
-                let Some(&rule) = ast.chains[*chain].rules.get(*next) else {
-                    marks[*chain] = Mark::Done;
-                    let mut deepest = 0;
-                    let mut said = None;
-                    for &index in &ast.chains[*chain].rules {
-                        let rule = &ast.rules[index as usize];
-                        let (TargetVerdict::Jump(to) | TargetVerdict::Goto(to)) = rule.target.verdict else {
-                            continue;
-                        };
-                        let depth = depths[to.0 as usize];
-                        if depth < limits::JUMP_DEPTH_MAX {
-                            deepest = deepest.max(depth);
-                            continue;
-                        }
-                        refused.insert(index);
-                        // The rules that a line's address lists make share what is said of the line.
-                        if said.replace(rule.span) != Some(rule.span) {
-                            let message =
-                                format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
-                            self.report(
-                                Diagnostic::error(codes::LIMIT, message, rule.target.span)
-                                    .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
-                            );
-                        }
-                    }
-                    depths[*chain] = 1 + deepest;
-                    path.pop();
-                    continue;
-                };
-                *next += 1;
-                let index = rule;
-                let rule = &ast.rules[index as usize];
-                let (TargetVerdict::Jump(to) | TargetVerdict::Goto(to)) = rule.target.verdict else {
-                    continue;
-                };
-                let to = to.0 as usize;
-                match marks[to] {
-                    Mark::New => {
-                        marks[to] = Mark::Open;
-                        path.push((to, 0));
-                    }
-                    Mark::Open => {
-                        let message = format!("chain `{}` leads back to itself", ast.chains[to].name);
-                        let diagnostic = Diagnostic::error(codes::CHAIN_LOOP, message, rule.target.span)
-                            .with_label(ast.chains[to].span, "this chain")
-                            .with_hint("netfilter refuses loops; break the circle");
-                        self.report(diagnostic);
-                        refused.insert(index);
-                    }
-                    Mark::Done => {}
-                }
-            }
-        }
-        reject(ast, &refused);
-    }
-
-    /// Matches and targets that their table or hook does not allow. A rule with one is not accepted, so it leaves its
-    /// chain.
-    fn check_places(&mut self, ast: &mut TableAst) {
-        let mut found = Vec::new();
-        let mut misplaced = BTreeSet::new();
-        for chain in &ast.chains {
-            for &index in &chain.rules {
-                let rule = &ast.rules[index as usize];
-                for one in rule.matches.iter() {
-                    let hooks = one.options.extension.hooks;
-                    if let Some(hook) = chain.hook
-                        && !hooks.is_empty()
-                        && !hooks.contains(&hook)
-                    {
-                        let hooks: Vec<&str> = hooks.iter().map(|hook| hook.chain_name()).collect();
-                        let name = one.options.extension.name;
-                        misplaced.insert(index);
-                        found.push((one.span, format!("match `{name}` works only in {}", hooks.join(", "))));
-                    }
-                }
-                let TargetVerdict::Extension(options) = &rule.target.verdict else { continue };
-                let extension = options.extension;
-                if !extension.tables.is_empty() && !extension.tables.contains(&ast.kind) {
-                    misplaced.insert(index);
-                    let tables: Vec<String> =
-                        extension.tables.iter().map(|table| format!("`{table}`")).collect();
-                    found.push((
-                        rule.target.span,
-                        format!("target `{}` works only in table {}", extension.name, tables.join(" or ")),
-                    ));
-                } else if let Some(hook) = chain.hook
-                    && !extension.hooks.is_empty()
-                    && !extension.hooks.contains(&hook)
-                {
-                    misplaced.insert(index);
-                    let hooks: Vec<&str> = extension.hooks.iter().map(|hook| hook.chain_name()).collect();
-                    found.push((
-                        rule.target.span,
-                        format!("target `{}` works only in {}", extension.name, hooks.join(", ")),
-                    ));
-                }
-            }
-        }
-        reject(ast, &misplaced);
-        // The rules that a line's address lists make share what is said of the line.
-        found.dedup();
-        for (span, message) in found {
-            self.report(Diagnostic::error(codes::WRONG_PLACE, message, span));
-        }
-    }
-
     fn finish(mut self) -> (Dump, Vec<Diagnostic>) {
         if let Some(open) = self.table.take() {
             let message = format!("table `{}` is never committed", open.ast.kind);
@@ -849,17 +724,6 @@ fn is_rule(text: &str) -> bool {
     };
     let text = text.trim_start();
     ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
-}
-
-/// Takes rules that are not accepted out of their chains.
-fn reject(ast: &mut TableAst, refused: &BTreeSet<u32>) {
-    if refused.is_empty() {
-        return;
-    }
-    for chain in &mut ast.chains {
-        chain.rules.retain(|index| !refused.contains(index));
-    }
-    ast.rejected.extend(refused.iter().map(|&index| ast.rules[index as usize].span));
 }
 
 fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {

@@ -4,18 +4,23 @@
 //! dotted quads of libxtables), because the same dump has to be accepted and rejected alike. The canonical text is
 //! what iptables-legacy-save prints.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use polc_ir::hook::Family;
+use polc_ir::source::bytes;
 
 use crate::ast::Text;
 use crate::names;
 
+/// What `isspace` holds for in the C locale.
+pub(crate) const WHITE_SPACE: [char; 6] = [' ', '\t', '\n', '\x0b', '\x0c', '\r'];
+
 /// A number as `strtoul(text, &end, base)` reads it: leading white space, a `+`, then with base 0 `0x` for hexadecimal
 /// or `0` for octal. Returns the value and the rest. A minus sign and overflow are refused, as `xtables_strtoul` does.
 pub fn strtoul(text: &str, base: u32) -> Option<(u64, &str)> {
-    let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
+    let text = text.trim_start_matches(WHITE_SPACE);
     if text.starts_with('-') {
         return None;
     }
@@ -35,6 +40,26 @@ pub fn strtoul(text: &str, base: u32) -> Option<(u64, &str)> {
         return None;
     }
     Some((u64::from_str_radix(&digits[..end], base).ok()?, &digits[end..]))
+}
+
+/// A number as `strtod` reads one, up to the end of the text: leading white space, decimal or hexadecimal digits with an
+/// exponent, or `nan` or `inf` in any case.
+pub fn strtod(text: &str) -> Option<f64> {
+    let text = text.trim_start_matches(WHITE_SPACE);
+    let unsigned = text.trim_start_matches(['+', '-']);
+    if text.len() - unsigned.len() > 1 {
+        return None;
+    }
+    let Some(hex) = unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X")) else {
+        return text.parse().ok();
+    };
+    let (mantissa, exponent) = hex.split_once(['p', 'P']).unwrap_or((hex, "0"));
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = u64::from_str_radix(&format!("{whole}{fraction}"), 16).ok()?;
+    let exponent: i32 = exponent.parse().ok()?;
+    let scale = exponent.checked_sub(4 * i32::try_from(fraction.len()).ok()?)?;
+    let value = digits as f64 * f64::from(scale).exp2();
+    Some(if text.starts_with('-') { -value } else { value })
 }
 
 /// A whole number between `min` and `max`, as `xtables_strtoul` with base 0 reads one.
@@ -58,27 +83,46 @@ impl PortRange {
     /// Every port.
     pub const ALL: PortRange = PortRange { first: 0, last: u16::MAX };
 
-    /// `port[:port]` for one protocol, or for the first that has a service of the name; the ends optional, by number or
-    /// name; `None` if a port is unknown.
+    /// `port[:port]` for one protocol ([`port`]) or, without one, for any ([`resolved_port`]); the ends optional, by
+    /// number or name; `None` if a port is unknown.
     pub fn parse(text: &str, protocol: Option<&str>) -> Option<PortRange> {
+        let port = |text: &str| match protocol {
+            Some(_) => port(text, protocol),
+            None => resolved_port(text),
+        };
+        let port_only = |text: &str| port(text).map(|port| PortRange { first: port, last: port });
         let port = |text: &str, default| {
-            if text.is_empty() { Some(default) } else { port(text, protocol) }
+            if text.is_empty() { Some(default) } else { port(text) }
         };
         match text.split_once(':') {
-            None => port_only(text, protocol),
+            None => port_only(text),
             Some((first, last)) => Some(PortRange { first: port(first, 0)?, last: port(last, u16::MAX)? }),
         }
     }
 }
 
-fn port_only(text: &str, protocol: Option<&str>) -> Option<PortRange> {
-    let port = port(text, protocol)?;
-    Some(PortRange { first: port, last: port })
-}
-
 /// A port by number (base 0) or service name, as `xtables_parse_port` reads it.
 pub fn port(text: &str, protocol: Option<&str>) -> Option<u16> {
     number(text, 0, u16::MAX.into()).map(|port| port as u16).or_else(|| names::service(text, protocol))
+}
+
+/// A port as `getaddrinfo` resolves one, for extensions that ask it: a decimal number, of which the lower 16 bits count,
+/// nothing or `*` for 0, or the name of a service of any protocol. What spells -1 is taken for a name.
+pub fn resolved_port(text: &str) -> Option<u16> {
+    if matches!(text, "" | "*") {
+        return Some(0);
+    }
+    let spaced = text.trim_start_matches(WHITE_SPACE);
+    let (digits, negative) = match spaced.strip_prefix('-') {
+        Some(digits) => (digits, true),
+        None => (spaced.strip_prefix('+').unwrap_or(spaced), false),
+    };
+    let whole = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let number = digits.parse::<u64>().ok().filter(|_| whole);
+    match number.map(|number| if negative { number.wrapping_neg() } else { number } as u32) {
+        Some(number) if number != u32::MAX => Some(number as u16),
+        _ => names::service(text, None),
+    }
 }
 
 /// Prints `80` or `80:90`.
@@ -165,6 +209,79 @@ impl AddressMask {
     }
 }
 
+/// A rate of packets or bytes, as the kernel counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rate {
+    /// One packet in so many microseconds.
+    Packets {
+        /// The microseconds.
+        period: u64,
+        /// The seconds of the unit that it was written in.
+        unit: u64,
+    },
+    /// Bytes, 16 of which cost so much.
+    Bytes {
+        /// The cost.
+        cost: u32,
+    },
+}
+
+impl Rate {
+    /// What 16 bytes cost at so many bytes a second (extensions/libxt_hashlimit.c in iptables, `bytes_to_cost`, whose
+    /// 32 bits wrap around); `None` where iptables would divide by zero.
+    pub fn cost_of(bytes: u64) -> Option<u32> {
+        u32::MAX.checked_div(((bytes >> 4) as u32).wrapping_add(1))
+    }
+
+    /// The bytes a second of a cost above 0 (`cost_to_bytes`).
+    pub fn bytes_of(cost: u32) -> u64 {
+        u64::from(u32::MAX / cost - 1) << 4
+    }
+}
+
+/// A host's address and how many of its leading bits count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HostMask {
+    /// The address, host bits and all.
+    pub address: IpAddr,
+    /// How many bits count.
+    pub length: u8,
+}
+
+impl HostMask {
+    /// `host[/length]` as `xtopt_parse_hostmask` reads it: unlike with [`AddressMask::parse`], the host is what
+    /// `getaddrinfo` takes for one, and a mask that is no prefix counts for none. On failure, the part at fault.
+    pub fn parse(text: &str, family: Family) -> Result<HostMask, BadAddress<'_>> {
+        let bits = family.address_bits();
+        let (address, length) = match text.split_once('/') {
+            Some((address, mask)) => (address, length(mask, family).ok_or(BadAddress::Mask(mask))?.min(bits)),
+            None => (text, bits),
+        };
+        let address = host(address, family).ok_or(BadAddress::Address(address))?;
+        Ok(HostMask { address, length })
+    }
+
+    /// Whether all bits count.
+    pub fn is_whole(&self) -> bool {
+        self.length == if self.address.is_ipv4() { 32 } else { 128 }
+    }
+
+    /// The same with host bits cleared.
+    pub fn without_host_bits(self) -> HostMask {
+        let family = if self.address.is_ipv4() { Family::V4 } else { Family::V6 };
+        HostMask { address: and(self.address, mask_of_length(self.length, family)), ..self }
+    }
+}
+
+/// The length of a prefix, by number or as a mask; [`u8::MAX`] for a mask that is no prefix, as `xtopt_parse_plen` has
+/// it.
+pub fn length(text: &str, family: Family) -> Option<u8> {
+    if let Some(length) = number(text, 0, family.address_bits().into()) {
+        return Some(length as u8);
+    }
+    host(text, family).map(|mask| prefix_length(mask).unwrap_or(u8::MAX))
+}
+
 /// What is wrong with an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadAddress<'a> {
@@ -237,6 +354,14 @@ pub fn loose_ipv4(text: &str) -> Option<Ipv4Addr> {
         *octet = number(part, 0, 255)? as u8;
     }
     Some(octets.into())
+}
+
+/// An address as `xtables_numeric_to_ipaddr` and its IPv6 twin read it.
+pub fn loose_address(text: &str, family: Family) -> Option<IpAddr> {
+    match family {
+        Family::V4 => loose_ipv4(text).map(IpAddr::V4),
+        Family::V6 => address(text, family),
+    }
 }
 
 /// An address of the family in standard notation (`inet_pton`).
@@ -344,17 +469,51 @@ impl fmt::Display for Mac {
     }
 }
 
-/// Whether `given` abbreviates `name` in any case, as the extensions that use `strncasecmp` accept it.
+/// The text up to so many bytes, in the middle of a character if need be.
+pub fn cut(text: &str, bytes_max: usize) -> Cow<'_, str> {
+    match bytes::of_text(text).get(..bytes_max) {
+        Some(start) if bytes::count(text) > bytes_max => Cow::Owned(bytes::to_text(start.to_vec())),
+        _ => Cow::Borrowed(text),
+    }
+}
+
+/// How a name may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spelling {
+    /// Letter by letter.
+    Exact,
+    /// In any case.
+    AnyCase,
+    /// In any case and cut short, as `strncasecmp` takes it; of several names that fit, the first counts.
+    Abbreviated,
+}
+
+impl Spelling {
+    /// Whether `given` stands for `name`.
+    pub fn fits(self, given: &str, name: &str) -> bool {
+        match self {
+            Spelling::Exact => given == name,
+            Spelling::AnyCase => given.eq_ignore_ascii_case(name),
+            Spelling::Abbreviated => !given.is_empty() && abbreviates(given, name),
+        }
+    }
+}
+
+/// Whether `given` abbreviates `name` in any case, as the extensions that use `strncasecmp` accept it. Nothing at all
+/// abbreviates everything.
 pub fn abbreviates(given: &str, name: &str) -> bool {
     name.get(..given.len()).is_some_and(|start| start.eq_ignore_ascii_case(given))
 }
 
-/// A list of names separated by commas, each of which may be abbreviated; yields the numbers of the names, or the item
-/// that is none. The first name that fits wins, as in libxtables.
-pub fn name_list<'a, T: Copy>(text: &'a str, table: &[(&str, T)]) -> Result<Vec<T>, &'a str> {
+/// A list of names joined by commas, as values of a table. On failure, the item at fault.
+pub fn name_list<'a, T: Copy>(
+    text: &'a str,
+    table: &[(&str, T)],
+    spelling: Spelling,
+) -> Result<Vec<T>, &'a str> {
     text.split(',')
         .map(|item| {
-            let found = table.iter().find(|(name, _)| abbreviates(item, name)).filter(|_| !item.is_empty());
+            let found = table.iter().find(|(name, _)| spelling.fits(item, name));
             found.map(|&(_, value)| value).ok_or(item)
         })
         .collect()

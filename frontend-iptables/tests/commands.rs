@@ -104,7 +104,14 @@ fn packet_types_are_whole_names() {
 }
 
 #[test]
-fn rates_in_bytes_are_refused_by_name() {
-    let found = errors("-A INPUT -m hashlimit --hashlimit-above 5kb/s --hashlimit-name a -j DROP\n");
-    assert_eq!(found, ["`5kb/s` is a rate in bytes; only rates in packets are read"]);
+fn rates_in_bytes_are_kept_as_what_they_cost() {
+    let rate = |text: &str| {
+        let kept = left(&format!("-A INPUT -m hashlimit --hashlimit-above {text} --hashlimit-name a\n"));
+        kept[0].split(' ').nth(5).expect("a rate").to_string()
+    };
+    for (given, kept) in
+        [("5kb/s", "5kb/s"), ("100b/s", "96b/s"), ("1000mb/s", "1008mb/s"), ("1024kb/s", "1mb/s")]
+    {
+        assert_eq!(rate(given), kept, "{given}");
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use polc_ir::hook::Family;
 use polc_ir::source::bytes;
@@ -9,7 +10,7 @@ use polc_ir::source::bytes;
 use super::Context;
 use crate::ast::Text;
 use crate::names::{self, icmp, icmp::IcmpType};
-use crate::value::{self, AddressMask, BadAddress, Ip, Mac, Masked, PortRange};
+use crate::value::{self, AddressMask, BadAddress, HostMask, Ip, Mac, Masked, PortRange, Rate, Spelling};
 
 /// A typed argument.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +33,12 @@ pub enum Value {
     List(Vec<u64>),
     /// An address under a mask.
     Address(AddressMask),
+    /// A host and how much of its address counts.
+    Host(HostMask),
+    /// Bytes.
+    Bytes(Arc<[u8]>),
+    /// A rate.
+    Rate(Rate),
     /// Addresses from first to last.
     Addresses(IpAddr, IpAddr),
     /// An Ethernet address.
@@ -64,7 +71,8 @@ pub enum Arg {
     Number(u64, u64),
     /// A number up to the bound, printed in hexadecimal.
     Hex(u64),
-    /// A number, or a range of two joined by this character; an end left out is the least or greatest number.
+    /// A number, or a range of two joined by this character; an end left out is the least or greatest number, nothing
+    /// at all is 0. A range may end below its start: it holds nothing.
     Range(char, u64),
     /// `value[/mask]` of 32 bits.
     Mark,
@@ -78,22 +86,30 @@ pub enum Arg {
     Quoted(usize),
     /// Text of at most so many bytes, printed as it is.
     Word(usize),
+    /// As [`Arg::Text`], but longer text is cut.
+    CutText(usize),
+    /// As [`Arg::Word`], but longer text is cut.
+    CutWord(usize),
     /// One of these names.
-    Name(Names),
+    Name(Names, Spelling),
     /// A list of names, joined by commas.
-    Names(Names),
-    /// `address[/mask]`.
-    Address,
-    /// `address[/mask]`, host bits kept, a full mask not printed.
+    Names(Names, Spelling),
+    /// As [`Arg::Names`], but nothing between commas is no name at all.
+    Items(Names, Spelling),
+    /// `host[/length]`, host bits kept, a full length not printed.
     Host,
-    /// `address/mask`, the mask not left out.
+    /// `host[/length]`, host bits cleared, the length always printed.
+    Network,
+    /// The length of a prefix, or a mask.
+    Length,
+    /// `host/length`, the length not left out, and no host bits.
     Prefix,
     /// `first[-last]`.
     Addresses,
     /// An Ethernet address.
     Mac,
-    /// An ICMP type of the family.
-    Icmp,
+    /// An ICMP type of this family.
+    Icmp(Family),
     /// Two words: a mask of TCP flags and the flags that are set.
     TcpFlags,
     /// Two words: a set's name and which ends are looked up.
@@ -133,14 +149,15 @@ impl Arg {
             Arg::Mark => "value[/mask]",
             Arg::Ports(_) => "port[:port]",
             Arg::PortList => "port[,port|,port:port]...",
-            Arg::Text(_) | Arg::Quoted(_) | Arg::Word(_) => "text",
-            Arg::Name(_) => "name",
-            Arg::Names(_) => "name[,name]...",
-            Arg::Address | Arg::Host => "address[/mask]",
+            Arg::Text(_) | Arg::Quoted(_) | Arg::Word(_) | Arg::CutText(_) | Arg::CutWord(_) => "text",
+            Arg::Name(..) => "name",
+            Arg::Names(..) | Arg::Items(..) => "name[,name]...",
+            Arg::Host | Arg::Network => "address[/mask]",
+            Arg::Length => "length",
             Arg::Prefix => "address/mask",
             Arg::Addresses => "address[-address]",
             Arg::Mac => "xx:xx:xx:xx:xx:xx",
-            Arg::Icmp => "type[/code]",
+            Arg::Icmp(_) => "type[/code]",
             Arg::TcpFlags => "mask flags",
             Arg::SetEnds => "set src|dst[,src|,dst]...",
             Arg::Custom { words: 2, .. } => "value value",
@@ -173,34 +190,54 @@ impl Arg {
                 }
                 Ok(Value::Text(text.into()))
             }
-            Arg::Name(names) => names
+            Arg::CutText(max) | Arg::CutWord(max) => Ok(Value::Text((&*value::cut(text, max)).into())),
+            Arg::Name(names, spelling) => names
                 .iter()
-                .find(|(name, _)| *name == text)
+                .find(|(name, _)| spelling.fits(text, name))
                 .map(|&(_, number)| Value::Number(number))
                 .ok_or_else(|| format!("`{text}` is none of {}", list_names(names))),
-            Arg::Names(names) => value::name_list(text, names)
+            Arg::Names(names, spelling) => value::name_list(text, names, spelling)
                 .map(Value::List)
                 .map_err(|item| format!("`{item}` is none of {}", list_names(names))),
-            Arg::Address | Arg::Host => address(text, context.family).map(Value::Address),
-            Arg::Prefix if !text.contains('/') => Err(format!("`{text}` lacks the length of a prefix")),
-            Arg::Prefix => address(text, context.family).map(Value::Address),
+            Arg::Items(names, spelling) => {
+                let items: Vec<&str> = text.split(',').filter(|item| !item.is_empty()).collect();
+                match items.is_empty() {
+                    true => Ok(Value::List(Vec::new())),
+                    false => Arg::Names(names, spelling).parse(&[&items.join(",")], context),
+                }
+            }
+            Arg::Host => host(text, context.family).map(Value::Host),
+            Arg::Network => Ok(Value::Host(host(text, context.family)?.without_host_bits())),
+            Arg::Length => value::length(text, context.family)
+                .map(|length| Value::Number(length.into()))
+                .ok_or_else(|| format!("`{text}` is not the length of a prefix")),
+            Arg::Prefix => {
+                if !text.contains('/') {
+                    return Err(format!("`{text}` lacks the length of a prefix"));
+                }
+                let prefix = host(text, context.family)?;
+                if prefix != prefix.without_host_bits() {
+                    return Err(format!("`{text}` has bits set behind its prefix"));
+                }
+                Ok(Value::Host(prefix))
+            }
             Arg::Addresses => {
                 let (first, last) = text.split_once('-').unwrap_or((text, text));
                 let one = |text| {
-                    value::address(text, context.family).ok_or_else(|| format!("`{text}` is not an address"))
+                    value::loose_address(text, context.family)
+                        .ok_or_else(|| format!("`{text}` is not an address"))
                 };
                 Ok(Value::Addresses(one(first)?, one(last)?))
             }
             Arg::Mac => {
                 Mac::parse(text).map(Value::Mac).ok_or_else(|| format!("`{text}` is not an Ethernet address"))
             }
-            Arg::Icmp => {
-                let table = if context.family == Family::V4 { icmp::ICMP } else { icmp::ICMPV6 };
-                let mut found = icmp::parse(text, table)?;
-                if context.family == Family::V4 && found.kind == 255 {
-                    found = IcmpType { kind: 255, code_first: 0, code_last: 255 };
-                }
-                Ok(Value::Icmp(found))
+            Arg::Icmp(Family::V6) => icmp::parse(text, icmp::ICMPV6).map(Value::Icmp),
+            Arg::Icmp(Family::V4) => {
+                let found = icmp::parse(text, icmp::ICMP)?;
+                // Of every type, codes can't be told apart.
+                let any = IcmpType { kind: 255, code_first: 0, code_last: 255 };
+                Ok(Value::Icmp(if found.kind == 255 { any } else { found }))
             }
             Arg::TcpFlags => {
                 let flags = |text: &str| {
@@ -245,11 +282,11 @@ impl Arg {
                 Ok(())
             }
             (Arg::Hex(_), Value::Number(number)) => write!(out, " {number:#x}"),
-            (Arg::Name(names), Value::Number(number)) => {
+            (Arg::Name(names, _), Value::Number(number)) => {
                 let name = names.iter().find(|(_, known)| known == number).map_or("", |(name, _)| name);
                 write!(out, " {name}")
             }
-            (Arg::Names(names), Value::List(list)) => {
+            (Arg::Names(names, _) | Arg::Items(names, _), Value::List(list)) => {
                 let text: Vec<&str> = names
                     .iter()
                     .enumerate()
@@ -274,15 +311,12 @@ impl Arg {
                 quote(text, out);
                 Ok(())
             }
-            (Arg::Text(_), Value::Text(text)) => {
+            (Arg::Text(_) | Arg::CutText(_), Value::Text(text)) => {
                 save_string(text, out);
                 Ok(())
             }
-            (Arg::Host, Value::Address(address))
-                if address.prefix_length() == Some(context_bits(address)) =>
-            {
-                write!(out, " {}", Ip(address.address))
-            }
+            (Arg::Host, Value::Host(host)) if host.is_whole() => write!(out, " {}", Ip(host.address)),
+            (_, Value::Host(host)) => write!(out, " {}/{}", Ip(host.address), host.length),
             (_, Value::None) => Ok(()),
             (_, Value::Number(number) | Value::Range(number, _)) => write!(out, " {number}"),
             (_, Value::Masked(masked)) => write!(out, " {masked}"),
@@ -294,7 +328,9 @@ impl Arg {
             (_, Value::Text(text)) => write!(out, " {text}"),
             (_, Value::Address(address)) => write!(out, " {}{}", Ip(address.address), address.mask_text()),
             (_, Value::Addresses(first, last)) => write!(out, " {}-{}", Ip(*first), Ip(*last)),
+            (_, Value::Bytes(_) | Value::Rate(_)) => unreachable!("who reads bytes or rates prints them"),
             (_, Value::Mac(mac)) => write!(out, " {mac}"),
+            (Arg::Icmp(Family::V4), Value::Icmp(icmp)) if icmp.kind == 255 => out.write_str(" any"),
             (_, Value::Icmp(icmp)) => print_icmp(*icmp, out),
             (_, Value::List(list)) => {
                 let text: Vec<String> = list.iter().map(ToString::to_string).collect();
@@ -305,16 +341,12 @@ impl Arg {
     }
 }
 
-fn context_bits(address: &AddressMask) -> u8 {
-    if address.mask.is_ipv4() { 32 } else { 128 }
-}
-
 fn list_names(names: Names) -> String {
     names.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-fn address(text: &str, family: Family) -> Result<AddressMask, String> {
-    AddressMask::parse(text, family).map_err(|bad| match bad {
+fn host(text: &str, family: Family) -> Result<HostMask, String> {
+    HostMask::parse(text, family).map_err(|bad| match bad {
         BadAddress::Address(text) => format!("`{text}` is not an {family} address or a built-in name"),
         BadAddress::Mask(text) => format!("`{text}` is not a mask"),
     })
@@ -327,14 +359,11 @@ fn range(text: &str, separator: char, max: u64) -> Result<Value, String> {
     };
     let (first, last) = match text.split_once(separator) {
         None => {
-            let one = value::number(text, 0, max).ok_or_else(bad)?;
+            let one = end(text, 0).ok_or_else(bad)?;
             (one, one)
         }
         Some((first, last)) => (end(first, 0).ok_or_else(bad)?, end(last, max).ok_or_else(bad)?),
     };
-    if first > last {
-        return Err(format!("`{text}` ends below its start"));
-    }
     Ok(Value::Range(first, last))
 }
 
@@ -377,20 +406,17 @@ fn tcp_flags(flags: u8, out: &mut String) {
     out.push_str(if names.is_empty() { "NONE".into() } else { names.join(",") }.as_str());
 }
 
+/// Of a range of codes, iptables-save prints the first.
 fn print_icmp(icmp: IcmpType, out: &mut String) -> std::fmt::Result {
     match icmp {
-        IcmpType { kind: 255, code_first: 0, code_last: 255 } => out.write_str(" any"),
         IcmpType { kind, code_first: 0, code_last: 255 } => write!(out, " {kind}"),
-        IcmpType { kind, code_first, code_last } if code_first == code_last => {
-            write!(out, " {kind}/{code_first}")
-        }
-        IcmpType { kind, code_first, code_last } => write!(out, " {kind}/{code_first}:{code_last}"),
+        IcmpType { kind, code_first, .. } => write!(out, " {kind}/{code_first}"),
     }
 }
 
 /// Text as iptables-save writes it: in quotes unless it is made of letters, digits, `_` and `-` alone
 /// (libxtables/xtables.c, `xtables_save_string`).
-pub(crate) fn save_string(text: &str, out: &mut String) {
+fn save_string(text: &str, out: &mut String) {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     if !text.is_empty() && text.chars().all(plain) {
         out.push(' ');

@@ -6,16 +6,17 @@
 //! function of the entry. Adding an extension is adding one entry.
 
 mod arg;
+pub(crate) mod unsaid;
 
 use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::Action;
 use polc_ir::source::Span;
 
-pub(crate) use arg::save_string;
 pub use arg::{Arg, Names, Value};
 
+use crate::ast::RuleAst;
 use crate::codes;
-use crate::ext::{self, Fault, OptionSpec, Spec};
+use crate::ext::{self, Fault, OptionSpec, Spec, set_of};
 use crate::lower::Body;
 
 /// What surrounds an extension's options: what their meaning and validity may depend on.
@@ -47,12 +48,30 @@ pub struct Opt {
     pub invert: bool,
     /// Whether it may be given more than once.
     pub repeat: bool,
+    /// Whether it must be given.
+    pub must: bool,
+    /// Options of the extension that may not be given with it.
+    pub excludes: &'static [&'static str],
+    /// Options of the extension that must be given with it.
+    pub requires: &'static [&'static str],
+    /// Which values, negated or not, iptables-save leaves out.
+    pub unsaid: fn(&Value, bool) -> bool,
 }
 
 impl Opt {
     /// An option that can't be negated.
     pub const fn new(name: &'static str, arg: Arg) -> Opt {
-        Opt { name, aliases: &[], arg, invert: false, repeat: false }
+        Opt {
+            name,
+            aliases: &[],
+            arg,
+            invert: false,
+            repeat: false,
+            must: false,
+            excludes: &[],
+            requires: &[],
+            unsaid: |_, _| false,
+        }
     }
 
     /// An option that may stand after `!`.
@@ -68,6 +87,27 @@ impl Opt {
     /// The same option, which may be given again.
     pub const fn again(self) -> Opt {
         Opt { repeat: true, ..self }
+    }
+
+    /// The same option, which must be given.
+    pub const fn must(self) -> Opt {
+        Opt { must: true, ..self }
+    }
+
+    /// The same option, which may not be given with these.
+    pub const fn excludes(self, others: &'static [&'static str]) -> Opt {
+        Opt { excludes: others, ..self }
+    }
+
+    /// The same option, which needs these.
+    pub const fn requires(self, others: &'static [&'static str]) -> Opt {
+        Opt { requires: others, ..self }
+    }
+
+    /// The same option, of which iptables-save leaves out the values, negated or not, for which `unsaid` holds. They
+    /// keep their meaning.
+    pub const fn unsaid(self, unsaid: fn(&Value, bool) -> bool) -> Opt {
+        Opt { unsaid, ..self }
     }
 }
 
@@ -105,6 +145,29 @@ pub enum Meaning {
 /// Checks options as a whole and fills in defaults; the error says what is wrong.
 pub type Finish = fn(&mut Options, &Context) -> Result<(), String>;
 
+/// Where a rule stands, for what depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Site<'a> {
+    /// The dump's address family.
+    pub family: Family,
+    /// The rule's table.
+    pub table: TableKind,
+    /// The hooks from which packets reach the rule; none for a rule that no packet can reach.
+    pub hooks: &'a [Hook],
+    /// The rule.
+    pub rule: &'a RuleAst,
+}
+
+impl Site<'_> {
+    /// The first of `hooks` from which packets reach the rule.
+    pub fn reached_from(&self, hooks: &[Hook]) -> Option<Hook> {
+        self.hooks.iter().copied().find(|hook| hooks.contains(hook))
+    }
+}
+
+/// Checks options against the place of their rule; the error says what is wrong.
+pub type Place = fn(&Options, &Site<'_>) -> Result<(), String>;
+
 /// An extension: a match or a target.
 #[derive(Debug)]
 pub struct Extension {
@@ -116,8 +179,10 @@ pub struct Extension {
     pub protocols: &'static [u16],
     /// Tables it is allowed in; empty for all.
     pub tables: &'static [TableKind],
-    /// Hooks it is allowed on, for rules in base chains; empty for all.
+    /// Hooks from which packets may reach it; empty for all.
     pub hooks: &'static [Hook],
+    /// Checks the rest of what the kernel asks of the place.
+    pub place: Option<Place>,
     /// The options, in the order iptables-save prints them.
     pub options: &'static [Opt],
     /// Checks what the table can't say and fills in defaults. An error names the problem.
@@ -144,6 +209,7 @@ pub const fn base(name: &'static str, meaning: Meaning, doc: &'static str) -> Ex
         protocols: &[],
         tables: &[],
         hooks: &[],
+        place: None,
         options: &[],
         finish: None,
         print: None,
@@ -168,6 +234,11 @@ impl Entry {
 
     fn new(extension: &'static Extension) -> Entry {
         let mut options = Vec::new();
+        let id_of = |name: &str| {
+            let found = extension.options.iter().position(|option| option.name == name);
+            found.expect("an entry names its own options") as u8
+        };
+        let set = |names: &[&str]| names.iter().fold(0, |set, name| set | set_of(id_of(name)));
         for (id, option) in extension.options.iter().enumerate() {
             for name in std::iter::once(&option.name).chain(option.aliases) {
                 options.push(OptionSpec {
@@ -176,10 +247,10 @@ impl Entry {
                     metavar: option.arg.metavar(),
                     arguments: option.arg.words() as u8,
                     invertible: option.invert,
-                    mandatory: false,
+                    mandatory: option.must,
                     repeatable: option.repeat,
-                    excludes: 0,
-                    requires: 0,
+                    excludes: set(option.excludes),
+                    requires: set(option.requires),
                 });
             }
         }
@@ -197,8 +268,13 @@ impl Entry {
 
     /// Reads the options that the line parser collected for one clause.
     pub(crate) fn parse(&self, options: &ext::Options<'_>, context: &Context) -> Result<Options, Fault> {
-        let mut given = Vec::new();
+        let mut given: Vec<Given> = Vec::new();
         for option in options.iter() {
+            // A switch that is set again says nothing new.
+            let same = |given: &Given| (given.option, given.negated) == (option.spec.id, option.negated);
+            if option.spec.arguments == 0 && option.spec.name != "next" && given.iter().any(same) {
+                continue;
+            }
             let arg = self.extension.options[option.spec.id as usize].arg;
             let words = [option.argument.text, option.second.text];
             if let (Arg::SetEnds, Some(sets)) = (arg, options.sets)
@@ -322,11 +398,44 @@ impl Options {
     /// Prints one option, if it was given.
     pub fn print_option(&self, name: &str, out: &mut String) {
         let index = self.index(name);
-        let option = &self.extension.options[index as usize];
-        for given in self.given.iter().filter(|given| given.option == index) {
-            out.push_str(if given.negated { " ! --" } else { " --" });
-            out.push_str(option.name);
-            option.arg.print(&given.value, out);
+        self.given
+            .iter()
+            .filter(|given| given.option == index)
+            .for_each(|given| self.print_given(given, out));
+    }
+
+    /// Prints an option as it was given, unless iptables-save leaves it out.
+    pub fn print_given(&self, given: &Given, out: &mut String) {
+        if self.is_unsaid(given) {
+            return;
+        }
+        let option = &self.extension.options[given.option as usize];
+        out.push_str(if given.negated { " ! --" } else { " --" });
+        out.push_str(option.name);
+        option.arg.print(&given.value, out);
+    }
+
+    /// Whether iptables-save leaves this option out.
+    pub(crate) fn is_unsaid(&self, given: &Given) -> bool {
+        (self.extension.options[given.option as usize].unsaid)(&given.value, given.negated)
+    }
+
+    /// The number given to an option of this name.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.value(name)?.0.number()
+    }
+
+    /// The option of this name, to be changed.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut Given> {
+        let index = self.index(name);
+        self.given.iter_mut().find(|given| given.option == index)
+    }
+
+    /// Sets an option, whether it was given or not.
+    pub fn set(&mut self, name: &str, value: Value) {
+        match self.get_mut(name) {
+            Some(given) => given.value = value,
+            None => self.default(name, value),
         }
     }
 }

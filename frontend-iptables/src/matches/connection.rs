@@ -3,15 +3,14 @@
 use polc_ir::field::Field;
 use polc_ir::interval::IntervalSet;
 
-use super::transport::required;
-use crate::extension::{Arg, Extension, Meaning, Opt, Options, Value, base};
+use crate::extension::{Arg, Extension, Given, Meaning, Opt, Options, Value, base};
 use crate::lower::{Body, network as meaning};
+use crate::value::Spelling;
 
 /// The matches of this group.
 pub(super) const ALL: &[Extension] = &[
     Extension {
-        options: &[Opt::not("state", Arg::Names(&STATES_OF_STATE))],
-        finish: Some(|options, _| required(options, "state")),
+        options: &[Opt::not("state", Arg::Names(&STATES_OF_STATE, Spelling::Abbreviated)).must()],
         ..base(
             "state",
             Meaning::Match(state),
@@ -20,23 +19,29 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("ctstate", Arg::Names(&STATES)),
+            Opt::not("ctstate", Arg::Names(&STATES, Spelling::Abbreviated)),
             Opt::not("ctproto", Arg::Custom { words: 1, parse: parse_protocol, print: print_protocol }),
             Opt::not("ctorigsrc", Arg::Host),
             Opt::not("ctorigdst", Arg::Host),
             Opt::not("ctreplsrc", Arg::Host),
             Opt::not("ctrepldst", Arg::Host),
-            Opt::not("ctorigsrcport", Arg::Range(':', 0xffff)),
-            Opt::not("ctorigdstport", Arg::Range(':', 0xffff)),
-            Opt::not("ctreplsrcport", Arg::Range(':', 0xffff)),
-            Opt::not("ctrepldstport", Arg::Range(':', 0xffff)),
-            Opt::not("ctstatus", Arg::Names(STATUSES)),
+            Opt::not("ctorigsrcport", Arg::Ports(None)),
+            Opt::not("ctorigdstport", Arg::Ports(None)),
+            Opt::not("ctreplsrcport", Arg::Ports(None)),
+            Opt::not("ctrepldstport", Arg::Ports(None)),
+            Opt::not("ctstatus", Arg::Names(STATUSES, Spelling::Abbreviated)),
             Opt::not("ctexpire", Arg::Range(':', u32::MAX as u64)),
-            Opt::new("ctdir", Arg::Name(&[("ORIGINAL", 0), ("REPLY", 1)])),
+            Opt::new("ctdir", Arg::Name(&[("ORIGINAL", 0), ("REPLY", 1)], Spelling::AnyCase)),
         ],
         finish: Some(|options, _| {
             if options.given.is_empty() {
                 return Err("some option is needed".into());
+            }
+            // Next to others, `NONE` asks for nothing.
+            if let Some(Given { value: Value::List(bits), .. }) = options.get_mut("ctstatus")
+                && bits.iter().any(|&bit| bit != 0)
+            {
+                bits.retain(|&bit| bit != 0);
             }
             Ok(())
         }),
@@ -47,8 +52,7 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::not("mark", Arg::Mark)],
-        finish: Some(|options, _| required(options, "mark")),
+        options: &[Opt::not("mark", Arg::Mark).must()],
         ..base("connmark", Meaning::Match(connmark), "The connection's mark, under a mask.")
     },
 ];
@@ -70,7 +74,7 @@ const STATUSES: &[(&str, u64)] =
 
 fn parse_protocol(words: &[&str], _: &crate::extension::Context) -> Result<Value, String> {
     crate::names::protocol(words[0])
-        .map(|protocol| Value::Number(protocol.into()))
+        .map(|protocol| Value::Number((protocol & 0xff).into()))
         .ok_or_else(|| format!("`{}` is no protocol", words[0]))
 }
 

@@ -3,7 +3,12 @@
 mod connection;
 mod network;
 mod opaque;
+mod pattern;
+mod policy;
+mod rates;
+mod time;
 mod transport;
+mod u32;
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -15,7 +20,17 @@ use crate::extension::{Entry, Extension};
 pub(crate) use network::parse_tos;
 
 /// Every match, by group.
-pub const ALL: &[&[Extension]] = &[transport::ALL, network::ALL, connection::ALL, opaque::ALL];
+pub const ALL: &[&[Extension]] = &[
+    transport::ALL,
+    network::ALL,
+    connection::ALL,
+    rates::ALL,
+    pattern::ALL,
+    policy::ALL,
+    time::ALL,
+    u32::ALL,
+    opaque::ALL,
+];
 
 static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| Entry::table(ALL));
 
@@ -40,7 +55,6 @@ static BY_NAME: LazyLock<HashMap<(&'static str, Family), &'static Entry>> = Lazy
 pub fn find(name: &str, family: Family) -> Option<&'static Entry> {
     let name = match name {
         "icmpv6" | "ipv6-icmp" => "icmp6",
-        "mobility-header" | "ipv6-mh" => "mh",
         name => name,
     };
     BY_NAME.get(&(name, family)).copied()

@@ -2,13 +2,13 @@
 
 use polc_ir::derived::{DeviceLimit, Ipv6HeaderTest};
 use polc_ir::field::{End, Field};
+use polc_ir::hook::{Family, Hook};
 use polc_ir::interval::IntervalSet;
 
-use super::transport::{full_range_says_nothing, required};
-use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Value, base};
+use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Site, Value, base, unsaid};
 use crate::lower::{Body, header, network as meaning};
 use crate::names::dscp;
-use crate::value::{self, Masked};
+use crate::value::{self, Masked, Spelling};
 
 /// The matches of this group.
 pub(super) const ALL: &[Extension] = &[
@@ -25,8 +25,7 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::not("length", Arg::Range(':', 0xffff))],
-        finish: Some(|options, _| required(options, "length")),
+        options: &[Opt::not("length", Arg::Range(':', 0xffff)).must()],
         ..base("length", Meaning::Match(length), "The packet's length, from the IP header on.")
     },
     Extension {
@@ -67,26 +66,20 @@ pub(super) const ALL: &[Extension] = &[
         ..base("dscp", Meaning::Match(dscp_match), "The six bits of the differentiated services code point.")
     },
     Extension {
-        options: &[Opt::not("tos", Arg::Custom { words: 1, parse: parse_tos, print: print_tos })],
-        finish: Some(|options, _| required(options, "tos")),
+        options: &[Opt::not("tos", Arg::Custom { words: 1, parse: parse_tos, print: print_tos }).must()],
         ..base("tos", Meaning::Match(tos), "The type of service byte, under a mask.")
     },
     Extension {
-        options: &[Opt::not("mac-source", Arg::Mac)],
-        finish: Some(|options, _| required(options, "mac-source")),
+        hooks: &[Hook::Prerouting, Hook::Input, Hook::Forward],
+        options: &[Opt::not("mac-source", Arg::Mac).must()],
         ..base("mac", Meaning::Match(mac), "The sender's Ethernet address.")
     },
     Extension {
-        options: &[Opt::not("mark", Arg::Mark)],
-        finish: Some(|options, _| required(options, "mark")),
+        options: &[Opt::not("mark", Arg::Mark).must()],
         ..base("mark", Meaning::Match(mark), "The packet's mark, under a mask.")
     },
     Extension {
-        options: &[Opt::not(
-            "pkt-type",
-            Arg::Custom { words: 1, parse: parse_packet_type, print: print_packet_type },
-        )],
-        finish: Some(|options, _| required(options, "pkt-type")),
+        options: &[Opt::not("pkt-type", Arg::Name(PACKET_TYPES, Spelling::AnyCase)).must()],
         ..base(
             "pkttype",
             Meaning::Match(packet_type),
@@ -95,21 +88,18 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("src-type", Arg::Names(ADDRESS_TYPES)),
-            Opt::not("dst-type", Arg::Names(ADDRESS_TYPES)),
-            Opt::new("limit-iface-in", Arg::Flag),
+            Opt::not("src-type", Arg::Names(ADDRESS_TYPES, Spelling::Abbreviated)),
+            Opt::not("dst-type", Arg::Names(ADDRESS_TYPES, Spelling::Abbreviated)),
+            Opt::new("limit-iface-in", Arg::Flag).excludes(&["limit-iface-out"]),
             Opt::new("limit-iface-out", Arg::Flag),
         ],
         finish: Some(|options, context| {
             if options.count(&["src-type", "dst-type"]) == 0 {
                 return Err("one of `--src-type` and `--dst-type` is needed".into());
             }
-            if options.count(&["limit-iface-in", "limit-iface-out"]) == 2 {
-                return Err("`--limit-iface-in` and `--limit-iface-out` exclude each other".into());
-            }
-            let _ = context;
-            Ok(())
+            if context.family == Family::V6 { types_of_ipv6(options) } else { Ok(()) }
         }),
+        place: Some(limited_device),
         ..base(
             "addrtype",
             Meaning::Match(address_type),
@@ -118,54 +108,38 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("match-set", Arg::SetEnds).or(&["set"]),
-            Opt::new("return-nomatch", Arg::Flag),
-            Opt::not("update-counters", Arg::Flag),
-            Opt::not("update-subcounters", Arg::Flag),
-            Opt::new("packets-eq", Arg::Number(0, u64::MAX)),
-            Opt::new("packets-lt", Arg::Number(0, u64::MAX)),
+            Opt::not("match-set", Arg::SetEnds).or(&["set"]).must(),
+            Opt::new("return-nomatch", Arg::Flag).again(),
+            Opt::not("update-counters", Arg::Flag).again().unsaid(|_, negated| !negated),
+            Opt::not("update-subcounters", Arg::Flag).again().unsaid(|_, negated| !negated),
+            Opt::not("packets-eq", Arg::Number(0, u64::MAX)).excludes(&["packets-lt", "packets-gt"]),
+            Opt::new("packets-lt", Arg::Number(0, u64::MAX)).excludes(&["packets-gt"]),
             Opt::new("packets-gt", Arg::Number(0, u64::MAX)),
-            Opt::new("bytes-eq", Arg::Number(0, u64::MAX)),
-            Opt::new("bytes-lt", Arg::Number(0, u64::MAX)),
+            Opt::not("bytes-eq", Arg::Number(0, u64::MAX)).excludes(&["bytes-lt", "bytes-gt"]),
+            Opt::new("bytes-lt", Arg::Number(0, u64::MAX)).excludes(&["bytes-gt"]),
             Opt::new("bytes-gt", Arg::Number(0, u64::MAX)),
         ],
-        finish: Some(|options, _| required(options, "match-set")),
         ..base("set", Meaning::Match(set), "Whether the packet is in an ipset.")
     },
     Extension {
         families: Families::V6,
         options: &[
-            Opt::not("ahspi", Arg::Range(':', u32::MAX as u64)),
-            Opt::not("ahlen", Arg::Number(0, u32::MAX as u64)),
+            Opt::not("ahspi", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32),
+            Opt::not("ahlen", Arg::Number(0, u32::MAX as u64)).unsaid(unsaid::zero),
             Opt::new("ahres", Arg::Flag),
         ],
-        finish: Some(|options, _| {
-            full_range_says_nothing(options, "ahspi");
-            Ok(())
-        }),
         ..base("ah", Meaning::Match(ah6), "IPv6's authentication header.")
     },
     Extension {
         families: Families::V6,
         options: &[
-            Opt::not("fragid", Arg::Range(':', u32::MAX as u64)),
+            Opt::not("fragid", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32),
             Opt::not("fraglen", Arg::Number(0, u32::MAX as u64)),
             Opt::new("fragres", Arg::Flag),
             Opt::new("fragfirst", Arg::Flag),
-            Opt::new("fragmore", Arg::Flag),
+            Opt::new("fragmore", Arg::Flag).excludes(&["fraglast"]),
             Opt::new("fraglast", Arg::Flag),
         ],
-        finish: Some(|options, _| {
-            if options.count(&["fragmore", "fraglast"]) == 2 {
-                return Err("`--fragmore` and `--fraglast` exclude each other".into());
-            }
-            if let Some((Value::Range(0, last), _)) = options.value("fragid")
-                && *last == u64::from(u32::MAX)
-            {
-                options.remove("fragid");
-            }
-            Ok(())
-        }),
         ..base("frag", Meaning::Match(frag), "IPv6's fragment header.")
     },
     Extension {
@@ -196,29 +170,20 @@ pub(super) const ALL: &[Extension] = &[
         families: Families::V6,
         options: &[
             Opt::not("rt-type", Arg::Number(0, u32::MAX as u64)),
-            Opt::not("rt-segsleft", Arg::Range(':', u32::MAX as u64)),
+            Opt::not("rt-segsleft", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32),
             Opt::not("rt-len", Arg::Number(0, u32::MAX as u64)),
             Opt::new("rt-0-res", Arg::Flag),
             Opt::new("rt-0-addrs", Arg::Custom { words: 1, parse: parse_addresses, print: print_word }),
-            Opt::new("rt-0-not-strict", Arg::Flag),
+            Opt::new("rt-0-not-strict", Arg::Flag).requires(&["rt-0-addrs"]),
         ],
-        finish: Some(|options, _| {
-            let zero = matches!(options.value("rt-type"), Some((Value::Number(0), false)));
-            if options.count(&["rt-0-res", "rt-0-addrs", "rt-0-not-strict"]) > 0 && !zero {
-                return Err("`--rt-0-...` needs `--rt-type 0`".into());
-            }
-            if options.has("rt-0-not-strict") && !options.has("rt-0-addrs") {
-                return Err("`--rt-0-not-strict` needs `--rt-0-addrs`".into());
-            }
-            full_range_says_nothing(options, "rt-segsleft");
-            Ok(())
-        }),
+        finish: Some(routing),
         ..base("rt", Meaning::Match(rt), "IPv6's routing header.")
     },
     Extension {
         families: Families::V6,
         protocols: &[135],
-        options: &[Opt::not("mh-type", Arg::Custom { words: 1, parse: parse_mh, print: print_mh })],
+        options: &[Opt::not("mh-type", Arg::Custom { words: 1, parse: parse_mh, print: print_mh })
+            .unsaid(|kinds, _| *kinds == Value::Range(0, 255))],
         ..base("mh", Meaning::Match(mh), "The type of mobility headers.")
     },
 ];
@@ -307,7 +272,7 @@ fn dscp_match(options: &Options, body: &mut Body<'_>) {
 pub(crate) fn parse_tos(words: &[&str], _: &Context) -> Result<Value, String> {
     let text = words[0];
     if let Some((_, value)) =
-        crate::names::TOS_NAMES.iter().find(|(name, _)| value::abbreviates(text, name) && !text.is_empty())
+        crate::names::TOS_NAMES.iter().find(|(name, _)| Spelling::AnyCase.fits(text, name))
     {
         return Ok(Value::Masked(Masked { value: (*value).into(), mask: 0x3f }));
     }
@@ -345,21 +310,6 @@ fn mark(options: &Options, body: &mut Body<'_>) {
     }
 }
 
-fn parse_packet_type(words: &[&str], _: &Context) -> Result<Value, String> {
-    PACKET_TYPES
-        .iter()
-        .find(|(name, _)| name.eq_ignore_ascii_case(words[0]))
-        .map(|&(_, kind)| Value::Number(kind))
-        .ok_or_else(|| format!("`{}` is none of unicast, broadcast, multicast, otherhost", words[0]))
-}
-
-fn print_packet_type(value: &Value, out: &mut String) {
-    if let Some((name, _)) = PACKET_TYPES.iter().find(|(_, kind)| Some(*kind) == value.number()) {
-        out.push(' ');
-        out.push_str(name);
-    }
-}
-
 /// `PACKET_*` of include/uapi/linux/if_packet.h.
 const PACKET_TYPES: &[(&str, u64)] = &[
     ("unicast", 0),
@@ -375,6 +325,32 @@ fn packet_type(options: &Options, body: &mut Body<'_>) {
     if let Some((kind, negated)) = number(options, "pkt-type") {
         body.require_values(Field::PacketType, negated, IntervalSet::point(kind.into()));
     }
+}
+
+/// The types that IPv6 has no routes of (net/netfilter/xt_addrtype.c, `addrtype_mt_checkentry_v1`).
+fn types_of_ipv6(options: &mut Options) -> Result<(), String> {
+    for name in ["src-type", "dst-type"] {
+        let Some((Value::List(types), _)) = options.value(name) else { continue };
+        if let Some((name, _)) =
+            ADDRESS_TYPES.iter().find(|(_, kind)| types.contains(kind) && matches!(kind, 3 | 6 | 8..))
+        {
+            return Err(format!("IPv6 has no addresses of type {name}"));
+        }
+    }
+    Ok(())
+}
+
+/// A device to look at is one that the packet has by then.
+fn limited_device(options: &Options, site: &Site<'_>) -> Result<(), String> {
+    for (name, hooks) in [
+        ("limit-iface-in", [Hook::Postrouting, Hook::Output]),
+        ("limit-iface-out", [Hook::Prerouting, Hook::Input]),
+    ] {
+        if let Some(hook) = site.reached_from(&hooks).filter(|_| options.has(name)) {
+            return Err(format!("`--{name}` asks for a device that packets in {} lack", hook.chain_name()));
+        }
+    }
+    Ok(())
 }
 
 fn address_type(options: &Options, body: &mut Body<'_>) {
@@ -436,12 +412,16 @@ fn parse_options(words: &[&str], _: &Context) -> Result<Value, String> {
     let list: Result<Vec<u64>, String> = words[0]
         .split(',')
         .map(|item| {
-            let bad = || format!("`{item}` is no option type or `type:length`");
-            let (kind, len) = match item.split_once(':') {
-                Some((kind, len)) => (kind, value::number(len, 0, 255).ok_or_else(bad)?),
-                None => (item, NO_LENGTH),
+            // Of larger numbers, the last eight bits count.
+            let byte = |text| {
+                value::number(text, 0, u32::MAX.into())
+                    .map(|number| number & 0xff)
+                    .ok_or_else(|| format!("`{item}` is no option type or `type:length`"))
             };
-            Ok(value::number(kind, 0, 255).ok_or_else(bad)? << 16 | len)
+            match item.split_once(':') {
+                Some((kind, len)) => Ok(byte(kind)? << 16 | byte(len)?),
+                None => Ok(byte(item)? << 16 | NO_LENGTH),
+            }
         })
         .collect();
     let list = list?;
@@ -508,6 +488,21 @@ fn print_word(value: &Value, out: &mut String) {
         out.push(' ');
         out.push_str(text);
     }
+}
+
+/// What asks for routing headers of type 0 comes after what says that they are of type 0.
+fn routing(options: &mut Options, _: &Context) -> Result<(), String> {
+    let mut zero = false;
+    for given in &options.given {
+        match options.extension.options[given.option as usize].name {
+            "rt-type" => zero = !given.negated && given.value == Value::Number(0),
+            name if name.starts_with("rt-0-") && !zero => {
+                return Err(format!("`--{name}` needs `--rt-type 0` before it"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn rt(options: &Options, body: &mut Body<'_>) {

@@ -1,75 +1,47 @@
-//! Matches with state, chance or knowledge that a packet does not carry, and `comment` and `u32`.
+//! Matches with state, chance or knowledge that a packet does not carry, and `comment`.
 //!
 //! What the kernel alone evaluates says why in its own entry.
 
-use polc_ir::derived::{DerivedData, U32Op, U32Program, U32Test};
-use polc_ir::field::Field;
-use polc_ir::hook::Hook;
-use polc_ir::interval::IntervalSet;
+use polc_ir::hook::{Hook, TableKind};
 use polc_ir::ruleset::EffectTestKind;
 
-use super::transport::required;
-use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Value, base};
+use super::rates::table_name;
+use crate::extension::{
+    Arg, Context, Extension, Families, Given, Meaning, Opt, Options, Site, Value, base, unsaid,
+};
 use crate::lower::{Body, network};
-use crate::value;
+use crate::names;
+use crate::value::{self, Spelling};
 
 /// The matches of this group.
 pub(super) const ALL: &[Extension] = &[
     Extension {
-        options: &[Opt::new("comment", Arg::Text(255))],
-        finish: Some(|options, _| required(options, "comment")),
+        options: &[Opt::new("comment", Arg::Text(255)).must()],
         ..base("comment", Meaning::Match(|_, _| ()), "Text for people; it holds for every packet.")
     },
     Extension {
         options: &[
-            Opt::new("limit", Arg::Custom { words: 1, parse: parse_rate, print: print_rate }),
-            Opt::new("limit-burst", Arg::Number(0, 10_000)),
-        ],
-        finish: Some(|options, _| {
-            options.default("limit", Value::Number(LIMIT_SCALE * 3600 / 3));
-            if let Some((Value::Number(LIMIT_BURST), _)) = options.value("limit-burst") {
-                options.remove("limit-burst");
-            }
-            Ok(())
-        }),
-        ..base("limit", Meaning::Match(limit), "At most so many packets in a time, by a token bucket.")
-    },
-    Extension {
-        options: &[
-            Opt::new("mode", Arg::Name(&[("random", 0), ("nth", 1)])),
+            Opt::new("mode", Arg::Name(&[("random", 0), ("nth", 1)], Spelling::Exact)).must(),
             Opt::not(
                 "probability",
                 Arg::Custom { words: 1, parse: parse_probability, print: print_probability },
-            ),
-            Opt::not("every", Arg::Number(1, u32::MAX as u64)),
-            Opt::new("packet", Arg::Number(0, u32::MAX as u64)),
+            )
+            .excludes(&["every", "packet"]),
+            Opt::not("every", Arg::Number(1, u32::MAX as u64)).requires(&["packet"]),
+            Opt::new("packet", Arg::Number(0, u32::MAX as u64)).requires(&["every"]),
         ],
         finish: Some(|options, _| {
-            required(options, "mode")?;
-            let nth = matches!(options.value("mode"), Some((Value::Number(1), _)));
-            if nth {
-                if options.has("probability") {
-                    return Err("`--probability` needs `--mode random`".into());
-                }
-                required(options, "every")?;
-                required(options, "packet")?;
-                let number = |name| options.value(name).and_then(|(value, _)| value.number()).unwrap_or(0);
-                if number("packet") >= number("every") {
-                    return Err("the `--packet` must be below `--every`".into());
-                }
-                Ok(())
-            } else if options.count(&["every", "packet"]) > 0 {
-                Err("`--every` and `--packet` need `--mode nth`".into())
-            } else {
-                required(options, "probability")
+            let nth = options.number("mode") == Some(1);
+            let name = if nth { "every" } else { "probability" };
+            if !options.has(name) {
+                return Err(format!("`--mode {}` needs `--{name}`", if nth { "nth" } else { "random" }));
             }
+            if nth && options.number("packet") >= options.number("every") {
+                return Err("the `--packet` must be below `--every`".into());
+            }
+            Ok(())
         }),
         ..base("statistic", Meaning::Match(statistic), "A share of the packets, at random or every nth.")
-    },
-    Extension {
-        options: &[Opt::not("u32", Arg::Custom { words: 1, parse: parse_u32, print: print_u32 })],
-        finish: Some(|options, _| required(options, "u32")),
-        ..base("u32", Meaning::Match(u32_match), "Words of the packet, masked, shifted and compared.")
     },
     Extension {
         options: &[
@@ -77,9 +49,9 @@ pub(super) const ALL: &[Extension] = &[
             Opt::not("rcheck", Arg::Flag),
             Opt::not("update", Arg::Flag),
             Opt::not("remove", Arg::Flag),
-            Opt::new("seconds", Arg::Number(1, u32::MAX as u64)),
-            Opt::new("reap", Arg::Flag),
-            Opt::new("hitcount", Arg::Number(1, 65_535)),
+            Opt::new("seconds", Arg::Custom { words: 1, parse: parse_seconds, print: print_seconds }),
+            Opt::new("reap", Arg::Flag).requires(&["seconds"]),
+            Opt::new("hitcount", Arg::Number(0, 65_535)).unsaid(unsaid::zero),
             Opt::new("rttl", Arg::Flag),
             Opt::new("name", Arg::Word(199)),
             Opt::new("mask", Arg::Custom { words: 1, parse: parse_mask, print: print_word }),
@@ -95,62 +67,19 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new(
-                "hashlimit-upto",
-                Arg::Custom { words: 1, parse: parse_hash_rate, print: print_hash_rate },
-            )
-            .or(&["hashlimit"]),
-            Opt::new(
-                "hashlimit-above",
-                Arg::Custom { words: 1, parse: parse_hash_rate, print: print_hash_rate },
-            ),
-            Opt::new("hashlimit-burst", Arg::Number(1, 1_000_000)),
-            Opt::new(
-                "hashlimit-mode",
-                Arg::Names(&[("srcip", 2), ("srcport", 8), ("dstip", 1), ("dstport", 4)]),
-            ),
-            Opt::new("hashlimit-name", Arg::Word(254)),
-            Opt::new("hashlimit-htable-size", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("hashlimit-htable-max", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("hashlimit-htable-gcinterval", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("hashlimit-htable-expire", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("hashlimit-srcmask", Arg::Number(0, 128)),
-            Opt::new("hashlimit-dstmask", Arg::Number(0, 128)),
-        ],
-        finish: Some(|options, _| {
-            if options.count(&["hashlimit-upto", "hashlimit-above"]) != 1 {
-                return Err("one of `--hashlimit-upto` and `--hashlimit-above` is needed".into());
-            }
-            required(options, "hashlimit-name")?;
-            options.default("hashlimit-burst", Value::Number(LIMIT_BURST));
-            Ok(())
-        }),
-        ..base(
-            "hashlimit",
-            Meaning::Match(|_, body| body.observable("hashlimit", "keeps a rate for each group of packets")),
-            "A token bucket for each group of packets.",
-        )
-    },
-    Extension {
-        options: &[
-            Opt::not("uid-owner", Arg::Custom { words: 1, parse: parse_id, print: print_word }),
-            Opt::not("gid-owner", Arg::Custom { words: 1, parse: parse_id, print: print_word }),
             Opt::not("socket-exists", Arg::Flag),
-            Opt::new("suppl-groups", Arg::Flag),
+            Opt::not("uid-owner", Arg::Custom { words: 1, parse: parse_user, print: print_word }),
+            Opt::not("gid-owner", Arg::Custom { words: 1, parse: parse_group, print: print_word }),
+            Opt::new("suppl-groups", Arg::Flag).requires(&["gid-owner"]),
         ],
         hooks: &[Hook::Output, Hook::Postrouting],
         finish: Some(|options, _| {
-            if let Some(groups) = options.get("suppl-groups") {
-                let Some(owner) = options.get("gid-owner") else {
-                    return Err("`--suppl-groups` needs `--gid-owner`".into());
-                };
-                // A range is refused only if it comes after (extensions/libxt_owner.c in iptables).
-                let range = owner.value.text().is_some_and(|group| group.contains('-'));
-                let after =
-                    owner.span.zip(groups.span).is_some_and(|(owner, groups)| owner.start > groups.start);
-                if range && after {
-                    return Err("`--suppl-groups` needs a single `--gid-owner`".into());
-                }
+            let place = |name| options.given.iter().position(|given| Some(given) == options.get(name));
+            if options.given.is_empty() {
+                return Err("one of `--uid-owner`, `--gid-owner` and `--socket-exists` is needed".into());
+            }
+            if options.has("suppl-groups") && place("gid-owner") > place("suppl-groups") {
+                return Err("`--suppl-groups` needs `--gid-owner` before it".into());
             }
             Ok(())
         }),
@@ -162,81 +91,30 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("string", Arg::Quoted(128)),
-            Opt::not("hex-string", Arg::Quoted(512)),
-            Opt::new("algo", Arg::Word(16)),
-            Opt::new("from", Arg::Number(0, 65_535)),
-            Opt::new("to", Arg::Number(0, 65_535)),
-            Opt::new("icase", Arg::Flag),
-        ],
-        finish: Some(|options, _| {
-            required(options, "algo")?;
-            if options.count(&["string", "hex-string"]) != 1 {
-                return Err("one of `--string` and `--hex-string` is needed".into());
-            }
-            for (name, default) in [("from", 0), ("to", 65_535)] {
-                if options.value(name).is_some_and(|(value, _)| value.number() == Some(default)) {
-                    options.remove(name);
-                }
-            }
-            Ok(())
-        }),
-        ..base(
-            "string",
-            Meaning::Match(|_, body| {
-                body.opaque("string", "searches the payload, which no hook here can do in bounded time");
-            }),
-            "Text in the payload.",
-        )
-    },
-    Extension {
-        options: &[
-            Opt::new("timestart", Arg::Word(8)),
-            Opt::new("timestop", Arg::Word(8)),
-            Opt::not("monthdays", Arg::Word(128)),
-            Opt::not("weekdays", Arg::Word(64)),
-            Opt::new("datestart", Arg::Word(32)),
-            Opt::new("datestop", Arg::Word(32)),
-            Opt::new("kerneltz", Arg::Flag),
-            Opt::new("contiguous", Arg::Flag),
-            Opt::new("utc", Arg::Flag),
-            Opt::new("localtz", Arg::Flag),
-        ],
-        ..base(
-            "time",
-            Meaning::Match(|_, body| body.opaque("time", "asks for the time of day")),
-            "The time of day.",
-        )
-    },
-    Extension {
-        options: &[
-            Opt::new("dir", Arg::Name(&[("in", 1), ("out", 2)])),
-            Opt::new("pol", Arg::Name(&[("none", 0), ("ipsec", 1)])),
-            Opt::new("strict", Arg::Flag),
-            Opt::not("reqid", Arg::Number(0, u32::MAX as u64)).again(),
-            Opt::not("spi", Arg::Hex(u32::MAX as u64)).again(),
-            Opt::not("proto", Arg::Word(16)).again(),
-            Opt::not("mode", Arg::Name(&[("transport", 1), ("tunnel", 2)])).again(),
-            Opt::not("tunnel-src", Arg::Address).again(),
-            Opt::not("tunnel-dst", Arg::Address).again(),
-            Opt::new("next", Arg::Flag).again(),
-        ],
-        ..base(
-            "policy",
-            Meaning::Match(|_, body| body.opaque("policy", "asks for the packet's IPsec policy")),
-            "The packet's IPsec policy.",
-        )
-    },
-    Extension {
-        options: &[
-            Opt::not("connlimit-upto", Arg::Number(0, u32::MAX as u64)),
+            Opt::not("connlimit-upto", Arg::Number(0, u32::MAX as u64)).excludes(&["connlimit-above"]),
             Opt::not("connlimit-above", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("connlimit-mask", Arg::Number(0, 128)),
-            Opt::new("connlimit-saddr", Arg::Flag),
+            Opt::new("connlimit-mask", Arg::Length),
+            Opt::new("connlimit-saddr", Arg::Flag).excludes(&["connlimit-daddr"]),
             Opt::new("connlimit-daddr", Arg::Flag),
         ],
         finish: Some(|options, context| {
-            options.default("connlimit-mask", Value::Number(context.family.address_bits().into()));
+            // Not above a number is up to it, and the other way round.
+            for (name, other) in
+                [("connlimit-upto", "connlimit-above"), ("connlimit-above", "connlimit-upto")]
+            {
+                if let Some((value, true)) = options.value(name) {
+                    let value = value.clone();
+                    options.remove(name);
+                    options.default(other, value);
+                    break;
+                }
+            }
+            if options.count(&["connlimit-upto", "connlimit-above"]) == 0 {
+                return Err("one of `--connlimit-upto` and `--connlimit-above` is needed".into());
+            }
+            let bits = u64::from(context.family.address_bits());
+            let length = options.number("connlimit-mask").unwrap_or(bits).min(bits);
+            options.set("connlimit-mask", Value::Number(length));
             if !options.has("connlimit-daddr") {
                 options.default("connlimit-saddr", Value::None);
             }
@@ -250,12 +128,17 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("physdev-in", Arg::Word(15)),
             Opt::not("physdev-is-in", Arg::Flag),
-            Opt::not("physdev-out", Arg::Word(15)),
+            Opt::not("physdev-in", Arg::Word(15)),
             Opt::not("physdev-is-out", Arg::Flag),
+            Opt::not("physdev-out", Arg::Word(15)),
             Opt::not("physdev-is-bridged", Arg::Flag),
         ],
+        finish: Some(|options, _| match options.given.len() {
+            0 => Err("some option is needed".into()),
+            _ => Ok(()),
+        }),
+        place: Some(bridge_port),
         ..base(
             "physdev",
             Meaning::Match(|_, body| body.opaque("physdev", "asks for the ports of a bridge")),
@@ -263,7 +146,7 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::not("helper", Arg::Text(30))],
+        options: &[Opt::not("helper", Arg::CutText(29)).must()],
         ..base(
             "helper",
             Meaning::Match(|_, body| body.opaque("helper", "asks for the connection's helper")),
@@ -277,6 +160,8 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("accept-local", Arg::Flag),
             Opt::new("invert", Arg::Flag),
         ],
+        tables: &[TableKind::Raw, TableKind::Mangle],
+        hooks: &[Hook::Prerouting],
         ..base(
             "rpfilter",
             Meaning::Match(|_, body| body.opaque("rpfilter", "looks up the route back to the sender")),
@@ -289,6 +174,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("nowildcard", Arg::Flag),
             Opt::new("restore-skmark", Arg::Flag),
         ],
+        hooks: &[Hook::Prerouting, Hook::Input],
         ..base(
             "socket",
             Meaning::Match(|_, body| body.observable("socket", "looks up the local socket")),
@@ -297,6 +183,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[Opt::not("cgroup", Arg::Number(0, u32::MAX as u64)), Opt::not("path", Arg::Quoted(4095))],
+        hooks: &[Hook::Input, Hook::Output, Hook::Postrouting],
         finish: Some(|options, _| match options.given.len() {
             1 => Ok(()),
             0 => Err("one of `--cgroup` and `--path` is needed".into()),
@@ -310,13 +197,24 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("connbytes", Arg::Custom { words: 1, parse: parse_amount, print: print_amount }),
-            Opt::new("connbytes-mode", Arg::Name(&[("packets", 0), ("bytes", 1), ("avgpkt", 2)])),
-            Opt::new("connbytes-dir", Arg::Name(&[("original", 0), ("reply", 1), ("both", 2)])),
+            Opt::not("connbytes", Arg::Custom { words: 1, parse: parse_amount, print: print_amount }).must(),
+            Opt::new(
+                "connbytes-mode",
+                Arg::Name(&[("packets", 0), ("bytes", 1), ("avgpkt", 2)], Spelling::Exact),
+            )
+            .must(),
+            Opt::new(
+                "connbytes-dir",
+                Arg::Name(&[("original", 0), ("reply", 1), ("both", 2)], Spelling::Exact),
+            )
+            .must(),
         ],
         finish: Some(|options, _| {
-            for name in ["connbytes", "connbytes-mode", "connbytes-dir"] {
-                required(options, name)?;
+            // `!` is kept by turning the range round, which a single amount hides.
+            if let Some(given) = options.get_mut("connbytes")
+                && matches!(given.value, Value::Range(first, last) if first == last)
+            {
+                given.negated = false;
             }
             Ok(())
         }),
@@ -328,10 +226,9 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::not("label", Arg::Custom { words: 1, parse: parse_label, print: print_quoted }),
+            Opt::not("label", Arg::Custom { words: 1, parse: parse_label, print: print_quoted }).must(),
             Opt::new("set", Arg::Flag),
         ],
-        finish: Some(|options, _| required(options, "label")),
         ..base(
             "connlabel",
             Meaning::Match(|_, body| body.observable("connlabel", "reads or writes the connection's labels")),
@@ -339,8 +236,7 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::new("nfacct-name", Arg::Word(31))],
-        finish: Some(|options, _| required(options, "nfacct-name")),
+        options: &[Opt::new("nfacct-name", Arg::Word(31)).must()],
         ..base(
             "nfacct",
             Meaning::Match(|_, body| body.observable("nfacct", "counts in a named kernel object")),
@@ -360,12 +256,16 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         families: Families::V6,
-        options: &[Opt::not("header", Arg::Names(IPV6_HEADERS)), Opt::new("soft", Arg::Flag)],
-        finish: Some(|options, _| required(options, "header")),
+        options: &[
+            Opt::not("header", Arg::Custom { words: 1, parse: parse_headers, print: print_headers }).must(),
+            Opt::new("soft", Arg::Flag),
+        ],
         ..base("ipv6header", Meaning::Match(ipv6_headers), "Which extension headers a packet has.")
     },
     Extension {
-        options: &[Opt::not("realm", Arg::Mark)],
+        families: Families::V4,
+        hooks: &[Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting],
+        options: &[Opt::not("realm", REALM).must()],
         ..base(
             "realm",
             Meaning::Match(|_, body| body.opaque("realm", "asks for the route's realm")),
@@ -373,14 +273,187 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::not("quota", Arg::Number(0, u64::MAX))],
+        options: &[Opt::not("quota", Arg::Number(0, u64::MAX)).must()],
         ..base(
             "quota",
             Meaning::Match(|_, body| body.observable("quota", "spends a byte quota")),
             "A byte quota.",
         )
     },
+    Extension {
+        protocols: &[TCP],
+        options: &[Opt::not("mss", Arg::Range(':', 0xffff)).must()],
+        finish: Some(|options, _| match options.value("mss") {
+            Some((Value::Range(first, last), _)) if first > last => {
+                Err("`--mss` ends below its start".into())
+            }
+            _ => Ok(()),
+        }),
+        ..base(
+            "tcpmss",
+            Meaning::Match(|_, body| body.opaque("tcpmss", "reads TCP's maximum segment size")),
+            "TCP's maximum segment size.",
+        )
+    },
+    Extension {
+        options: &[Opt::not("cpu", Arg::Number(0, u32::MAX as u64)).must()],
+        ..base(
+            "cpu",
+            Meaning::Match(|_, body| body.opaque("cpu", "asks which processor handles the packet")),
+            "The processor that handles the packet.",
+        )
+    },
+    Extension {
+        options: &[Opt::not("src-group", GROUP), Opt::not("dst-group", GROUP)],
+        finish: Some(|options, _| match options.given.len() {
+            0 => Err("one of `--src-group` and `--dst-group` is needed".into()),
+            _ => Ok(()),
+        }),
+        place: Some(device_group),
+        ..base(
+            "devgroup",
+            Meaning::Match(|_, body| body.opaque("devgroup", "asks for the device's group")),
+            "The group of the device that a packet comes from or goes to.",
+        )
+    },
+    Extension {
+        options: &[
+            Opt::not(
+                "cluster-local-nodemask",
+                Arg::Custom { words: 1, parse: parse_node, print: print_hex8 },
+            ),
+            Opt::not("cluster-local-node", Arg::Custom { words: 1, parse: parse_node, print: |_, _| {} })
+                .excludes(&["cluster-local-nodemask"]),
+            Opt::new("cluster-total-nodes", Arg::Number(1, NODES_MAX)).must(),
+            Opt::new("cluster-hash-seed", Arg::Custom { words: 1, parse: parse_seed, print: print_hex8 })
+                .must(),
+        ],
+        finish: Some(cluster),
+        ..base(
+            "cluster",
+            Meaning::Match(|_, body| body.opaque("cluster", "hashes the connection's source")),
+            "Whether a node of a cluster is to handle the packet.",
+        )
+    },
+    Extension {
+        protocols: &[IPCOMP],
+        options: &[
+            Opt::not("ipcompspi", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32),
+            Opt::new("compres", Arg::Flag),
+        ],
+        finish: Some(|options, _| {
+            options.default("ipcompspi", Value::Range(0, 0));
+            Ok(())
+        }),
+        ..base(
+            "ipcomp",
+            Meaning::Match(|_, body| body.opaque("ipcomp", "reads the header of compressed packets")),
+            "A range of IPComp parameter indices.",
+        )
+    },
 ];
+
+const TCP: u16 = 6;
+const IPCOMP: u16 = 108;
+
+/// How many nodes a cluster has at most (include/uapi/linux/netfilter/xt_cluster.h, `XT_CLUSTER_NODES_MAX`).
+const NODES_MAX: u64 = 32;
+
+/// A group of devices.
+const GROUP: Arg = Arg::Custom {
+    words: 1,
+    parse: |words, context| parse_named(words, "default", context),
+    print: |value, out| print_named(value, "default", out),
+};
+
+/// A realm.
+const REALM: Arg = Arg::Custom {
+    words: 1,
+    parse: |words, context| parse_named(words, "cosmos", context),
+    print: |value, out| print_named(value, "cosmos", out),
+};
+
+/// 0, the one number that has a name on every system (iproute2's group and rt_realms).
+const NAMED: value::Masked = value::Masked { value: 0, mask: u32::MAX };
+
+/// A value under a mask, or the name of 0.
+fn parse_named(words: &[&str], name: &str, context: &Context) -> Result<Value, String> {
+    if words[0] == name { Ok(Value::Masked(NAMED)) } else { Arg::Mark.parse(words, context) }
+}
+
+fn print_named(value: &Value, name: &str, out: &mut String) {
+    match value {
+        Value::Masked(NAMED) => out.extend([" ", name]),
+        value => Arg::Mark.print(value, out),
+    }
+}
+
+/// A group is one of a device that the packet has by then.
+fn device_group(options: &Options, site: &Site<'_>) -> Result<(), String> {
+    for (name, hooks) in
+        [("src-group", [Hook::Output, Hook::Postrouting]), ("dst-group", [Hook::Prerouting, Hook::Input])]
+    {
+        if let Some(hook) = site.reached_from(&hooks).filter(|_| options.has(name)) {
+            return Err(format!("`--{name}` asks for a device that packets in {} lack", hook.chain_name()));
+        }
+    }
+    Ok(())
+}
+
+/// A node's number, or a mask of so many nodes; neither is larger than the number of nodes.
+fn parse_node(words: &[&str], context: &Context) -> Result<Value, String> {
+    Arg::Number(1, NODES_MAX).parse(words, context)
+}
+
+fn parse_seed(words: &[&str], context: &Context) -> Result<Value, String> {
+    Arg::Number(0, u32::MAX.into()).parse(words, context)
+}
+
+fn print_hex8(value: &Value, out: &mut String) {
+    out.push_str(&format!(" 0x{:08x}", value.number().unwrap_or(0)));
+}
+
+/// The node becomes its mask.
+fn cluster(options: &mut Options, _: &Context) -> Result<(), String> {
+    let total = options.number("cluster-total-nodes").unwrap_or(1);
+    if let Some((Value::Number(node), negated)) = options.value("cluster-local-node") {
+        let node = *node;
+        if node > total {
+            return Err("`--cluster-local-node` is above `--cluster-total-nodes`".into());
+        }
+        options.remove("cluster-local-node");
+        options.default("cluster-local-nodemask", Value::Number(1 << (node - 1)));
+        if let Some(given) = options.get_mut("cluster-local-nodemask") {
+            given.negated = negated;
+        }
+    }
+    match options.number("cluster-local-nodemask") {
+        None => Err("one of `--cluster-local-node` and `--cluster-local-nodemask` is needed".into()),
+        Some(mask) if mask >> total != 0 => {
+            Err("`--cluster-local-nodemask` has nodes above `--cluster-total-nodes`".into())
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// A packet made here that goes to a bridge has no port yet (net/netfilter/xt_physdev.c, `physdev_mt_check`).
+fn bridge_port(options: &Options, site: &Site<'_>) -> Result<(), String> {
+    let bridged = matches!(options.value("physdev-is-bridged"), Some((_, false)));
+    let out = options.count(&["physdev-out", "physdev-is-out"]) > 0;
+    if out && !bridged && site.reached_from(&[Hook::Output]).is_some() {
+        return Err("packets in OUTPUT have no port of a bridge to go out by".into());
+    }
+    Ok(())
+}
+
+fn parse_seconds(words: &[&str], context: &Context) -> Result<Value, String> {
+    Arg::Number(1, u32::MAX.into()).parse(words, context)
+}
+
+/// Seconds past 2^31 are printed as a negative number.
+fn print_seconds(value: &Value, out: &mut String) {
+    out.push_str(&format!(" {}", value.number().unwrap_or(0) as u32 as i32));
+}
 
 fn ipv6_headers(options: &Options, body: &mut Body<'_>) {
     let Some((Value::List(headers), negated)) = options.value("header") else { return };
@@ -416,80 +489,40 @@ const IPV6_HEADERS: &[(&str, u64)] = &[
     ("esp", 50),
     ("ipv6-nonxt", 59),
     ("none", 59),
-    ("prot", 255),
+    ("protocol", ANY_PROTOCOL),
+    ("prot", ANY_PROTOCOL),
 ];
 
-/// `XT_LIMIT_SCALE`: rates are times for one packet, in units of 0.1 ms (include/uapi/linux/netfilter/xt_limit.h).
-const LIMIT_SCALE: u64 = 10_000;
+/// What stands for every protocol that is no extension header.
+const ANY_PROTOCOL: u64 = 255;
 
-/// The burst of `limit` and `hashlimit` if none is given.
-const LIMIT_BURST: u64 = 5;
-
-/// The scale of hashlimit's rates (include/uapi/linux/netfilter/xt_hashlimit.h, `XT_HASHLIMIT_SCALE_v2`).
-const HASHLIMIT_SCALE: u64 = 1_000_000;
-
-const UNITS: [(&str, &str, u64); 4] =
-    [("second", "sec", 1), ("minute", "min", 60), ("hour", "hour", 3600), ("day", "day", 86_400)];
-
-fn rate(text: &str, scale: u64) -> Result<Value, String> {
-    let bad = || format!("`{text}` is not a rate like 3/hour");
-    let (count, unit) = text.split_once('/').unwrap_or((text, "second"));
-    let (_, _, seconds) =
-        UNITS.iter().find(|(name, ..)| !unit.is_empty() && value::abbreviates(unit, name)).ok_or_else(bad)?;
-    let digits = count.find(|c: char| !c.is_ascii_digit()).unwrap_or(count.len());
-    let count: u64 = count[..digits].parse().ok().filter(|&count| count > 0).ok_or_else(bad)?;
-    match scale * seconds / count {
-        0 => Err(format!("the rate `{text}` is too fast")),
-        period => Ok(Value::Number(period)),
+/// Headers by name, or by number as protocols.
+fn parse_headers(words: &[&str], _: &Context) -> Result<Value, String> {
+    let number = |item: &str| {
+        let named = IPV6_HEADERS.iter().find(|(name, _)| *name == item).map(|&(_, number)| number);
+        named
+            .or_else(|| names::protocol(item).map(u64::from))
+            .filter(|number| IPV6_HEADERS.iter().any(|(_, known)| known == number))
+            .ok_or_else(|| format!("`{item}` is no extension header"))
+    };
+    let list: Result<Vec<u64>, _> = words[0].split(',').filter(|item| !item.is_empty()).map(number).collect();
+    match list? {
+        list if list.is_empty() => Err("no header is named".into()),
+        list => Ok(Value::List(list)),
     }
 }
 
-/// Prints a period as the rate iptables-save shows: in the largest unit that loses nothing worth keeping.
-fn print_period(period: u64, scale: u64, out: &mut String) {
-    let mut at = 1;
-    while at < UNITS.len() {
-        let unit = UNITS[UNITS.len() - 1 - at].2 * scale;
-        if period > unit || unit / period < unit % period {
-            break;
-        }
-        at += 1;
-    }
-    let (_, name, seconds) = UNITS[UNITS.len() - at];
-    out.push_str(&format!(" {}/{name}", seconds * scale / period));
-}
-
-fn parse_rate(words: &[&str], _: &Context) -> Result<Value, String> {
-    rate(words[0], LIMIT_SCALE)
-}
-
-fn print_rate(value: &Value, out: &mut String) {
-    print_period(value.number().unwrap_or(1), LIMIT_SCALE, out);
-}
-
-fn parse_hash_rate(words: &[&str], _: &Context) -> Result<Value, String> {
-    // What iptables tells a rate in bytes by (extensions/libxt_hashlimit.c, `parse_bytes`).
-    if words[0].contains("b/s") {
-        return Err(format!("`{}` is a rate in bytes; only rates in packets are read", words[0]));
-    }
-    rate(words[0], HASHLIMIT_SCALE)
-}
-
-fn print_hash_rate(value: &Value, out: &mut String) {
-    print_period(value.number().unwrap_or(1), HASHLIMIT_SCALE, out);
-}
-
-fn limit(options: &Options, body: &mut Body<'_>) {
-    let number = |name| options.value(name).and_then(|(value, _)| value.number());
-    let average = number("limit").unwrap_or(LIMIT_SCALE) as u32;
-    let burst = number("limit-burst").unwrap_or(LIMIT_BURST) as u32;
-    body.effect(EffectTestKind::Limit { average, burst }, false);
+fn print_headers(value: &Value, out: &mut String) {
+    Arg::Names(IPV6_HEADERS, Spelling::Exact).print(value, out);
 }
 
 /// A probability in units of 2^-31 (include/uapi/linux/netfilter/xt_statistic.h).
 fn parse_probability(words: &[&str], _: &Context) -> Result<Value, String> {
     let text = words[0];
-    match text.parse::<f64>() {
-        Ok(share) if (0.0..=1.0).contains(&share) => {
+    match value::strtod(text) {
+        // What is no number is no more out of bounds than it is within, and becomes 0.
+        Some(share) if share.is_nan() => Ok(Value::Number(0)),
+        Some(share) if (0.0..=1.0).contains(&share) => {
             Ok(Value::Number((share * f64::from(1u32 << 31)).round_ties_even() as u64))
         }
         _ => Err(format!("`{text}` is not a number from 0 to 1")),
@@ -531,6 +564,9 @@ fn print_quoted(value: &Value, out: &mut String) {
 fn parse_amount(words: &[&str], context: &Context) -> Result<Value, String> {
     let value = Arg::Range(':', u64::MAX).parse(words, context)?;
     match (value, words[0].contains(':')) {
+        (Value::Range(first, last), true) if first > last => {
+            Err(format!("`{}` ends below its start", words[0]))
+        }
         (Value::Range(first, _), false) => Ok(Value::Range(first, u64::MAX)),
         (value, _) => Ok(value),
     }
@@ -546,7 +582,7 @@ fn print_amount(value: &Value, out: &mut String) {
 
 fn parse_mask(words: &[&str], context: &Context) -> Result<Value, String> {
     let mask =
-        value::address(words[0], context.family).ok_or_else(|| format!("`{}` is not a mask", words[0]))?;
+        value::host(words[0], context.family).ok_or_else(|| format!("`{}` is not a mask", words[0]))?;
     Ok(Value::Text(value::Ip(mask).to_string().as_str().into()))
 }
 
@@ -564,12 +600,19 @@ fn recent(options: &mut Options, context: &Context) -> Result<(), String> {
     if options.count(&["seconds", "hitcount", "rttl"]) > 0 && options.count(&["set", "remove"]) > 0 {
         return Err("`--seconds`, `--hitcount` and `--rttl` need `--rcheck` or `--update`".into());
     }
-    if options.has("reap") && !options.has("seconds") {
-        return Err("`--reap` needs `--seconds`".into());
+    // Of `--rsource` and `--rdest`, the last one counts.
+    let ends = ["rsource", "rdest"];
+    let end = |given: &&Given| ends.contains(&options.extension.options[given.option as usize].name);
+    if let Some(last) = options.given.iter().rev().find(end).map(|given| given.option)
+        && options.count(&ends) == 2
+    {
+        options.remove(if options.extension.options[last as usize].name == ends[0] {
+            ends[1]
+        } else {
+            ends[0]
+        });
     }
-    if options.has("rsource") && options.has("rdest") {
-        return Err("`--rsource` and `--rdest` exclude each other".into());
-    }
+    table_name(options.value("name").and_then(|(name, _)| name.text()).unwrap_or("DEFAULT"))?;
     options.default("name", Value::Text("DEFAULT".into()));
     let bits = context.family.address_bits();
     let full = value::Ip(value::mask_of_length(bits, context.family)).to_string();
@@ -580,120 +623,32 @@ fn recent(options: &mut Options, context: &Context) -> Result<(), String> {
     Ok(())
 }
 
-/// A user or group: a number, a range, or `root`, the one name every system has.
-fn parse_id(words: &[&str], _: &Context) -> Result<Value, String> {
-    let text = words[0];
-    if text == "root" {
-        return Ok(Value::Text("0".into()));
+fn parse_user(words: &[&str], _: &Context) -> Result<Value, String> {
+    parse_id(words[0], names::user)
+}
+
+fn parse_group(words: &[&str], _: &Context) -> Result<Value, String> {
+    parse_id(words[0], names::group)
+}
+
+/// A user or group: a number, a range, or one of the names that every Debian system has.
+fn parse_id(text: &str, named: fn(&str) -> Option<u32>) -> Result<Value, String> {
+    if let Some(id) = named(text) {
+        return Ok(Value::Text(id.to_string().as_str().into()));
     }
     let one = |text: &str| {
         value::number(text, 0, u64::from(u32::MAX) - 1)
-            .ok_or_else(|| format!("`{text}` is not a number; names depend on the machine"))
+            .ok_or_else(|| format!("`{text}` is not a number or a name that every system has"))
     };
     let text = match text.split_once('-') {
         Some((first, last)) => {
             let (first, last) = (one(first)?, one(last)?);
+            if first > last {
+                return Err(format!("`{text}` ends below its start"));
+            }
             if first == last { first.to_string() } else { format!("{first}-{last}") }
         }
         None => one(text)?.to_string(),
     };
     Ok(Value::Text(text.as_str().into()))
-}
-
-/// Reads a `u32` program; `None` if it isn't one (extensions/libxt_u32.c in iptables).
-fn u32_program(text: &str) -> Option<U32Program> {
-    /// Limits of include/uapi/linux/netfilter/xt_u32.h.
-    const MAX: usize = 10;
-    fn number<'a>(text: &mut &'a str) -> Option<u32> {
-        let trimmed: &'a str = text.trim_start();
-        let (value, rest) = value::strtoul(trimmed, 0)?;
-        *text = rest.trim_start();
-        u32::try_from(value).ok()
-    }
-    let mut tests = Vec::new();
-    for test in text.split("&&") {
-        let mut rest = test.trim();
-        let start = number(&mut rest)?;
-        let mut ops = Vec::new();
-        while !rest.starts_with('=') {
-            let (op, after): (fn(u32) -> U32Op, &str) = if let Some(after) = rest.strip_prefix("<<") {
-                (U32Op::ShiftLeft, after)
-            } else if let Some(after) = rest.strip_prefix(">>") {
-                (U32Op::ShiftRight, after)
-            } else if let Some(after) = rest.strip_prefix('&') {
-                (U32Op::And, after)
-            } else if let Some(after) = rest.strip_prefix('@') {
-                (U32Op::At, after)
-            } else {
-                return None;
-            };
-            rest = after;
-            ops.push(op(number(&mut rest)?));
-        }
-        rest = rest.strip_prefix('=')?;
-        let mut ranges = Vec::new();
-        loop {
-            let first = number(&mut rest)?;
-            let last = match rest.strip_prefix(':') {
-                Some(after) => {
-                    rest = after;
-                    number(&mut rest)?
-                }
-                None => first,
-            };
-            ranges.push((first, last));
-            match rest.strip_prefix(',') {
-                Some(after) => rest = after,
-                None => break,
-            }
-        }
-        if !rest.is_empty() || ops.len() > MAX || ranges.len() > MAX {
-            return None;
-        }
-        tests.push(U32Test { start, ops, ranges });
-    }
-    (tests.len() <= MAX + 1).then_some(U32Program { tests })
-}
-
-fn parse_u32(words: &[&str], _: &Context) -> Result<Value, String> {
-    let program = u32_program(words[0]).ok_or_else(|| format!("`{}` is no u32 program", words[0]))?;
-    let tests: Vec<String> = program.tests.iter().map(u32_text).collect();
-    Ok(Value::Text(tests.join("&&").as_str().into()))
-}
-
-fn u32_text(test: &U32Test) -> String {
-    let mut text = format!("{:#x}", test.start);
-    for op in &test.ops {
-        text += &match op {
-            U32Op::And(value) => format!("&{value:#x}"),
-            U32Op::ShiftLeft(value) => format!("<<{value:#x}"),
-            U32Op::ShiftRight(value) => format!(">>{value:#x}"),
-            U32Op::At(value) => format!("@{value:#x}"),
-        };
-    }
-    let ranges: Vec<String> = test
-        .ranges
-        .iter()
-        .map(
-            |(first, last)| {
-                if first == last { format!("{first:#x}") } else { format!("{first:#x}:{last:#x}") }
-            },
-        )
-        .collect();
-    text + "=" + &ranges.join(",")
-}
-
-fn print_u32(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        out.push_str(&format!(" \"{text}\""));
-    }
-}
-
-fn u32_match(options: &Options, body: &mut Body<'_>) {
-    if let Some((Value::Text(text), negated)) = options.value("u32")
-        && let Some(program) = u32_program(text)
-    {
-        let field = Field::Derived(body.ruleset.derive(DerivedData::U32(program)));
-        body.require_values(field, negated, IntervalSet::point(1));
-    }
 }

@@ -1,12 +1,15 @@
-//! Matches on transport headers: tcp, udp, udplite, icmp, icmp6, multiport, sctp, dccp, esp, ah, ecn.
+//! Matches on transport headers: tcp, udp, icmp, icmp6, multiport, sctp, dccp, esp, ah, ecn.
+
+use std::collections::BTreeMap;
 
 use polc_ir::derived::{SctpFlags, SctpRule};
+use polc_ir::hook::Family;
 
-use crate::extension::{Arg, Extension, Families, Meaning, Opt, Options, Value, base};
+use crate::extension::{Arg, Extension, Families, Meaning, Opt, Options, Value, base, unsaid};
 use crate::lower::Body;
 use crate::lower::network;
 use crate::lower::transport::{self as meaning, Asked, MultiportEnd, Tcp};
-use crate::value::PortRange;
+use crate::value::{PortRange, Spelling};
 
 const TCP: u16 = 6;
 const UDP: u16 = 17;
@@ -19,21 +22,15 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         protocols: &[TCP],
         options: &[
-            Opt::not("sport", Arg::Ports(Some("tcp"))).or(&["source-port"]),
-            Opt::not("dport", Arg::Ports(Some("tcp"))).or(&["destination-port"]),
+            Opt::not("sport", Arg::Ports(Some("tcp"))).or(&["source-port"]).unsaid(unsaid::every_port),
+            Opt::not("dport", Arg::Ports(Some("tcp"))).or(&["destination-port"]).unsaid(unsaid::every_port),
             Opt::not("tcp-option", Arg::Number(1, 255)),
-            Opt::not("tcp-flags", Arg::TcpFlags),
+            Opt::not("tcp-flags", Arg::TcpFlags)
+                .excludes(&["syn"])
+                .unsaid(|flags, negated| !negated && matches!(flags, Value::Range(0, _))),
             Opt::not("syn", Arg::Flag),
         ],
-        finish: Some(|options, _| {
-            if options.has("syn") && options.has("tcp-flags") {
-                return Err("`--syn` and `--tcp-flags` exclude each other".into());
-            }
-            ports_in_order(options)?;
-            ports_say_something(options, "sport");
-            ports_say_something(options, "dport");
-            Ok(())
-        }),
+        finish: Some(|options, _| ports_in_order(options)),
         print: Some(|options, out| {
             for name in ["sport", "dport", "tcp-option", "tcp-flags"] {
                 options.print_option(name, out);
@@ -47,30 +44,22 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         protocols: &[UDP],
-        options: UDP_OPTIONS,
-        finish: Some(|options, _| {
-            ports_say_something(options, "sport");
-            ports_say_something(options, "dport");
-            Ok(())
-        }),
+        options: &[
+            Opt::not("sport", Arg::Ports(None)).or(&["source-port"]).unsaid(unsaid::every_port),
+            Opt::not("dport", Arg::Ports(None)).or(&["destination-port"]).unsaid(unsaid::every_port),
+        ],
         ..base("udp", Meaning::Match(udp), "UDP ports.")
-    },
-    Extension {
-        protocols: &[UDPLITE],
-        options: UDP_OPTIONS,
-        ..base("udplite", Meaning::Match(udp), "UDP-Lite ports.")
     },
     Extension {
         families: Families::V4,
         protocols: &[1],
-        options: &[Opt::not("icmp-type", Arg::Icmp)],
+        options: &[Opt::not("icmp-type", Arg::Icmp(Family::V4)).must()],
         ..base("icmp", Meaning::Match(icmp), "The type and code of ICMP messages.")
     },
     Extension {
         families: Families::V6,
         protocols: &[58],
-        options: &[Opt::not("icmpv6-type", Arg::Icmp)],
-        finish: Some(|options, _| required(options, "icmpv6-type")),
+        options: &[Opt::not("icmpv6-type", Arg::Icmp(Family::V6)).must()],
         ..base("icmp6", Meaning::Match(icmp6), "The type and code of ICMPv6 messages.")
     },
     Extension {
@@ -94,6 +83,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::not("dport", Arg::Ports(Some("sctp"))).or(&["destination-port"]),
             Opt::not("chunk-types", Arg::Custom { words: 2, parse: parse_chunks, print: print_chunks }),
         ],
+        finish: Some(|options, _| ports_in_order(options)),
         ..base("sctp", Meaning::Match(sctp), "SCTP ports and chunks.")
     },
     Extension {
@@ -101,34 +91,26 @@ pub(super) const ALL: &[Extension] = &[
         options: &[
             Opt::not("sport", Arg::Ports(None)).or(&["source-port"]),
             Opt::not("dport", Arg::Ports(None)).or(&["destination-port"]),
-            Opt::not("dccp-types", Arg::Names(DCCP_TYPES)),
+            Opt::not("dccp-types", Arg::Items(DCCP_TYPES, Spelling::AnyCase)),
             Opt::not("dccp-option", Arg::Number(1, 255)),
         ],
         ..base("dccp", Meaning::Match(dccp), "DCCP ports, packet types and options.")
     },
     Extension {
         protocols: &[50],
-        options: &[Opt::not("espspi", Arg::Range(':', u32::MAX as u64))],
-        finish: Some(|options, _| {
-            full_range_says_nothing(options, "espspi");
-            Ok(())
-        }),
+        options: &[Opt::not("espspi", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32)],
         ..base("esp", Meaning::Match(esp), "A range of ESP SPIs.")
     },
     Extension {
         families: Families::V4,
         protocols: &[51],
-        options: &[Opt::not("ahspi", Arg::Range(':', u32::MAX as u64))],
-        finish: Some(|options, _| {
-            full_range_says_nothing(options, "ahspi");
-            Ok(())
-        }),
+        options: &[Opt::not("ahspi", Arg::Range(':', u32::MAX as u64)).unsaid(unsaid::every_u32)],
         ..base("ah", Meaning::Match(ah), "A range of AH SPIs.")
     },
     Extension {
         options: &[
-            Opt::not("ecn-tcp-cwr", Arg::Flag),
             Opt::not("ecn-tcp-ece", Arg::Flag),
+            Opt::not("ecn-tcp-cwr", Arg::Flag),
             Opt::not("ecn-ip-ect", Arg::Number(0, 3)),
         ],
         finish: Some(|options, context| {
@@ -148,11 +130,6 @@ pub(super) const ALL: &[Extension] = &[
     },
 ];
 
-const UDP_OPTIONS: &[Opt] = &[
-    Opt::not("sport", Arg::Ports(None)).or(&["source-port"]),
-    Opt::not("dport", Arg::Ports(None)).or(&["destination-port"]),
-];
-
 /// `--syn`: of SYN, RST, ACK and FIN, SYN alone is set.
 const SYN: (u8, u8) = (0x17, 0x02);
 
@@ -170,10 +147,6 @@ const DCCP_TYPES: &[(&str, u64)] = &[
     ("INVALID", 10),
 ];
 
-pub(super) fn required(options: &Options, name: &str) -> Result<(), String> {
-    if options.has(name) { Ok(()) } else { Err(format!("`--{name}` is needed")) }
-}
-
 fn ports_in_order(options: &Options) -> Result<(), String> {
     for given in &options.given {
         if let Value::Ports(PortRange { first, last }) = given.value
@@ -183,21 +156,6 @@ fn ports_in_order(options: &Options) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// All ports without `!` are what no option asks for, and are not saved.
-fn ports_say_something(options: &mut Options, name: &str) {
-    if let Some((Value::Ports(PortRange::ALL), false)) = options.value(name) {
-        options.remove(name);
-    }
-}
-
-pub(super) fn full_range_says_nothing(options: &mut Options, name: &str) {
-    if let Some((Value::Range(0, last), false)) = options.value(name)
-        && *last == u64::from(u32::MAX)
-    {
-        options.remove(name);
-    }
 }
 
 fn asked_ports(options: &Options, name: &str) -> Asked<PortRange> {
@@ -335,42 +293,38 @@ const CHUNKS: &[(&str, u8, &str)] = &[
 
 /// `any|all|only CHUNK[:flags],...`: kept as `rule type:mask:value ...`, ascending by type.
 fn parse_chunks(words: &[&str], _: &crate::extension::Context) -> Result<Value, String> {
-    let rule = words[0];
-    if !matches!(rule, "any" | "all" | "only") {
+    let rule = words[0].to_ascii_lowercase();
+    if !matches!(&*rule, "any" | "all" | "only") {
         return Err(format!("`{rule}` is none of any, all, only"));
     }
-    let list = words[1];
-    let mut chunks: Vec<(u8, u8, u8)> = Vec::new();
-    match list {
-        "ALL" => chunks.extend((0..=255).map(|kind| (kind, 0, 0))),
+    let mut chunks: BTreeMap<u8, (u8, u8)> = BTreeMap::new();
+    match &*words[1].to_ascii_uppercase() {
+        "ALL" => chunks.extend((0..=255).map(|kind| (kind, (0, 0)))),
         "NONE" => {}
         _ => {
-            for item in list.split(',') {
+            for item in words[1].split(',').filter(|item| !item.is_empty()) {
                 let (name, flags) = item.split_once(':').unwrap_or((item, ""));
                 let &(name, kind, letters) = CHUNKS
                     .iter()
                     .find(|(known, ..)| known.eq_ignore_ascii_case(name))
                     .ok_or_else(|| format!("`{name}` is no SCTP chunk type"))?;
-                let (mut mask, mut value) = (0, 0);
+                let (mask, value) = chunks.entry(kind).or_default();
                 for flag in flags.chars() {
                     let at = letters
                         .find(flag.to_ascii_uppercase())
                         .filter(|_| flag != '-')
                         .ok_or_else(|| format!("`{name}` has no flag `{flag}`"))?;
                     let bit = 0x80 >> at;
-                    mask |= bit;
+                    *mask |= bit;
                     if flag.is_ascii_uppercase() {
-                        value |= bit;
+                        *value |= bit;
                     }
                 }
-                chunks.push((kind, mask, value));
             }
         }
     }
-    chunks.sort_unstable();
-    chunks.dedup_by_key(|chunk| chunk.0);
     let text: Vec<String> =
-        chunks.iter().map(|(kind, mask, value)| format!("{kind}:{mask}:{value}")).collect();
+        chunks.iter().map(|(kind, (mask, value))| format!("{kind}:{mask}:{value}")).collect();
     Ok(Value::Text(format!("{rule} {}", text.join(" ")).as_str().into()))
 }
 

@@ -91,8 +91,17 @@ pub(crate) fn ipv6_host(name: &str) -> Option<Ipv6Addr> {
     }
 }
 
-/// The syslog levels iptables knows, and their numbers; deprecated synonyms included (libxtables/xtoptions.c,
-/// `xtopt_parse_sysloglevel`).
+/// The number of a user that every Debian system has (base-passwd).
+pub(crate) fn user(name: &str) -> Option<u32> {
+    tables::USERS.iter().find(|(known, _)| *known == name).map(|&(_, number)| number)
+}
+
+/// The number of a group that every Debian system has (base-passwd).
+pub(crate) fn group(name: &str) -> Option<u32> {
+    tables::GROUPS.iter().find(|(known, _)| *known == name).map(|&(_, number)| number)
+}
+
+/// The syslog levels iptables knows, and their numbers (libxtables/xtoptions.c, `xtopt_parse_sysloglevel`).
 pub const LOG_LEVELS: &[(&str, u8)] = &[
     ("alert", 1),
     ("crit", 2),

@@ -1,6 +1,6 @@
 //! Targets of the nat table: DNAT, SNAT, MASQUERADE, REDIRECT, NETMAP.
 
-use polc_ir::hook::{Hook, TableKind};
+use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::Action;
 
 use super::kernel;
@@ -11,8 +11,8 @@ const NAT: &[TableKind] = &[TableKind::Nat];
 const RANDOM: Opt = Opt::new("random", Arg::Flag);
 const RANDOM_FULLY: Opt = Opt::new("random-fully", Arg::Flag);
 const PERSISTENT: Opt = Opt::new("persistent", Arg::Flag);
-/// Protocols that have ports to translate.
-const WITH_PORTS: &[u16] = &[6, 17, 132, 33, 1, 58, 136];
+/// Protocols that have ports, or what stands for them, to translate (extensions/libxt_NAT.c in iptables).
+const WITH_PORTS: &[u16] = &[6, 17, 132, 33, 1];
 
 /// The targets of this group.
 pub(super) const ALL: &[Extension] = &[
@@ -20,23 +20,24 @@ pub(super) const ALL: &[Extension] = &[
         tables: NAT,
         hooks: &[Hook::Prerouting, Hook::Output],
         options: &[
-            Opt::new("to-destination", Arg::Custom { words: 1, parse: parse_range, print: print_word }),
+            Opt::new("to-destination", Arg::Custom { words: 1, parse: parse_range, print: print_word })
+                .must(),
             RANDOM,
             PERSISTENT,
         ],
-        finish: Some(|options, context| needs_ports(options, "to-destination", context)),
+        finish: Some(|options, context| address_ports(options, "to-destination", context)),
         ..base("DNAT", Meaning::Target(|_| translate("DNAT")), "Rewrites the destination of a connection.")
     },
     Extension {
         tables: NAT,
         hooks: &[Hook::Postrouting, Hook::Input],
         options: &[
-            Opt::new("to-source", Arg::Custom { words: 1, parse: parse_range, print: print_word }),
+            Opt::new("to-source", Arg::Custom { words: 1, parse: parse_source, print: print_word }).must(),
             RANDOM,
             RANDOM_FULLY,
             PERSISTENT,
         ],
-        finish: Some(|options, context| needs_ports(options, "to-source", context)),
+        finish: Some(|options, context| address_ports(options, "to-source", context)),
         ..base("SNAT", Meaning::Target(|_| translate("SNAT")), "Rewrites the source of a connection.")
     },
     Extension {
@@ -47,6 +48,7 @@ pub(super) const ALL: &[Extension] = &[
             RANDOM,
             RANDOM_FULLY,
         ],
+        finish: Some(|options, context| needs_ports(options.has("to-ports"), context)),
         ..base(
             "MASQUERADE",
             Meaning::Target(|_| translate("MASQUERADE")),
@@ -60,12 +62,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("to-ports", Arg::Custom { words: 1, parse: parse_ports, print: print_word }),
             RANDOM,
         ],
-        finish: Some(|options, context| {
-            if options.has("to-ports") && !context.is_protocol(WITH_PORTS) {
-                return Err("`--to-ports` needs `-p tcp`, `udp`, `sctp`, `dccp` or `icmp`".into());
-            }
-            Ok(())
-        }),
+        finish: Some(|options, context| needs_ports(options.has("to-ports"), context)),
         ..base(
             "REDIRECT",
             Meaning::Target(|_| translate("REDIRECT")),
@@ -74,7 +71,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         tables: NAT,
-        options: &[Opt::new("to", Arg::Address)],
+        options: &[Opt::new("to", Arg::Network).must()],
         ..base("NETMAP", Meaning::Target(|_| translate("NETMAP")), "Maps a network to another.")
     },
 ];
@@ -83,38 +80,54 @@ fn translate(name: &str) -> Action {
     Action::Steal(kernel(name, "translates addresses, which needs connection tracking"))
 }
 
-fn needs_ports(options: &mut Options, name: &str, context: &Context) -> Result<(), String> {
-    let Some((Value::Text(text), _)) = options.value(name) else {
-        return Err(format!("`--{name}` is needed"));
-    };
-    let ports = match text.rsplit_once(']') {
-        Some((_, after)) => after.starts_with(':'),
-        None => !text.contains("::") && text.matches(':').count() == 1,
-    };
-    if ports && !context.is_protocol(WITH_PORTS) {
+fn needs_ports(ports: bool, context: &Context) -> Result<(), String> {
+    // iptables looks at the protocol alone, not at what negates it.
+    if ports && !context.protocol.is_some_and(|(protocol, _)| WITH_PORTS.contains(&protocol)) {
         return Err("a port needs `-p tcp`, `udp`, `sctp`, `dccp` or `icmp`".into());
     }
     Ok(())
 }
 
+fn address_ports(options: &mut Options, name: &str, context: &Context) -> Result<(), String> {
+    let text = options.value(name).and_then(|(value, _)| value.text()).unwrap_or("");
+    let ports = match text.rsplit_once(']') {
+        Some((_, after)) => after.starts_with(':'),
+        None => text.starts_with(':') && !text.starts_with("::") || text.matches(':').count() == 1,
+    };
+    needs_ports(ports, context)
+}
+
+/// As [`parse_range`]; what would be shifted to is lost.
+fn parse_source(words: &[&str], context: &Context) -> Result<Value, String> {
+    let value = parse_range(words, context)?;
+    match value.text().and_then(|text| text.split_once('/')) {
+        Some((range, _)) => Ok(Value::Text(format!("{range}/0").as_str().into())),
+        None => Ok(value),
+    }
+}
+
 /// `[address[-address]][:port[-port[/base]]]`, addresses of IPv6 in brackets where ports follow; kept canonical.
 fn parse_range(words: &[&str], context: &Context) -> Result<Value, String> {
     let text = words[0];
-    let (addresses, ports) = if let Some(rest) = text.strip_prefix('[') {
-        let (inside, after) = rest.split_once(']').ok_or_else(|| format!("`{text}` lacks a `]`"))?;
-        match after.strip_prefix(':') {
-            Some(ports) => (inside, Some(ports)),
-            None if after.is_empty() => (inside, None),
-            None => return Err(format!("`{after}` after the addresses; ports follow a `:`")),
-        }
-    } else if context.family == polc_ir::hook::Family::V4 {
-        match text.split_once(':') {
+    let (addresses, ports) = match (context.family, text.strip_prefix('[')) {
+        (Family::V4, _) => match text.split_once(':') {
             Some((addresses, ports)) => (addresses, Some(ports)),
             None => (text, None),
+        },
+        // What follows the bracket counts from its first colon on.
+        (Family::V6, Some(rest)) => {
+            let (inside, after) = rest.split_once(']').ok_or_else(|| format!("`{text}` lacks a `]`"))?;
+            (inside, after.split_once(':').map(|(_, ports)| ports))
         }
-    } else {
-        (text, None)
+        // A single colon is no part of an address.
+        (Family::V6, None) => match text.strip_prefix(':').filter(|rest| !rest.contains(':')) {
+            Some(ports) => ("", Some(ports)),
+            None => (text, None),
+        },
     };
+    if addresses.is_empty() && ports.is_none() {
+        return Err("neither an address nor a port".into());
+    }
     let mut out = String::new();
     if !addresses.is_empty() {
         let one = |text: &str| {
@@ -123,7 +136,7 @@ fn parse_range(words: &[&str], context: &Context) -> Result<Value, String> {
         let (first, last) = addresses.split_once('-').unwrap_or((addresses, addresses));
         let (first, last) = (value::Ip(one(first)?), value::Ip(one(last)?));
         out = if first == last { first.to_string() } else { format!("{first}-{last}") };
-        if ports.is_some() && context.family == polc_ir::hook::Family::V6 {
+        if ports.is_some() && context.family == Family::V6 {
             out = format!("[{out}]");
         }
     }
@@ -144,6 +157,9 @@ fn port_range(text: &str) -> Result<String, String> {
     };
     // A service name may hold a `-`, so the whole is tried first.
     let (first, last) = match (value::port(range, None), range.split_once('-')) {
+        (Some(_), _) if shift.is_some() => {
+            return Err(format!("`{text}`: a base port is for a range of ports"));
+        }
         (Some(port), _) => (port, port),
         // In a range only numbers will do.
         (None, Some((first, last))) => {

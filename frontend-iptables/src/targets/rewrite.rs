@@ -1,13 +1,15 @@
 //! Targets that change the packet, its mark or its connection: MARK, CONNMARK, DSCP, TOS, TTL, HL, TCPMSS, CT, ...
 
 use polc_ir::field::Field;
-use polc_ir::hook::TableKind;
+use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::{Action, Write};
 
 use super::kernel;
-use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Value, base};
+use crate::extension::{
+    Arg, Context, Extension, Families, Given, Meaning, Names, Opt, Options, Site, Value, base,
+};
 use crate::names::dscp;
-use crate::value::{self, Masked};
+use crate::value::{self, Masked, Spelling};
 
 const MANGLE: &[TableKind] = &[TableKind::Mangle];
 const RAW: &[TableKind] = &[TableKind::Raw];
@@ -74,7 +76,6 @@ pub(super) const ALL: &[Extension] = &[
         tables: MANGLE,
         options: &[
             Opt::new("set-tos", Arg::Custom { words: 1, parse: crate::matches::parse_tos, print: print_tos }),
-            Opt::new("set-xtos", Arg::Custom { words: 1, parse: parse_xtos, print: print_tos }),
             Opt::new("and-tos", Arg::Hex(255)),
             Opt::new("or-tos", Arg::Hex(255)),
             Opt::new("xor-tos", Arg::Hex(255)),
@@ -113,7 +114,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         protocols: &[6],
         options: &[Opt::new("set-mss", Arg::Number(0, 65_535)), Opt::new("clamp-mss-to-pmtu", Arg::Flag)],
-        finish: Some(one),
+        finish: Some(segment_size),
+        place: Some(answers_syn),
         ..base(
             "TCPMSS",
             Meaning::Target(|_| {
@@ -138,9 +140,13 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         families: Families::V4,
         tables: MANGLE,
-        protocols: &[6],
-        options: &[Opt::new("ecn-tcp-remove", Arg::Flag)],
-        finish: Some(one),
+        options: &[
+            Opt::new("ecn-tcp-remove", Arg::Flag).excludes(&["ecn-tcp-cwr", "ecn-tcp-ece"]),
+            Opt::new("ecn-tcp-ece", Arg::Number(0, 1)),
+            Opt::new("ecn-tcp-cwr", Arg::Number(0, 1)),
+            Opt::new("ecn-ip-ect", Arg::Number(0, 3)),
+        ],
+        finish: Some(congestion),
         ..base(
             "ECN",
             Meaning::Target(|_| change("ECN", "changes TCP's flags", &[Field::TcpFlags])),
@@ -161,8 +167,9 @@ pub(super) const ALL: &[Extension] = &[
         options: &[Opt::new(
             "set-class",
             Arg::Custom { words: 1, parse: parse_tc_class, print: print_tc_class },
-        )],
-        finish: Some(one),
+        )
+        .must()],
+        hooks: &[Hook::Forward, Hook::Output, Hook::Postrouting],
         ..base(
             "CLASSIFY",
             Meaning::Target(|_| change("CLASSIFY", "sets the packet's traffic class", &[])),
@@ -175,12 +182,14 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("notrack", Arg::Flag),
             Opt::new("helper", Arg::Word(15)),
             Opt::new("timeout", Arg::Word(31)),
-            Opt::new("ctevents", Arg::Word(128)),
-            Opt::new("expevents", Arg::Word(16)),
+            Opt::new("ctevents", Arg::Names(EVENTS, Spelling::Exact)),
+            Opt::new("expevents", Arg::Names(&[("new", 0)], Spelling::Exact)),
             Opt::new("zone-orig", Arg::Custom { words: 1, parse: parse_zone, print: print_word }),
             Opt::new("zone-reply", Arg::Custom { words: 1, parse: parse_zone, print: print_word }),
-            Opt::new("zone", Arg::Custom { words: 1, parse: parse_zone, print: print_word }),
+            Opt::new("zone", Arg::Custom { words: 1, parse: parse_zone, print: print_word })
+                .unsaid(|zone, _| zone.text() == Some("0")),
         ],
+        finish: Some(connection),
         ..base(
             "CT",
             Meaning::Target(|_| change("CT", "sets up the packet's connection tracking", &[Field::CtState])),
@@ -198,7 +207,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         families: Families::V6,
         tables: MANGLE,
-        options: &[Opt::new("src-pfx", Arg::Prefix), Opt::new("dst-pfx", Arg::Prefix)],
+        hooks: &[Hook::Input, Hook::Postrouting],
+        options: &[Opt::new("src-pfx", Arg::Prefix).must(), Opt::new("dst-pfx", Arg::Prefix).must()],
         finish: Some(prefixes),
         ..base(
             "SNPT",
@@ -209,7 +219,8 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         families: Families::V6,
         tables: MANGLE,
-        options: &[Opt::new("src-pfx", Arg::Prefix), Opt::new("dst-pfx", Arg::Prefix)],
+        hooks: &[Hook::Prerouting, Hook::Output],
+        options: &[Opt::new("src-pfx", Arg::Prefix).must(), Opt::new("dst-pfx", Arg::Prefix).must()],
         finish: Some(prefixes),
         ..base(
             "DNPT",
@@ -219,7 +230,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         tables: &[TableKind::Mangle, TableKind::Security],
-        options: &[Opt::new("selctx", Arg::Word(256))],
+        options: &[Opt::new("selctx", Arg::Word(256)).must()],
         ..base(
             "SECMARK",
             Meaning::Target(|_| change("SECMARK", "sets a security mark", &[])),
@@ -229,6 +240,7 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         tables: &[TableKind::Mangle, TableKind::Security],
         options: &[Opt::new("save", Arg::Flag), Opt::new("restore", Arg::Flag)],
+        finish: Some(one),
         ..base(
             "CONNSECMARK",
             Meaning::Target(|_| change("CONNSECMARK", "copies a security mark", &[])),
@@ -236,6 +248,85 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
 ];
+
+/// A connection's events, in the order in which they are printed.
+const EVENTS: Names = &[
+    ("new", 0),
+    ("related", 1),
+    ("destroy", 2),
+    ("reply", 3),
+    ("assured", 4),
+    ("protoinfo", 5),
+    ("helper", 6),
+    ("mark", 7),
+    ("natseqinfo", 8),
+    ("secmark", 9),
+];
+
+/// A helper is one of a protocol. A zone of one direction is kept as such, and one of both is one of the connection:
+/// there is one number, the last that was given.
+fn connection(options: &mut Options, context: &Context) -> Result<(), String> {
+    if options.has("helper") && !options.has("notrack") && !matches!(context.protocol, Some((1.., false))) {
+        return Err("`--helper` needs a `-p` without `!`".into());
+    }
+    const ZONES: [&str; 3] = ["zone", "zone-orig", "zone-reply"];
+    let name = |given: &Given| options.extension.options[given.option as usize].name;
+    let Some(last) = options.given.iter().rev().find(|given| ZONES.contains(&name(given))) else {
+        return Ok(());
+    };
+    let value = last.value.clone();
+    let name = match (options.has("zone-orig"), options.has("zone-reply")) {
+        (true, false) => "zone-orig",
+        (false, true) => "zone-reply",
+        _ => "zone",
+    };
+    ZONES.into_iter().for_each(|name| options.remove(name));
+    options.default(name, value);
+    Ok(())
+}
+
+/// The largest segment leaves room for a header of IP in a packet of 65535 bytes. To fit the path goes before a size.
+fn segment_size(options: &mut Options, context: &Context) -> Result<(), String> {
+    if options.given.is_empty() {
+        return Err("one of `--set-mss` and `--clamp-mss-to-pmtu` is needed".into());
+    }
+    let header = if context.family == Family::V4 { 20 } else { 40 };
+    if options.number("set-mss").is_some_and(|size| size > 65_535 - header) {
+        return Err(format!("`--set-mss` is at most {}", 65_535 - header));
+    }
+    if options.has("clamp-mss-to-pmtu") {
+        options.remove("set-mss");
+    }
+    Ok(())
+}
+
+/// The size is announced in the first packet of each side, and the path is known on the way out
+/// (net/netfilter/xt_TCPMSS.c, `tcpmss_tg4_check`).
+fn answers_syn(options: &Options, site: &Site<'_>) -> Result<(), String> {
+    if options.has("clamp-mss-to-pmtu")
+        && let Some(hook) = site.reached_from(&[Hook::Prerouting, Hook::Input])
+    {
+        return Err(format!("`--clamp-mss-to-pmtu` can't know the path of packets in {}", hook.chain_name()));
+    }
+    let syn = site.rule.matches.iter().any(|one| {
+        one.options.extension.name == "tcp"
+            && one.options.given.iter().all(|given| !given.negated)
+            && (one.options.has("syn")
+                || matches!(one.options.value("tcp-flags"), Some((Value::Range(_, set), _)) if set & 2 != 0))
+    });
+    if syn { Ok(()) } else { Err("`TCPMSS` needs a match like `-p tcp --syn` in its rule".into()) }
+}
+
+/// ECN's bits of TCP need TCP, those of IP are their own matter.
+fn congestion(options: &mut Options, context: &Context) -> Result<(), String> {
+    if options.given.is_empty() {
+        return Err("an option is needed".into());
+    }
+    if options.count(&["ecn-tcp-remove", "ecn-tcp-ece", "ecn-tcp-cwr"]) > 0 && !context.is_protocol(&[6]) {
+        return Err("TCP's flags need `-p tcp`".into());
+    }
+    Ok(())
+}
 
 const MARK_OPTIONS: &[Opt] = &[
     Opt::new("set-xmark", Arg::Mark),
@@ -303,22 +394,29 @@ fn mark(options: &Options) -> Action {
 }
 
 fn connmark_options(options: &mut Options, _: &Context) -> Result<(), String> {
+    // A mask after a mark takes the place of the mark's own; one before it counts for nothing.
+    let name = |given: &Given| options.extension.options[given.option as usize].name;
+    let sets_mark = |given: &Given| MARK_OPTIONS.iter().any(|form| form.name == name(given));
+    let after = options.given.iter().skip_while(|given| !sets_mark(given));
+    let mask = after.filter(|given| matches!(name(given), "mask" | "ctmask")).last();
+    let mask = mask.and_then(|given| given.value.number());
     normalise_mark(options)?;
     match options.count(&["set-xmark", "save-mark", "restore-mark"]) {
         1 => {}
         0 => return Err("an option is needed".into()),
         _ => return Err("only one of setting, saving and restoring the mark can be asked".into()),
     }
-    if options.has("set-xmark") {
-        if options.count(&["nfmask", "ctmask", "mask"]) > 0 {
-            return Err("masks need `--save-mark` or `--restore-mark`".into());
-        }
-        return Ok(());
-    }
-    let number = |name| options.value(name).and_then(|(value, _)| value.number());
-    let both = number("mask");
+    let both = options.number("mask");
     if both.is_some() && options.count(&["nfmask", "ctmask"]) > 0 {
         return Err("`--mask` excludes `--nfmask` and `--ctmask`".into());
+    }
+    if let Some((Value::Masked(mark), _)) = options.value("set-xmark") {
+        let mark = *mark;
+        if let Some(mask) = mask {
+            options.set("set-xmark", Value::Masked(Masked { mask: mask as u32, ..mark }));
+        }
+        ["mask", "nfmask", "ctmask"].into_iter().for_each(|name| options.remove(name));
+        return Ok(());
     }
     options.remove("mask");
     for name in ["nfmask", "ctmask"] {
@@ -345,10 +443,6 @@ fn class(options: &Options) -> u64 {
         .unwrap_or(0)
 }
 
-fn parse_xtos(words: &[&str], context: &Context) -> Result<Value, String> {
-    crate::matches::parse_tos(words, context)
-}
-
 fn print_tos(value: &Value, out: &mut String) {
     if let Value::Masked(Masked { value, mask }) = value {
         out.push_str(&format!(" 0x{value:02x}/0x{mask:02x}"));
@@ -360,10 +454,8 @@ fn tos_options(options: &mut Options, _: &Context) -> Result<(), String> {
         return Err("exactly one option is needed".into());
     }
     let number = |name| options.value(name).and_then(|(value, _)| value.number()).map(|value| value as u32);
-    let tos = if let Some((Value::Masked(tos), _)) = options.value("set-xtos") {
+    let tos = if let Some((Value::Masked(tos), _)) = options.value("set-tos") {
         *tos
-    } else if let Some((Value::Masked(tos), _)) = options.value("set-tos") {
-        Masked { value: tos.value, mask: tos.value | tos.mask }
     } else if let Some(value) = number("and-tos") {
         Masked { value: 0, mask: !value & 0xff }
     } else if let Some(value) = number("or-tos") {
@@ -411,16 +503,19 @@ fn parse_strip(words: &[&str], _: &Context) -> Result<Value, String> {
         })
         .collect::<Result<_, _>>()?;
     kinds.sort_unstable();
-    kinds.dedup();
+    if let Some(twice) = kinds.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(format!("option {} is given twice", twice[0]));
+    }
     let text: Vec<String> = kinds.iter().map(ToString::to_string).collect();
     Ok(Value::Text(text.join(",").as_str().into()))
 }
 
 fn parse_tc_class(words: &[&str], _: &Context) -> Result<Value, String> {
     let bad = || format!("`{}` is not MAJOR:MINOR in hexadecimal", words[0]);
-    let (major, minor) = words[0].split_once(':').ok_or_else(bad)?;
-    let half = |text| u64::from_str_radix(text, 16).ok().filter(|&half| half <= 0xffff).ok_or_else(bad);
-    Ok(Value::Number(half(major)? << 16 | half(minor)?))
+    // `sscanf` with `%x:%x`: what follows is not looked at, and of each number the last 16 bits count.
+    let (major, rest) = value::strtoul(words[0], 16).ok_or_else(bad)?;
+    let (minor, _) = rest.strip_prefix(':').and_then(|rest| value::strtoul(rest, 16)).ok_or_else(bad)?;
+    Ok(Value::Number((major & 0xffff) << 16 | minor & 0xffff))
 }
 
 fn print_tc_class(value: &Value, out: &mut String) {
@@ -445,10 +540,14 @@ fn print_word(value: &Value, out: &mut String) {
     }
 }
 
+/// Prefixes of at most 64 bits (net/ipv6/netfilter/ip6t_NPT.c, `ip6t_npt_checkentry`).
 fn prefixes(options: &mut Options, _: &Context) -> Result<(), String> {
-    if options.count(&["src-pfx", "dst-pfx"]) == 2 {
-        Ok(())
-    } else {
-        Err("`--src-pfx` and `--dst-pfx` are needed".into())
+    for name in ["src-pfx", "dst-pfx"] {
+        if let Some((Value::Host(prefix), _)) = options.value(name)
+            && prefix.length > 64
+        {
+            return Err(format!("`--{name}` is longer than 64 bits"));
+        }
     }
+    Ok(())
 }

@@ -2,12 +2,13 @@
 
 use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::{Action, RejectWith};
-use polc_ir::source::bytes;
 
 use super::kernel;
-use crate::extension::{Arg, Context, Extension, Families, Meaning, Names, Opt, Options, Value, base};
+use crate::extension::{
+    Arg, Context, Extension, Families, Meaning, Names, Opt, Options, Site, Value, base, unsaid,
+};
 use crate::names::LOG_LEVELS;
-use crate::value;
+use crate::value::{self, Spelling};
 
 const FILTER_HOOKS: &[Hook] = &[Hook::Input, Hook::Forward, Hook::Output];
 
@@ -51,23 +52,16 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("log-prefix", Arg::Custom { words: 1, parse: parse_prefix, print: print_quoted }),
-            Opt::new("log-level", Arg::Custom { words: 1, parse: parse_level, print: print_number }),
+            Opt::new("log-prefix", Arg::CutText(29)),
+            Opt::new("log-level", Arg::Custom { words: 1, parse: parse_level, print: print_number })
+                .unsaid(unsaid::number::<4>),
             Opt::new("log-tcp-sequence", Arg::Flag),
             Opt::new("log-tcp-options", Arg::Flag),
             Opt::new("log-ip-options", Arg::Flag),
             Opt::new("log-uid", Arg::Flag),
             Opt::new("log-macdecode", Arg::Flag),
         ],
-        finish: Some(|options, _| {
-            if let Some((Value::Number(4), _)) = options.value("log-level") {
-                options.remove("log-level");
-            }
-            if options.value("log-prefix").is_some_and(|(value, _)| value.text() == Some("")) {
-                options.remove("log-prefix");
-            }
-            Ok(())
-        }),
+        finish: Some(|options, _| prefix(options, "log-prefix")),
         ..base(
             "LOG",
             Meaning::Target(|_| record("LOG", "writes to the kernel's log")),
@@ -76,24 +70,15 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new(
-                "nflog-prefix",
-                Arg::Custom { words: 1, parse: parse_nflog_prefix, print: print_quoted },
-            ),
-            Opt::new("nflog-group", Arg::Number(0, 65_535)),
-            Opt::new("nflog-range", Arg::Number(0, u32::MAX as u64)),
+            Opt::new("nflog-prefix", Arg::CutText(63)),
+            Opt::new("nflog-group", Arg::Number(0, 65_535)).unsaid(unsaid::zero),
+            Opt::new("nflog-range", Arg::Number(0, u32::MAX as u64))
+                .excludes(&["nflog-size"])
+                .unsaid(unsaid::zero),
             Opt::new("nflog-size", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("nflog-threshold", Arg::Number(0, 65_535)),
+            Opt::new("nflog-threshold", Arg::Number(0, 65_535)).unsaid(unsaid::zero),
         ],
-        finish: Some(|options, _| {
-            if options.value("nflog-group").is_some_and(|(value, _)| value.number() == Some(0)) {
-                options.remove("nflog-group");
-            }
-            if options.has("nflog-range") && options.has("nflog-size") {
-                return Err("`--nflog-range` and `--nflog-size` exclude each other".into());
-            }
-            Ok(())
-        }),
+        finish: Some(|options, _| prefix(options, "nflog-prefix")),
         ..base(
             "NFLOG",
             Meaning::Target(|_| record("NFLOG", "hands a copy of the packet to user space")),
@@ -108,6 +93,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("ulog-qthreshold", Arg::Number(1, 50)),
         ],
         families: Families::V4,
+        finish: Some(|_, _| Err("the kernel has had no `ULOG` since Linux 3.17; use `NFLOG`".into())),
         ..base(
             "ULOG",
             Meaning::Target(|_| record("ULOG", "hands a copy of the packet to user space")),
@@ -116,16 +102,20 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("queue-num", Arg::Number(0, 65_535)),
+            Opt::new("queue-num", Arg::Number(0, 65_535)).excludes(&["queue-balance"]),
             Opt::new("queue-balance", Arg::Range(':', 65_535)),
             Opt::new("queue-bypass", Arg::Flag),
-            Opt::new("queue-cpu-fanout", Arg::Flag),
+            Opt::new("queue-cpu-fanout", Arg::Flag).requires(&["queue-balance"]),
         ],
-        finish: Some(|options, _| {
-            if !options.has("queue-balance") {
+        finish: Some(|options, _| match options.value("queue-balance") {
+            None => {
                 options.default("queue-num", Value::Number(0));
+                Ok(())
             }
-            Ok(())
+            // The kernel counts them in 16 bits.
+            Some((Value::Range(0, 65_535), _)) => Err("65536 queues are one too many".into()),
+            Some((Value::Range(first, last), _)) if first < last => Ok(()),
+            Some(_) => Err("`--queue-balance` needs a range of queues, `first:last`".into()),
         }),
         ..base(
             "NFQUEUE",
@@ -138,7 +128,7 @@ pub(super) const ALL: &[Extension] = &[
         hooks: &[Hook::Prerouting],
         protocols: &[6, 17],
         options: &[
-            Opt::new("on-port", Arg::Number(0, 65_535)),
+            Opt::new("on-port", Arg::Custom { words: 1, parse: parse_port, print: print_number }).must(),
             Opt::new("on-ip", Arg::Custom { words: 1, parse: parse_address, print: print_word }),
             Opt::new(
                 "tproxy-mark",
@@ -146,9 +136,6 @@ pub(super) const ALL: &[Extension] = &[
             ),
         ],
         finish: Some(|options, context| {
-            if !options.has("on-port") {
-                return Err("`--on-port` is needed".into());
-            }
             options.default(
                 "on-ip",
                 Value::Text(if context.family == Family::V4 { "0.0.0.0" } else { "::" }.into()),
@@ -171,10 +158,11 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::new("type", Arg::Name(&[("accept", 0), ("drop", 1), ("reject", 2)]))],
-        finish: Some(
-            |options, _| if options.has("type") { Ok(()) } else { Err("`--type` is needed".into()) },
-        ),
+        options: &[Opt::new(
+            "type",
+            Arg::Name(&[("accept", 0), ("drop", 1), ("reject", 2)], Spelling::AnyCase),
+        )
+        .must()],
         ..base(
             "AUDIT",
             Meaning::Target(|_| record("AUDIT", "writes an audit record")),
@@ -182,8 +170,15 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::new("gateway", Arg::Custom { words: 1, parse: parse_address, print: print_word })],
-        tables: &[TableKind::Mangle],
+        options: &[
+            Opt::new("gateway", Arg::Custom { words: 1, parse: parse_address, print: print_word }).must(),
+            Opt::new("oif", Arg::CutWord(value::INTERFACE_BYTES_MAX))
+                .unsaid(|device, _| device.text() == Some("")),
+        ],
+        finish: Some(|options, _| match options.value("gateway").and_then(|(value, _)| value.text()) {
+            Some("0.0.0.0" | "::") => Err("`--gateway` needs the address of a host".into()),
+            _ => Ok(()),
+        }),
         ..base(
             "TEE",
             Meaning::Target(|_| record("TEE", "sends a copy of the packet elsewhere")),
@@ -192,15 +187,27 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("add-set", Arg::SetEnds).again(),
-            Opt::new("del-set", Arg::SetEnds).again(),
-            Opt::new("map-set", Arg::SetEnds).again(),
-            Opt::new("exist", Arg::Flag),
-            Opt::new("timeout", Arg::Number(0, u32::MAX as u64)),
-            Opt::new("map-mark", Arg::Flag),
-            Opt::new("map-prio", Arg::Flag),
-            Opt::new("map-queue", Arg::Flag),
+            Opt::not("add-set", Arg::SetEnds),
+            Opt::not("del-set", Arg::SetEnds),
+            Opt::not("map-set", Arg::SetEnds),
+            Opt::new("exist", Arg::Flag).requires(&["add-set"]),
+            Opt::new("timeout", Arg::Number(0, u32::MAX as u64 - 1)).requires(&["add-set"]),
+            Opt::new("map-mark", Arg::Flag).requires(&["map-set"]),
+            Opt::new("map-prio", Arg::Flag).requires(&["map-set"]),
+            Opt::new("map-queue", Arg::Flag).requires(&["map-set"]),
         ],
+        finish: Some(|options, _| {
+            // iptables reads a `!` here and takes no notice of it.
+            options.given.iter_mut().for_each(|given| given.negated = false);
+            if options.count(&["add-set", "del-set", "map-set"]) == 0 {
+                return Err("one of `--add-set`, `--del-set` and `--map-set` is needed".into());
+            }
+            if options.has("map-set") && options.count(&["map-mark", "map-prio", "map-queue"]) == 0 {
+                return Err("`--map-set` needs one of `--map-mark`, `--map-prio` and `--map-queue`".into());
+            }
+            Ok(())
+        }),
+        place: Some(mapped_set),
         ..base(
             "SET",
             Meaning::Target(|_| record("SET", "changes a set")),
@@ -209,21 +216,48 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("timeout", Arg::Number(1, u32::MAX as u64)),
-            Opt::new("label", Arg::Word(27)),
+            Opt::new("timeout", Arg::Number(1, IDLE_SECONDS_MAX)).must(),
+            Opt::new("label", Arg::CutWord(27)).must(),
             Opt::new("alarm", Arg::Flag),
-            Opt::new("send_nl_msg", Arg::Number(0, 1)),
         ],
-        finish: Some(|options, _| {
-            if options.has("timeout") && options.has("label") {
-                Ok(())
-            } else {
-                Err("`--timeout` and `--label` are needed".into())
+        finish: Some(|options, _| match options.value("label").and_then(|(value, _)| value.text()) {
+            Some(label) if label.is_empty() || label.contains('/') => {
+                Err(format!("`{label}` can't be a label: it names a file under /sys"))
             }
+            _ => Ok(()),
         }),
         ..base("IDLETIMER", Meaning::Target(|_| record("IDLETIMER", "restarts a timer")), "Restarts a timer.")
     },
 ];
+
+/// The longest time of an idle timer (net/netfilter/xt_IDLETIMER.c, `idletimer_tg_helper`).
+const IDLE_SECONDS_MAX: u64 = i32::MAX as u64 / 1000 - 1;
+
+/// A prefix has at least one byte and no newline. A longer one is cut.
+fn prefix(options: &mut Options, name: &str) -> Result<(), String> {
+    match options.value(name).and_then(|(value, _)| value.text()) {
+        Some("") => Err(format!("the `--{name}` is empty")),
+        Some(text) if text.contains('\n') => Err(format!("the `--{name}` holds a newline")),
+        _ => Ok(()),
+    }
+}
+
+/// What a set maps packets to is for mangle, and priorities and queues are for packets on their way out
+/// (net/netfilter/xt_set.c, `set_target_v3_checkentry`).
+fn mapped_set(options: &Options, site: &Site<'_>) -> Result<(), String> {
+    if !options.has("map-set") {
+        return Ok(());
+    }
+    if site.table != TableKind::Mangle {
+        return Err("`--map-set` works only in table `mangle`".into());
+    }
+    match site.reached_from(&[Hook::Prerouting, Hook::Input]) {
+        Some(hook) if options.count(&["map-prio", "map-queue"]) > 0 => {
+            Err(format!("`--map-prio` and `--map-queue` mean nothing to packets in {}", hook.chain_name()))
+        }
+        _ => Ok(()),
+    }
+}
 
 fn record(name: &str, reason: &str) -> Action {
     Action::Effect { what: kernel(name, reason), writes: Vec::new() }
@@ -276,7 +310,7 @@ fn parse_reject(words: &[&str], context: &Context) -> Result<Value, String> {
     let names = if context.family == Family::V4 { REJECT4 } else { REJECT6 };
     names
         .iter()
-        .find(|(name, _)| value::abbreviates(words[0], name) && !words[0].is_empty())
+        .find(|(name, _)| value::abbreviates(words[0], name))
         .map(|&(_, answer)| Value::Number(answer))
         .ok_or_else(|| format!("`{}` is no known answer", words[0]))
 }
@@ -314,51 +348,22 @@ fn reject(options: &Options) -> Action {
     })
 }
 
-/// The kernel's log takes 29 bytes of prefix, and no newline.
-fn parse_prefix(words: &[&str], _: &Context) -> Result<Value, String> {
-    prefix(words[0], 29)
-}
-
-fn parse_nflog_prefix(words: &[&str], _: &Context) -> Result<Value, String> {
-    if words[0].is_empty() {
-        return Err("the prefix is empty".into());
-    }
-    if words[0].contains('\n') {
-        return Err("the prefix holds a newline".into());
-    }
-    // A longer prefix is cut, with a warning of iptables' own.
-    let text = words[0].get(..63).unwrap_or(words[0]);
-    Ok(Value::Text(text.into()))
-}
-
-fn prefix(text: &str, max: usize) -> Result<Value, String> {
-    if bytes::count(text) > max {
-        return Err(format!("the prefix is longer than {max} bytes"));
-    }
-    if text.contains('\n') {
-        return Err("the prefix holds a newline".into());
-    }
-    Ok(Value::Text(text.into()))
-}
-
-fn print_quoted(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        crate::extension::save_string(text, out);
-    }
-}
-
 fn parse_level(words: &[&str], _: &Context) -> Result<Value, String> {
     let text = words[0];
     if let Some(level) = value::number(text, 0, 7) {
         return Ok(Value::Number(level));
     }
-    let mut fitting =
-        LOG_LEVELS.iter().filter(|(name, _)| value::abbreviates(text, name) && !text.is_empty());
-    match (fitting.next(), fitting.next()) {
-        (Some(&(_, level)), None) => Ok(Value::Number(level.into())),
-        (Some((one, _)), Some((other, _))) => Err(format!("`{text}` is ambiguous: `{one}` or `{other}`")),
-        (None, _) => Err(format!("`{text}` is no log level")),
-    }
+    LOG_LEVELS
+        .iter()
+        .find(|(name, _)| *name == text)
+        .map(|&(_, level)| Value::Number(level.into()))
+        .ok_or_else(|| format!("`{text}` is no log level"))
+}
+
+fn parse_port(words: &[&str], _: &Context) -> Result<Value, String> {
+    value::resolved_port(words[0])
+        .map(|port| Value::Number(port.into()))
+        .ok_or_else(|| format!("`{}` is not a port or service name", words[0]))
 }
 
 fn print_number(value: &Value, out: &mut String) {

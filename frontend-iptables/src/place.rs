@@ -1,0 +1,194 @@
+//! From which hooks packets reach each rule of a table, and what rules may not do there.
+//!
+//! The kernel asks when a table is loaded (net/ipv4/netfilter/ip_tables.c, `mark_source_chains` and
+//! `find_check_entry`). It follows the chains from the base chains on, each up to the first rule that ends it for every
+//! packet, refuses jumps that lead back to where they come from, and lets each match and target look at the hooks that
+//! lead to it. What no packet can reach it lets stand.
+
+use std::collections::BTreeSet;
+
+use polc_ir::diag::Diagnostic;
+use polc_ir::hook::{Family, Hook, TableKind};
+use polc_ir::limits;
+
+use crate::ast::{RuleAst, TableAst, TargetVerdict};
+use crate::codes;
+use crate::extension::{Options, Site};
+
+/// Takes the rules that are not accepted out of their chains, and says why.
+pub(crate) fn check(ast: &mut TableAst, family: Family) -> Vec<Diagnostic> {
+    let mut diagnostics = Vec::new();
+    let refused = loops(ast, &mut diagnostics);
+    reject(ast, &refused);
+    let misplaced = places(ast, family, &mut diagnostics);
+    reject(ast, &misplaced);
+    // The rules that a line's address lists make share what is said of the line.
+    diagnostics.dedup();
+    diagnostics
+}
+
+/// Takes rules that are not accepted out of their chains.
+fn reject(ast: &mut TableAst, refused: &BTreeSet<u32>) {
+    if refused.is_empty() {
+        return;
+    }
+    for chain in &mut ast.chains {
+        chain.rules.retain(|index| !refused.contains(index));
+    }
+    ast.rejected.extend(refused.iter().map(|&index| ast.rules[index as usize].span));
+}
+
+/// Where a rule leads to.
+fn leads_to(rule: &RuleAst) -> Option<usize> {
+    match rule.target.verdict {
+        TargetVerdict::Jump(to) | TargetVerdict::Goto(to) => Some(to.0 as usize),
+        _ => None,
+    }
+}
+
+/// Whether no packet gets past the rule: it asks for nothing and decides.
+fn ends_chain(rule: &RuleAst) -> bool {
+    let address = |given: &Option<crate::ast::Given<crate::value::AddressMask>>| {
+        given.is_some_and(|given| given.negated || given.value.prefix_length() != Some(0))
+    };
+    let asks = address(&rule.source)
+        || address(&rule.destination)
+        || rule.in_interface.is_some()
+        || rule.out_interface.is_some()
+        || rule.protocol.is_some_and(|protocol| protocol.value != 0)
+        || rule.fragment.is_some()
+        || !rule.matches.is_empty();
+    let decides = matches!(
+        rule.target.verdict,
+        TargetVerdict::Accept | TargetVerdict::Drop | TargetVerdict::Queue | TargetVerdict::Return
+    );
+    decides && !asks
+}
+
+/// The rules of a chain that packets can come to.
+fn live(ast: &TableAst, chain: usize) -> &[u32] {
+    let rules = &ast.chains[chain].rules;
+    let end = rules.iter().position(|&rule| ends_chain(&ast.rules[rule as usize]));
+    &rules[..end.map_or(rules.len(), |end| end + 1)]
+}
+
+/// Chains that packets can come to may not lead back to themselves, nor nest deeper than is followed. The jumps that
+/// would.
+fn loops(ast: &TableAst, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Mark {
+        New,
+        Open,
+        Done,
+    }
+    let mut refused = BTreeSet::new();
+    let mut marks = vec![Mark::New; ast.chains.len()];
+    // How many chains a packet may be in at once from each on.
+    let mut depths = vec![0; ast.chains.len()];
+    let bases = ast.chains.iter().enumerate().filter(|(_, chain)| chain.hook.is_some());
+    for start in bases.map(|(start, _)| start) {
+        marks[start] = Mark::Open;
+        let mut path = vec![(start, live(ast, start).iter())];
+        while let Some((chain, rest)) = path.last_mut() {
+            let chain = *chain;
+            let Some(&index) = rest.next() else {
+                marks[chain] = Mark::Done;
+                let mut deepest = 0;
+                for &index in live(ast, chain) {
+                    let rule = &ast.rules[index as usize];
+                    let Some(to) = leads_to(rule) else { continue };
+                    if depths[to] < limits::JUMP_DEPTH_MAX {
+                        deepest = deepest.max(depths[to]);
+                        continue;
+                    }
+                    refused.insert(index);
+                    let message = format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
+                    diagnostics.push(
+                        Diagnostic::error(codes::LIMIT, message, rule.target.span)
+                            .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
+                    );
+                }
+                depths[chain] = 1 + deepest;
+                path.pop();
+                continue;
+            };
+            let rule = &ast.rules[index as usize];
+            let Some(to) = leads_to(rule) else { continue };
+            match marks[to] {
+                Mark::New => {
+                    marks[to] = Mark::Open;
+                    path.push((to, live(ast, to).iter()));
+                }
+                Mark::Open => {
+                    let message = format!("chain `{}` leads back to itself", ast.chains[to].name);
+                    diagnostics.push(
+                        Diagnostic::error(codes::CHAIN_LOOP, message, rule.target.span)
+                            .with_label(ast.chains[to].span, "this chain")
+                            .with_hint("netfilter refuses loops; break the circle"),
+                    );
+                    refused.insert(index);
+                }
+                Mark::Done => {}
+            }
+        }
+    }
+    refused
+}
+
+/// The hooks from which packets come to each chain. There are no loops among what they can reach.
+fn hooks(ast: &TableAst) -> Vec<Vec<Hook>> {
+    let mut hooks = vec![Vec::new(); ast.chains.len()];
+    for (start, base) in ast.chains.iter().enumerate() {
+        let Some(hook) = base.hook else { continue };
+        let mut open = vec![start];
+        while let Some(chain) = open.pop() {
+            if hooks[chain].contains(&hook) {
+                continue;
+            }
+            hooks[chain].push(hook);
+            let rules = live(ast, chain).iter().map(|&index| &ast.rules[index as usize]);
+            open.extend(rules.filter_map(leads_to));
+        }
+    }
+    hooks
+}
+
+/// Matches and targets that their table or the hooks that lead to them do not allow; the rules they are in.
+fn places(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+    let mut misplaced = BTreeSet::new();
+    for (chain, hooks) in hooks(ast).iter().enumerate() {
+        let live = live(ast, chain).len();
+        for (at, &index) in ast.chains[chain].rules.iter().enumerate() {
+            let rule = &ast.rules[index as usize];
+            let hooks = if at < live { &hooks[..] } else { &[] };
+            let site = Site { family, table: ast.kind, hooks, rule };
+            let matches = rule.matches.iter().map(|one| ("match", &one.options, one.span));
+            let target = match &rule.target.verdict {
+                TargetVerdict::Extension(options) => Some(("target", &**options, rule.target.span)),
+                _ => None,
+            };
+            for (kind, options, span) in matches.chain(target) {
+                if let Err(message) = place(kind, options, &site) {
+                    misplaced.insert(index);
+                    diagnostics.push(Diagnostic::error(codes::WRONG_PLACE, message, span));
+                }
+            }
+        }
+    }
+    misplaced
+}
+
+fn place(kind: &str, options: &Options, site: &Site<'_>) -> Result<(), String> {
+    let extension = options.extension;
+    let named = |table: &TableKind| format!("`{table}`");
+    if !extension.tables.is_empty() && !extension.tables.contains(&site.table) {
+        let tables: Vec<String> = extension.tables.iter().map(named).collect();
+        return Err(format!("{kind} `{}` works only in table {}", extension.name, tables.join(" or ")));
+    }
+    let wrong = |hook: &&Hook| !extension.hooks.is_empty() && !extension.hooks.contains(hook);
+    if site.hooks.iter().any(|hook| wrong(&hook)) {
+        let hooks: Vec<&str> = extension.hooks.iter().map(|hook| hook.chain_name()).collect();
+        return Err(format!("{kind} `{}` works only in {}", extension.name, hooks.join(", ")));
+    }
+    extension.place.map_or(Ok(()), |place| place(options, site))
+}
