@@ -3,11 +3,11 @@
 //! Every command starts here, so that all of them read the same text in the same way. Nothing here does I/O: texts come
 //! in, already in the [`SourceMap`].
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use polc_frontend_iptables::ast::{Dump, Generator};
 use polc_frontend_iptables::ipset::{self, Sets};
-use polc_frontend_iptables::{Mode, ParseOptions, lower, parse};
+use polc_frontend_iptables::{Mode, ParseOptions, SetFamilies, lower, parse};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::entities::Rule;
 use polc_ir::hook::{Family, Semantics};
@@ -47,9 +47,10 @@ impl Session {
         let (sets, findings): (Vec<Sets>, Vec<Vec<Diagnostic>>) =
             sets.iter().map(|file| ipset::parse(&sources, *file)).unzip();
         let mut diagnostics: Vec<Diagnostic> = findings.into_iter().flatten().collect();
-        let names: HashSet<String> = sets.iter().flat_map(Sets::iter).map(|set| set.name.clone()).collect();
+        let families: SetFamilies =
+            sets.iter().flat_map(Sets::iter).map(|set| (set.name.clone(), set.family)).collect();
         let parse_options =
-            ParseOptions { mode, family: options.family, sets: (!sets.is_empty()).then_some(&names) };
+            ParseOptions { mode, family: options.family, sets: (!sets.is_empty()).then_some(&families) };
         let (dump, findings) = parse(&sources, rules, &parse_options);
         diagnostics.extend(findings);
         let semantics = options.semantics.unwrap_or(match dump.generator {

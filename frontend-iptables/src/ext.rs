@@ -15,6 +15,7 @@ use polc_ir::source::{Span, bytes};
 
 use crate::ast::Text;
 use crate::codes;
+use crate::parse::SetFamilies;
 use crate::value::{self, BadAddress, INTERFACE_BYTES_MAX, Interface};
 
 /// The number of an option within its extension, below 32. Synonyms share a number.
@@ -356,8 +357,8 @@ impl Shelf {
 
 /// The options of one extension clause.
 pub(crate) struct Options<'a> {
-    /// The names of the sets that exist, if that is known.
-    pub sets: Option<&'a HashSet<String>>,
+    /// The sets that exist, if that is known.
+    pub sets: Option<&'a SetFamilies>,
     pub(crate) all: &'a [GivenOption<'a>],
     pub(crate) instance: u32,
 }

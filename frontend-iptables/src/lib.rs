@@ -34,5 +34,5 @@ pub mod targets;
 pub mod value;
 
 pub use lower::lower;
-pub use parse::{Mode, ParseOptions, parse};
+pub use parse::{Mode, ParseOptions, SetFamilies, parse};
 pub use print::print;

@@ -3,7 +3,7 @@
 //! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use polc_ir::diag::Diagnostic;
@@ -19,7 +19,10 @@ use crate::codes;
 use crate::ext::{Fault, Shelf};
 use crate::lexer::{self, Ending, LexError, Line, OpenQuote, Word};
 use crate::place;
+use crate::print;
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
+use crate::targets;
+use crate::value::WHITE_SPACE;
 
 /// How strictly a dump is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,9 +41,12 @@ pub struct ParseOptions<'a> {
     pub mode: Mode,
     /// The address family; `None` to work it out from the header, the file's name and the addresses.
     pub family: Option<Family>,
-    /// The names of the sets that exist; `None` if that isn't known.
-    pub sets: Option<&'a HashSet<String>>,
+    /// The sets that exist; `None` if that isn't known.
+    pub sets: Option<&'a SetFamilies>,
 }
+
+/// The sets that exist: the address family of each by its name, `None` for a set without addresses.
+pub type SetFamilies = HashMap<String, Option<Family>>;
 
 /// Reads a dump. Whatever was not accepted has an error among the diagnostics, and its rules are counted in
 /// [`TableAst::rejected`].
@@ -177,6 +183,25 @@ impl OpenTable {
         Err(Fault::new(codes::COMMAND, message).at(span).hint("flush what holds it before this line"))
     }
 
+    /// Gives a user chain another name, which no chain has.
+    fn rename(&mut self, chain: usize, name: &str, span: Span) -> Result<(), Fault> {
+        check_name(name, span)?;
+        let fault = |message: String| Err(Fault::new(codes::CHAIN_NAME, message).at(span));
+        if self.names.contains_key(name) {
+            return fault(format!("chain `{name}` exists already"));
+        }
+        let old = &mut self.ast.chains[chain];
+        if old.hook.is_some() {
+            return fault(format!("chain `{}` is a base chain and can't be renamed", old.name));
+        }
+        let text = Text::from(name);
+        if let Some(index) = self.names.remove(&*old.name) {
+            self.names.insert(text.shared(), index);
+        }
+        old.name = text;
+        Ok(())
+    }
+
     fn close(mut self) -> TableAst {
         for (chain, order) in self.ast.chains.iter_mut().zip(self.orders) {
             chain.rules = order.into();
@@ -197,7 +222,7 @@ struct Parser<'a> {
     file: File,
     family: Family,
     mode: Mode,
-    sets: Option<&'a HashSet<String>>,
+    sets: Option<&'a SetFamilies>,
     shelf: RefCell<Shelf>,
     diagnostics: Vec<Diagnostic>,
     dropped: usize,
@@ -230,6 +255,10 @@ impl Parser<'_> {
 
     fn line<'a>(&mut self, line: Line<'a>, words: &mut Vec<Word<'a>>) {
         let span = line.span(self.file);
+        let line = match line.text.split_once('\0') {
+            Some((text, _)) => self.up_to_nul(line, text, span),
+            None => line,
+        };
         if line.text.len() > limits::LINE_BYTES_MAX {
             let message = format!("the line is longer than {} bytes", limits::LINE_BYTES_MAX);
             return self.report(Diagnostic::error(codes::TOO_LONG, message, span));
@@ -250,7 +279,8 @@ impl Parser<'_> {
         }
         let text = if self.mode == Mode::Tolerant { trimmed } else { text };
         let result = if let Some(name) = text.strip_prefix('*') {
-            self.open(name.trim_matches([' ', '\t']), inner)
+            // What follows the name is not looked at.
+            self.open(name.split([' ', '\t']).find(|word| !word.is_empty()).unwrap_or(""), inner)
         } else if text == "COMMIT" {
             self.close(inner)
         } else if text.starts_with(':') {
@@ -261,6 +291,19 @@ impl Parser<'_> {
         if let Err(fault) = result {
             self.report(fault.into_diagnostic(inner));
         }
+    }
+
+    /// A line that holds a NUL ends there to iptables, which takes lines for strings of C.
+    fn up_to_nul<'a>(&mut self, line: Line<'a>, text: &'a str, span: Span) -> Line<'a> {
+        let at = Span::new(self.file, line.start + text.len() as u32, span.end);
+        let message = "a NUL ends the line: the rest is not read";
+        // Without its newline a COMMIT is none, and nothing is no empty line.
+        let diagnostic = match (self.mode, text) {
+            (Mode::Strict, "" | "COMMIT") => Diagnostic::error(codes::MALFORMED_LINE, message, at),
+            _ => Diagnostic::warning(codes::SUSPICIOUS, message, at),
+        };
+        self.report(diagnostic.with_hint("remove the NUL and what follows, or write what is meant"));
+        Line { text, ..line }
     }
 
     fn line_ending(&mut self, line: &Line<'_>, span: Span) {
@@ -377,20 +420,18 @@ impl Parser<'_> {
                 .at(part(name).at_end())
                 .hint("write ACCEPT or DROP, or `-` for a user chain"));
         };
-        let counters = match parts.next() {
-            None => None,
-            Some(text) => match lexer::counters(text) {
-                Ok((_, (packets, bytes))) => {
-                    let number = |text: &str| text.parse().unwrap_or(0);
-                    Some(Counters { packets: number(packets), bytes: number(bytes) })
-                }
-                Err(_) => {
-                    return Err(Fault::new(codes::COUNTERS, format!("`{text}` are no counters"))
-                        .at(part(text))
-                        .hint("write `[packets:bytes]`"));
-                }
-            },
-        };
+        // iptables-restore looks at counters only with `-c`.
+        let mut unread = None;
+        let counters = parts.next().and_then(|text| match lexer::counters(text) {
+            Ok((_, (packets, bytes))) => {
+                let number = |text: &str| text.parse().unwrap_or(0);
+                Some(Counters { packets: number(packets), bytes: number(bytes) })
+            }
+            Err(_) => {
+                unread = Some(part(text));
+                None
+            }
+        });
         let known = open.names.get(name).copied();
         match known {
             Some(index) if open.ast.chains[index.0 as usize].hook.is_some() => {
@@ -430,8 +471,14 @@ impl Parser<'_> {
                     .at(part(policy))
                     .hint("write `-`"));
                 }
-                new_chain(open, name, part(name), counters)?;
+                declare(open, name, part(name), counters)?;
             }
+        }
+        if let Some(at) = unread {
+            self.report(
+                Diagnostic::warning(codes::COUNTERS, "these are no counters, and count as zero", at)
+                    .with_hint("write `[packets:bytes]`"),
+            );
         }
         Ok(())
     }
@@ -555,7 +602,7 @@ impl Parser<'_> {
                 )
                 .at(chain.span));
             }
-            return new_chain(open, chain.text, chain.span, None);
+            return new_chain(open, chain.text, chain.span, self.family);
         }
         let Some(&index) = open.names.get(chain.text) else {
             let message = format!("table `{}` has no chain `{}`", open.ast.kind, chain.text);
@@ -627,11 +674,25 @@ impl Parser<'_> {
                 Ok(())
             }
             Command::Zero | Command::List => Ok(()),
-            Command::NewChain | Command::DeleteRule | Command::Check | Command::RenameChain => {
-                Err(Fault::new(codes::COMMAND, "this command has no place in a dump")
-                    .at(span)
-                    .hint("a dump holds `-A`, `-I` and `-N` lines"))
+            Command::RenameChain => {
+                let name = line.operand.expect("`-E` has an operand");
+                open.rename(at, name.text, name.span)
             }
+            Command::DeleteRule | Command::Check => {
+                // Each copy of the line takes away, or finds, the first rule like it.
+                for rule in self.expand(open, index, line, counters, span)? {
+                    let like = |id: &u32| same(&open.ast, self.family, &open.ast.rules[*id as usize], &rule);
+                    let Some(position) = open.orders[at].iter().position(like) else {
+                        let message = format!("chain `{}` has no such rule", chain.text);
+                        return Err(Fault::new(codes::RULE_NUMBER, message).at(span));
+                    };
+                    if command == Command::DeleteRule {
+                        open.remove(at, position);
+                    }
+                }
+                Ok(())
+            }
+            Command::NewChain => unreachable!("made above, where no chain of the name is asked for"),
         }
     }
 
@@ -726,15 +787,18 @@ fn is_rule(text: &str) -> bool {
     ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
 }
 
-fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {
-    let bad = name.is_empty() || name.starts_with(['-', '!']) || name.contains([' ', '\t']);
-    if bad || ["ACCEPT", "DROP", "RETURN", "QUEUE"].contains(&name) {
+/// What `-N` makes: its name begins with neither `-` nor `!`, holds no blank, and is no target's.
+fn new_chain(open: &mut OpenTable, name: &str, span: Span, family: Family) -> Result<(), Fault> {
+    let bad = name.is_empty() || name.starts_with(['-', '!']) || name.contains(WHITE_SPACE);
+    if bad || targets::find(name, family).is_some() {
         return Err(Fault::new(codes::CHAIN_NAME, format!("`{name}` can't be a chain's name")).at(span));
     }
-    if bytes::count(name) > limits::CHAIN_NAME_BYTES_MAX {
-        let message = format!("chain name `{name}` is longer than {} bytes", limits::CHAIN_NAME_BYTES_MAX);
-        return Err(Fault::new(codes::CHAIN_NAME, message).at(span));
-    }
+    declare(open, name, span, None)
+}
+
+/// What a line `:NAME -` makes, too.
+fn declare(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {
+    check_name(name, span)?;
     if open.ast.chains.len() >= limits::CHAINS_MAX {
         return Err(Fault::new(codes::LIMIT, format!("more than {} chains", limits::CHAINS_MAX)).at(span));
     }
@@ -752,4 +816,33 @@ fn new_chain(open: &mut OpenTable, name: &str, span: Span, counters: Option<Coun
     open.orders.push(VecDeque::new());
     open.references.push(0);
     Ok(())
+}
+
+/// Whether a chain may have this name at all.
+fn check_name(name: &str, span: Span) -> Result<(), Fault> {
+    if ["ACCEPT", "DROP", "RETURN", "QUEUE"].contains(&name) {
+        return Err(Fault::new(codes::CHAIN_NAME, format!("`{name}` can't be a chain's name")).at(span));
+    }
+    if bytes::count(name) > limits::CHAIN_NAME_BYTES_MAX {
+        let message = format!("chain name `{name}` is longer than {} bytes", limits::CHAIN_NAME_BYTES_MAX);
+        return Err(Fault::new(codes::CHAIN_NAME, message).at(span));
+    }
+    Ok(())
+}
+
+/// Whether two rules ask for the same and do the same, as `-D` and `-C` compare them: what is saved of them is one text.
+fn same(ast: &TableAst, family: Family, one: &RuleAst, other: &RuleAst) -> bool {
+    let text = |rule: &RuleAst| {
+        let mut out = String::new();
+        print::rule_text(ast, &ast.chains[rule.chain.0 as usize], rule, &mut out)
+            .expect("writing to a string succeeds");
+        out
+    };
+    // IPv6 notes that a protocol was named, even if it is `all`.
+    let named = |rule: &RuleAst| family == Family::V6 && rule.protocol.is_some();
+    let pairs = one.matches.iter().zip(other.matches.iter());
+    one.matches.len() == other.matches.len()
+        && pairs.map(|(one, other)| (one.options.extension, other.options.extension)).all(|(a, b)| a == b)
+        && named(one) == named(other)
+        && text(one) == text(other)
 }

@@ -18,7 +18,7 @@ use crate::extension::{Options, Site};
 /// Takes the rules that are not accepted out of their chains, and says why.
 pub(crate) fn check(ast: &mut TableAst, family: Family) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    let refused = loops(ast, &mut diagnostics);
+    let refused = loops(ast, family, &mut diagnostics);
     reject(ast, &refused);
     let misplaced = places(ast, family, &mut diagnostics);
     reject(ast, &misplaced);
@@ -47,7 +47,7 @@ fn leads_to(rule: &RuleAst) -> Option<usize> {
 }
 
 /// Whether no packet gets past the rule: it asks for nothing and decides.
-fn ends_chain(rule: &RuleAst) -> bool {
+fn ends_chain(rule: &RuleAst, family: Family) -> bool {
     let address = |given: &Option<crate::ast::Given<crate::value::AddressMask>>| {
         given.is_some_and(|given| given.negated || given.value.prefix_length() != Some(0))
     };
@@ -55,7 +55,8 @@ fn ends_chain(rule: &RuleAst) -> bool {
         || address(&rule.destination)
         || rule.in_interface.is_some()
         || rule.out_interface.is_some()
-        || rule.protocol.is_some_and(|protocol| protocol.value != 0)
+        // IPv6 notes that a protocol was named, even if it is `all`.
+        || rule.protocol.is_some_and(|protocol| protocol.value != 0 || family == Family::V6)
         || rule.fragment.is_some()
         || !rule.matches.is_empty();
     let decides = matches!(
@@ -66,15 +67,15 @@ fn ends_chain(rule: &RuleAst) -> bool {
 }
 
 /// The rules of a chain that packets can come to.
-fn live(ast: &TableAst, chain: usize) -> &[u32] {
+fn live(ast: &TableAst, family: Family, chain: usize) -> &[u32] {
     let rules = &ast.chains[chain].rules;
-    let end = rules.iter().position(|&rule| ends_chain(&ast.rules[rule as usize]));
+    let end = rules.iter().position(|&rule| ends_chain(&ast.rules[rule as usize], family));
     &rules[..end.map_or(rules.len(), |end| end + 1)]
 }
 
 /// Chains that packets can come to may not lead back to themselves, nor nest deeper than is followed. The jumps that
 /// would.
-fn loops(ast: &TableAst, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+fn loops(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
     #[derive(Clone, Copy, PartialEq)]
     enum Mark {
         New,
@@ -88,13 +89,13 @@ fn loops(ast: &TableAst, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
     let bases = ast.chains.iter().enumerate().filter(|(_, chain)| chain.hook.is_some());
     for start in bases.map(|(start, _)| start) {
         marks[start] = Mark::Open;
-        let mut path = vec![(start, live(ast, start).iter())];
+        let mut path = vec![(start, live(ast, family, start).iter())];
         while let Some((chain, rest)) = path.last_mut() {
             let chain = *chain;
             let Some(&index) = rest.next() else {
                 marks[chain] = Mark::Done;
                 let mut deepest = 0;
-                for &index in live(ast, chain) {
+                for &index in live(ast, family, chain) {
                     let rule = &ast.rules[index as usize];
                     let Some(to) = leads_to(rule) else { continue };
                     if depths[to] < limits::JUMP_DEPTH_MAX {
@@ -117,7 +118,7 @@ fn loops(ast: &TableAst, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
             match marks[to] {
                 Mark::New => {
                     marks[to] = Mark::Open;
-                    path.push((to, live(ast, to).iter()));
+                    path.push((to, live(ast, family, to).iter()));
                 }
                 Mark::Open => {
                     let message = format!("chain `{}` leads back to itself", ast.chains[to].name);
@@ -136,7 +137,7 @@ fn loops(ast: &TableAst, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
 }
 
 /// The hooks from which packets come to each chain. There are no loops among what they can reach.
-fn hooks(ast: &TableAst) -> Vec<Vec<Hook>> {
+fn hooks(ast: &TableAst, family: Family) -> Vec<Vec<Hook>> {
     let mut hooks = vec![Vec::new(); ast.chains.len()];
     for (start, base) in ast.chains.iter().enumerate() {
         let Some(hook) = base.hook else { continue };
@@ -146,7 +147,7 @@ fn hooks(ast: &TableAst) -> Vec<Vec<Hook>> {
                 continue;
             }
             hooks[chain].push(hook);
-            let rules = live(ast, chain).iter().map(|&index| &ast.rules[index as usize]);
+            let rules = live(ast, family, chain).iter().map(|&index| &ast.rules[index as usize]);
             open.extend(rules.filter_map(leads_to));
         }
     }
@@ -156,8 +157,8 @@ fn hooks(ast: &TableAst) -> Vec<Vec<Hook>> {
 /// Matches and targets that their table or the hooks that lead to them do not allow; the rules they are in.
 fn places(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
     let mut misplaced = BTreeSet::new();
-    for (chain, hooks) in hooks(ast).iter().enumerate() {
-        let live = live(ast, chain).len();
+    for (chain, hooks) in hooks(ast, family).iter().enumerate() {
+        let live = live(ast, family, chain).len();
         for (at, &index) in ast.chains[chain].rules.iter().enumerate() {
             let rule = &ast.rules[index as usize];
             let hooks = if at < live { &hooks[..] } else { &[] };

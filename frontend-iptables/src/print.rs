@@ -48,7 +48,13 @@ fn table_text(table: &TableAst, counters: bool, out: &mut String) -> std::fmt::R
     Ok(())
 }
 
-fn rule_text(table: &TableAst, chain: &ChainAst, rule: &RuleAst, out: &mut String) -> std::fmt::Result {
+/// The rule as it is saved, without counters.
+pub(crate) fn rule_text(
+    table: &TableAst,
+    chain: &ChainAst,
+    rule: &RuleAst,
+    out: &mut String,
+) -> std::fmt::Result {
     write!(out, "-A {}", chain.name)?;
     address('s', rule.source.as_ref(), out)?;
     address('d', rule.destination.as_ref(), out)?;
@@ -100,7 +106,7 @@ fn address(letter: char, given: Option<&Given<AddressMask>>, out: &mut String) -
 
 fn device(letter: char, given: Option<&Given<Interface>>, out: &mut String) -> std::fmt::Result {
     match given {
-        Some(given) if !given.value.is_any() || given.negated => {
+        Some(given) if !given.value.is_any() => {
             let bang = if given.negated { " !" } else { "" };
             write!(out, "{bang} -{letter} {}", given.value.pattern)
         }

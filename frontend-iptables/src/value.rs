@@ -42,6 +42,15 @@ pub fn strtoul(text: &str, base: u32) -> Option<(u64, &str)> {
     Some((u64::from_str_radix(&digits[..end], base).ok()?, &digits[end..]))
 }
 
+/// A number as `strtoul` itself reads it, where no one looks at the sign: a minus negates within 64 bits.
+pub fn strtoul_negating(text: &str, base: u32) -> Option<(u64, &str)> {
+    let text = text.trim_start_matches(WHITE_SPACE);
+    match text.strip_prefix('-').filter(|digits| digits.starts_with(|c: char| c.is_ascii_digit())) {
+        Some(digits) => strtoul(digits, base).map(|(number, rest)| (number.wrapping_neg(), rest)),
+        None => strtoul(text, base),
+    }
+}
+
 /// A number as `strtod` reads one, up to the end of the text: leading white space, decimal or hexadecimal digits with an
 /// exponent, or `nan` or `inf` in any case.
 pub fn strtod(text: &str) -> Option<f64> {
@@ -112,15 +121,8 @@ pub fn resolved_port(text: &str) -> Option<u16> {
     if matches!(text, "" | "*") {
         return Some(0);
     }
-    let spaced = text.trim_start_matches(WHITE_SPACE);
-    let (digits, negative) = match spaced.strip_prefix('-') {
-        Some(digits) => (digits, true),
-        None => (spaced.strip_prefix('+').unwrap_or(spaced), false),
-    };
-    let whole = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let number = digits.parse::<u64>().ok().filter(|_| whole);
-    match number.map(|number| if negative { number.wrapping_neg() } else { number } as u32) {
-        Some(number) if number != u32::MAX => Some(number as u16),
+    match strtoul_negating(text, 10) {
+        Some((number, "")) if number as u32 != u32::MAX => Some(number as u16),
         _ => names::service(text, None),
     }
 }
@@ -191,7 +193,7 @@ impl AddressMask {
         } else {
             match family {
                 Family::V4 => loose_ipv4(address).or_else(|| names::ipv4_host(address)).map(IpAddr::V4),
-                Family::V6 => address.parse().ok().or_else(|| names::ipv6_host(address)).map(IpAddr::V6),
+                Family::V6 => host(address, family),
             }
             .ok_or(BadAddress::Address(address))?
         };
@@ -377,7 +379,8 @@ pub fn address(text: &str, family: Family) -> Option<IpAddr> {
 pub fn host(text: &str, family: Family) -> Option<IpAddr> {
     address(text, family).or_else(|| match family {
         Family::V4 => inet_aton(text).or_else(|| names::ipv4_host(text)).map(IpAddr::V4),
-        Family::V6 => names::ipv6_host(text).map(IpAddr::V6),
+        // No name of IPv6 is on every system, but the loopback device is, and a scope does not outlive the reading.
+        Family::V6 => text.strip_suffix("%lo").and_then(|text| address(text, family)),
     })
 }
 
@@ -386,6 +389,9 @@ pub fn inet_aton(text: &str) -> Option<Ipv4Addr> {
     let parts: Vec<&str> = text.split('.').collect();
     let (last, firsts) = parts.split_last()?;
     if firsts.len() > 3 {
+        return None;
+    }
+    if !parts.iter().all(|part| part.starts_with(|c: char| c.is_ascii_digit())) {
         return None;
     }
     let mut bits: u64 = 0;

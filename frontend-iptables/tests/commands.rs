@@ -115,3 +115,88 @@ fn rates_in_bytes_are_kept_as_what_they_cost() {
         assert_eq!(rate(given), kept, "{given}");
     }
 }
+
+#[test]
+fn rules_are_deleted_and_looked_for_by_what_they_ask() {
+    assert_eq!(left("-A INPUT -j DROP\n-A INPUT -j DROP\n-D INPUT -j DROP\n"), ["-A INPUT -j DROP"]);
+    for (given, like) in [
+        ("-p tcp --dport 80 -j DROP", "-p tcp -m tcp --dport 80 -j DROP"),
+        ("-m limit --limit 5/s --limit-burst 3", "-m limit --limit-burst 3 --limit 5/second"),
+        ("-m string --algo bm --string a", "-m string --algo bm --hex-string |61|"),
+        ("-s 1.1.1.1,2.2.2.2 -j DROP", "-s 1.1.1.1,2.2.2.2 -j DROP"),
+        ("-c 5 6 -j DROP", "-j DROP"),
+        ("-p tcp --dport 0:65535", "-p tcp -m tcp"),
+    ] {
+        assert_eq!(
+            left(&format!("-A INPUT {given}\n-C INPUT {like}\n-D INPUT {like}\n")),
+            [""; 0],
+            "{given}"
+        );
+    }
+    for (given, other) in [
+        ("-p udp --dport 80 -j DROP", "-p udp -j DROP"),
+        ("-m mark --mark 1 -m mark --mark 2", "-m mark --mark 2 -m mark --mark 1"),
+        ("-m comment --comment x -j DROP", "-j DROP"),
+    ] {
+        for command in ["-D", "-C"] {
+            let found = errors(&format!("-A INPUT {given}\n{command} INPUT {other}\n"));
+            assert_eq!(found, ["chain `INPUT` has no such rule"], "{given}");
+        }
+    }
+    // IPv6 notes that a protocol was named, even if it is `all`.
+    assert!(read("-A INPUT -p all -j DROP\n-D INPUT -j DROP\n", Family::V4).is_ok());
+    assert!(read("-A INPUT -p all -j DROP\n-D INPUT -j DROP\n", Family::V6).is_err());
+}
+
+#[test]
+fn user_chains_take_names_that_no_chain_has() {
+    assert_eq!(
+        left(":a - [0:0]\n-A INPUT -j a\n-E a b\n-A b -j DROP\n"),
+        [":b - [0:0]", "-A INPUT -j b", "-A b -j DROP"]
+    );
+    for line in ["-E INPUT x\n", "-E a INPUT\n", "-E a a\n", "-E a ACCEPT\n", "-E nosuch x\n"] {
+        errors(&format!(":a - [0:0]\n{line}"));
+    }
+}
+
+#[test]
+fn declared_chains_have_names_that_no_command_makes() {
+    assert_eq!(left(":!x - [0:0]\n-A !x -j DROP\n"), [":!x - [0:0]", "-A !x -j DROP"]);
+    assert_eq!(left(":LOG - [0:0]\n-A INPUT -j LOG\n"), [":LOG - [0:0]", "-A INPUT -j LOG"]);
+    for line in ["-N !x\n", "-N -x\n", "-N LOG\n", "-N ACCEPT\n", ":ACCEPT - [0:0]\n"] {
+        assert!(errors(line)[0].contains("can't be a chain's name"), "{line}");
+    }
+    assert_eq!(left(":x - foo\n:INPUT DROP 0:0\n"), [":x - [0:0]"]);
+}
+
+#[test]
+fn what_no_packet_reaches_is_not_judged() {
+    let owner = "-m owner --uid-owner 0";
+    for lines in [
+        ":a - [0:0]\n-A a -j a\n".to_string(),
+        ":a - [0:0]\n:b - [0:0]\n-A a -j b\n-A b -j a\n".to_string(),
+        ":a - [0:0]\n-A INPUT -j DROP\n-A INPUT -j a\n-A a -j a\n".to_string(),
+        format!(":a - [0:0]\n-A a {owner}\n"),
+        format!("-A INPUT -j RETURN\n-A INPUT {owner}\n"),
+        format!(":a - [0:0]\n-A OUTPUT -j a\n-A a {owner}\n"),
+    ] {
+        assert!(read(&lines, Family::V4).is_ok(), "{lines}");
+    }
+    for lines in [
+        ":a - [0:0]\n-A INPUT -j a\n-A a -j a\n".to_string(),
+        ":a - [0:0]\n-A INPUT -p tcp -j DROP\n-A INPUT -j a\n-A a -j a\n".to_string(),
+        format!(":a - [0:0]\n-A INPUT -j a\n-A OUTPUT -j a\n-A a {owner}\n"),
+        format!("-A INPUT -j LOG\n-A INPUT {owner}\n"),
+        format!("-A FORWARD -i + -j DROP\n-A FORWARD {owner}\n"),
+    ] {
+        assert!(read(&lines, Family::V4).is_err(), "{lines}");
+    }
+    // IPv6 notes that a protocol was named, and goes on.
+    let all = format!("-A INPUT -p all -j DROP\n-A INPUT {owner}\n");
+    assert!(read(&all, Family::V4).is_ok() && read(&all, Family::V6).is_err());
+}
+
+#[test]
+fn lines_end_at_a_nul() {
+    assert_eq!(left("-A INPUT -m comment --comment x\0y -j DROP\n"), ["-A INPUT -m comment --comment x"]);
+}

@@ -277,13 +277,20 @@ impl Entry {
             }
             let arg = self.extension.options[option.spec.id as usize].arg;
             let words = [option.argument.text, option.second.text];
-            if let (Arg::SetEnds, Some(sets)) = (arg, options.sets)
-                && !sets.contains(option.argument.text)
-            {
-                let message = format!("set `{}` does not exist", option.argument.text);
-                return Err(Fault::new(codes::UNKNOWN_NAME, message)
-                    .at(option.argument.span)
-                    .hint("give the sets with --ipset FILE"));
+            if let (Arg::SetEnds, Some(sets)) = (arg, options.sets) {
+                let name = option.argument.text;
+                let wrong = match sets.get(name) {
+                    None => Some(("does not exist".to_string(), "give the sets with --ipset FILE")),
+                    Some(Some(family)) if *family != context.family => {
+                        Some((format!("holds {family} addresses"), "name a set of the rules' own family"))
+                    }
+                    Some(_) => None,
+                };
+                if let Some((what, hint)) = wrong {
+                    return Err(Fault::new(codes::UNKNOWN_NAME, format!("set `{name}` {what}"))
+                        .at(option.argument.span)
+                        .hint(hint));
+                }
             }
             let value = arg.parse(&words[..arg.words().min(2)], context).map_err(|message| {
                 Fault::new(codes::BAD_VALUE, message).at(if arg.words() == 0 {

@@ -1,5 +1,6 @@
 //! The match extensions: one entry each, grouped by what they look at.
 
+mod bpf;
 mod connection;
 mod network;
 mod opaque;
@@ -29,6 +30,7 @@ pub const ALL: &[&[Extension]] = &[
     policy::ALL,
     time::ALL,
     u32::ALL,
+    bpf::ALL,
     opaque::ALL,
 ];
 

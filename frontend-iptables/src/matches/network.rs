@@ -414,8 +414,9 @@ fn parse_options(words: &[&str], _: &Context) -> Result<Value, String> {
         .map(|item| {
             // Of larger numbers, the last eight bits count.
             let byte = |text| {
-                value::number(text, 0, u32::MAX.into())
-                    .map(|number| number & 0xff)
+                value::strtoul_negating(text, 0)
+                    .filter(|(_, rest)| rest.is_empty())
+                    .map(|(number, _)| number & 0xff)
                     .ok_or_else(|| format!("`{item}` is no option type or `type:length`"))
             };
             match item.split_once(':') {

@@ -237,6 +237,10 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[Opt::new("nfacct-name", Arg::Word(31)).must()],
+        finish: Some(|options, _| match options.value("nfacct-name").and_then(|(name, _)| name.text()) {
+            Some("") => Err("the `--nfacct-name` is empty".into()),
+            _ => Ok(()),
+        }),
         ..base(
             "nfacct",
             Meaning::Match(|_, body| body.observable("nfacct", "counts in a named kernel object")),
@@ -351,7 +355,72 @@ pub(super) const ALL: &[Extension] = &[
             "A range of IPComp parameter indices.",
         )
     },
+    Extension {
+        families: Families::V4,
+        protocols: &[TCP],
+        hooks: &[Hook::Prerouting, Hook::Input, Hook::Forward],
+        options: &[
+            Opt::not("genre", Arg::CutWord(31)).must(),
+            Opt::new("ttl", Arg::Number(0, 2)),
+            Opt::new("log", Arg::Number(0, 2)),
+        ],
+        ..base(
+            "osf",
+            Meaning::Match(|_, body| body.observable("osf", "guesses the sender's operating system")),
+            "The sender's operating system, by its SYN packets.",
+        )
+    },
+    Extension {
+        families: Families::V6,
+        options: SEGMENTS,
+        finish: Some(segments),
+        ..base(
+            "srh",
+            Meaning::Match(|_, body| body.opaque("srh", "reads the segment routing header")),
+            "IPv6's segment routing header.",
+        )
+    },
 ];
+
+/// Of comparisons with one field, the last number given is that of all.
+const SEGMENTS: &[Opt] = &[
+    Opt::not("srh-next-hdr", Arg::Number(0, 255)),
+    Opt::not("srh-hdr-len-eq", Arg::Number(0, 255)),
+    Opt::not("srh-hdr-len-gt", Arg::Number(0, 255)),
+    Opt::not("srh-hdr-len-lt", Arg::Number(0, 255)),
+    Opt::not("srh-segs-left-eq", Arg::Number(0, 255)),
+    Opt::not("srh-segs-left-gt", Arg::Number(0, 255)),
+    Opt::not("srh-segs-left-lt", Arg::Number(0, 255)),
+    Opt::not("srh-last-entry-eq", Arg::Number(0, 255)),
+    Opt::not("srh-last-entry-gt", Arg::Number(0, 255)),
+    Opt::not("srh-last-entry-lt", Arg::Number(0, 255)),
+    Opt::not("srh-tag", Arg::Number(0, 65_535)),
+    Opt::not("srh-psid", SEGMENT),
+    Opt::not("srh-nsid", SEGMENT),
+    Opt::not("srh-lsid", SEGMENT),
+];
+
+/// An address with its length, which is always printed.
+const SEGMENT: Arg = Arg::Custom {
+    words: 1,
+    parse: |words, context| Arg::Host.parse(words, context),
+    print: |value, out| Arg::Network.print(value, out),
+};
+
+fn segments(options: &mut Options, _: &Context) -> Result<(), String> {
+    for field in ["srh-hdr-len", "srh-segs-left", "srh-last-entry"] {
+        let of_field = |given: &Given| SEGMENTS[given.option as usize].name.starts_with(field);
+        let last = options.given.iter().rev().find(|given| of_field(given)).map(|given| given.value.clone());
+        if let Some(last) = last {
+            options
+                .given
+                .iter_mut()
+                .filter(|given| of_field(given))
+                .for_each(|given| given.value = last.clone());
+        }
+    }
+    Ok(())
+}
 
 const TCP: u16 = 6;
 const IPCOMP: u16 = 108;
@@ -549,7 +618,9 @@ fn statistic(options: &Options, body: &mut Body<'_>) {
 
 /// Labels are bits 0 to 127; names for them are a matter of the machine's connlabel.conf.
 fn parse_label(words: &[&str], _: &Context) -> Result<Value, String> {
-    value::number(words[0], 0, 127)
+    value::number(words[0], 0, u64::MAX)
+        .map(|label| label & 0xffff)
+        .filter(|label| *label <= 127)
         .map(|label| Value::Text(label.to_string().as_str().into()))
         .ok_or_else(|| format!("`{}` is not a label from 0 to 127; names depend on the machine", words[0]))
 }
@@ -640,7 +711,7 @@ fn parse_id(text: &str, named: fn(&str) -> Option<u32>) -> Result<Value, String>
         value::number(text, 0, u64::from(u32::MAX) - 1)
             .ok_or_else(|| format!("`{text}` is not a number or a name that every system has"))
     };
-    let text = match text.split_once('-') {
+    let text = match text.split_once(['-', ':']) {
         Some((first, last)) => {
             let (first, last) = (one(first)?, one(last)?);
             if first > last {

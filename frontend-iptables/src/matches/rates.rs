@@ -44,7 +44,11 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("hashlimit-srcmask", Arg::Length),
             Opt::new("hashlimit-dstmask", Arg::Length),
             Opt::new("hashlimit-rate-match", Arg::Flag),
-            Opt::new("hashlimit-rate-interval", Arg::Number(1, i32::MAX as u64)).unsaid(unsaid::number::<1>),
+            Opt::new(
+                "hashlimit-rate-interval",
+                Arg::Custom { words: 1, parse: parse_interval, print: print_number },
+            )
+            .unsaid(unsaid::number::<1>),
         ],
         finish: Some(hashlimit),
         print: Some(print_hashlimit),
@@ -65,7 +69,7 @@ const HASHLIMIT_BURST_MAX: u64 = 1_000_000;
 /// The longest name of a hash table; a longer one is cut (include/uapi/linux/netfilter/xt_hashlimit.h, `name`).
 const NAME_BYTES_MAX: usize = 254;
 
-/// The largest hash table the kernel makes; a larger one becomes this (net/netfilter/xt_hashlimit.c,
+/// The largest hash table the kernel makes, and the most entries it holds; a larger one becomes this (net/netfilter/xt_hashlimit.c,
 /// `HASHLIMIT_MAX_SIZE`).
 const TABLE_SIZE_MAX: u64 = 1_048_576;
 
@@ -204,6 +208,18 @@ fn parse_burst(words: &[&str], _: &Context) -> Result<Value, String> {
     Ok(Value::Number(count.checked_mul(byte_unit(rest.chars().next())).ok_or_else(bad)?))
 }
 
+/// Seconds; what follows the digits is not looked at.
+fn parse_interval(words: &[&str], _: &Context) -> Result<Value, String> {
+    value::strtoul(words[0], 10)
+        .filter(|&(seconds, _)| (1..=i32::MAX as u64).contains(&seconds))
+        .map(|(seconds, _)| Value::Number(seconds))
+        .ok_or_else(|| format!("`{}` is not a number of seconds", words[0]))
+}
+
+fn print_number(value: &Value, out: &mut String) {
+    let _ = write!(out, " {}", value.number().unwrap_or(0));
+}
+
 fn rate(options: &Options) -> Option<Rate> {
     ["hashlimit-upto", "hashlimit-above"].iter().find_map(|name| match options.value(name)? {
         (Value::Rate(rate), _) => Some(*rate),
@@ -253,8 +269,10 @@ fn hashlimit(options: &mut Options, context: &Context) -> Result<(), String> {
     if !options.has("hashlimit-rate-match") {
         options.remove("hashlimit-rate-interval");
     }
-    if let Some(size) = options.number("hashlimit-htable-size") {
-        options.set("hashlimit-htable-size", Value::Number(size.min(TABLE_SIZE_MAX)));
+    for name in ["hashlimit-htable-size", "hashlimit-htable-max"] {
+        if let Some(size) = options.number(name) {
+            options.set(name, Value::Number(size.min(TABLE_SIZE_MAX)));
+        }
     }
     for name in ["hashlimit-htable-gcinterval", "hashlimit-htable-expire"] {
         if options.number(name) == Some(0) {

@@ -9,7 +9,7 @@ use jiff::ToSpan as _;
 use jiff::civil::{Date, DateTime, date};
 
 use crate::extension::{Arg, Context, Extension, Meaning, Opt, Options, Value, base, unsaid};
-use crate::value::strtoul;
+use crate::value::{strtoul, strtoul_negating};
 
 /// The matches of this group.
 pub(super) const ALL: &[Extension] = &[Extension {
@@ -116,8 +116,9 @@ fn print_date(value: &Value, out: &mut String) {
 
 fn parse_month_days(words: &[&str], _: &Context) -> Result<Value, String> {
     let mut days = 0u32;
-    for item in items(words[0]) {
-        match digits(item) {
+    for item in items(words[0], 2) {
+        // No digits are day 0, which is none.
+        match strtoul(item, 0).unwrap_or((0, item)) {
             (day, "") if day <= 31 => days |= 1 << day,
             _ => return Err(format!("`{item}` is no day of a month")),
         }
@@ -135,12 +136,8 @@ fn print_month_days(value: &Value, out: &mut String) {
 /// Days of the week by number, Monday being 1, or by name, of which two letters count. Numbers past Sunday are no day.
 fn parse_week_days(words: &[&str], _: &Context) -> Result<Value, String> {
     let mut days = 0u8;
-    for item in items(words[0]) {
-        let number = match item.strip_prefix('-') {
-            Some(digits) => strtoul(digits, 0).map(|(number, rest)| (number.wrapping_neg(), rest)),
-            None if item.is_empty() => Some((0, "")),
-            None => strtoul(item, 0),
-        };
+    for item in items(words[0], 3) {
+        let number = if item.is_empty() { Some((0, "")) } else { strtoul_negating(item, 0) };
         let named = || WEEK_DAYS.iter().position(|day| item.get(..2) == day.get(..2));
         let day = match number {
             Some((0, "")) => return Err("days of the week are numbered from 1, for Monday, to 7".into()),
@@ -159,9 +156,9 @@ fn print_week_days(value: &Value, out: &mut String) {
     out.push_str(&names.map(|(name, _)| *name).collect::<Vec<_>>().join(","));
 }
 
-/// The items between commas. Nothing follows a last comma.
-fn items(text: &str) -> impl Iterator<Item = &str> {
-    text.split_terminator(',')
+/// The items between commas, of each of which so many letters count. Nothing follows a last comma.
+fn items(text: &str, letters: usize) -> impl Iterator<Item = &str> {
+    text.split_terminator(',').map(move |item| item.get(..letters).unwrap_or(item))
 }
 
 fn time(options: &mut Options, _: &Context) -> Result<(), String> {

@@ -8,7 +8,7 @@ pub mod dscp;
 pub mod icmp;
 mod tables;
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::Ipv4Addr;
 
 /// The port of a service, for `protocol` or, if that is `None`, for whichever protocol the table names first
 /// (`getservbyname`).
@@ -77,16 +77,6 @@ pub(crate) fn ipv4_host(name: &str) -> Option<Ipv4Addr> {
         "loopback" => Some(Ipv4Addr::new(127, 0, 0, 0)),
         "link-local" => Some(Ipv4Addr::new(169, 254, 0, 0)),
         "localhost" => Some(Ipv4Addr::LOCALHOST),
-        _ => None,
-    }
-}
-
-/// The IPv6 names of a bare system.
-pub(crate) fn ipv6_host(name: &str) -> Option<Ipv6Addr> {
-    match name {
-        "localhost" | "ip6-localhost" | "ip6-loopback" => Some(Ipv6Addr::LOCALHOST),
-        "ip6-allnodes" => Some(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1)),
-        "ip6-allrouters" => Some(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2)),
         _ => None,
     }
 }

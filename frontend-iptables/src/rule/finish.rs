@@ -1,5 +1,6 @@
 //! What can be checked only at the end of a line.
 
+use polc_ir::diag::Diagnostic;
 use polc_ir::hook::{Family, TableKind};
 
 use super::suggest::nearest;
@@ -43,7 +44,9 @@ impl<'a> LineParser<'a, '_> {
             match (clause.entry, self.target) {
                 (Some(entry), _) => {
                     let options = entry.parse(&options, &context).map_err(in_clause)?;
-                    self.line.matches.push(MatchAst { span: clause.span, options });
+                    self.warn_of_unsaid(&options);
+                    let span = self.instances[instance as usize].span;
+                    self.line.matches.push(MatchAst { span, options });
                 }
                 (None, Some((entry, _))) => {
                     let options = entry.parse(&options, &context).map_err(in_clause)?;
@@ -76,6 +79,22 @@ impl<'a> LineParser<'a, '_> {
             self.resolve_target()?;
         }
         Ok(self.line)
+    }
+
+    /// Tells of what iptables-save leaves out although the rule means something else without it.
+    fn warn_of_unsaid(&self, options: &extension::Options) {
+        for given in options.given.iter().filter(|given| given.negated && options.is_unsaid(given)) {
+            let Some(span) = given.span else { continue };
+            self.warn(
+                Diagnostic::warning(
+                    codes::SUSPICIOUS,
+                    "no packet is other than all: this never matches",
+                    span,
+                )
+                .with_note("iptables-save leaves it out, and what it saves matches every packet")
+                .with_hint("remove the rule, or say what it is to match"),
+            );
+        }
     }
 
     fn resolve_target(&mut self) -> Result<(), Fault> {

@@ -22,7 +22,7 @@ use crate::codes;
 use crate::ext::{Argument, Fault, GivenOption, OptionSpec, Shelf};
 use crate::extension::{self, Entry};
 use crate::lexer::Word;
-use crate::parse::Mode;
+use crate::parse::{Mode, SetFamilies};
 use crate::value::{AddressMask, Interface};
 
 /// What a rule line needs to know of its surroundings.
@@ -30,7 +30,7 @@ pub(crate) struct LineContext<'a> {
     pub(crate) family: Family,
     pub(crate) table: TableKind,
     pub(crate) mode: Mode,
-    pub(crate) sets: Option<&'a HashSet<String>>,
+    pub(crate) sets: Option<&'a SetFamilies>,
     pub(crate) shelf: &'a RefCell<Shelf>,
     /// Whether the table has a chain of this name now.
     pub(crate) is_chain: &'a dyn Fn(&str) -> bool,
@@ -391,19 +391,12 @@ impl<'a> LineParser<'a, '_> {
         };
         match found {
             Found::Base(letter, arity) => {
-                if let (Mode::Strict, Some(extra)) = (self.cx.mode, attached) {
-                    // iptables-legacy-restore 1.8.9 takes the whole word for the value.
-                    let message = format!("iptables-restore does not read `--{name}=value`");
-                    return Err(Fault::new(codes::UNKNOWN_OPTION, message)
-                        .at(extra.span)
-                        .hint("write a blank instead of `=`"));
-                }
                 if let (Arity::None, Some(extra)) = (arity, attached) {
                     return Err(Fault::new(codes::UNKNOWN_OPTION, format!("`--{name}` takes no argument"))
                         .at(extra.span));
                 }
                 let value = if arity == Arity::One { Some(self.value(word, attached)?) } else { attached };
-                self.base(word, letter, value)
+                self.attached(word, letter, value, attached.is_some())
             }
             Found::Extension { table, spec } => {
                 if let (0, Some(extra)) = (spec.arguments, attached) {
@@ -417,12 +410,6 @@ impl<'a> LineParser<'a, '_> {
     }
 
     fn short(&mut self, word: &'a Word<'a>) -> Result<Option<Span>, Fault> {
-        if self.cx.mode == Mode::Strict && word.text.contains('t') {
-            // Any `t` in a word of short options passes for `-t` (iptables/xshared.c, `add_param_to_argv`).
-            let fault =
-                Fault::new(codes::COMMAND, "iptables-restore takes this for the option `-t`").at(word.span);
-            return Err(fault.hint("put a blank between the option and its value"));
-        }
         let letters = word.text.char_indices().skip(1);
         for (position, letter) in letters {
             let rest = position + letter.len_utf8();
@@ -432,7 +419,7 @@ impl<'a> LineParser<'a, '_> {
             };
             let attached = (arity != Arity::None && rest < word.text.len()).then(|| tail(word, rest));
             let value = if arity == Arity::One { Some(self.value(word, attached)?) } else { attached };
-            if let Some(other) = self.base(word, letter, value)? {
+            if let Some(other) = self.attached(word, letter, value, attached.is_some())? {
                 return Ok(Some(other));
             }
             if attached.is_some() || arity != Arity::None {
@@ -440,6 +427,26 @@ impl<'a> LineParser<'a, '_> {
             }
         }
         Ok(None)
+    }
+
+    /// A base option whose value may be attached to it. Of some, iptables takes the whole word for the value, so that
+    /// `-s1.1.1.1` asks for a host of this name (iptables/xshared.c, `do_parse` with `argv[optind - 1]`); only strict
+    /// reading goes along.
+    fn attached(
+        &mut self,
+        word: &'a Word<'a>,
+        letter: char,
+        value: Option<Argument<'a>>,
+        attached: bool,
+    ) -> Result<Option<Span>, Fault> {
+        let whole =
+            attached && self.cx.mode == Mode::Strict && matches!(letter, 's' | 'd' | 'i' | 'o' | 'p' | 'j');
+        if !whole {
+            return self.base(word, letter, value);
+        }
+        self.base(word, letter, Some(argument(word))).map_err(|fault| {
+            fault.hint("iptables-restore takes the whole word for the value: put a blank between the two")
+        })
     }
 
     /// The argument of an option: what is attached to it, or the next word, whatever it is.

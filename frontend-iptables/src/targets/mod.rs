@@ -1,6 +1,8 @@
 //! The target extensions: one entry each.
 
+mod hmark;
 mod nat;
+mod rateest;
 mod rewrite;
 mod terminal;
 
@@ -12,7 +14,7 @@ use polc_ir::ruleset::Opaque;
 use crate::extension::{Entry, Extension};
 
 /// Every target, by group.
-pub const ALL: &[&[Extension]] = &[terminal::ALL, nat::ALL, rewrite::ALL];
+pub const ALL: &[&[Extension]] = &[terminal::ALL, nat::ALL, rewrite::ALL, hmark::ALL, rateest::ALL];
 
 static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| Entry::table(ALL));
 

@@ -180,14 +180,13 @@ pub(super) const ALL: &[Extension] = &[
         tables: RAW,
         options: &[
             Opt::new("notrack", Arg::Flag),
-            Opt::new("helper", Arg::Word(15)),
-            Opt::new("timeout", Arg::Word(31)),
+            Opt::new("helper", Arg::CutWord(15)).unsaid(no_name),
+            Opt::new("timeout", Arg::CutWord(31)).unsaid(no_name),
             Opt::new("ctevents", Arg::Names(EVENTS, Spelling::Exact)),
             Opt::new("expevents", Arg::Names(&[("new", 0)], Spelling::Exact)),
-            Opt::new("zone-orig", Arg::Custom { words: 1, parse: parse_zone, print: print_word }),
-            Opt::new("zone-reply", Arg::Custom { words: 1, parse: parse_zone, print: print_word }),
-            Opt::new("zone", Arg::Custom { words: 1, parse: parse_zone, print: print_word })
-                .unsaid(|zone, _| zone.text() == Some("0")),
+            Opt::new("zone-orig", ZONE).unsaid(no_zone),
+            Opt::new("zone-reply", ZONE).unsaid(no_zone),
+            Opt::new("zone", ZONE).unsaid(no_zone),
         ],
         finish: Some(connection),
         ..base(
@@ -266,7 +265,8 @@ const EVENTS: Names = &[
 /// A helper is one of a protocol. A zone of one direction is kept as such, and one of both is one of the connection:
 /// there is one number, the last that was given.
 fn connection(options: &mut Options, context: &Context) -> Result<(), String> {
-    if options.has("helper") && !options.has("notrack") && !matches!(context.protocol, Some((1.., false))) {
+    let helper = options.value("helper").is_some_and(|(name, _)| name.text() != Some(""));
+    if helper && !options.has("notrack") && !matches!(context.protocol, Some((1.., false))) {
         return Err("`--helper` needs a `-p` without `!`".into());
     }
     const ZONES: [&str; 3] = ["zone", "zone-orig", "zone-reply"];
@@ -285,7 +285,7 @@ fn connection(options: &mut Options, context: &Context) -> Result<(), String> {
     Ok(())
 }
 
-/// The largest segment leaves room for a header of IP in a packet of 65535 bytes. To fit the path goes before a size.
+/// The largest segment leaves room for a header of IP in a packet of 65535 bytes. Of the two ways, the last one counts.
 fn segment_size(options: &mut Options, context: &Context) -> Result<(), String> {
     if options.given.is_empty() {
         return Err("one of `--set-mss` and `--clamp-mss-to-pmtu` is needed".into());
@@ -294,9 +294,8 @@ fn segment_size(options: &mut Options, context: &Context) -> Result<(), String> 
     if options.number("set-mss").is_some_and(|size| size > 65_535 - header) {
         return Err(format!("`--set-mss` is at most {}", 65_535 - header));
     }
-    if options.has("clamp-mss-to-pmtu") {
-        options.remove("set-mss");
-    }
+    let last = options.given.len() - 1;
+    options.given.drain(..last);
     Ok(())
 }
 
@@ -325,6 +324,18 @@ fn congestion(options: &mut Options, context: &Context) -> Result<(), String> {
     if options.count(&["ecn-tcp-remove", "ecn-tcp-ece", "ecn-tcp-cwr"]) > 0 && !context.is_protocol(&[6]) {
         return Err("TCP's flags need `-p tcp`".into());
     }
+    // To remove TCP's part is to clear both flags, whatever was asked before, and is printed so if nothing else is asked.
+    let remove = options.get("ecn-tcp-remove").map(|given| given.option);
+    if let Some(at) = options.given.iter().position(|given| Some(given.option) == remove) {
+        options.given.drain(..=at);
+        options.default("ecn-tcp-ece", Value::Number(0));
+        options.default("ecn-tcp-cwr", Value::Number(0));
+    }
+    let cleared = ["ecn-tcp-ece", "ecn-tcp-cwr"].iter().all(|name| options.number(name) == Some(0));
+    if cleared && !options.has("ecn-ip-ect") {
+        options.given.clear();
+        options.default("ecn-tcp-remove", Value::None);
+    }
     Ok(())
 }
 
@@ -336,7 +347,7 @@ const MARK_OPTIONS: &[Opt] = &[
     Opt::new("xor-mark", Arg::Hex(u32::MAX as u64)),
 ];
 
-fn change(name: &str, reason: &str, writes: &[Field]) -> Action {
+pub(super) fn change(name: &str, reason: &str, writes: &[Field]) -> Action {
     Action::Effect { what: kernel(name, reason), writes: writes.to_vec() }
 }
 
@@ -522,6 +533,16 @@ fn print_tc_class(value: &Value, out: &mut String) {
     if let Some(class) = value.number() {
         out.push_str(&format!(" {:04x}:{:04x}", class >> 16, class & 0xffff));
     }
+}
+
+const ZONE: Arg = Arg::Custom { words: 1, parse: parse_zone, print: print_word };
+
+fn no_name(name: &Value, _: bool) -> bool {
+    name.text() == Some("")
+}
+
+fn no_zone(zone: &Value, _: bool) -> bool {
+    zone.text() == Some("0")
 }
 
 fn parse_zone(words: &[&str], _: &Context) -> Result<Value, String> {

@@ -150,6 +150,24 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
+        protocols: &[6],
+        hooks: &[Hook::Input, Hook::Forward],
+        options: &[
+            Opt::new("sack-perm", Arg::Flag),
+            Opt::new("timestamp", Arg::Flag),
+            Opt::new("wscale", Arg::Custom { words: 1, parse: parse_low::<0xff>, print: print_number }),
+            Opt::new("mss", Arg::Custom { words: 1, parse: parse_low::<0xffff>, print: print_number }),
+            Opt::new("ecn", Arg::Flag),
+        ],
+        ..base(
+            "SYNPROXY",
+            Meaning::Target(|_| {
+                steal("SYNPROXY", "answers in the server's place until a connection is made")
+            }),
+            "Lets connections through once they are made.",
+        )
+    },
+    Extension {
         tables: &[TableKind::Raw],
         ..base(
             "TRACE",
@@ -259,7 +277,7 @@ fn mapped_set(options: &Options, site: &Site<'_>) -> Result<(), String> {
     }
 }
 
-fn record(name: &str, reason: &str) -> Action {
+pub(super) fn record(name: &str, reason: &str) -> Action {
     Action::Effect { what: kernel(name, reason), writes: Vec::new() }
 }
 
@@ -364,6 +382,12 @@ fn parse_port(words: &[&str], _: &Context) -> Result<Value, String> {
     value::resolved_port(words[0])
         .map(|port| Value::Number(port.into()))
         .ok_or_else(|| format!("`{}` is not a port or service name", words[0]))
+}
+
+/// A number of which the lower bits count.
+fn parse_low<const BITS: u64>(words: &[&str], context: &Context) -> Result<Value, String> {
+    let value = Arg::Number(0, u32::MAX.into()).parse(words, context)?;
+    Ok(Value::Number(value.number().unwrap_or(0) & BITS))
 }
 
 fn print_number(value: &Value, out: &mut String) {

@@ -1,0 +1,89 @@
+//! The front end's table of rows, against iptables-legacy itself: each row is loaded, and saved or refused as it says.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use polc_tests::kernel::{Namespace, has_tools, may_run};
+
+const ROWS: &str = include_str!("../../frontend-iptables/tests/rows.tsv");
+
+/// A row: the family's tools, the table, the chain, the rule's options, and the text that is saved, or none.
+type Row = (&'static str, &'static str, &'static str, &'static str, Option<&'static str>);
+
+fn rows() -> Vec<Row> {
+    let rows = ROWS.lines().filter(|line| !line.starts_with('#')).map(|line| {
+        let columns: Vec<&str> = line.split('\t').collect();
+        let [family, table, chain, options, saved] = columns[..] else { panic!("{line}: not five columns") };
+        let tool = if family == "6" { "ip6tables-legacy" } else { "iptables-legacy" };
+        (tool, table, chain, options, (saved != "refused").then_some(saved))
+    });
+    rows.collect()
+}
+
+/// Loads a table; whether it was taken.
+fn restore(tool: &str, table: &str, lines: &str) -> bool {
+    let mut child = Command::new(format!("{tool}-restore"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the tool runs");
+    let text = format!("*{table}\n:user - [0:0]\n{lines}COMMIT\n");
+    // What it refuses it need not read to the end.
+    _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
+    child.wait().expect("the tool ends").success()
+}
+
+fn saved(tool: &str, table: &str) -> Vec<String> {
+    let output =
+        Command::new(format!("{tool}-save")).args(["-t", table]).output().expect("the tool runs").stdout;
+    let text = String::from_utf8_lossy(&output);
+    text.lines().filter(|line| line.starts_with("-A")).map(String::from).collect()
+}
+
+#[test]
+fn rows_are_what_iptables_makes_of_them() {
+    let name = "rows_are_what_iptables_makes_of_them";
+    if !may_run(name) || !has_tools(name, &["iptables-legacy-restore", "ip6tables-legacy-restore", "ip"]) {
+        return;
+    }
+    let _namespace = Namespace::enter("rows");
+    let rows = rows();
+    let mut wrong = Vec::new();
+    for tool in ["iptables-legacy", "ip6tables-legacy"] {
+        for table in ["raw", "mangle", "nat", "filter", "security"] {
+            let here = rows.iter().filter(|row| row.0 == tool && row.1 == table);
+            let (taken, refused): (Vec<&Row>, Vec<&Row>) = here.partition(|row| row.4.is_some());
+            // A rule that decides for every packet would end its chain: the kernel looks no further.
+            for options in refused.iter().filter(|row| restore(tool, table, &line(row))).map(|row| row.3) {
+                wrong.push(format!("{tool} takes `{options}` in {table}"));
+            }
+            let lines: String = taken.iter().map(|row| line(row)).collect();
+            if !restore(tool, table, &lines) {
+                let alone = taken.iter().filter(|row| !restore(tool, table, &line(row)));
+                wrong.extend(alone.map(|row| format!("{tool} refuses `{}` in {table}", row.3)));
+                continue;
+            }
+            let saved = saved(tool, table);
+            assert_eq!(saved.len(), taken.len(), "{tool} {table}: one rule from each row");
+            let expected = |row: &Row| format!("-A {} {}", row.2, row.4.unwrap_or("")).trim_end().to_string();
+            let in_order = |chain: &str| {
+                let rows = taken.iter().filter(|row| row.2 == chain);
+                rows.map(|row| expected(row)).collect::<Vec<_>>()
+            };
+            for chain in ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING", "user"] {
+                let own = saved.iter().filter(|line| line.split(' ').nth(1) == Some(chain));
+                for (saved, expected) in own.zip(in_order(chain)) {
+                    if saved.trim_end() != expected {
+                        wrong.push(format!("{tool} {table}: saved {saved}\n  not {expected}"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} rows:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+}
+
+fn line(row: &Row) -> String {
+    format!("-A {} {}\n", row.2, row.3)
+}
