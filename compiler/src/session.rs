@@ -17,7 +17,7 @@ use polc_ir::source::{File, SourceMap};
 /// How a rule set is read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReadOptions {
-    /// Read as iptables-legacy-restore does, without tolerance.
+    /// Read as iptables-legacy-restore does, without tolerance, and without sets other than those given.
     pub strict: bool,
     /// The address family; `None` to work it out from the save tool's header, the file's name and the addresses.
     pub family: Option<Family>,
@@ -49,8 +49,8 @@ impl Session {
         let mut diagnostics: Vec<Diagnostic> = findings.into_iter().flatten().collect();
         let families: SetFamilies =
             sets.iter().flat_map(Sets::iter).map(|set| (set.name.clone(), set.family)).collect();
-        let parse_options =
-            ParseOptions { mode, family: options.family, sets: (!sets.is_empty()).then_some(&families) };
+        let known = options.strict || !sets.is_empty();
+        let parse_options = ParseOptions { mode, family: options.family, sets: known.then_some(&families) };
         let (dump, findings) = parse(&sources, rules, &parse_options);
         diagnostics.extend(findings);
         let semantics = options.semantics.unwrap_or(match dump.generator {

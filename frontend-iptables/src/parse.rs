@@ -375,7 +375,8 @@ impl Parser<'_> {
     }
 
     fn install(&mut self, mut ast: TableAst) {
-        for found in place::check(&mut ast, self.family) {
+        let nft = self.mode == Mode::Tolerant && self.dump.generator == Generator::Nft;
+        for found in place::check(&mut ast, self.family, nft) {
             self.report(found);
         }
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {

@@ -15,12 +15,13 @@ use crate::ast::{RuleAst, TableAst, TargetVerdict};
 use crate::codes;
 use crate::extension::{Options, Site};
 
-/// Takes the rules that are not accepted out of their chains, and says why.
-pub(crate) fn check(ast: &mut TableAst, family: Family) -> Vec<Diagnostic> {
+/// Takes the rules that are not accepted out of their chains, and says why. `nft` rules are judged as iptables-nft loads
+/// them.
+pub(crate) fn check(ast: &mut TableAst, family: Family, nft: bool) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
     let refused = loops(ast, family, &mut diagnostics);
     reject(ast, &refused);
-    let misplaced = places(ast, family, &mut diagnostics);
+    let misplaced = places(ast, family, nft, &mut diagnostics);
     reject(ast, &misplaced);
     // The rules that a line's address lists make share what is said of the line.
     diagnostics.dedup();
@@ -155,14 +156,14 @@ fn hooks(ast: &TableAst, family: Family) -> Vec<Vec<Hook>> {
 }
 
 /// Matches and targets that their table or the hooks that lead to them do not allow; the rules they are in.
-fn places(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+fn places(ast: &TableAst, family: Family, nft: bool, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
     let mut misplaced = BTreeSet::new();
     for (chain, hooks) in hooks(ast, family).iter().enumerate() {
         let live = live(ast, family, chain).len();
         for (at, &index) in ast.chains[chain].rules.iter().enumerate() {
             let rule = &ast.rules[index as usize];
             let hooks = if at < live { &hooks[..] } else { &[] };
-            let site = Site { family, table: ast.kind, hooks, rule };
+            let site = Site { family, nft, table: ast.kind, hooks, rule };
             let matches = rule.matches.iter().map(|one| ("match", &one.options, one.span));
             let target = match &rule.target.verdict {
                 TargetVerdict::Extension(options) => Some(("target", &**options, rule.target.span)),

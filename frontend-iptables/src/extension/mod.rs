@@ -150,6 +150,8 @@ pub type Finish = fn(&mut Options, &Context) -> Result<(), String>;
 pub struct Site<'a> {
     /// The dump's address family.
     pub family: Family,
+    /// Whether the rules are iptables-nft's, through which the kernel asks less of some places.
+    pub nft: bool,
     /// The rule's table.
     pub table: TableKind,
     /// The hooks from which packets reach the rule; none for a rule that no packet can reach.

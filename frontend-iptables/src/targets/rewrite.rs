@@ -307,11 +307,11 @@ fn answers_syn(options: &Options, site: &Site<'_>) -> Result<(), String> {
     {
         return Err(format!("`--clamp-mss-to-pmtu` can't know the path of packets in {}", hook.chain_name()));
     }
-    let syn = site.rule.matches.iter().any(|one| {
+    // Through nft the kernel can't look at the rule's matches.
+    let syn = site.nft || site.rule.matches.iter().any(|one| {
         one.options.extension.name == "tcp"
-            && one.options.given.iter().all(|given| !given.negated)
-            && (one.options.has("syn")
-                || matches!(one.options.value("tcp-flags"), Some((Value::Range(_, set), _)) if set & 2 != 0))
+            && (matches!(one.options.value("syn"), Some((_, false)))
+                || matches!(one.options.value("tcp-flags"), Some((Value::Range(_, set), false)) if set & 2 != 0))
     });
     if syn { Ok(()) } else { Err("`TCPMSS` needs a match like `-p tcp --syn` in its rule".into()) }
 }

@@ -131,7 +131,7 @@ pub(crate) struct InputArgs {
     /// Files of sets, as `ipset save` writes them; repeat for several
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Reading")]
     pub ipset: Vec<PathBuf>,
-    /// Accept only what iptables-legacy-restore accepts
+    /// Accept only what iptables-legacy-restore accepts, with no sets but those of --ipset
     #[arg(long, help_heading = "Reading")]
     pub strict: bool,
     /// Whose corner cases hold where iptables-legacy and iptables-nft differ [default: by the save tool's header, else legacy]
@@ -430,7 +430,10 @@ pub(crate) struct FmtArgs {
     /// Address family of the rules; auto: by the save tool's header, the file's name, the addresses
     #[arg(long, value_enum, default_value_t = FamilyChoice::Auto, value_name = "FAMILY")]
     pub family: FamilyChoice,
-    /// Accept only what iptables-legacy-restore accepts
+    /// Files of sets, as `ipset save` writes them; repeat for several
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub ipset: Vec<PathBuf>,
+    /// Accept only what iptables-legacy-restore accepts, with no sets but those of --ipset
     #[arg(long)]
     pub strict: bool,
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use polc::session::{ReadOptions, Session};
 use polc_ir::diag::{Code, Diagnostic};
@@ -74,24 +74,29 @@ pub(crate) fn text(
     Ok(file)
 }
 
-/// Reads a rule set and its sets.
+/// Reads a rule set and its sets as the command line says.
 pub(crate) fn session(path: &Path, args: &InputArgs) -> Result<Session, Failure> {
-    if is_stdin(path) && args.ipset.iter().any(|set| is_stdin(set)) {
+    let options = ReadOptions {
+        strict: args.strict,
+        family: args.family.family(),
+        semantics: args.semantics.map(Into::into),
+    };
+    read(path, &args.ipset, &options)
+}
+
+/// Reads a rule set and its sets.
+pub(crate) fn read(path: &Path, ipset: &[PathBuf], options: &ReadOptions) -> Result<Session, Failure> {
+    if is_stdin(path) && ipset.iter().any(|set| is_stdin(set)) {
         return Err(Failure::Usage("standard input can't be both the rules and the sets".into()));
     }
     let mut sources = SourceMap::new();
     let mut findings = Vec::new();
     let rules = text(&mut sources, path, &mut findings)?;
     let mut sets = Vec::new();
-    for path in &args.ipset {
+    for path in ipset {
         sets.push(text(&mut sources, path, &mut findings)?);
     }
-    let options = ReadOptions {
-        strict: args.strict,
-        family: args.family.family(),
-        semantics: args.semantics.map(Into::into),
-    };
-    let mut session = Session::read(sources, rules, &sets, &options);
+    let mut session = Session::read(sources, rules, &sets, options);
     findings.append(&mut session.diagnostics);
     session.diagnostics = findings;
     Ok(session)

@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use polc::session::{ReadOptions, Session};
+use polc::session::ReadOptions;
 use polc_frontend_iptables::print;
-use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::of_text;
 
 use super::{FOUND, counted, show};
@@ -20,13 +19,8 @@ pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> 
         if args.write && input::is_stdin(path) {
             return Err(Failure::Usage("standard input can't be rewritten in place".into()));
         }
-        let mut sources = SourceMap::new();
-        let mut findings = Vec::new();
-        let file = input::text(&mut sources, path, &mut findings)?;
         let options = ReadOptions { strict: args.strict, family: args.family.family(), semantics: None };
-        let mut session = Session::read(sources, file, &[], &options);
-        findings.append(&mut session.diagnostics);
-        session.diagnostics = findings;
+        let session = input::read(path, &args.ipset, &options)?;
         show(output, &session.sources, &session.diagnostics);
         if session.has_errors() {
             // The text of what was read would be another rule set than the user's.
@@ -34,7 +28,7 @@ pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> 
             continue;
         }
         let canonical = print(&session.dump, args.counters);
-        let text = session.sources.file(file).text();
+        let text = session.sources.file(session.rules_file).text();
         if args.check {
             if canonical != text {
                 output.result(&format!("{}\n", input::name(path)));
