@@ -44,14 +44,14 @@ pub fn choose(sys: &Sys, attach: Attach, force_clsact: bool) -> Result<Via, Erro
 pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>, Error> {
     let ask = || Error::call(format!("ask what is attached {}", slot.name));
     match state.via {
-        Via::Link => match open_pin(sys, &slot.link())? {
+        Via::Link => match open_link(sys, slot)? {
             Some(link) => {
                 let info = sys.link_info(&link).map_err(ask())?;
                 Ok(is_attached(info.kind).then_some(info.program_id))
             }
             None => Ok(None),
         },
-        Via::Dispatch { priority, defrag } => match (open_pin(sys, &slot.link())?, place(sys, slot)?) {
+        Via::Dispatch { priority, defrag } => match (open_link(sys, slot)?, place(sys, slot)?) {
             (Some(_), Some(place)) if dispatch::is_linked(sys, slot, priority, defrag)? => {
                 dispatch::current(sys, &place).map_err(ask())
             }
@@ -91,6 +91,20 @@ pub(crate) fn open_pin(sys: &Sys, path: &std::path::Path) -> Result<Option<Owned
         Ok(fd) => Ok(Some(fd)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::Pin { path: path.to_path_buf(), why: format!("can't be opened: {error}") }),
+    }
+}
+
+/// A slot's link, if it is pinned.
+///
+/// # Errors
+/// [`Error::Pin`] if what is pinned in its place is something else.
+pub(crate) fn open_link(sys: &Sys, slot: &Slot) -> Result<Option<OwnedFd>, Error> {
+    let path = slot.link();
+    let Some(link) = open_pin(sys, &path)? else { return Ok(None) };
+    match sys.is_link(&link) {
+        Ok(true) => Ok(Some(link)),
+        Ok(false) => Err(Error::Pin { path, why: "it is no link".to_string() }),
+        Err(source) => Err(Error::Call { what: format!("ask what `{}` is", path.display()), source }),
     }
 }
 
@@ -167,8 +181,7 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
     match state.via {
         Via::Link => {
             let old = program(sys, slot, from)?;
-            let link =
-                open_pin(sys, &slot.link())?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
+            let link = open_link(sys, slot)?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
             let updated = sys.link_update(&link, &new, Some(old.as_fd()));
             updated.map_err(|source| match source.raw_os_error() {
                 Some(libc::EPERM | libc::ENOENT) => {
@@ -204,7 +217,7 @@ pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
     match state.via {
         Via::Link | Via::Dispatch { .. } => {
             let pin = slot.link();
-            if let Some(link) = open_pin(sys, &pin)? {
+            if let Some(link) = open_link(sys, slot)? {
                 match sys.link_detach(&link) {
                     // The device is gone already.
                     Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}

@@ -42,7 +42,7 @@ pub fn flush(sys: &Sys, store: &Store, namespace: u64) -> Result<usize, Error> {
     for name in &names {
         let slot = store.slot(name);
         let _lock = slot.lock(sys, false)?;
-        if let Some(link) = attach::open_pin(sys, &slot.link())? {
+        if let Some(link) = attach::open_link(sys, &slot)? {
             match sys.link_detach(&link) {
                 // The device is gone already.
                 Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}

@@ -12,9 +12,9 @@ use crate::attach;
 use crate::clsact;
 use crate::dispatch;
 use crate::error::Error;
+use crate::repair::repair;
 use crate::state::{SlotName, SlotState, Via};
 use crate::store::{Slot, Store};
-use crate::swap::repair;
 use crate::sys::{Map, Sys};
 
 /// What taking a change back needs.
@@ -42,7 +42,7 @@ impl Held {
         let state = state.ok_or_else(|| Error::NotApplied(name.to_string()))?;
         let from = state.intent.as_ref().and_then(|intent| intent.from);
         let old = from.map(|from| attach::program(sys, &slot, from)).transpose()?;
-        let link = attach::open_pin(sys, &slot.link())?;
+        let link = attach::open_link(sys, &slot)?;
         let place = attach::place(sys, &slot)?;
         Ok(Held { slot, store: store.clone(), token: token.into(), state, link, place, old })
     }

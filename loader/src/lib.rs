@@ -14,7 +14,8 @@
 //! | [`coexist`] | others' programs |
 //! | [`state`] | what is kept about applied policies |
 //! | [`store`] | where: on disk and in bpffs, and the locks |
-//! | [`swap`] | applying, confirming, flushing, repairing |
+//! | [`swap`] | applying, confirming, flushing |
+//! | [`repair`] | making a slot whole again |
 //! | [`held`] | going back when nobody confirms, whatever became of files and pins |
 //! | [`carry`] | counters over generations |
 //! | [`gone`] | what is kept of network namespaces that are gone |
@@ -44,6 +45,7 @@ pub mod net;
 pub mod netfilter;
 pub mod nft;
 pub mod probe;
+pub mod repair;
 pub mod sets;
 pub mod state;
 pub mod status;

@@ -10,9 +10,9 @@ use polc_ir::plan::set::{Words, change::Store};
 
 use crate::attach;
 use crate::error::Error;
+use crate::repair::{Repaired, repair};
 use crate::state::SlotName;
 use crate::store::{Lock, Slot, Store as StateStore};
-use crate::swap::{Repaired, repair};
 use crate::sys::{Map, MapWords, Sys};
 
 /// Name of the file among a generation's that says which sets have tables: [`SetManifest`]s as JSON. The object says the

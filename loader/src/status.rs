@@ -241,7 +241,7 @@ fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Op
 fn is_pinned(sys: &Sys, slot: &Slot) -> Result<bool, Error> {
     match slot.noted(sys)? {
         Some(noted) => Ok(attach::current(sys, slot, &noted)?.is_some()),
-        None => Ok(attach::open_pin(sys, &slot.link())?.is_some()),
+        None => Ok(attach::open_link(sys, slot)?.is_some()),
     }
 }
 

@@ -179,6 +179,23 @@ fn what_is_in_force_can_be_taken_away_without_a_disk_to_write_to() {
 }
 
 #[test]
+fn pins_that_are_something_else_are_told_and_removed() {
+    let Some(host) = Host::new("fault-pins") else { return };
+    for (place, attach) in [PLACES[0], PLACES[2]] {
+        host.says(&[&["apply", "rules.v4", "--replace"], place].concat(), 0);
+        let slot = host.slot(&slot(attach));
+        fs::remove_file(slot.link()).expect("it is there");
+        fs::hard_link(slot.map(1, "polc_counters"), slot.link()).expect("a pin");
+        let said = host.says(&["status", "--sample", "0"], 3);
+        assert!(said.contains("[E0812]") && said.contains("it is no link"), "{said}");
+        assert!(said.contains("`polc flush` removes it"), "{said}");
+        host.says(&["flush"], 0);
+        assert!(!slot.pins().exists());
+        assert!(!has_xdp("eth0"));
+    }
+}
+
+#[test]
 fn what_is_kept_of_namespaces_that_are_gone_is_told_and_removed() {
     let Some(host) = Host::new("fault-gone") else { return };
     let netfilter = [&["apply", "rules.v4", "--replace"], PLACES[2].0].concat();

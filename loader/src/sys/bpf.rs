@@ -843,6 +843,14 @@ impl Sys {
         })
     }
 
+    /// Whether a descriptor is that of a link: asked about something else, the kernel tells of that in other words.
+    pub fn is_link(&self, link: impl AsFd) -> io::Result<bool> {
+        self.enter("fdinfo")?;
+        let number = link.as_fd().as_raw_fd();
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        Ok(text.lines().any(|line| line.starts_with("link_type:")))
+    }
+
     /// What the kernel says about a link.
     pub fn link_info(&self, link: impl AsFd) -> io::Result<LinkInfo> {
         let mut info = LinkInfoBytes::default();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use polc_loader::Error;
 use polc_loader::gone;
 use polc_loader::held::Held;
+use polc_loader::repair;
 use polc_loader::state::{Confirm, SlotName};
 use polc_loader::store::Store;
 use polc_loader::swap;
@@ -45,7 +46,7 @@ pub(super) fn take_back_overdue(sys: &Sys, args: &SlotArgs, output: &Output) -> 
     let store = store(&args.store)?;
     for slot in slots(sys, args)? {
         // What can't be taken back is told by whoever looks at it.
-        if let Ok(true) = swap::take_back_overdue(sys, &store, &slot) {
+        if let Ok(true) = repair::take_back_overdue(sys, &store, &slot) {
             output
                 .remark(&format!("{slot}: nobody confirmed the last change in time, so it was taken back\n"));
         }

@@ -1,0 +1,257 @@
+//! Making a slot whole again, whatever happened before: every change begins with it.
+//!
+//! The kernel is asked which generation is attached; that one stays, unless it had to be confirmed by now, and everything
+//! else goes. What is kept about the slot may be damaged or lost: then the note beside the pins tells, or the pins do.
+
+use std::borrow::Cow;
+
+use polc_backend_ebpf::manifest::Manifest;
+
+use crate::attach;
+use crate::carry;
+use crate::error::Error;
+use crate::state::{Confirm, Generation, LOST, STATE_VERSION, SlotName, SlotState, Via};
+use crate::store::{Slot, Store};
+use crate::sys::{LinkKind, Sys};
+
+/// A slot after its repair.
+#[derive(Clone, Debug)]
+pub struct Repaired {
+    /// Its state.
+    pub state: SlotState,
+    /// The generation attached.
+    pub current: u32,
+    /// What has to be confirmed, if anything.
+    pub unconfirmed: Option<Confirm>,
+}
+
+/// Makes a slot whole again, whatever happened before: finds the generation attached, takes an overdue change back,
+/// and removes everything else. `None`: nothing is attached, and nothing is left over. The slot has to be locked.
+///
+/// # Errors
+/// [`Error::Corrupt`] if the state is damaged; an overdue change was taken back all the same.
+pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
+    let (mut state, lost) = match slot.read(sys) {
+        Ok(Some(state)) => (state, false),
+        Ok(None) => match recall(sys, slot)? {
+            Some(state) => (state, true),
+            None => {
+                // Pins and files of a change that was never written down.
+                for generation in slot.generations_present(sys)? {
+                    slot.remove_generation(sys, generation)?;
+                }
+                return Ok(None);
+            }
+        },
+        Err(error) => {
+            if let Some(mut noted) = slot.noted(sys)?
+                && let Some(current) = attached(sys, slot, &noted)?
+            {
+                keep_or_go_back(sys, slot, &mut noted, current)?;
+            }
+            return Err(error);
+        }
+    };
+    let mut current = attached(sys, slot, &state)?;
+    let mut unconfirmed = None;
+    if let Some(now) = current {
+        match keep_or_go_back(sys, slot, &mut state, now)? {
+            Confirmation::NotNeeded => {}
+            Confirmation::Awaited(confirm) => unconfirmed = Some(confirm),
+            Confirmation::Overdue => current = attached(sys, slot, &state)?,
+        }
+    }
+    let Some(current) = current else {
+        // Links of devices that are gone, filters whose device is.
+        attach::detach(sys, slot, &state)?;
+        slot.clear(sys)?;
+        return Ok(None);
+    };
+    if lost {
+        slot.write(sys, &state)?;
+    }
+    if unconfirmed.is_none() {
+        let from = state.intent.as_ref().and_then(|intent| intent.from);
+        if !state.generations[&current].settled {
+            settle(sys, slot, &mut state, current, from, None)?;
+        }
+        prune(sys, slot, &mut state, current)?;
+    }
+    Ok(Some(Repaired { state, current, unconfirmed }))
+}
+
+/// What became of a change that has to be confirmed.
+enum Confirmation {
+    /// There is none.
+    NotNeeded,
+    /// It still waits.
+    Awaited(Confirm),
+    /// Its time is over, and it was taken back.
+    Overdue,
+}
+
+/// Takes the change to the generation attached back if it had to be confirmed by now.
+fn keep_or_go_back(
+    sys: &Sys,
+    slot: &Slot,
+    state: &mut SlotState,
+    current: u32,
+) -> Result<Confirmation, Error> {
+    let Some(confirm) = state.unconfirmed(current).cloned() else { return Ok(Confirmation::NotNeeded) };
+    if sys.uptime_ms().map_err(Error::call("read the clock"))? < confirm.deadline_ms {
+        return Ok(Confirmation::Awaited(confirm));
+    }
+    let from = state.intent.as_ref().and_then(|intent| intent.from);
+    go_back(sys, slot, state, from, Some(current))?;
+    Ok(Confirmation::Overdue)
+}
+
+/// Takes a change back whose time is over, as the process that was to do it did not. Whether it did.
+///
+/// # Errors
+/// [`Error::Locked`] if a polc is at it, or what kept it from going back.
+pub fn take_back_overdue(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
+    let slot = store.slot(name);
+    let state = match slot.read(sys) {
+        Ok(Some(state)) => Some(state),
+        _ => slot.noted(sys)?,
+    };
+    let confirm = state.and_then(|state| state.intent).and_then(|intent| intent.confirm);
+    let Some(confirm) = confirm else { return Ok(false) };
+    let now = sys.uptime_ms().map_err(Error::call("read the clock"))?;
+    if now < confirm.deadline_ms.saturating_add(OVERDUE_MS) {
+        return Ok(false);
+    }
+    let _lock = slot.lock(sys, false)?;
+    if repair(sys, &slot)?.is_none() {
+        slot.remove(sys)?;
+        store.tidy(sys);
+    }
+    Ok(true)
+}
+
+/// Time that the process which is to take a change back has for it, in milliseconds.
+const OVERDUE_MS: u64 = 1_000;
+
+/// The generation attached.
+pub(crate) fn attached(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>, Error> {
+    let Some(id) = attach::current(sys, slot, state)? else { return Ok(None) };
+    match state.generation_of(id) {
+        Some(number) => Ok(Some(number)),
+        None => Err(Error::Replaced { place: slot.name.to_string(), by: id }),
+    }
+}
+
+/// What the pins tell of a state that was lost.
+pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
+    if let Some(noted) = slot.noted(sys)? {
+        return Ok(Some(noted));
+    }
+    let Some(link) = attach::open_link(sys, slot)? else { return Ok(None) };
+    let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
+    let via = match info.kind {
+        LinkKind::Netfilter { priority, defrag, .. } => Via::Dispatch { priority, defrag },
+        LinkKind::Xdp { .. } | LinkKind::Tcx { .. } | LinkKind::Other(_) => Via::Link,
+    };
+    let mut state = SlotState {
+        version: STATE_VERSION,
+        slot: slot.name.clone(),
+        ifindex: 0,
+        via,
+        generations: Default::default(),
+        intent: None,
+    };
+    for number in slot.generations_present(sys)? {
+        let Some(program) = attach::open_pin(sys, &slot.program(number))? else { continue };
+        let info = sys.prog_info(&program).map_err(Error::call("ask about a pinned program"))?;
+        let generation = Generation {
+            program_id: info.id,
+            applied: 0,
+            mode: None,
+            source: LOST.to_string(),
+            carried: Vec::new(),
+            settled: true,
+        };
+        state.generations.insert(number, generation);
+    }
+    Ok(Some(state))
+}
+
+/// Takes a change back: generation `from` in place of `to`, or nothing.
+pub(crate) fn go_back(
+    sys: &Sys,
+    slot: &Slot,
+    state: &mut SlotState,
+    from: Option<u32>,
+    to: Option<u32>,
+) -> Result<(), Error> {
+    match (from, to) {
+        (Some(from), Some(to)) => {
+            attach::swap(sys, slot, state, from, to)?;
+            // What the new rules counted meanwhile is not lost on the old ones.
+            if let Ok(counted) = carry::own(sys, slot, to)
+                && let Ok(manifest) = carry::manifest(sys, slot, from)
+                && let Some(generation) = state.generations.get_mut(&from)
+            {
+                carry::add(&mut generation.carried, &manifest, &counted);
+            }
+            Ok(())
+        }
+        _ => attach::detach(sys, slot, state),
+    }
+}
+
+/// Makes the counters of generation `to` go on where those of `from` ended. `manifest` is that of `to`, if it is known.
+pub(crate) fn settle(
+    sys: &Sys,
+    slot: &Slot,
+    state: &mut SlotState,
+    to: u32,
+    from: Option<u32>,
+    manifest: Option<&Manifest>,
+) -> Result<(), Error> {
+    if let Some(from) = from.filter(|_| !state.generations[&to].settled) {
+        // The old program may still be deciding a packet.
+        sys.wait_for_runs().map_err(Error::call("wait for the old program to end"))?;
+        let before = state.generations.get(&from).map(|generation| generation.carried.clone());
+        // Counters of a generation whose files were lost are lost with it; that must not keep the new one from settling.
+        let counted = carry::totals(sys, slot, from, &before.unwrap_or_default());
+        let manifest = match manifest {
+            Some(manifest) => Ok(Cow::Borrowed(manifest)),
+            None => carry::manifest(sys, slot, to).map(Cow::Owned),
+        };
+        if let (Ok(counted), Ok(manifest), Some(generation)) =
+            (counted, manifest, state.generations.get_mut(&to))
+        {
+            generation.carried = Vec::new();
+            carry::add(&mut generation.carried, &manifest, &counted);
+        }
+    }
+    if let Some(generation) = state.generations.get_mut(&to) {
+        generation.settled = true;
+    }
+    if state.intent.as_ref().is_some_and(|intent| intent.confirm.is_none()) {
+        state.intent = None;
+    }
+    slot.write(sys, state)
+}
+
+/// Removes every generation but `current`, unless a change waits for its confirmation.
+pub(crate) fn prune(sys: &Sys, slot: &Slot, state: &mut SlotState, current: u32) -> Result<(), Error> {
+    let waits =
+        state.intent.as_ref().is_some_and(|intent| intent.confirm.is_some() && intent.to == Some(current));
+    if waits {
+        return Ok(());
+    }
+    if state.intent.is_some() || state.generations.len() > 1 {
+        state.intent = None;
+        state.generations.retain(|number, _| *number == current);
+        slot.write(sys, state)?;
+    }
+    for number in slot.generations_present(sys)? {
+        if number != current {
+            slot.remove_generation(sys, number)?;
+        }
+    }
+    Ok(())
+}
