@@ -5,6 +5,7 @@ pub mod port;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 
 use cranelift_entity::PrimaryMap;
 use serde::{Deserialize, Serialize};
@@ -415,8 +416,39 @@ pub fn patterns(data: &SetData, family: Family, element: &Element, give: &mut im
     }
 }
 
-/// How many patterns [`patterns`] gives at most; without making them.
-pub fn patterns_count(data: &SetData, family: Family, element: &Element) -> u128 {
+/// Gives the patterns of elements by their places, one element after another.
+pub fn patterns_of(
+    data: &SetData,
+    family: Family,
+    elements: &Elements,
+    places: Range<usize>,
+    give: &mut impl FnMut(Pattern),
+) {
+    let width = family.address_bits();
+    let host = data.netmask.unwrap_or(width);
+    for at in places {
+        // Most large sets are single addresses and prefixes.
+        let short = elements.addresses(at).and_then(|(interval, nomatch)| {
+            let (value, length) = single(interval, width)?;
+            let is_one = !one_by_one(data) || data.dimensions[0] == DimensionKind::Net || length >= host;
+            is_one.then_some((value, length, nomatch))
+        });
+        match short {
+            Some((value, length, nomatch)) if data.netmask.is_none() => {
+                give(Pattern { values: [value, 0, 0], lengths: [length, 0, 0], nomatch });
+            }
+            _ => patterns(data, family, &elements.get(at), give),
+        }
+    }
+}
+
+/// How many patterns [`patterns`] gives at most for the element at a place; without making them.
+pub fn patterns_count(data: &SetData, family: Family, elements: &Elements, at: usize) -> u128 {
+    let is_one =
+        |interval: Interval| data.dimensions[0] == DimensionKind::Net || interval.lo() == interval.hi();
+    if elements.addresses(at).is_some_and(|(interval, _)| is_one(interval)) {
+        return 1;
+    }
     let of = |(at, value): (usize, &DimensionValue)| match *value {
         DimensionValue::Address(interval)
             if data.dimensions[at] == DimensionKind::Net || interval.lo() == interval.hi() =>
@@ -439,7 +471,7 @@ pub fn patterns_count(data: &SetData, family: Family, element: &Element) -> u128
         }
         _ => 1,
     };
-    element.values.iter().enumerate().map(of).fold(1, u128::saturating_mul)
+    elements.get(at).values.iter().enumerate().map(of).fold(1, u128::saturating_mul)
 }
 
 fn one_by_one(data: &SetData) -> bool {

@@ -138,9 +138,8 @@ impl SourceMap {
     pub fn add(&mut self, name: impl Into<String>, text: impl Into<String>) -> File {
         let text = text.into();
         assert!(u32::try_from(text.len()).is_ok(), "source offsets are 32 bits");
-        let mut line_starts = vec![0];
-        line_starts
-            .extend(text.bytes().enumerate().filter(|&(_, byte)| byte == b'\n').map(|(at, _)| at as u32 + 1));
+        let ends = memchr::memchr_iter(b'\n', text.as_bytes());
+        let line_starts = std::iter::once(0).chain(ends.map(|at| at as u32 + 1)).collect();
         self.files.push(SourceFile { name: name.into(), text, line_starts })
     }
 

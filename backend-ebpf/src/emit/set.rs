@@ -185,7 +185,6 @@ impl Emitter<'_> {
         (member, other, next): (Label, Label, Label),
     ) {
         let count = shape.key_words();
-        let slot_bytes = 8 * shape.slot_words() as i32;
         let table = polc_ir::plan::set::HEADER_WORDS as u32 * 8;
         if shape.live {
             self.asm.load_map_value(Reg::R0, map, 8 * USED_WORD as u32);
@@ -197,15 +196,25 @@ impl Emitter<'_> {
         self.key(shape, part, level);
         self.hash(count);
         let a = &mut self.asm;
-        // The upper half chooses one bucket, the lower the other.
-        a.mov32(Reg::R2, Reg::R1);
-        a.alu64(AluOp::Rsh, Reg::R1, 32);
-        for (half, bucket) in [(Reg::R1, Reg::R8), (Reg::R2, Reg::R9)] {
-            a.alu64(AluOp::Mul, half, shape.buckets as i32);
-            a.alu64(AluOp::Rsh, half, 32);
-            a.alu64(AluOp::Mul, half, SLOTS as i32 * slot_bytes);
-            a.load_map_value(bucket, map, table);
-            a.alu64(AluOp::Add, bucket, half);
+        // The upper half chooses the group, the quarters of the lower half the buckets in it.
+        a.mov64(Reg::R2, Reg::R1);
+        a.alu64(AluOp::Rsh, Reg::R2, 32);
+        a.alu64(AluOp::Mul, Reg::R2, shape.groups as i32);
+        a.alu64(AluOp::Rsh, Reg::R2, 32);
+        a.alu64(AluOp::Mul, Reg::R2, 8 * shape.group_words() as i32);
+        a.load_map_value(Reg::R8, map, table);
+        a.alu64(AluOp::Add, Reg::R8, Reg::R2);
+        a.mov64(Reg::R9, Reg::R8);
+        for (bucket, shift) in [(Reg::R8, 16), (Reg::R9, 0)] {
+            a.mov64(Reg::R2, Reg::R1);
+            if shift > 0 {
+                a.alu64(AluOp::Rsh, Reg::R2, shift);
+            }
+            a.alu64(AluOp::And, Reg::R2, 0xffff);
+            a.alu64(AluOp::Mul, Reg::R2, shape.group_buckets() as i32);
+            a.alu64(AluOp::Rsh, Reg::R2, 16);
+            a.alu64(AluOp::Mul, Reg::R2, 8 * shape.bucket_words() as i32);
+            a.alu64(AluOp::Add, bucket, Reg::R2);
         }
         self.path(shape, map, part, level);
         if shape.nomatch || count > 1 {

@@ -25,8 +25,8 @@ pub(super) const TEXT_BYTES_MIN: usize = 1 << 20;
 const STRETCH_BYTES: usize = 1 << 18;
 /// Stretches that a thread reads ahead.
 const AHEAD: usize = 4;
-/// Threads that read, at most: the parser takes elements about as fast as two of them give them.
-const READERS_MAX: usize = 3;
+/// Threads that read, at most: the parser takes elements about as fast as four of them give them.
+const READERS_MAX: usize = 4;
 
 /// What is read, and for which set.
 #[derive(Clone, Copy)]
@@ -70,7 +70,7 @@ pub(super) fn read<'scope, 't: 'scope>(
     at: usize,
 ) -> impl Iterator<Item = Stretch> + use<> {
     let all = stretches(job.text, at);
-    let readers = available_parallelism().map_or(1, |cpus| cpus.get() - 1).clamp(1, READERS_MAX);
+    let readers = available_parallelism().map_or(1, |cpus| cpus.get()).min(READERS_MAX);
     let receivers: Vec<Receiver<Stretch>> = (0..readers)
         .map(|reader| {
             let (sender, receiver) = sync_channel(AHEAD);

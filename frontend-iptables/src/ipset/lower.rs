@@ -4,7 +4,7 @@
 //! (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_test_cidrs`); only `nomatch` makes the order matter.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use polc_ir::entities::Set;
@@ -47,7 +47,7 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
             name: ast.name.clone(),
             family: ast.family,
             dimensions,
-            netmask: ast.options.netmask.or(ast.options.bitmask.and_then(prefix_length)),
+            netmask: mask(ast),
             mark_mask: ast.options.mark_mask.unwrap_or(u32::MAX),
             elements_max: ast.elements_max(),
             expires: ast.options.timeout.is_some(),
@@ -110,17 +110,41 @@ fn elements(set: &SetAst) -> Option<ElementList> {
     }
     can_say(set).ok()?;
     // By the lengths of their prefixes, the longest first; those of no prefixes are of one length.
-    let mut by_lengths: BTreeMap<Reverse<Lengths>, ElementList> = BTreeMap::new();
+    let mut by_lengths: Vec<(Lengths, ElementList)> = Vec::new();
+    let mut last = 0;
     let mut give = |lengths, values: &[DimensionValue], nomatch| {
-        by_lengths.entry(Reverse(lengths)).or_default().push(values, nomatch);
+        // Mostly those of the element before.
+        if by_lengths.get(last).is_none_or(|(known, _)| *known != lengths) {
+            let known = by_lengths.iter().position(|(known, _)| *known == lengths);
+            last = known.unwrap_or(by_lengths.len());
+            if known.is_none() {
+                by_lengths.push((lengths, ElementList::default()));
+            }
+        }
+        by_lengths[last].1.push(values, nomatch);
     };
     let mut values = Values::new();
+    let mask = mask(set);
     for ast in &set.elements {
-        add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut give)?;
+        match &ast.parts[..] {
+            // Most elements of large sets are this.
+            [Part::Address { first, last, form: AddressForm::Prefix(length) }] if mask.is_none() => {
+                let is_net = set.kind.dimensions[0] == Dimension::Net;
+                let lengths = [if is_net { *length } else { 0 }, 0, 0];
+                give(lengths, &[DimensionValue::Address(interval((*first, *last)))], ast.nomatch);
+            }
+            _ => add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut give)?,
+        }
     }
+    by_lengths.sort_by_key(|(lengths, _)| Reverse(*lengths));
     let mut all = ElementList::default();
-    by_lengths.into_values().for_each(|list| all.append(list));
+    by_lengths.into_iter().for_each(|(_, list)| all.append(list));
     Some(all)
+}
+
+/// How many leading bits of addresses count, if not all.
+fn mask(set: &SetAst) -> Option<u8> {
+    set.options.netmask.or(set.options.bitmask.and_then(prefix_length))
 }
 
 type Lengths = [u8; DIMENSIONS_MAX];
@@ -142,7 +166,7 @@ fn add(
     };
     let one = match ast.parts.get(at)? {
         Part::Address { first, last, form } => {
-            let mask = set.options.netmask.or(set.options.bitmask.and_then(prefix_length));
+            let mask = mask(set);
             // Both the element and the packet's address are masked, so the element covers whole prefixes.
             let under = |ends: (IpAddr, IpAddr), mask: Option<u8>| match mask {
                 Some(length) => interval((prefix_ends(ends.0, length).0, prefix_ends(ends.1, length).1)),

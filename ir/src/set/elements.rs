@@ -50,6 +50,17 @@ impl Elements {
         (0..self.len()).map(|at| self.get(at))
     }
 
+    /// The addresses of the element at a place, if addresses are all it has, and whether it is `nomatch`.
+    pub(super) fn addresses(&self, at: usize) -> Option<(Interval, bool)> {
+        let list = &self.0.list;
+        let interval = match &list.columns[..] {
+            [Column::Short(short)] => address(short[at]),
+            [Column::Long(long)] => long[at],
+            _ => return None,
+        };
+        Some((interval, list.nomatch.get(at).copied().unwrap_or(false)))
+    }
+
     /// What finds the element that covers a packet, made when it is first asked for.
     pub(super) fn index(&self, make: impl FnOnce() -> Index) -> &Index {
         self.0.index.get_or_init(make)
@@ -129,10 +140,16 @@ impl ElementList {
             *self = other;
             return;
         }
-        for at in 0..other.len {
-            let element = other.get(at);
-            self.push(&element.values, element.nomatch);
+        assert_eq!(self.columns.len(), other.columns.len(), "elements of a set have the same dimensions");
+        if !self.nomatch.is_empty() || !other.nomatch.is_empty() {
+            self.nomatch.resize(self.len, false);
+            self.nomatch.extend(other.nomatch);
+            self.nomatch.resize(self.len + other.len, false);
         }
+        for (column, other) in self.columns.iter_mut().zip(other.columns) {
+            column.append(other);
+        }
+        self.len += other.len;
     }
 
     fn get(&self, at: usize) -> Element {
@@ -172,6 +189,25 @@ impl Column {
             (Column::Short(_) | Column::Long(_) | Column::Ports(_), _) => {
                 panic!("elements of a set have the same dimensions")
             }
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Column::Short(short) => short.len(),
+            Column::Long(long) => long.len(),
+            Column::Ports(list) => list.len(),
+            Column::Any(values) => values.len(),
+        }
+    }
+
+    fn append(&mut self, other: Column) {
+        match (&mut *self, other) {
+            (Column::Short(own), Column::Short(other)) => own.extend(other),
+            (Column::Long(own), Column::Long(other)) => own.extend(other),
+            (Column::Ports(own), Column::Ports(other)) => own.extend(other),
+            (Column::Any(own), Column::Any(other)) => own.extend(other),
+            (own, other) => (0..other.len()).for_each(|at| own.push(&other.get(at))),
         }
     }
 

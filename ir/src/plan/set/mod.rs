@@ -11,11 +11,13 @@
 //! words  0..32   the path of each of the 32 values of five bits
 //! word   32      which levels have cells
 //! word   33      how many patterns there are
-//! words  40..    buckets of four slots; a slot is a key, its cell and, where elements may be `nomatch`, a second cell
-//!                that says which of them are
+//! words  512..   groups of buckets of four slots; a slot is a key, its cell and, where elements may be `nomatch`, a
+//!                second cell that says which of them are
 //! ```
 //!
-//! A key lies in one of two buckets, chosen by a hash. Keys are made of 32-bit halves, the cell dimension's last half
+//! A hash chooses a group, and in it two buckets; a key lies in one of them. A group is a page of memory, so one address
+//! translation serves both (two pages where slots are so large that few fit into one), and groups are built by several
+//! threads without waiting for each other. Keys are made of 32-bit halves, the cell dimension's last half
 //! first: its low five bits are 0 before a cell, and hold the level's number, from 1, so that a key's first word is
 //! never 0 and a slot whose first word is 0 has no key.
 //!
@@ -24,6 +26,10 @@
 
 mod build;
 pub mod change;
+
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::thread::available_parallelism;
 
 use serde::{Deserialize, Serialize};
 
@@ -38,8 +44,10 @@ pub const CELL_BITS: u8 = 5;
 const LENGTHS: u8 = CELL_BITS + 1;
 /// Slots of a bucket.
 pub const SLOTS: usize = 4;
-/// Words before the buckets.
-pub const HEADER_WORDS: usize = 40;
+/// Words of a page.
+const PAGE_WORDS: usize = 512;
+/// Words before the groups.
+pub const HEADER_WORDS: usize = PAGE_WORDS;
 /// The word that has a bit for each level with cells.
 pub const USED_WORD: usize = 32;
 /// The word that counts patterns.
@@ -76,8 +84,8 @@ pub struct SetShape {
     pub nomatch: bool,
     /// Levels may be without cells, as word 32 says, and are skipped then.
     pub live: bool,
-    /// How many buckets there are.
-    pub buckets: u32,
+    /// How many groups of buckets there are.
+    pub groups: u32,
 }
 
 /// A table and what is in it.
@@ -101,6 +109,12 @@ pub struct Contents {
 }
 
 impl Contents {
+    /// Counts other patterns in.
+    fn join(&mut self, other: Contents) {
+        self.count += other.count;
+        self.digest = self.digest.wrapping_add(other.digest);
+    }
+
     /// Counts a pattern in.
     pub fn add(&mut self, pattern: &Pattern) {
         self.count += 1;
@@ -114,6 +128,34 @@ impl Contents {
         }
         self.digest = self.digest.wrapping_add(hash);
     }
+}
+
+/// Threads that work on a table, and groups that each has at least.
+const THREADS_MAX: usize = 8;
+const GROUPS_MIN: usize = 64;
+
+/// Consecutive parts of `0..count`, of `least` at least: one for each CPU, so it must not matter how many there are.
+fn parts(count: usize, least: usize) -> Vec<Range<usize>> {
+    let cpus = available_parallelism().map_or(1, |cpus| cpus.get());
+    let parts = cpus.min(THREADS_MAX).min(count / least).max(1);
+    (0..parts).map(|at| at * count / parts..(at + 1) * count / parts).collect()
+}
+
+/// What is made of each, on threads of their own.
+fn on_threads<P: Send, T: Send>(all: Vec<P>, make: impl Fn(P) -> T + Sync) -> Vec<T> {
+    if all.len() == 1 {
+        return all.into_iter().map(make).collect();
+    }
+    let make = &make;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = all.into_iter().map(|one| scope.spawn(move || make(one))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// What is made of consecutive parts of `0..count`.
+fn in_parts<T: Send>(count: usize, least: usize, make: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
+    on_threads(parts(count, least), make)
 }
 
 /// A 32-bit piece of a key.
@@ -178,7 +220,27 @@ impl SetShape {
 
     /// Words of the table.
     pub fn words(&self) -> usize {
-        HEADER_WORDS + self.buckets as usize * SLOTS * self.slot_words()
+        HEADER_WORDS + self.groups as usize * self.group_words()
+    }
+
+    /// Words from a group to the next.
+    pub fn group_words(&self) -> usize {
+        if self.slot_words() > 2 { 2 * PAGE_WORDS } else { PAGE_WORDS }
+    }
+
+    /// Buckets of a group.
+    pub fn group_buckets(&self) -> usize {
+        self.group_words() / self.bucket_words()
+    }
+
+    /// How many cells there is room for.
+    pub fn slots_count(&self) -> usize {
+        self.groups as usize * self.group_buckets() * SLOTS
+    }
+
+    /// Words of a bucket.
+    pub fn bucket_words(&self) -> usize {
+        SLOTS * self.slot_words()
     }
 
     /// The bits of a dimension's number that are in a level's key.
@@ -212,7 +274,7 @@ impl SetShape {
         key
     }
 
-    /// The two buckets that a key may be in.
+    /// The two buckets that a key may be in, by their first words.
     pub fn places(&self, key: &[u64]) -> [usize; 2] {
         let mut hash = 0u64;
         for word in &key[..self.key_words()] {
@@ -220,18 +282,25 @@ impl SetShape {
             hash ^= hash >> 32;
         }
         hash = hash.wrapping_mul(MULTIPLIER);
-        let scale = |half: u64| ((half * u64::from(self.buckets)) >> 32) as usize;
-        [scale(hash >> 32), scale(hash & 0xffff_ffff)]
+        let group = ((hash >> 32) * u64::from(self.groups)) >> 32;
+        let first = HEADER_WORDS + group as usize * self.group_words();
+        let place = |bits: u64| {
+            let bucket = ((bits & 0xffff) * self.group_buckets() as u64) >> 16;
+            first + bucket as usize * self.bucket_words()
+        };
+        [place(hash >> 16), place(hash)]
     }
 
-    /// The first word of a slot.
-    pub fn slot(&self, bucket: usize, slot: usize) -> usize {
-        HEADER_WORDS + (bucket * SLOTS + slot) * self.slot_words()
+    /// The slots of buckets.
+    fn slots(&self, buckets: impl IntoIterator<Item = usize>) -> impl Iterator<Item = usize> {
+        let words = self.slot_words();
+        buckets.into_iter().flat_map(move |first| (first..).step_by(words).take(SLOTS))
     }
 
-    /// The slots of two buckets.
-    fn slots(&self, places: [usize; 2]) -> impl Iterator<Item = usize> + '_ {
-        places.into_iter().flat_map(move |bucket| (0..SLOTS).map(move |slot| self.slot(bucket, slot)))
+    /// The buckets of groups.
+    fn buckets(&self, groups: Range<usize>) -> impl Iterator<Item = usize> {
+        let (all, words, group_words) = (self.group_buckets(), self.bucket_words(), self.group_words());
+        groups.flat_map(move |group| (HEADER_WORDS + group * group_words..).step_by(words).take(all))
     }
 
     /// The slot that has a key.
@@ -277,8 +346,18 @@ impl SetShape {
 
     /// Gives every pattern in a table.
     pub fn decode(&self, words: &(impl Words + ?Sized), give: &mut impl FnMut(Pattern)) {
+        self.decode_groups(words, 0..self.groups as usize, give);
+    }
+
+    /// Gives every pattern in groups of a table.
+    fn decode_groups(
+        &self,
+        words: &(impl Words + ?Sized),
+        groups: Range<usize>,
+        give: &mut impl FnMut(Pattern),
+    ) {
         let (count, cell, halves) = (self.key_words(), usize::from(self.cell), self.halves());
-        for slot in (HEADER_WORDS..self.words()).step_by(self.slot_words()) {
+        for slot in self.slots(self.buckets(groups)) {
             let first = words.word(slot);
             let mut bits = words.word(slot + count);
             if first == 0 || bits == 0 {
@@ -322,8 +401,8 @@ impl SetShape {
                 wrong.push(format!("{name} has a level of more bits than its numbers have"));
             }
         }
-        if self.buckets == 0 || self.buckets as usize > crate::limits::SET_CELLS_MAX {
-            wrong.push(format!("{name} has {} buckets", self.buckets));
+        if self.groups == 0 || self.slots_count() > crate::limits::SET_CELLS_MAX {
+            wrong.push(format!("{name} has {} groups of buckets", self.groups));
         }
         wrong
     }
@@ -350,8 +429,13 @@ impl SetTable {
         if (0..1 << CELL_BITS).any(|bits| self.words[usize::from(bits)] != path(bits)) {
             wrong.push(format!("{name} has wrong paths"));
         }
+        let parts = in_parts(self.shape.groups as usize, GROUPS_MIN, |groups| {
+            let mut found = Contents::default();
+            self.shape.decode_groups(self.words.as_slice(), groups, &mut |pattern| found.add(&pattern));
+            found
+        });
         let mut found = Contents::default();
-        self.shape.decode(self.words.as_slice(), &mut |pattern| found.add(&pattern));
+        parts.into_iter().for_each(|part| found.join(part));
         if found != self.contents || self.words[COUNT_WORD] != found.count {
             wrong.push(format!("{name} does not hold the elements that were put in"));
         }
