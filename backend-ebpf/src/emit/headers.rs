@@ -5,16 +5,20 @@
 //! stored only if all its bytes are in the packet.
 //!
 //! Every read needs two checks that look alike: one against the packet's length, which decides what the bytes mean,
-//! and one against the end of what can be read directly, which the kernel's verifier asks for. The second can't fail
-//! at XDP. At tc a packet may have parts that can't be read directly; the headers are pulled in first
+//! and one against the end of what can be read directly, which the kernel's verifier asks for. At XDP they are one. At tc
+//! a packet may have parts that can't be read directly; the headers are pulled in first
 //! (`bpf_skb_pull_data`), and should even that not bring the bytes, the program fails safe. At netfilter nothing is read
 //! directly (`netfilter`).
+//!
+//! What nearly every packet is comes first and without a jump: no tags, and a transport header with all that rules ask
+//! for. The rest lies behind.
 
 use polc_ir::env::{Attach, Fragments};
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
 use polc_ir::outcome::FrameKind;
 
+use super::transport::of_transport;
 use super::{Emitter, netfilter};
 use crate::abi::{self, CTX, sk_buff, xdp_md};
 use crate::asm::Label;
@@ -26,7 +30,12 @@ use crate::kernel_api::KernelField;
 const PULL_BYTES: i32 = 2 * (14 + 8 + 60);
 
 /// EtherTypes of VLAN tags (IEEE 802.1Q, 802.1ad).
-pub(super) const VLAN_TYPES: [i32; 2] = [0x8100, 0x88a8];
+pub(super) const VLAN_TYPES: [u16; 2] = [0x8100, 0x88a8];
+
+/// A number of two bytes as a load from the packet gives it.
+fn stored(number: u16) -> i32 {
+    number.to_be().into()
+}
 
 /// Where a device's number is.
 #[derive(Clone, Copy)]
@@ -85,8 +94,6 @@ impl Emitter<'_> {
         if xdp {
             a.load_ctx_pointer(Reg::R7, CTX, xdp_md::DATA);
             a.load_ctx_pointer(Reg::R8, CTX, xdp_md::DATA_END);
-            a.mov64(Reg::R3, Reg::R8);
-            a.alu64(AluOp::Sub, Reg::R3, Reg::R7);
         } else {
             let linear = a.label();
             let small = a.label();
@@ -110,52 +117,90 @@ impl Emitter<'_> {
         self.clear_key();
     }
 
-    /// Zeros in all words of the key that may be read before they are stored. `r3` is the frame's or packet's length.
+    /// Zeros in all words of the key that may be read before they are stored. `r3` is the packet's length, at XDP not yet
+    /// known.
     pub(super) fn clear_key(&mut self) {
-        // The walk reads any word, and on its way to it all bytes between.
-        let by_walk = !self.plan.walk.exits.is_empty();
-        let stored = self.plan.key.iter().filter(|slot| self.is_always_stored(slot.field));
-        let stored = stored.flat_map(|slot| slot.word..slot.word + slot.words);
+        let by_walk = self.is_read_by_walk();
+        let sparse = self.layout.sparse();
+        let mut places: Vec<i16> = (self.layout.base()..-abi::SCRATCH_BYTES).step_by(8).collect();
         // Where two words share eight bytes, both would have to be stored.
-        let stored =
-            stored.filter(|_| self.layout.sparse() && !by_walk).map(|word| self.layout.word(word) - 4);
-        let stored: Vec<i16> = stored.collect();
+        if sparse && !by_walk {
+            let open = self.plan.key.iter().filter(|slot| !self.is_always_stored(slot.field));
+            let open = open.flat_map(|slot| slot.word..slot.word + slot.words);
+            places = open.map(|word| self.layout.word(word) - 4).collect();
+        }
+        if places.is_empty() {
+            return;
+        }
+        let xdp = self.target.attach == Attach::Xdp;
         let a = &mut self.asm;
         a.comment("key: zeros, and the verifier does not know: a frame has less than 2^31 bytes");
-        a.mov64(Reg::R0, Reg::R3);
+        if xdp {
+            a.mov64(Reg::R0, Reg::R8);
+            a.alu64(AluOp::Sub, Reg::R0, Reg::R7);
+        } else {
+            a.mov64(Reg::R0, Reg::R3);
+        }
         a.alu32(AluOp::Rsh, Reg::R0, 31);
-        for at in (self.layout.base()..-abi::SCRATCH_BYTES).step_by(8) {
-            if stored.contains(&at) {
-                continue;
-            }
-            if by_walk || !self.layout.sparse() {
+        for at in places {
+            if by_walk || !sparse {
                 a.store(Size::Dw, Reg::FP, at, Reg::R0);
             }
             // Else the eight bytes would be followed wherever the word is not stored later.
-            if self.layout.sparse() {
+            if sparse {
                 a.store(Size::W, Reg::FP, at + 4, Reg::R0);
             }
         }
     }
 
-    /// Whether every packet that comes to a stage has the field stored, whatever its headers are.
-    fn is_always_stored(&self, field: Field) -> bool {
-        let of_family = self.plan.family == Family::V4
-            && matches!(
-                field,
-                Field::Length | Field::Tos | Field::Ttl | Field::Proto | Field::Fragment | Field::L4Len
-            );
-        of_family || matches!(field, Field::SrcAddr | Field::DstAddr)
+    /// Whether the walk reads the key: any word, and on its way to it all bytes between.
+    pub(super) fn is_read_by_walk(&self) -> bool {
+        !self.plan.walk.exits.is_empty()
     }
 
-    /// `r3`: bytes left. Ends at the label unless there are `bytes`; the safe return if they can't be read.
+    /// Whether every packet that comes to a stage has the field stored, whatever its headers are.
+    fn is_always_stored(&self, field: Field) -> bool {
+        match field {
+            Field::Length | Field::Tos | Field::Ttl | Field::SrcAddr | Field::DstAddr => true,
+            Field::Fragment => self.plan.family == Family::V4,
+            Field::Proto | Field::L4Len => self.plan.family == Family::V4 || self.clears_transport(),
+            field => self.clears_transport() && of_transport(field).is_some(),
+        }
+    }
+
+    /// Zeros in words of the key. The verifier does not know them: a packet has less than 2^31 bytes. `r1` is lost.
+    pub(super) fn clear_words(&mut self, words: &[u8]) {
+        self.asm.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
+        self.asm.alu32(AluOp::Rsh, Reg::R1, 31);
+        for &word in words {
+            self.asm.store(Size::W, Reg::FP, self.layout.word(word), Reg::R1);
+        }
+    }
+
+    /// Whether a word of the key is read by what follows the headers.
+    pub(super) fn is_read(&self, word: u8) -> bool {
+        self.read_words.as_ref().is_none_or(|words| words.contains(&word))
+    }
+
+    /// Goes to the label unless there are `bytes`. At tc `r3` are the bytes left, and the program returns safely if they
+    /// can't be read.
     fn need(&mut self, base: Reg, bytes: i32, absent: Label) {
-        let bail = self.bail_label();
+        let unreadable = match self.target.attach {
+            Attach::Xdp => absent,
+            _ => {
+                self.asm.jump64(Cond::Lt, Reg::R3, bytes, absent);
+                self.bail_label()
+            }
+        };
+        self.readable(base, bytes, unreadable);
+    }
+
+    /// Goes to the label unless `bytes` can be read directly.
+    pub(super) fn readable(&mut self, base: Reg, bytes: i32, unreadable: Label) {
         let a = &mut self.asm;
-        a.jump64(Cond::Lt, Reg::R3, bytes, absent);
         a.mov64(Reg::R4, base);
         a.alu64(AluOp::Add, Reg::R4, bytes);
-        a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
+        a.jump64(Cond::Gt, Reg::R4, Reg::R8, unreadable);
     }
 
     /// The Ethernet header and VLAN tags. Leaves the network header in `r9` and the bytes from there on in `r3`.
@@ -164,21 +209,20 @@ impl Emitter<'_> {
         let vlan = self.frame_end(FrameKind::Vlan);
         let not_ip = self.frame_end(FrameKind::NotIp);
         let other = self.frame_end(FrameKind::OtherFamily);
+        let xdp = self.target.attach == Attach::Xdp;
         self.asm.comment("Ethernet");
         self.need(Reg::R7, 14, runt);
-        self.asm.alu64(AluOp::Sub, Reg::R3, 14);
-        self.asm.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
         for (field, offset) in [(Field::DstMac, 0), (Field::SrcMac, 6)] {
             if let Some(slot) = self.slot(field) {
                 self.copy_be(Reg::R7, offset, 2, slot.word);
                 self.copy_be(Reg::R7, offset + 2, 4, slot.word + 1);
             }
         }
-        if self.target.attach == Attach::Xdp && self.slot(Field::PacketType).is_some() {
+        if xdp && self.slot(Field::PacketType).is_some() {
             self.packet_type();
         }
         let network = self.asm.label();
-        self.load_be(Reg::R0, Reg::R7, 12, 2);
+        self.asm.load(Size::H, Reg::R0, Reg::R7, 12);
         self.asm.mov64(Reg::R9, Reg::R7);
         self.asm.alu64(AluOp::Add, Reg::R9, 14);
         let (own, others) = match self.plan.family {
@@ -186,28 +230,33 @@ impl Emitter<'_> {
             Family::V6 => (Family::V6, Family::V4),
         };
         let ours = self.asm.label();
-        if self.target.attach == Attach::Xdp {
-            self.asm.jump32(Cond::Eq, Reg::R0, i32::from(own.ether_type()), ours);
+        let a = &mut self.asm;
+        if xdp {
+            a.jump32(Cond::Eq, Reg::R0, stored(own.ether_type()), ours);
+            a.mov64(Reg::R3, Reg::R8);
+            a.alu64(AluOp::Sub, Reg::R3, Reg::R7);
         }
+        a.alu64(AluOp::Sub, Reg::R3, 14);
+        a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
         for _ in 0..2 {
             let tag = self.asm.label();
-            self.asm.jump32(Cond::Eq, Reg::R0, VLAN_TYPES[0], tag);
-            self.asm.jump32(Cond::Ne, Reg::R0, VLAN_TYPES[1], network);
+            self.asm.jump32(Cond::Eq, Reg::R0, stored(VLAN_TYPES[0]), tag);
+            self.asm.jump32(Cond::Ne, Reg::R0, stored(VLAN_TYPES[1]), network);
             self.asm.bind(tag);
             self.need(Reg::R9, 4, vlan);
             self.load_be(Reg::R1, Reg::R9, 0, 2);
             self.asm.alu32(AluOp::And, Reg::R1, 0xfff);
             self.asm.jump32(Cond::Ne, Reg::R1, 0, vlan);
-            self.load_be(Reg::R0, Reg::R9, 2, 2);
+            self.asm.load(Size::H, Reg::R0, Reg::R9, 2);
             self.asm.alu64(AluOp::Add, Reg::R9, 4);
             self.asm.alu64(AluOp::Sub, Reg::R3, 4);
         }
         for kind in VLAN_TYPES {
-            self.asm.jump32(Cond::Eq, Reg::R0, kind, vlan);
+            self.asm.jump32(Cond::Eq, Reg::R0, stored(kind), vlan);
         }
         let a = &mut self.asm;
         a.bind(network);
-        if self.target.attach != Attach::Xdp {
+        if !xdp {
             a.comment("a tag that the kernel took out");
             let none = a.label();
             a.load(Size::W, Reg::R1, CTX, sk_buff::VLAN_PRESENT);
@@ -218,10 +267,14 @@ impl Emitter<'_> {
             a.bind(none);
         }
         a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
-        a.jump32(Cond::Eq, Reg::R0, i32::from(own.ether_type()), ours);
-        a.jump32(Cond::Eq, Reg::R0, i32::from(others.ether_type()), other);
+        a.jump32(Cond::Eq, Reg::R0, stored(own.ether_type()), ours);
+        a.jump32(Cond::Eq, Reg::R0, stored(others.ether_type()), other);
         a.goto(not_ip);
         a.bind(ours);
+        if xdp {
+            a.mov64(Reg::R3, Reg::R8);
+            a.alu64(AluOp::Sub, Reg::R3, Reg::R9);
+        }
     }
 
     /// Works the packet type out from the destination address, as `eth_type_trans` does for a device's own address
@@ -257,7 +310,6 @@ impl Emitter<'_> {
         a.jump64(Cond::Gt, Reg::R0, 10, malformed);
         a.alu64(AluOp::Lsh, Reg::R0, 2);
         a.alu64(AluOp::Add, Reg::R0, 20);
-        a.jump64(Cond::Gt, Reg::R0, Reg::R3, malformed);
         self.load_be(Reg::R1, Reg::R9, 2, 2);
         let a = &mut self.asm;
         a.jump64(Cond::Gt, Reg::R1, Reg::R3, malformed);
@@ -279,20 +331,18 @@ impl Emitter<'_> {
         }
         let as_seen = self.plan.place.fragments == Fragments::AsSeen;
         let offset = self.slot(Field::FragOffset).filter(|_| as_seen);
-        if self.slot(Field::Fragment).is_some() || offset.is_some() {
+        if offset.is_some() {
             self.load_be(Reg::R4, Reg::R9, 6, 2);
-            if offset.is_some() {
-                self.asm.mov64(Reg::R5, Reg::R4);
-                self.asm.alu32(AluOp::And, Reg::R5, 0x1fff);
-                self.store_field(Field::FragOffset, Reg::R5);
-            }
-            if self.slot(Field::Fragment).is_some() {
-                // MF or an offset: the negative of anything but 0 has the top bit set.
-                self.asm.alu32(AluOp::And, Reg::R4, 0x3fff);
-                self.asm.neg32(Reg::R4);
-                self.asm.alu32(AluOp::Rsh, Reg::R4, 31);
-                self.store_field(Field::Fragment, Reg::R4);
-            }
+            self.asm.alu32(AluOp::And, Reg::R4, 0x1fff);
+            self.store_field(Field::FragOffset, Reg::R4);
+        }
+        if self.slot(Field::Fragment).is_some() {
+            // MF or an offset: the negative of anything but 0 has the top bit set.
+            self.asm.load(Size::H, Reg::R4, Reg::R9, 6);
+            self.asm.alu32(AluOp::And, Reg::R4, stored(0x3fff));
+            self.asm.neg32(Reg::R4);
+            self.asm.alu32(AluOp::Rsh, Reg::R4, 31);
+            self.store_field(Field::Fragment, Reg::R4);
         }
         let netfilter = self.target.attach == Attach::Netfilter;
         if self.needs_offsets() || netfilter {
@@ -334,67 +384,6 @@ impl Emitter<'_> {
     /// Whether later parts copy bytes out of the packet and so need its offsets.
     pub(super) fn needs_offsets(&self) -> bool {
         self.plan.key.iter().any(|slot| matches!(slot.field, Field::Derived(_)))
-    }
-
-    /// Fields of the transport header at `r9` (at netfilter, at [`abi::L4_OFFSET`]), of which the packet has `r2` bytes.
-    pub(super) fn transport(&mut self) {
-        if self.slot(Field::L4Len).is_some() {
-            self.asm.mov64(Reg::R1, Reg::R2);
-            if self.plan.family == Family::V6 {
-                // A jumbogram has more than the field's 16 bits hold.
-                let fits = self.asm.label();
-                self.asm.jump64(Cond::Le, Reg::R1, 0xffff, fits);
-                self.asm.mov64(Reg::R1, 0xffff);
-                self.asm.bind(fits);
-            }
-            self.store_field(Field::L4Len, Reg::R1);
-        }
-        // (bytes needed, offset, bytes, right shift, word)
-        let mut loads: Vec<(i32, i16, u8, u8, u8)> = Vec::new();
-        for slot in &self.plan.key {
-            let (offset, bytes, shift) = match slot.field {
-                Field::SrcPort => (0, 2, 0),
-                Field::DstPort => (2, 2, 0),
-                Field::IcmpType => (0, 1, 0),
-                Field::IcmpCode => (1, 1, 0),
-                Field::TcpDataOffset => (12, 1, 4),
-                Field::TcpFlags => (13, 1, 0),
-                Field::L4Bytes { offset, len } => (i16::from(offset), len, 0),
-                _ => continue,
-            };
-            loads.push((i32::from(offset) + i32::from(bytes), offset, bytes, shift, slot.word));
-        }
-        loads.sort_unstable();
-        let done = self.asm.label();
-        let bail = self.bail_label();
-        self.asm.comment("transport header");
-        let netfilter = self.target.attach == Attach::Netfilter;
-        if netfilter {
-            self.copy_transport_header(loads.iter().map(|load| load.0), done);
-        }
-        let mut checked = 0;
-        for (end, offset, bytes, shift, word) in loads {
-            if end > checked {
-                checked = end;
-                let a = &mut self.asm;
-                a.jump64(Cond::Lt, Reg::R2, end, done);
-                if !netfilter {
-                    a.mov64(Reg::R4, Reg::R9);
-                    a.alu64(AluOp::Add, Reg::R4, end);
-                    a.jump64(Cond::Gt, Reg::R4, Reg::R8, bail);
-                }
-            }
-            if netfilter && end > i32::from(abi::BUFFER_BYTES) {
-                self.copy_far_bytes(offset, bytes);
-            } else {
-                self.load_be(Reg::R1, Reg::R9, offset, bytes);
-            }
-            if shift != 0 {
-                self.asm.alu32(AluOp::Rsh, Reg::R1, i32::from(shift));
-            }
-            self.asm.store(Size::W, Reg::FP, self.layout.word(word), Reg::R1);
-        }
-        self.asm.bind(done);
     }
 
     /// Device classes. An undeclared device ends the packet.

@@ -50,7 +50,7 @@ impl Emitter<'_> {
         self.store_field(Field::Length, Reg::R4);
         for (field, offset) in [(Field::SrcAddr, 8), (Field::DstAddr, 24)] {
             if let Some(slot) = self.slot(field) {
-                for word in 0..4 {
+                for word in (0..4).filter(|word| self.is_read(slot.word + word)).collect::<Vec<_>>() {
                     self.copy_be(Reg::R9, offset + 4 * i16::from(word), 4, slot.word + word);
                 }
             }
@@ -72,15 +72,18 @@ impl Emitter<'_> {
         let bail = self.bail_label();
         let many = self.frame_end(FrameKind::ManyHeaders);
         let netfilter = self.target.attach == Attach::Netfilter;
-        self.keep_network_offset();
         let none = self.asm.label();
-        let looks = self.slot(Field::ExtHeaderMask).is_some();
+        let looks = !self.passes_extensions();
         if !netfilter {
             if !looks {
                 self.jump_unless_extension(Reg::R2, none);
             }
             self.asm.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
             self.asm.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
+        }
+        self.keep_network_offset();
+        if self.clears_transport() {
+            self.clear_transport();
         }
         if self.slot(Field::ExtHeaderMask).is_some() {
             self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
@@ -186,17 +189,29 @@ impl Emitter<'_> {
             self.asm.bind(none);
             self.asm.comment("no extension headers, as in nearly all packets");
             self.store_field(Field::Proto, Reg::R2);
+            if self.needs_offsets() {
+                self.keep_network_offset();
+                self.asm.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R2);
+            }
             let a = &mut self.asm;
-            a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R2);
             a.mov64(Reg::R2, Reg::R3);
             a.alu64(AluOp::Sub, Reg::R2, 40);
-            a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
-            a.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
-            a.jump64(Cond::Eq, Reg::R2, 0, done);
-            a.alu64(AluOp::Add, Reg::R9, 40);
+            if self.needs_offsets() {
+                self.asm.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
+                self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
+            }
+            if !self.clears_transport() {
+                self.asm.jump64(Cond::Eq, Reg::R2, 0, done);
+            }
+            self.asm.alu64(AluOp::Add, Reg::R9, 40);
             self.transport();
         }
         self.asm.bind(done);
+    }
+
+    /// Whether packets without extension headers, nearly all, need not go the way of the others.
+    pub(super) fn passes_extensions(&self) -> bool {
+        self.slot(Field::ExtHeaderMask).is_none()
     }
 
     /// Has the verifier forget what it knew about `r7`, an offset that each header's length takes on in another way: else

@@ -2,20 +2,21 @@
 //!
 //! All tables of a plan are one read-only map, each table at its own offset, the small ones first: a register points
 //! into their midst, so that those within reach of an instruction's displacement are read by an addition and a load. An
-//! offset is masked to its table unless it follows from the operations before it that it can't lead
-//! out, by the same reasoning as the kernel's verifier. The last read turns the exit's number into a word that says
+//! offset is masked to its table unless it follows from what the tables hold that it can't lead out, and from the
+//! operations alone, by the reasoning of the kernel's verifier, that it can't lead out of the map. The last read turns the exit's number into a word that says
 //! what to do; all exits that only end share the code that counts and returns.
 
 use std::borrow::Cow;
 
 use polc_ir::entities::{Data, Map, Step};
+use polc_ir::env::Attach;
 use polc_ir::outcome::Verdict;
 use polc_ir::plan::{
-    AluKind, LookupStep, Op, Operand as OpOperand, PlanExit, StepData, Target as PlanTarget,
+    AluKind, DataTable, Known, LookupStep, Op, Operand as OpOperand, PlanExit, StepData, Target as PlanTarget,
 };
 
 use super::steps::StepLabels;
-use super::values::{TABLES, Values, make};
+use super::values::{TABLES, Values};
 use super::{Emitter, TABLES_MAP, return_code};
 use crate::abi;
 use crate::asm::Label;
@@ -39,8 +40,6 @@ const WALK: u32 = 2;
 /// Take the exit that the lower bits number.
 const CODE: u32 = 3;
 
-/// What return codes are more in a table of bytes, so that none is negative.
-const CODE_BIAS: i32 = 1;
 /// In place of a return code: the packet does not end here.
 const ELSEWHERE: u8 = 0x80;
 
@@ -86,6 +85,7 @@ impl Emitter<'_> {
         blocks.sort_by_key(|(_, bytes)| bytes.len());
         let mut bytes: Vec<u8> = Vec::new();
         self.table_offsets = vec![0; plan.tables.len()];
+        self.exactly = plan.tables.values().map(DataTable::known).collect();
         for (block, contents) in blocks {
             bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
             match block {
@@ -145,11 +145,19 @@ impl Emitter<'_> {
         first
     }
 
-    /// An exit's return code, more by [`CODE_BIAS`]; [`ELSEWHERE`] if it does not end.
+    /// An exit's return code, more by [`Emitter::code_bias`]; [`ELSEWHERE`] if it does not end.
     fn exit_code(&self, exit: &PlanExit) -> u8 {
         match exit {
-            PlanExit::End(slot) if self.ends(exit) => (self.return_code(*slot) + CODE_BIAS) as u8,
+            PlanExit::End(slot) if self.ends(exit) => (self.return_code(*slot) + self.code_bias()) as u8,
             _ => ELSEWHERE,
+        }
+    }
+
+    /// What return codes are more in a table of bytes, so that none is negative.
+    fn code_bias(&self) -> i32 {
+        match self.target.attach {
+            Attach::TcIngress | Attach::TcEgress => 1,
+            Attach::Xdp | Attach::Netfilter => 0,
         }
     }
 
@@ -182,12 +190,15 @@ impl Emitter<'_> {
             let (address, at) = self.table_address(map, self.code_offsets[&step], Reg::R9);
             self.asm.load(Size::B, Reg::R9, address, at);
             let only_ends = data.exits.iter().all(|exit| self.ends(exit));
+            let bias = self.code_bias();
             let a = &mut self.asm;
             let elsewhere = a.label();
             if !only_ends {
                 a.jump32(Cond::Eq, Reg::R9, i32::from(ELSEWHERE), elsewhere);
             }
-            a.alu64(AluOp::Sub, Reg::R9, CODE_BIAS);
+            if bias != 0 {
+                a.alu64(AluOp::Sub, Reg::R9, bias);
+            }
             if first != 0 {
                 a.alu64(AluOp::Add, Reg::R8, first as i32);
             }
@@ -274,25 +285,26 @@ impl Emitter<'_> {
     /// The operations; gives the register of the result. `None` if there is no room for the values.
     fn operations(&mut self, data: &LookupStep, map: Map) -> Option<Reg> {
         let known = data.known(&self.plan.tables);
+        let exactly = data.known_by(&|table| self.exactly[table.as_u32() as usize]);
         self.asm.load_map_value(TABLES, map, self.tables_midst);
         let mut values = Values::new(data);
         for (value, op) in data.ops.iter() {
+            if !values.is_written(value) {
+                continue;
+            }
             let asm = &mut self.asm;
             let layout = self.layout;
             match *op {
-                Op::Word(_) | Op::Const(_) => {
-                    let into = values.define(asm, data, value, None)?;
-                    make(asm, layout, *op, into);
-                }
+                Op::Word(_) | Op::Const(_) => unreachable!("given values are made where they are used"),
                 Op::Alu(kind, a, b) => {
-                    let source = values.bring(asm, data, layout, a)?;
+                    let source = values.bring(asm, layout, a)?;
                     let b: Operand = match b {
-                        OpOperand::Value(b) => values.bring(asm, data, layout, b)?.into(),
+                        OpOperand::Value(b) => values.bring(asm, layout, b)?.into(),
                         OpOperand::Const(b) => (b as i32).into(),
                     };
                     // The result takes the place of the first operand, unless the second needs that one.
                     let reuse = if b == Operand::Reg(source) { None } else { Some(a) };
-                    let into = values.define(asm, data, value, reuse)?;
+                    let into = values.define(asm, value, reuse)?;
                     if into != source {
                         asm.mov64(into, source);
                     }
@@ -310,18 +322,19 @@ impl Emitter<'_> {
                     asm.alu64(op, into, b);
                 }
                 Op::Read(table, offset) => {
-                    let source = values.bring(asm, data, layout, offset)?;
-                    let into = values.define(asm, data, value, Some(offset))?;
-                    let known = known[offset.as_u32() as usize];
-                    self.read(map, table, into, source, known.max, known.zeros);
+                    let source = values.bring(asm, layout, offset)?;
+                    let into = values.define(asm, value, Some(offset))?;
+                    let offset = offset.as_u32() as usize;
+                    self.read(map, table, into, source, known[offset], exactly[offset]);
                 }
             }
             values.done(data, value);
         }
-        values.bring(&mut self.asm, data, self.layout, data.result)
+        values.bring(&mut self.asm, self.layout, data.result)
     }
 
-    fn read(&mut self, map: Map, table: Data, into: Reg, offset: Reg, max: u64, zeros: u32) {
+    /// Reads the element at an offset, of which the verifier works out what is `known`; it is what it is `exactly`.
+    fn read(&mut self, map: Map, table: Data, into: Reg, offset: Reg, known: Known, exactly: Known) {
         let table_data = &self.plan.tables[table];
         let (width, mask) = (table_data.width, table_data.mask());
         let size = match width {
@@ -331,7 +344,11 @@ impl Emitter<'_> {
             _ => Size::Dw,
         };
         let base = self.table_offsets[table.as_u32() as usize];
-        let inside = max <= mask && zeros >= u32::from(width).trailing_zeros();
+        // Inside the table by what its offsets are, and inside the map by what the verifier knows of them.
+        let map_bytes = self.maps[map].contents().map_or(0, <[u8]>::len) as u64;
+        let inside = exactly.max <= mask
+            && exactly.zeros >= u32::from(width).trailing_zeros()
+            && known.max <= map_bytes - u64::from(base) - u64::from(width);
         let a = &mut self.asm;
         if into != offset {
             a.mov64(into, offset);

@@ -9,7 +9,7 @@
 //! length says it can't), it returns without counting, and lets the packet on in accelerate mode and drops it in
 //! replace mode.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::{Code as DiagCode, Diagnostic};
@@ -19,7 +19,7 @@ use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX, NETFILTER_KEY_WORDS_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Outcome, Verdict};
-use polc_ir::plan::{KeySlot, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
+use polc_ir::plan::{KeySlot, Known, Op, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
 
 use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line};
@@ -38,6 +38,7 @@ mod netfilter;
 mod set;
 mod steps;
 mod trace;
+mod transport;
 mod values;
 mod walk;
 
@@ -244,6 +245,10 @@ struct Emitter<'a> {
     /// look-up steps do, and where a register points while they run.
     tables: Option<Map>,
     table_offsets: Vec<u32>,
+    /// The words of the key that are read; `None` if any may be.
+    read_words: Option<BTreeSet<u8>>,
+    /// What is known of the elements of each of the plan's tables.
+    exactly: Vec<Known>,
     exit_offsets: BTreeMap<Step, u32>,
     code_offsets: BTreeMap<Step, u32>,
     tables_midst: u32,
@@ -295,6 +300,8 @@ impl<'a> Emitter<'a> {
             suspend: None,
             tables: None,
             table_offsets: Vec::new(),
+            exactly: Vec::new(),
+            read_words: read_words(plan),
             exit_offsets: BTreeMap::new(),
             code_offsets: BTreeMap::new(),
             tables_midst: 0,
@@ -418,8 +425,12 @@ impl<'a> Emitter<'a> {
         for (kind, label) in self.frame_ends.clone() {
             self.asm.bind(label);
             self.asm.comment(format!("{kind}"));
-            if kind == FrameKind::Runt {
-                self.asm.store(Size::W, Reg::FP, abi::LENGTH, 0);
+            match (kind, self.target.attach) {
+                (FrameKind::Runt, _) => self.asm.store(Size::W, Reg::FP, abi::LENGTH, 0),
+                (FrameKind::Malformed, Attach::Xdp) => {
+                    self.asm.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
+                }
+                _ => {}
             }
             let by = Decider::Frame(kind);
             match self.plan.traces.iter().position(|trace| trace.ending.is_some_and(|end| end.by == by)) {
@@ -603,6 +614,31 @@ impl<'a> Emitter<'a> {
         object.programs.push(Program { name: self.target.name.clone(), kind, code });
         Ok(object)
     }
+}
+
+/// The words of the key that a plan's steps read; `None` if others than steps read it: the walk, look-ups in sets and of
+/// connections.
+fn read_words(plan: &Plan) -> Option<BTreeSet<u8>> {
+    if !plan.walk.exits.is_empty()
+        || !plan.members.is_empty()
+        || plan.traces.iter().any(|trace| trace.if_absent)
+    {
+        return None;
+    }
+    let mut words = BTreeSet::new();
+    for step in plan.steps.values() {
+        match step {
+            StepData::Linear(step) => {
+                let tests = step.entries.iter().flat_map(|entry| &entry.tests);
+                words.extend(tests.flat_map(|test| test.any.iter().flatten()).map(|test| test.word));
+            }
+            StepData::Lookup(step) => words.extend(step.ops.values().filter_map(|op| match op {
+                Op::Word(word) => Some(*word),
+                _ => None,
+            })),
+        }
+    }
+    Some(words)
 }
 
 /// Whether a target of the plan is in code.

@@ -8,7 +8,10 @@
 use std::collections::BTreeMap;
 
 use polc_ir::entities::{EffectTest, Step};
-use polc_ir::plan::{LinearEntry, LinearTest, PlanExit, StepData, Target as PlanTarget, WordTest, WordWrite};
+use polc_ir::field::Field;
+use polc_ir::plan::{
+    KeySlot, LinearEntry, LinearTest, PlanExit, StepData, Target as PlanTarget, WordTest, WordWrite,
+};
 use polc_ir::ruleset::EffectTestKind;
 
 use super::{Emitter, step_of};
@@ -104,6 +107,15 @@ impl Emitter<'_> {
     fn entry(&mut self, entry: &LinearEntry, labels: &mut StepLabels) {
         self.set_rule(entry.rule);
         let Some((conjunction, disjunctions)) = simplify(&entry.tests) else { return };
+        if let ([test], [], PlanExit::Then { count: None, writes, next: PlanTarget::Step(next) }) =
+            (conjunction.as_slice(), disjunctions.as_slice(), &entry.exit)
+            && writes.is_empty()
+            && let Some((cond, _, bound)) = one_comparison(test)
+        {
+            self.load_word(Reg::R1, test);
+            self.asm.jump32(cond, Reg::R1, bound, labels.steps[next]);
+            return;
+        }
         let next = self.asm.label();
         self.fail_unless(&conjunction, next);
         for alternatives in &disjunctions {
@@ -128,15 +140,12 @@ impl Emitter<'_> {
     fn fail_unless(&mut self, tests: &[WordTest], wrong: Label) {
         if let [test] = tests {
             self.load_word(Reg::R1, test);
-            if test.lo == test.hi {
-                self.asm.jump32(Cond::Ne, Reg::R1, Operand::bits(test.lo), wrong);
-            } else if test.lo == 0 {
-                self.asm.jump32(Cond::Gt, Reg::R1, Operand::bits(test.hi), wrong);
-            } else if test.hi >= test.mask {
-                self.asm.jump32(Cond::Lt, Reg::R1, Operand::bits(test.lo), wrong);
-            } else {
-                self.asm.alu32(AluOp::Sub, Reg::R1, Operand::bits(test.lo));
-                self.asm.jump32(Cond::Gt, Reg::R1, Operand::bits(test.hi.wrapping_sub(test.lo)), wrong);
+            match one_comparison(test) {
+                Some((_, fails, bound)) => self.asm.jump32(fails, Reg::R1, bound, wrong),
+                None => {
+                    self.asm.alu32(AluOp::Sub, Reg::R1, Operand::bits(test.lo));
+                    self.asm.jump32(Cond::Gt, Reg::R1, Operand::bits(test.hi.wrapping_sub(test.lo)), wrong);
+                }
             }
             return;
         }
@@ -169,9 +178,21 @@ impl Emitter<'_> {
 
     fn load_word(&mut self, into: Reg, test: &WordTest) {
         self.asm.load(Size::W, into, Reg::FP, self.layout.word(test.word));
-        if test.mask != u32::MAX {
+        if self.word_bits(test.word) & !test.mask != 0 {
             self.asm.alu32(AluOp::And, into, Operand::bits(test.mask));
         }
+    }
+
+    /// The bits of a word that its field may have set.
+    fn word_bits(&self, word: u8) -> u32 {
+        let holder = self.plan.key.iter().find(|slot| (slot.word..slot.word + slot.words).contains(&word));
+        // Devices are in the key as classes.
+        let whole = |slot: &&KeySlot| !matches!(slot.field, Field::InDevice | Field::OutDevice);
+        holder.filter(whole).map_or(u32::MAX, |slot| {
+            let below = 32 * u32::from(slot.word + slot.words - 1 - word);
+            let bits = u32::from(slot.field.bits(self.plan.family)).saturating_sub(below).min(32);
+            u32::MAX.checked_shr(32 - bits).unwrap_or(0)
+        })
     }
 
     pub(super) fn exit(&mut self, exit: &PlanExit, labels: &mut StepLabels) {
@@ -249,6 +270,19 @@ impl Emitter<'_> {
         a.goto(fails);
         a.bind(holds);
         a.store(Size::W, Reg::R2, 0, 0);
+    }
+}
+
+/// The comparison that a test is, if it is one: when it holds, when it fails, and with what.
+fn one_comparison(test: &WordTest) -> Option<(Cond, Cond, Operand)> {
+    if test.lo == test.hi {
+        Some((Cond::Eq, Cond::Ne, Operand::bits(test.lo)))
+    } else if test.lo == 0 {
+        Some((Cond::Le, Cond::Gt, Operand::bits(test.hi)))
+    } else if test.hi >= test.mask {
+        Some((Cond::Ge, Cond::Lt, Operand::bits(test.lo)))
+    } else {
+        None
     }
 }
 

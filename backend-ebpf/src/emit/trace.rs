@@ -7,6 +7,7 @@
 use polc_ir::env::Attach;
 use polc_ir::field::Field;
 
+use super::headers::VLAN_TYPES;
 use super::{Emitter, netfilter};
 use crate::abi::{self, CTX, nf_ctx, sk_buff, trace as place, xdp_md};
 use crate::asm::Label;
@@ -153,8 +154,8 @@ impl Emitter<'_> {
             self.load_be(Reg::R8, Reg::FP, place::SCRATCH, 2);
             for _ in 0..2 {
                 let tag = self.asm.label();
-                self.asm.jump32(Cond::Eq, Reg::R8, super::headers::VLAN_TYPES[0], tag);
-                self.asm.jump32(Cond::Ne, Reg::R8, super::headers::VLAN_TYPES[1], network);
+                self.asm.jump32(Cond::Eq, Reg::R8, i32::from(VLAN_TYPES[0]), tag);
+                self.asm.jump32(Cond::Ne, Reg::R8, i32::from(VLAN_TYPES[1]), network);
                 self.asm.bind(tag);
                 self.asm.alu64(AluOp::Add, Reg::R7, 4);
                 self.trace_copy(0, 2, place::SCRATCH, done);

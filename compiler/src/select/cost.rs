@@ -8,7 +8,7 @@
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::entities::{Data, Value};
-use polc_ir::plan::{DataTable, LinearTest, Op, Operand};
+use polc_ir::plan::{DataTable, Given, LinearTest, Op, Operand, given};
 
 /// Hundredths of a nanosecond that an instruction takes of the processor's width.
 const INSN: u64 = 4;
@@ -24,6 +24,10 @@ const LOOKUP_ENDS: u64 = 150;
 
 /// Hundredths of a nanosecond of waiting that are hidden behind what comes before a look-up, and behind it.
 const HIDDEN: u64 = 800;
+
+/// The same for a part of a look-up, which has other parts beside it; of what is hidden, one part in so many is not.
+const HIDDEN_BESIDE: u64 = 400;
+const SHOWN_BESIDE: u64 = 8;
 
 /// Hundredths of a nanosecond for each word test of code that compares.
 const WORD_TEST: u64 = 20;
@@ -55,7 +59,13 @@ pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTa
 /// What a part of a look-up takes up to its result, beside other parts.
 pub(super) fn part(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
     let (waiting, issuing) = parts(ops, tables, result);
-    (together(waiting, issuing) / 10) as u32
+    let beside = together(waiting.saturating_sub(HIDDEN_BESIDE), issuing);
+    // What a table takes of the caches is lacking elsewhere.
+    let sizes = ops.values().filter_map(|op| match op {
+        Op::Read(table, _) => Some(read(tables[*table].bytes.len()) - read(0)),
+        _ => None,
+    });
+    ((beside + waiting / SHOWN_BESIDE + sizes.sum::<u64>() / SHOWN) / 10) as u32
 }
 
 fn together(waiting: u64, issuing: u64) -> u64 {
@@ -66,9 +76,12 @@ fn together(waiting: u64, issuing: u64) -> u64 {
 fn parts(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> (u64, u64) {
     let mut ready: Vec<u64> = Vec::with_capacity(ops.len());
     let mut instructions = 0;
-    for op in ops.values() {
+    let given = given(ops);
+    for (value, op) in ops.iter() {
         let at = |value: Value| ready[value.as_u32() as usize];
         let when = match *op {
+            // What it is made of counts.
+            Op::Alu(..) if given[value.as_u32() as usize].is_some_and(Given::is_loaded) => 0,
             Op::Word(_) | Op::Const(_) => {
                 instructions += 1;
                 0

@@ -154,6 +154,12 @@ impl<'a> Line<'a> {
                 _ => break,
             };
         }
+        // Whole bytes of a word are loaded as they are.
+        if matches!(self.ops[value], Op::Word(_)) && from % 8 == 0 && matches!(count, 8 | 16) {
+            let bytes = self.with(AluKind::Shr, value, from.into());
+            let bytes = self.with(AluKind::And, bytes, (1 << count) - 1);
+            return self.with(AluKind::Shl, bytes, scale.into());
+        }
         let shifted = if from >= scale {
             self.with(AluKind::Shr, value, (from - scale).into())
         } else {

@@ -3,9 +3,10 @@
 //! Each is a straight line. Few runs are counted by subtraction; more are searched by halving, in a table laid out so
 //! that the search goes from an element to one at twice its place (the order of a breadth-first walk, which keeps the
 //! first elements together); or the number's bits are taken a few at a time through a trie. An element of a trie says
-//! where the next level's elements begin and which bits of the number count there: where a whole range stands for one
-//! thing no bits count, so that every path is equally long and nothing has to be asked on the way. Where runs are few,
-//! both halves of the number are searched at once, and a table of their classes says what the number stands for.
+//! where the next level's elements begin. Every path is equally long, so that nothing has to be asked on the way: where a
+//! whole range stands for one thing, the next level has either as many elements that say so as any node, or one, and then
+//! the element before says that no bits of the number count there. Where runs are few, the number is cut in two, both
+//! parts are searched at once, and a table of their classes says what the number stands for.
 //!
 //! What a structure costs follows from the sizes of its tables; so each that comes into question is written with empty
 //! tables first, and only the one that is chosen is filled.
@@ -23,7 +24,7 @@ use super::line::{Line, Tables};
 pub(super) type Runs = [(u64, u64)];
 
 /// Runs that are counted by subtraction.
-const COUNTED_MAX: usize = 5;
+const COUNTED_MAX: usize = 7;
 
 /// Runs that are searched by halving: more take longer than any trie.
 const HALVED_MAX: usize = 1 << 21;
@@ -41,11 +42,18 @@ const CACHE_LINE: usize = 64;
 /// Elements of a trie that is worth building: larger ones lose to sorted runs.
 const TRIE_ELEMENTS_MAX: usize = 1 << 16;
 
-/// Bits of the lower half where halves are searched apart.
-const HALF_BITS: u32 = 16;
+/// Bits of the lower part of a number that is cut in two.
+const CUTS: [u32; 3] = [8, CUT_MIDDLE, 24];
+const CUT_MIDDLE: u32 = 16;
 
-/// Elements of the table of two halves' classes, before equal columns are one.
-const HALVES_ELEMENTS_MAX: usize = 1 << 16;
+/// Runs up to which a number is cut anywhere: more have too many different rests elsewhere than in the middle.
+const CUT_ANYWHERE_RUNS_MAX: usize = 64;
+
+/// Most bits of a number that is cut in two: a word, and a few labels of those before.
+const CUT_BITS_MAX: u32 = 40;
+
+/// Elements of the table of two parts' classes, before equal columns are one.
+const CUT_ELEMENTS_MAX: usize = 1 << 16;
 
 /// First bits that are looked up before runs are halved.
 const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];
@@ -60,9 +68,18 @@ pub(super) enum Search {
     /// Look so many first bits up, then halve the runs that begin with them.
     First(u32),
     /// Take so many bits at a time.
-    Trie(Vec<u32>),
-    /// Search the halves apart.
-    Halves,
+    Trie(Vec<u32>, Alone),
+    /// Search so many low bits and the others apart.
+    Cut(u32),
+}
+
+/// What a level of a trie has where all numbers that come there stand for one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alone {
+    /// One element: small.
+    Element,
+    /// A whole node: quick.
+    Node,
 }
 
 /// The tries worth trying for numbers of `bits` bits. What a longer number has beyond a word are few labels of the words
@@ -71,7 +88,8 @@ fn strides(bits: u32) -> Vec<Vec<u32>> {
     let of_word: &[&[u32]] = match bits {
         0..=8 => &[&[8]],
         9..=16 => &[&[8, 8], &[10, 6], &[16]],
-        17..=32 => &[&[8, 8, 8, 8], &[12, 8, 6, 6], &[13, 7, 6, 6], &[14, 6, 6, 6], &[16, 8, 8], &[20, 6, 6]],
+        17..=24 => &[&[8, 8, 8], &[12, 6, 6], &[16, 8]],
+        25..=32 => &[&[8, 8, 8, 8], &[12, 8, 6, 6], &[13, 7, 6, 6], &[14, 6, 6, 6], &[16, 8, 8], &[20, 6, 6]],
         33..=40 => {
             let labels = bits - 32;
             return vec![vec![8 + labels, 8, 8, 8], vec![12 + labels, 8, 6, 6], vec![16 + labels, 8, 8]];
@@ -89,24 +107,23 @@ pub(super) fn search(
     bits: u32,
     runs: &Runs,
 ) -> Value {
-    let mut best: Option<(u32, Search)> = None;
-    let mut consider = |how: Search| {
-        let mut tables = Tables::sketch();
-        let mut trial = Line::new(&mut tables);
-        // What the number is made of costs every structure alike.
-        let Some(result) = write(&mut trial, &|line| line.word(0), bits, runs, &how) else { return };
-        let (ops, result) = trial.finish(result);
-        let cost =
-            cost::part(&ops, tables.all(), result).saturating_sub(near(&tables, &how, bits, runs) / 10);
-        if best.as_ref().is_none_or(|(known, _)| cost < *known) {
-            best = Some((cost, how));
-        }
-    };
+    search_by(line, number, bits, runs, true)
+}
+
+/// The same, and whether the number may be cut in two.
+fn search_by(
+    line: &mut Line<'_>,
+    number: &dyn Fn(&mut Line<'_>) -> Value,
+    bits: u32,
+    runs: &Runs,
+    may_cut: bool,
+) -> Value {
+    let mut choice = Choice { bits, runs, best: None };
     if runs.len() <= COUNTED_MAX {
-        consider(Search::Count);
+        choice.consider(Search::Count);
     }
     if runs.len() <= HALVED_MAX {
-        consider(Search::Halve);
+        choice.consider(Search::Halve);
     }
     if runs.len() > 2 {
         let worthwhile =
@@ -114,19 +131,59 @@ pub(super) fn search(
         // Whatever comes before the last word is a label, which may leave few runs.
         let labels = bits.saturating_sub(32);
         for &first in FIRST_BITS.iter().chain([&labels]).filter(|first| **first > 0).filter(worthwhile) {
-            consider(Search::First(first));
+            choice.consider(Search::First(first));
         }
         // A root with many more elements than runs mostly repeats itself.
         let root_max = (ROOT_ELEMENTS_PER_RUN * runs.len()).max(ROOT_ELEMENTS);
         for strides in strides(bits).into_iter().filter(|strides| 1 << strides[0] <= root_max) {
-            consider(Search::Trie(strides));
+            let Some(levels) = build(runs, &strides) else { continue };
+            for alone in [Alone::Element, Alone::Node] {
+                choice.consider_by(Search::Trie(strides.clone(), alone), |line| {
+                    trie(line, &any, bits, &strides, &levels, alone)
+                });
+            }
         }
-        if (HALF_BITS + 1..=2 * HALF_BITS + 8).contains(&bits) {
-            consider(Search::Halves);
+        let few = runs.len() <= CUT_ANYWHERE_RUNS_MAX;
+        for cut in CUTS.into_iter().filter(|&cut| may_cut && cut < bits && bits <= CUT_BITS_MAX) {
+            if few || cut == CUT_MIDDLE {
+                choice.consider(Search::Cut(cut));
+            }
         }
     }
-    let (_, how) = best.expect("there is a search for every number of runs");
+    let (_, how) = choice.best.expect("there is a search for every number of runs");
     write(line, number, bits, runs, &how).expect("it was written before")
+}
+
+/// A number, where it does not matter which: what it is made of costs every structure alike.
+fn any(line: &mut Line<'_>) -> Value {
+    line.word(0)
+}
+
+/// The structure that the cost model likes best so far.
+struct Choice<'a> {
+    bits: u32,
+    runs: &'a Runs,
+    best: Option<(u32, Search)>,
+}
+
+impl Choice<'_> {
+    fn consider(&mut self, how: Search) {
+        let (bits, runs) = (self.bits, self.runs);
+        self.consider_by(how.clone(), |line| write(line, &any, bits, runs, &how));
+    }
+
+    /// The same, for what is written by other means.
+    fn consider_by(&mut self, how: Search, write: impl FnOnce(&mut Line<'_>) -> Option<Value>) {
+        let mut tables = Tables::sketch();
+        let mut trial = Line::new(&mut tables);
+        let Some(result) = write(&mut trial) else { return };
+        let (ops, result) = trial.finish(result);
+        let near = near(&tables, &how, self.bits, self.runs) / 10;
+        let cost = cost::part(&ops, tables.all(), result).saturating_sub(near);
+        if self.best.as_ref().is_none_or(|(known, _)| cost < *known) {
+            self.best = Some((cost, how));
+        }
+    }
 }
 
 /// Writes one structure; `None` if it grows too large.
@@ -141,20 +198,31 @@ pub(super) fn write(
         Search::Count => Some(count(line, number, runs)),
         Search::Halve => Some(halve(line, number, runs)),
         Search::First(first) => Some(first_bits(line, number, bits, runs, *first)),
-        Search::Trie(strides) => trie(line, number, bits, runs, strides),
-        Search::Halves => halves(line, number, bits, runs),
+        Search::Trie(strides, alone) => trie(line, number, bits, strides, &build(runs, strides)?, *alone),
+        Search::Cut(low) => cut(line, number, bits, runs, *low),
     }
 }
 
-/// `last + Σ (difference where the number is below the next run)`.
+/// `last + Σ (difference where the number is below the next run) + Σ (difference where the number is the only one of its
+/// run, between two that stand for the same)`.
 fn count(line: &mut Line<'_>, number: &dyn Fn(&mut Line<'_>) -> Value, runs: &Runs) -> Value {
     let mut sum: Option<Value> = None;
-    for pair in runs.windows(2) {
-        let ((_, before), (start, after)) = (pair[0], pair[1]);
+    let mut left = runs;
+    while let [(_, before), (start, after), rest @ ..] = left {
         let x = number(line);
-        // Numbers are below 2^63.
-        let below = line.with(AluKind::Sub, x, start);
-        let term = line.where_negative(below, before.wrapping_sub(after));
+        // Numbers are below 2^63: what is negative then is so because of the subtraction.
+        let (negative, difference) = match rest.first() {
+            Some((next, last)) if *next == start + 1 && last == before => {
+                left = rest;
+                let differs = line.with(AluKind::Xor, x, *start);
+                (line.with(AluKind::Sub, differs, 1), after.wrapping_sub(*before))
+            }
+            _ => {
+                left = &left[1..];
+                (line.with(AluKind::Sub, x, *start), before.wrapping_sub(*after))
+            }
+        };
+        let term = line.where_negative(negative, difference);
         sum = Some(match sum {
             None => term,
             Some(sum) => line.alu(AluKind::Add, sum, term),
@@ -317,7 +385,7 @@ fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
     let size = |table: usize| tables.all().values().nth(table).map_or(0, |table| table.bytes.len());
     let width = DataTable::new(&[runs.last().map_or(0, |&(start, _)| start)]).width;
     let saved = match how {
-        Search::Count | Search::Trie(_) | Search::Halves => 0,
+        Search::Count | Search::Trie(..) | Search::Cut(_) => 0,
         Search::Halve if runs.len() == 1 => 0,
         // The first levels of the tree are read by every packet.
         Search::Halve => {
@@ -350,11 +418,11 @@ fn trie(
     line: &mut Line<'_>,
     number: &dyn Fn(&mut Line<'_>) -> Value,
     bits: u32,
-    runs: &Runs,
     strides: &[u32],
+    levels: &[Level],
+    alone: Alone,
 ) -> Option<Value> {
     let total: u32 = strides.iter().sum();
-    let levels = build(total, runs, strides)?;
     // The last level first: an element needs to know where its node begins below.
     let mut tables: Vec<(Data, u64)> = Vec::new();
     let mut places: FastMap<Part, u64> = FastMap::default();
@@ -363,6 +431,7 @@ fn trie(
         let element = |part: Part| match (below, part) {
             (None, Part::Same(value)) => value,
             (None, Part::Node(_)) => unreachable!("the last level has no nodes below"),
+            (Some(width), part) if alone == Alone::Node => places[&part] << width,
             (Some(width), part) => {
                 let stride = strides[level + 1];
                 let mask = match part {
@@ -372,8 +441,10 @@ fn trie(
                 (places[&part] << (u64::from(stride) + 2 * width)) | mask
             }
         };
-        let alone = nodes.nodes.len() << stride;
-        let count = alone + nodes.same.len();
+        let of_nodes = nodes.nodes.len() << stride;
+        // Nobody comes to the root but from outside.
+        let of_same = if alone == Alone::Node && level > 0 { 1usize << stride } else { 1 };
+        let count = of_nodes + nodes.same.len() * of_same;
         if count > TRIE_ELEMENTS_MAX {
             return None;
         }
@@ -389,11 +460,14 @@ fn trie(
                     elements.resize(until, element(part));
                 }
             }
-            elements.extend(nodes.same.iter().map(|&value| element(Part::Same(value))));
+            for &value in &nodes.same {
+                elements.resize(elements.len() + of_same, element(Part::Same(value)));
+            }
             elements
         });
         let own_nodes = (0..nodes.nodes.len()).map(|node| (Part::Node(node as u32), (node << stride) as u64));
-        let own_values = nodes.same.iter().zip(alone as u64..).map(|(&value, at)| (Part::Same(value), at));
+        let places_of_same = (of_nodes as u64..).step_by(of_same);
+        let own_values = nodes.same.iter().zip(places_of_same).map(|(&value, at)| (Part::Same(value), at));
         let own = own_nodes.chain(own_values).collect();
         tables.push((table, below.map_or(0, |width| u64::from(strides[level + 1]) + width)));
         places = own;
@@ -409,6 +483,7 @@ fn trie(
         let part = line.bits(x, from, stride, scale, bits);
         let offset = match element {
             None => part,
+            Some((element, _)) if alone == Alone::Node => line.alu(AluKind::Add, element, part),
             Some((element, bits_below)) => {
                 let part = line.alu(AluKind::And, part, element);
                 let base = line.with(AluKind::Shr, element, bits_below);
@@ -431,7 +506,8 @@ struct Level {
 }
 
 /// Nodes of all levels, equal ones once. `None` if they are too many.
-fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
+fn build(runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
+    let bits: u32 = strides.iter().sum();
     let mut levels: Vec<Level> = strides.iter().map(|_| Level::default()).collect();
     let mut known: Vec<FastMap<Parts, u32>> = strides.iter().map(|_| FastMap::default()).collect();
     let mut same: Vec<FastMap<u64, ()>> = strides.iter().map(|_| FastMap::default()).collect();
@@ -504,20 +580,21 @@ fn build(bits: u32, runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
     }
 }
 
-/// Searches the halves of a number of [`HALF_BITS`] to twice as many bits. `None` if their classes are too many.
-fn halves(
+/// Searches the `low` bits of a number and those above apart. `None` if their classes are too many.
+fn cut(
     line: &mut Line<'_>,
     number: &dyn Fn(&mut Line<'_>) -> Value,
     bits: u32,
     runs: &Runs,
+    low: u32,
 ) -> Option<Value> {
     let wide: Vec<(u128, u64)> = runs.iter().map(|&(start, value)| (start.into(), value)).collect();
-    // What is left to search behind the upper half, once each.
+    // What is left to search behind the upper part, once each.
     let mut rests: Vec<Vec<(u128, u64)>> = Vec::new();
     let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
     let mut upper: Vec<(u64, u64)> = Vec::new();
-    for (start, rest) in by_word(&wide, HALF_BITS) {
-        if start >> (bits - HALF_BITS) != 0 {
+    for (start, rest) in by_word(&wide, low) {
+        if start >> (bits - low) != 0 {
             continue;
         }
         let label = *known.entry(rest).or_insert_with_key(|rest| {
@@ -531,10 +608,10 @@ fn halves(
     let mut starts: Vec<u128> = rests.iter().flatten().map(|&(start, _)| start).collect();
     starts.sort_unstable();
     starts.dedup();
-    if starts.len() * rests.len() > HALVES_ELEMENTS_MAX {
+    if starts.len() * rests.len() > CUT_ELEMENTS_MAX {
         return None;
     }
-    // Lower halves that no rest tells apart are one class.
+    // Lower parts that no rest tells apart are one class.
     let mut columns: FastMap<Vec<u64>, u64> = FastMap::default();
     let mut lower: Vec<(u64, u64)> = Vec::new();
     let mut at = vec![0; rests.len()];
@@ -567,16 +644,16 @@ fn halves(
     let scaled = |runs: &Runs, by: u64| -> Vec<(u64, u64)> {
         runs.iter().map(|&(start, class)| (start, class * by)).collect()
     };
-    let high = |line: &mut Line<'_>| {
+    let upper_bits = |line: &mut Line<'_>| {
         let x = number(line);
-        line.bits(x, HALF_BITS, bits - HALF_BITS, 0, bits)
+        line.bits(x, low, bits - low, 0, bits)
     };
-    let low = |line: &mut Line<'_>| {
+    let lower_bits = |line: &mut Line<'_>| {
         let x = number(line);
-        line.bits(x, 0, HALF_BITS, 0, bits)
+        line.bits(x, 0, low, 0, bits)
     };
-    let row = search(line, &high, bits - HALF_BITS, &scaled(&upper, width as u64 * bytes));
-    let column = search(line, &low, HALF_BITS, &scaled(&lower, bytes));
+    let row = search_by(line, &upper_bits, bits - low, &scaled(&upper, width as u64 * bytes), false);
+    let column = search_by(line, &lower_bits, low, &scaled(&lower, bytes), false);
     let offset = line.alu(AluKind::Add, row, column);
     Some(line.read(table, offset))
 }
@@ -633,8 +710,13 @@ mod tests {
                 numbers.extend((0..200).map(|_| below(&mut random, top)));
                 let mut ways = vec![Search::Count, Search::Halve];
                 ways.extend([3, 8, 11].into_iter().filter(|&first| first < bits).map(Search::First));
-                ways.extend(strides(bits).into_iter().map(Search::Trie));
-                ways.extend(matches!(bits, 32 | 40).then_some(Search::Halves));
+                for strides in strides(bits) {
+                    ways.extend(
+                        [Alone::Element, Alone::Node].map(|alone| Search::Trie(strides.clone(), alone)),
+                    );
+                }
+                let cuts = CUTS.into_iter().filter(|&cut| cut < bits && bits <= CUT_BITS_MAX);
+                ways.extend(cuts.map(Search::Cut));
                 for how in ways {
                     if how == Search::Count && runs.len() > COUNTED_MAX {
                         continue;

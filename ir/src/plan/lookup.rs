@@ -73,6 +73,13 @@ impl DataTable {
         (self.bytes.len() as u64 - 1) & !(u64::from(self.width) - 1)
     }
 
+    /// What all elements have in common.
+    pub fn known(&self) -> Known {
+        let elements = (0..self.bytes.len() as u64).step_by(self.width.into()).map(|at| self.read(at));
+        let (max, bits) = elements.fold((0, 0), |(max, bits), element| (element.max(max), element | bits));
+        Known { max, zeros: bits.trailing_zeros().min(63) }
+    }
+
     /// The element at an offset in bytes, taken modulo the table's size and rounded down to an element.
     pub fn read(&self, offset: u64) -> u64 {
         let at = (offset & self.mask()) as usize;
@@ -160,6 +167,56 @@ pub struct Known {
     pub zeros: u32,
 }
 
+/// A value that needs no other: it is made where it is used instead of being kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Given {
+    /// A constant.
+    Const(u64),
+    /// Bytes of a word of the key as one number: the first of them, 0 being the lowest of the word, and how many.
+    Bytes {
+        /// The word.
+        word: u8,
+        /// The first byte.
+        first: u8,
+        /// How many.
+        count: u8,
+    },
+}
+
+impl Given {
+    /// Whether one instruction makes it.
+    pub fn is_loaded(self) -> bool {
+        !matches!(self, Given::Bytes { count: 3, .. })
+    }
+}
+
+/// For each operation, what it gives if that needs no other value: shifts and masks that leave whole bytes of a word are
+/// a load of these bytes.
+pub fn given(ops: &PrimaryMap<Value, Op>) -> Vec<Option<Given>> {
+    let mut all: Vec<Option<Given>> = Vec::with_capacity(ops.len());
+    for op in ops.values() {
+        all.push(match *op {
+            Op::Word(word) => Some(Given::Bytes { word, first: 0, count: 4 }),
+            Op::Const(value) => Some(Given::Const(value)),
+            Op::Alu(kind, a, Operand::Const(b)) => match (all[a.as_u32() as usize], kind, b) {
+                (Some(Given::Bytes { word, first, count }), AluKind::Shr, by)
+                    if by % 8 == 0 && by / 8 < count.into() =>
+                {
+                    let by = (by / 8) as u8;
+                    Some(Given::Bytes { word, first: first + by, count: count - by })
+                }
+                (Some(Given::Bytes { word, first, count }), AluKind::And, 0xff | 0xffff) => {
+                    let kept = if b == 0xff { 1 } else { 2 };
+                    Some(Given::Bytes { word, first, count: count.min(kept) })
+                }
+                _ => None,
+            },
+            Op::Alu(..) | Op::Read(..) => None,
+        });
+    }
+    all
+}
+
 impl LookupStep {
     /// The index of the exit that a key leads to.
     pub fn eval(&self, tables: &PrimaryMap<Data, DataTable>, key: &[u32]) -> u64 {
@@ -178,16 +235,19 @@ impl LookupStep {
         at(&values, self.result)
     }
 
-    /// What is known of every value.
+    /// What is known of every value by those who don't look into tables.
     pub fn known(&self, tables: &PrimaryMap<Data, DataTable>) -> Vec<Known> {
+        self.known_by(&|table| Known { max: u64::MAX >> (64 - 8 * u32::from(tables[table].width)), zeros: 0 })
+    }
+
+    /// What is known of every value, by what the elements of a table are.
+    pub fn known_by(&self, element: &dyn Fn(Data) -> Known) -> Vec<Known> {
         let mut all: Vec<Known> = Vec::with_capacity(self.ops.len());
         for op in self.ops.values() {
             let known = match *op {
                 Op::Word(_) => Known { max: u32::MAX.into(), zeros: 0 },
                 Op::Const(value) => Known { max: value, zeros: value.trailing_zeros().min(63) },
-                Op::Read(table, _) => {
-                    Known { max: u64::MAX >> (64 - 8 * u32::from(tables[table].width)), zeros: 0 }
-                }
+                Op::Read(table, _) => element(table),
                 Op::Alu(kind, a, b) => {
                     let a = all[a.as_u32() as usize];
                     let (b, constant) = match b {
@@ -311,11 +371,6 @@ impl DataTable {
 }
 
 impl Op {
-    /// Whether it needs no other value, and so can be made again instead of being kept.
-    pub fn is_given(&self) -> bool {
-        matches!(self, Op::Word(_) | Op::Const(_))
-    }
-
     /// The values it uses.
     pub fn operands(&self) -> impl Iterator<Item = Value> {
         let pair = match *self {
@@ -411,6 +466,30 @@ mod tests {
             let result = step.eval(&tables, &[word]);
             assert!(result <= 0xf0 && result & 15 == 0);
         }
+    }
+
+    #[test]
+    fn whole_bytes_of_a_word_are_given() {
+        let v = Value::from_u32;
+        let mut tables = PrimaryMap::new();
+        let table = tables.push(DataTable::new(&[4, 12]));
+        let step = step(&[
+            Op::Word(2),
+            Op::Alu(AluKind::Shr, v(0), Operand::Const(8)),
+            Op::Alu(AluKind::And, v(1), Operand::Const(0xff)),
+            Op::Alu(AluKind::Shr, v(0), Operand::Const(16)),
+            Op::Alu(AluKind::Shr, v(0), Operand::Const(7)),
+            Op::Alu(AluKind::And, v(0), Operand::Const(0x7f)),
+            Op::Read(table, v(2)),
+        ]);
+        let bytes = |first, count| Some(Given::Bytes { word: 2, first, count });
+        let found = given(&step.ops);
+        assert_eq!(found, [bytes(0, 4), bytes(1, 3), bytes(1, 1), bytes(2, 2), None, None, None]);
+        let loaded: Vec<bool> = found.iter().flatten().map(|given| given.is_loaded()).collect();
+        assert_eq!(loaded, [true, false, true, true]);
+        // Who looks into the table knows more of its elements.
+        assert_eq!(step.known(&tables)[6], Known { max: 0xff, zeros: 0 });
+        assert_eq!(step.known_by(&|table| tables[table].known())[6], Known { max: 12, zeros: 2 });
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub mod set;
 
 pub use member::{MemberPart, MemberStep, NumberWords};
 
-pub use lookup::{AluKind, DataTable, Known, LookupStep, Op, Operand, PRESSURE_MAX};
+pub use lookup::{AluKind, DataTable, Given, Known, LookupStep, Op, Operand, PRESSURE_MAX, given};
 
 use std::collections::BTreeMap;
 
