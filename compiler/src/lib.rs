@@ -1,7 +1,7 @@
 //! The polc policy compiler: rule sets to plans, and what the command line shares.
 //!
-//! A rule set goes through [`flatten`](flatten::flatten), [`simplify`](simplify::simplify), [`decide`](decide::decide)
-//! and [`select`](select::select), each a file, a verb and one public function; [`compile`] lists them in order, with verification between. The
+//! A rule set goes through [`flatten`](flatten::flatten), [`split`](split::split), [`simplify`](simplify::simplify),
+//! [`decide`](decide::decide) and [`select`](select::select), each a file, a verb and one public function; [`compile`] lists them in order, with verification between. The
 //! backend makes an object of the plan.
 //!
 //! Around them: [`session::Session`] reads a rule set, [`report`] accounts for each of its rules at a [`place`],
@@ -27,6 +27,7 @@ pub mod save;
 pub mod select;
 pub mod session;
 pub mod simplify;
+pub mod split;
 pub mod verify;
 pub mod watch;
 pub mod witness;

@@ -12,6 +12,7 @@ use crate::decide::decide;
 use crate::flatten::flatten;
 use crate::select::{Devices, Prefer, select, structure};
 use crate::simplify::simplify;
+use crate::split::split;
 
 /// A rule set at every level down to the plan.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let flat = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let mut classifier = simplify(flat);
+    let mut classifier = simplify(split(flat));
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
     let structures = structure(&classifier, devices, prefer);
     let mut decision = decide(&classifier, &structures.walked);

@@ -48,13 +48,17 @@ fn stage_cost(plan: &Plan, step: &StepData) -> StageCost {
     }
 }
 
-/// What is expected of the packet that takes longest, as far as code decides it and fragments aside, in tenths of a
-/// nanosecond.
+/// What is expected of the packet that takes longest, as far as code decides it and but for fragments and headers that
+/// are cut short, in tenths of a nanosecond.
 pub fn longest_tenths_ns(plan: &Plan) -> u32 {
-    let fragment = plan.key.iter().find(|slot| slot.field == Field::Fragment).map(|slot| slot.word);
+    let word = |field: Field| plan.key.iter().find(|slot| slot.field == field).map(|slot| slot.word);
+    let (fragment, length) = (word(Field::Fragment), word(Field::L4Len));
     let rare = |entry: &LinearEntry| {
-        let words = entry.tests.iter().flat_map(|test| &test.any).flatten().map(|test| Some(test.word));
-        !entry.tests.is_empty() && words.into_iter().all(|word| word == fragment)
+        let mut tests = entry.tests.iter().flat_map(|test| &test.any).flatten();
+        tests.any(|test| {
+            Some(test.word) == fragment && test.lo > 0
+                || Some(test.word) == length && test.hi < u16::MAX.into()
+        })
     };
     // Steps lead to smaller numbers.
     let mut from: SecondaryMap<Step, u32> = SecondaryMap::new();

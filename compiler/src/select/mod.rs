@@ -75,8 +75,11 @@ pub enum Prefer {
 /// Word tests that a stage decided by comparing may have: what is more, tables decide faster.
 const LINEAR_TESTS_MAX: usize = 400;
 
-/// Entries up to which a stage that only fragments come to is compared.
+/// Entries up to which a stage that only rare packets come to is compared.
 const RARE_ENTRIES_MAX: usize = 16;
+
+/// Entries of a stage that tells rare packets from others.
+const GUARD_ENTRIES_MAX: usize = 8;
 
 /// Instructions of a program that stages decided by code may take, of the 32,767 that it may have: the rest is for
 /// headers, searches of the packet and the walk.
@@ -156,16 +159,24 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
             }
         }
         for &entry in &classifier.stages[stage].entries {
-            let cube = &classifier.entries[entry].cube;
-            let fragments = cube.tests().iter().any(|test| test.field == Field::Fragment && !test.holds(0));
+            let rare = classifier.entries[entry].cube.tests().iter().any(is_rare);
             for next in classifier.entries[entry].exit.successors() {
-                busy[next] |= busy[stage] && !fragments;
+                busy[next] |= busy[stage] && !rare;
                 by_code[next] |= shapes[stage].is_some();
                 walked[next] |= walked[stage];
             }
         }
     }
     Structures { keys, tables, shapes, walked }
+}
+
+/// Whether a test holds for rare packets alone: fragments, and those whose transport header is cut short.
+fn is_rare(test: &Test) -> bool {
+    match test.field {
+        Field::Fragment => !test.holds(0),
+        Field::L4Len => !test.holds(u16::MAX.into()),
+        _ => false,
+    }
 }
 
 /// Makes a plan of the structures. `decision` is what the walk table is made of.
@@ -469,8 +480,8 @@ impl Selector<'_> {
         }
     }
 
-    /// The best way to decide a stage by code, if there is one. To one that is not `busy` only fragments come: it is small
-    /// rather than quick.
+    /// The best way to decide a stage by code, if there is one. To one that is not `busy` only rare packets come: it is
+    /// small rather than quick.
     fn shape(&self, stage: Stage, busy: bool, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
         let linear = self.linear(stage);
         match prefer {
@@ -484,12 +495,7 @@ impl Selector<'_> {
             Shape::Linear(entries) => entries.len() <= most,
             Shape::Lookup { .. } => false,
         });
-        // Fragments are so rare that a branch for them is foreseen.
-        let entries = &self.classifier.stages[stage].entries;
-        let guard = entries.iter().all(|&entry| {
-            self.classifier.entries[entry].cube.tests().iter().all(|test| test.field == Field::Fragment)
-        });
-        if few || (guard && linear.is_some()) {
+        if few || (self.is_guard(stage) && linear.is_some()) {
             return linear;
         }
         let lookup = self.lookup(stage, busy, prefer).filter(|(lookup, _)| {
@@ -501,6 +507,17 @@ impl Selector<'_> {
             tables.adopt(own, ops);
         }
         Some(lookup)
+    }
+
+    /// Whether a stage only tells rare packets from others: a branch for them is foreseen.
+    fn is_guard(&self, stage: Stage) -> bool {
+        let entries = &self.classifier.stages[stage].entries;
+        let asks = |entry: &Entry, fields: &[Field]| {
+            self.classifier.entries[*entry].cube.tests().iter().all(|test| fields.contains(&test.field))
+        };
+        entries.len() <= GUARD_ENTRIES_MAX
+            && entries.first().is_some_and(|first| asks(first, &[Field::Fragment, Field::L4Len]))
+            && entries.iter().all(|entry| asks(entry, &[Field::Fragment, Field::L4Len, Field::Proto]))
     }
 
     /// A stage as comparisons, if they are few.

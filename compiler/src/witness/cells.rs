@@ -368,15 +368,28 @@ fn op_value(op: &Op, plan: &Plan, key: &[u32], values: &[u64]) -> u64 {
     }
 }
 
-/// Values at which tests of a wide field change their mind, and those beside them.
+/// Values at which tests of a wide field change their mind, and those beside them; then those beside them in some byte, for
+/// a field is searched in parts of whole bytes.
 fn edges(tests: &[&Test], bits: u8) -> Vec<u128> {
-    let mut edges = BTreeSet::from([0]);
-    for interval in tests.iter().flat_map(|test| test.values.intervals()) {
-        let beside = [interval.lo().checked_sub(1), interval.hi().checked_add(1)];
-        let all = [interval.lo(), interval.hi()].into_iter().chain(beside.into_iter().flatten());
-        edges.extend(all.filter(|value| *value <= max_value(bits)));
+    let top = max_value(bits);
+    let beside = |value: u128, by: u128| {
+        let both = [value.checked_sub(by), value.checked_add(by)];
+        both.into_iter().flatten().filter(move |value| *value <= top)
+    };
+    let ends: Vec<u128> = tests
+        .iter()
+        .flat_map(|test| test.values.intervals())
+        .flat_map(|interval| [interval.lo(), interval.hi()])
+        .filter(|value| *value <= top)
+        .collect();
+    let mut known = BTreeSet::from([0]);
+    known.extend(ends.iter().flat_map(|&end| [end].into_iter().chain(beside(end, 1))));
+    let mut edges: Vec<u128> = known.iter().copied().collect();
+    for byte in 1..bits.div_ceil(8) {
+        let more = ends.iter().flat_map(|&end| beside(end, 1 << (8 * byte)));
+        edges.extend(more.filter(|value| known.insert(*value)));
     }
-    edges.into_iter().collect()
+    edges
 }
 
 /// What a step computes of one field alone.
