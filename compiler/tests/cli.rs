@@ -371,6 +371,23 @@ fn a_byte_order_mark_is_told_once() {
 }
 
 #[test]
+fn strict_reading_knows_the_sets_that_are_given() {
+    let scratch = Scratch::new("strict-sets");
+    let rules = scratch.file("rules.v4");
+    let text = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n\
+        -A INPUT -m set --match-set some src -j DROP\nCOMMIT\n";
+    fs::write(&rules, text).expect("written");
+    let (four, six) = (scratch.file("four"), scratch.file("six"));
+    fs::write(&four, "create some hash:ip family inet hashsize 1024 maxelem 65536\n").expect("written");
+    fs::write(&six, "create some hash:ip family inet6 hashsize 1024 maxelem 65536\n").expect("written");
+    let status = |args: &[&str]| run(&mut polc(&[&["fmt", "--strict", &rules], args].concat())).status.code();
+    assert_eq!(run(&mut polc(&["fmt", &rules])).status.code(), Some(0));
+    assert_eq!(status(&[]), Some(1));
+    assert_eq!(status(&["--ipset", &four]), Some(0));
+    assert_eq!(status(&["--ipset", &six]), Some(1));
+}
+
+#[test]
 fn colour_is_asked_for_or_a_terminal() {
     let colour = |args: &[&str]| run(&mut polc(args)).stderr.contains(&0x1b);
     assert!(!colour(&["check", "bad.v4.rules"]));

@@ -39,6 +39,8 @@ pub struct OptionSpec {
     pub arguments: u8,
     /// Whether `!` may stand before it.
     pub invertible: bool,
+    /// Whether the argument may be left out, if the next word begins with `-` or `!` or there is none.
+    pub optional: bool,
     /// Whether it must be given.
     pub mandatory: bool,
     /// Whether it may be given more than once.
@@ -58,6 +60,7 @@ impl OptionSpec {
             metavar,
             arguments,
             invertible: false,
+            optional: false,
             mandatory: false,
             repeatable: false,
             excludes: 0,

@@ -200,3 +200,45 @@ fn what_no_packet_reaches_is_not_judged() {
 fn lines_end_at_a_nul() {
     assert_eq!(left("-A INPUT -m comment --comment x\0y -j DROP\n"), ["-A INPUT -m comment --comment x"]);
 }
+
+#[test]
+fn measured_rates_are_printed_in_bits() {
+    for (given, kept) in [
+        (
+            "--rateest RE1 --rateest-gt --rateest-bps 5kbit",
+            "--rateest RE1 --rateest-gt --rateest-bps 5000bit",
+        ),
+        (
+            "--rateest RE1 --rateest-lt --rateest-bps 1Mibit",
+            "--rateest RE1 --rateest-lt --rateest-bps 1049Kbit",
+        ),
+        ("--rateest RE1 --rateest-lt --rateest-bps", "--rateest RE1 --rateest-lt --rateest-bps 0bit"),
+        (
+            "--rateest1 RE1 --rateest2 RE2 ! --rateest-lt --rateest-pps",
+            "--rateest1 RE1 ! --rateest-lt --rateest-pps --rateest2 RE2",
+        ),
+        (
+            "--rateest-delta --rateest RE1 --rateest-lt --rateest-bps 16bit",
+            "--rateest-delta --rateest RE1 --rateest-bps1 0bit --rateest-lt --rateest-bps2 16bit",
+        ),
+    ] {
+        let kept = format!("-A INPUT -m rateest {kept}");
+        assert_eq!(left(&format!("-A INPUT -m rateest {given}\n")), [kept]);
+    }
+}
+
+#[test]
+fn numbers_past_any_bound_are_refused() {
+    const HUGE: &str = "18446744073709551615";
+    for options in [
+        format!("-m time --timestart {HUGE}:0"),
+        format!("-m time --datestop {HUGE}-{HUGE}"),
+        format!("-m hashlimit --hashlimit-name a --hashlimit-upto {HUGE}mb/s"),
+        format!("-m hashlimit --hashlimit-name a --hashlimit-upto 5kb/s --hashlimit-burst {HUGE}mb"),
+        format!("-m limit --limit {HUGE}/day"),
+        format!("-m cluster --cluster-total-nodes 32 --cluster-local-node {HUGE} --cluster-hash-seed 1"),
+        format!("-m statistic --mode random --probability 0x1p{HUGE}"),
+    ] {
+        errors(&format!("-A INPUT {options}\n"));
+    }
+}

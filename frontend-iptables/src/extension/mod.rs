@@ -48,6 +48,8 @@ pub struct Opt {
     pub invert: bool,
     /// Whether it may be given more than once.
     pub repeat: bool,
+    /// Whether its argument may be left out; it is an empty text then.
+    pub optional: bool,
     /// Whether it must be given.
     pub must: bool,
     /// Options of the extension that may not be given with it.
@@ -67,6 +69,7 @@ impl Opt {
             arg,
             invert: false,
             repeat: false,
+            optional: false,
             must: false,
             excludes: &[],
             requires: &[],
@@ -87,6 +90,11 @@ impl Opt {
     /// The same option, which may be given again.
     pub const fn again(self) -> Opt {
         Opt { repeat: true, ..self }
+    }
+
+    /// The same option, whose argument may be left out.
+    pub const fn optional(self) -> Opt {
+        Opt { optional: true, ..self }
     }
 
     /// The same option, which must be given.
@@ -249,6 +257,7 @@ impl Entry {
                     metavar: option.arg.metavar(),
                     arguments: option.arg.words() as u8,
                     invertible: option.invert,
+                    optional: option.optional,
                     mandatory: option.must,
                     repeatable: option.repeat,
                     excludes: set(option.excludes),

@@ -6,6 +6,7 @@ mod network;
 mod opaque;
 mod pattern;
 mod policy;
+mod rateest;
 mod rates;
 mod time;
 mod transport;
@@ -31,6 +32,7 @@ pub const ALL: &[&[Extension]] = &[
     time::ALL,
     u32::ALL,
     bpf::ALL,
+    rateest::ALL,
     opaque::ALL,
 ];
 

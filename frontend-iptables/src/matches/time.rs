@@ -68,7 +68,7 @@ fn clock(text: &str, of_date: bool) -> Option<u64> {
         None => return None,
     };
     let (second, rest) = rest.strip_prefix(':').map_or((0, rest), digits);
-    (rest.is_empty() && hour < 24 && minute < 60 && second < 60).then_some((hour * 60 + minute) * 60 + second)
+    (rest.is_empty() && hour < 24 && minute < 60 && second < 60).then(|| (hour * 60 + minute) * 60 + second)
 }
 
 fn parse_time(words: &[&str], _: &Context) -> Result<Value, String> {

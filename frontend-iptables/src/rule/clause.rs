@@ -136,7 +136,10 @@ impl<'a> LineParser<'a, '_> {
         let mut span = word.span;
         let nothing = Argument { text: "", span: word.span.at_end(), verbatim: true };
         let (mut first, mut second, mut old) = (nothing, nothing, false);
-        if spec.arguments > 0 {
+        if spec.optional {
+            first = attached.or_else(|| self.operand()).unwrap_or(nothing);
+            span = span.to(first.span);
+        } else if spec.arguments > 0 {
             first = self.value(word, attached)?;
             if spec.invertible {
                 old = self.old_negation(word.span, &mut first)?;
