@@ -414,6 +414,14 @@ fn print_icmp(icmp: IcmpType, out: &mut String) -> std::fmt::Result {
     }
 }
 
+/// Prints text as it is, with a blank before it.
+pub(crate) fn print_word(value: &Value, out: &mut String) {
+    if let Value::Text(text) = value {
+        out.push(' ');
+        out.push_str(text);
+    }
+}
+
 /// Text as iptables-save writes it: in quotes unless it is made of letters, digits, `_` and `-` alone
 /// (libxtables/xtables.c, `xtables_save_string`).
 fn save_string(text: &str, out: &mut String) {

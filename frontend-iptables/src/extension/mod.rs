@@ -12,6 +12,7 @@ use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::Action;
 use polc_ir::source::Span;
 
+pub(crate) use arg::print_word;
 pub use arg::{Arg, Names, Value};
 
 use crate::ast::RuleAst;

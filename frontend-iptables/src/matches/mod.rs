@@ -1,7 +1,9 @@
 //! The match extensions: one entry each, grouped by what they look at.
 
+mod account;
 mod bpf;
 mod connection;
+mod host;
 mod network;
 mod opaque;
 mod pattern;
@@ -26,6 +28,8 @@ pub const ALL: &[&[Extension]] = &[
     transport::ALL,
     network::ALL,
     connection::ALL,
+    account::ALL,
+    host::ALL,
     rates::ALL,
     pattern::ALL,
     policy::ALL,

@@ -5,7 +5,9 @@ use polc_ir::field::{End, Field};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::interval::IntervalSet;
 
-use crate::extension::{Arg, Context, Extension, Families, Meaning, Opt, Options, Site, Value, base, unsaid};
+use crate::extension::{
+    Arg, Context, Extension, Families, Meaning, Opt, Options, Site, Value, base, print_word, unsaid,
+};
 use crate::lower::{Body, header, network as meaning};
 use crate::names::dscp;
 use crate::value::{self, Masked, Spelling};
@@ -482,13 +484,6 @@ fn parse_addresses(words: &[&str], context: &Context) -> Result<Value, String> {
         return Err("more than 16 addresses".into());
     }
     Ok(Value::Text(list.join(",").as_str().into()))
-}
-
-fn print_word(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        out.push(' ');
-        out.push_str(text);
-    }
 }
 
 /// What asks for routing headers of type 0 comes after what says that they are of type 0.

@@ -4,7 +4,7 @@ use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::ruleset::Action;
 
 use super::kernel;
-use crate::extension::{Arg, Context, Extension, Meaning, Opt, Options, Value, base};
+use crate::extension::{Arg, Context, Extension, Meaning, Opt, Options, Value, base, print_word};
 use crate::value;
 
 const NAT: &[TableKind] = &[TableKind::Nat];
@@ -183,11 +183,4 @@ fn parse_ports(words: &[&str], _: &Context) -> Result<Value, String> {
         return Err(format!("`{}`: a base port is for DNAT alone", words[0]));
     }
     Ok(Value::Text(port_range(words[0])?.as_str().into()))
-}
-
-fn print_word(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        out.push(' ');
-        out.push_str(text);
-    }
 }

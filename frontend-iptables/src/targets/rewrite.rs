@@ -6,7 +6,7 @@ use polc_ir::ruleset::{Action, Write};
 
 use super::kernel;
 use crate::extension::{
-    Arg, Context, Extension, Families, Given, Meaning, Names, Opt, Options, Site, Value, base,
+    Arg, Context, Extension, Families, Given, Meaning, Names, Opt, Options, Site, Value, base, print_word,
 };
 use crate::names::dscp;
 use crate::value::{self, Masked, Spelling};
@@ -552,13 +552,6 @@ fn parse_zone(words: &[&str], _: &Context) -> Result<Value, String> {
     value::number(words[0], 0, 65_535)
         .map(|zone| Value::Text(zone.to_string().as_str().into()))
         .ok_or_else(|| format!("`{}` is not a zone", words[0]))
-}
-
-fn print_word(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        out.push(' ');
-        out.push_str(text);
-    }
 }
 
 /// Prefixes of at most 64 bits (net/ipv6/netfilter/ip6t_NPT.c, `ip6t_npt_checkentry`).

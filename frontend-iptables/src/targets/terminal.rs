@@ -5,7 +5,7 @@ use polc_ir::ruleset::{Action, RejectWith};
 
 use super::kernel;
 use crate::extension::{
-    Arg, Context, Extension, Families, Meaning, Names, Opt, Options, Site, Value, base, unsaid,
+    Arg, Context, Extension, Families, Meaning, Names, Opt, Options, Site, Value, base, print_word, unsaid,
 };
 use crate::names::LOG_LEVELS;
 use crate::value::{self, Spelling};
@@ -400,13 +400,6 @@ fn parse_address(words: &[&str], context: &Context) -> Result<Value, String> {
     let address =
         value::host(words[0], context.family).ok_or_else(|| format!("`{}` is not an address", words[0]))?;
     Ok(Value::Text(value::Ip(address).to_string().as_str().into()))
-}
-
-fn print_word(value: &Value, out: &mut String) {
-    if let Value::Text(text) = value {
-        out.push(' ');
-        out.push_str(text);
-    }
 }
 
 fn parse_tproxy_mark(words: &[&str], context: &Context) -> Result<Value, String> {
