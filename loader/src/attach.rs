@@ -86,11 +86,14 @@ fn is_attached(kind: LinkKind) -> bool {
 }
 
 /// What is pinned at a path, if anything is.
+///
+/// # Errors
+/// [`Error::Disk`] if it can't be opened.
 pub(crate) fn open_pin(sys: &Sys, path: &std::path::Path) -> Result<Option<OwnedFd>, Error> {
     match sys.obj_get(path) {
         Ok(fd) => Ok(Some(fd)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::Pin { path: path.to_path_buf(), why: format!("can't be opened: {error}") }),
+        Err(error) => Err(Error::disk(path)(error)),
     }
 }
 

@@ -64,6 +64,9 @@ impl Held {
     pub fn go_back(&self, sys: &Sys) -> Result<(), Error> {
         let lock = self.slot.lock(sys, true);
         if !self.waits(sys) {
+            // Of a slot that was flushed, the lock made the directory anew.
+            let _ = sys.remove_dir(self.slot.pins());
+            self.store.tidy(sys);
             return Ok(());
         }
         let (_lock, repaired) = match lock {

@@ -41,7 +41,11 @@ impl LiveSets {
     pub fn open(sys: &Sys, store: &StateStore, name: &SlotName) -> Result<Option<LiveSets>, Error> {
         let slot = store.slot(name);
         let lock = slot.lock(sys, true)?;
-        let Some(Repaired { state, current, .. }) = repair(sys, &slot)? else { return Ok(None) };
+        let Some(Repaired { state, current, .. }) = repair(sys, &slot)? else {
+            slot.remove(sys)?;
+            store.tidy(sys);
+            return Ok(None);
+        };
         let path = slot.generation_files(current).join(SETS_FILE);
         let sets = match sys.read(&path).map_err(Error::disk(&path))? {
             Some(bytes) => serde_json::from_slice(&bytes)

@@ -451,9 +451,14 @@ pub fn flush(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
         },
     };
     if let Some(state) = &state {
-        // Another's program is not ours to detach.
-        match attached(sys, &slot, state).and_then(|_| attach::detach(sys, &slot, state)) {
-            // What is pinned in place of a link or a map goes, and what lost its pin has gone with it.
+        match attached(sys, &slot, state) {
+            // The map that a hook goes on with is not needed to take the link away.
+            Err(Error::Pin { .. }) => {}
+            // Another's program is not ours to detach.
+            attached => drop(attached?),
+        }
+        match attach::detach(sys, &slot, state) {
+            // What is pinned in place of the link goes as a pin, and the link that lost its own has gone.
             Err(Error::Pin { .. }) => {}
             detached => detached?,
         }

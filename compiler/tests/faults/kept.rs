@@ -193,6 +193,17 @@ fn pins_that_are_something_else_are_told_and_removed() {
         assert!(!slot.pins().exists());
         assert!(!has_xdp("eth0"));
     }
+    // The map between a hook's link and its program.
+    let apply = [&["apply", "rules.v4", "--replace"], PLACES[2].0].concat();
+    host.says(&apply, 0);
+    let slot = host.slot(&slot(PLACES[2].1));
+    fs::remove_file(slot.dispatch()).expect("it is there");
+    fs::hard_link(slot.program(1), slot.dispatch()).expect("a pin");
+    assert!(host.says(&["status", "--sample", "0"], 3).contains("[E0812]"));
+    host.says(&["flush"], 0);
+    assert!(!slot.pins().exists());
+    host.says(&apply, 0);
+    host.says(&["flush"], 0);
 }
 
 #[test]
