@@ -24,19 +24,25 @@ pub const RULES_MAX: usize = 16;
 /// Packets that [`levels_agree`] sends to each hook.
 const PACKETS: usize = 16;
 
-/// Any text is read, and what is printed of it prints the same again.
+/// Any text is read, and what is printed of it can be read. Some of what iptables-save writes means something else than
+/// what it was written of (a default that is left out, a name that begins with a blank), but no more than once: printed
+/// from then on it stays the same.
 pub fn dump_parser(text: &str) {
     let mut sources = SourceMap::new();
     let file = sources.add("fuzz", text);
     let (dump, _) = parse(&sources, file, &ParseOptions::default());
-    let printed = print(&dump, true);
-    let again = sources.add("again", printed.as_str());
     let options = ParseOptions { mode: Mode::Strict, family: Some(dump.family), sets: None };
-    let (dump_again, diagnostics) = parse(&sources, again, &options);
-    if diagnostics.is_empty() {
-        assert_eq!(print(&dump_again, true), printed, "printing is a fixpoint");
-        lower(&dump_again, &[], Semantics::Legacy);
+    let mut printed = vec![print(&dump, true)];
+    for reading in ["again", "once more"] {
+        let file = sources.add(reading, printed[printed.len() - 1].as_str());
+        let (dump, diagnostics) = parse(&sources, file, &options);
+        if !diagnostics.is_empty() {
+            return;
+        }
+        lower(&dump, &[], Semantics::Legacy);
+        printed.push(print(&dump, true));
     }
+    assert_eq!(printed[2], printed[1], "printing comes to a fixpoint");
 }
 
 /// Any text is read as ipset's.
