@@ -3,7 +3,6 @@
 mod elements;
 pub mod port;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 
@@ -183,29 +182,32 @@ fn covers(
 /// Elements of a set whose members are found by looking at one after another.
 const SCANNED_MAX: usize = 64;
 
-/// A large set's elements by their numbers, for each combination of prefix lengths that occurs, in the kernel's order.
-struct Index(Vec<(ByDimension<u8>, NomatchByNumbers)>);
+/// A large set's elements in the order of their numbers, for each combination of prefix lengths that occurs, in the
+/// kernel's order. Files mostly have them in order, and then sorting costs next to nothing.
+struct Index(Vec<(ByDimension<u8>, Sorted)>);
 
 type ByDimension<T> = [T; DIMENSIONS_MAX];
-type NomatchByNumbers = HashMap<ByDimension<u128>, bool>;
+/// Numbers, each with `nomatch`.
+type Sorted = Vec<(ByDimension<u128>, bool)>;
 
 impl Index {
     fn new(data: &SetData, family: Family, elements: &Elements) -> Index {
-        let mut index: Vec<(ByDimension<u8>, NomatchByNumbers)> = Vec::new();
+        let mut index: Vec<(ByDimension<u8>, Sorted)> = Vec::new();
         let widths = widths(data, family);
-        for element in elements.iter() {
-            patterns(data, family, &element, &mut |pattern| {
-                // Neighbours have the same lengths, since elements are in order of them.
-                let at = index.iter().rposition(|(lengths, _)| *lengths == pattern.lengths);
-                let at = at.unwrap_or_else(|| {
-                    index.push((pattern.lengths, HashMap::new()));
-                    index.len() - 1
-                });
-                index[at].1.entry(pattern.values).or_insert(pattern.nomatch);
+        patterns_of(data, family, elements, 0..elements.len(), &mut |pattern| {
+            // Neighbours have the same lengths, since elements are in order of them.
+            let at = index.iter().rposition(|(lengths, _)| *lengths == pattern.lengths);
+            let at = at.unwrap_or_else(|| {
+                index.push((pattern.lengths, Vec::new()));
+                index.len() - 1
             });
-        }
-        // Kept beside each length: how far to shift.
-        for (lengths, _) in &mut index {
+            index[at].1.push((pattern.values, pattern.nomatch));
+        });
+        for (lengths, elements) in &mut index {
+            // Of equal ones the first counts.
+            elements.sort_by_key(|(values, _)| *values);
+            elements.dedup_by_key(|(values, _)| *values);
+            // Kept beside each length: how far to shift.
             for (length, width) in lengths.iter_mut().zip(widths) {
                 *length = width - *length;
             }
@@ -220,7 +222,8 @@ impl Index {
                 let shift = u32::from(shift);
                 *number = number.checked_shr(shift).and_then(|it| it.checked_shl(shift)).unwrap_or(0);
             }
-            elements.get(&under).copied()
+            let at = elements.binary_search_by_key(&under, |(values, _)| *values).ok()?;
+            Some(elements[at].1)
         })
     }
 }
