@@ -58,13 +58,13 @@ codes! {
     /// An extension lacks an option it can't do without.
     MISSING_OPTION = 116, "add the option";
     /// Two options exclude each other, or one needs another that is absent.
-    CONFLICTING_OPTIONS = 117, "remove one of the two, or write two rules";
+    CONFLICTING_OPTIONS = 117, "`man iptables-extensions` says which options go together, and with what";
     /// A word that belongs to no option.
     STRAY_WORD = 118, "remove the word, or put quotes around a value that has blanks";
     /// An extension works only with another `-p`.
     WRONG_PROTOCOL = 119, "add the `-p` that the extension belongs to before it";
     /// An extension or option is not allowed in this table, chain or hook.
-    WRONG_PLACE = 120, "move the rule to a table and chain where it is allowed";
+    WRONG_PLACE = 120, "change the rule, or move it to a table and chain where it is allowed";
     /// Chains jump in a circle.
     CHAIN_LOOP = 121, "remove one of the jumps";
     /// A host, network, service or protocol name is not in the built-in tables.

@@ -4,7 +4,7 @@ use polc_ir::diag::Diagnostic;
 use polc_ir::hook::{Family, TableKind};
 
 use super::suggest::nearest;
-use super::{LineParser, LineTarget, RuleLine};
+use super::{LineParser, LineTarget, RuleLine, WHOLE_WORD};
 use crate::ast::{Given, MatchAst};
 use crate::codes;
 use crate::ext::{Argument, Fault, Options, Spec, address_fault, set_of};
@@ -163,7 +163,12 @@ impl<'a> LineParser<'a, '_> {
                 let value = AddressMask::parse(item, self.cx.family).map_err(|bad| {
                     use crate::value::BadAddress;
                     let (BadAddress::Address(part) | BadAddress::Mask(part)) = bad;
-                    address_fault(bad, self.cx.family).at(argument.span_of(part))
+                    let fault = address_fault(bad, self.cx.family).at(argument.span_of(part));
+                    // No address begins with the option's own letter but where it was attached.
+                    match part.starts_with('-') {
+                        true => fault.hint(WHOLE_WORD),
+                        false => fault,
+                    }
                 })?;
                 let span = if several { argument.span_of(item) } else { given.span };
                 Ok(Given { value, negated: given.negated, span })

@@ -122,6 +122,9 @@ pub(crate) enum Outcome<'a> {
     OtherFamily(Span),
 }
 
+/// What to do about a value that is attached to its option.
+const WHOLE_WORD: &str = "iptables-restore takes the whole word for the value: put a blank between the two";
+
 /// How many arguments a base option takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Arity {
@@ -444,9 +447,7 @@ impl<'a> LineParser<'a, '_> {
         if !whole {
             return self.base(word, letter, value);
         }
-        self.base(word, letter, Some(argument(word))).map_err(|fault| {
-            fault.hint("iptables-restore takes the whole word for the value: put a blank between the two")
-        })
+        self.base(word, letter, Some(argument(word))).map_err(|fault| fault.hint(WHOLE_WORD))
     }
 
     /// The argument of an option: what is attached to it, or the next word, whatever it is.
