@@ -259,9 +259,10 @@ fn repeats(one: &str, before: &[&str]) -> bool {
     before.iter().any(|earlier| option(earlier) == option(one))
 }
 
-/// Whether a chain that the base chain's hook reaches takes the match: OUTPUT has no input device.
+/// Whether a chain that the base chain's hook reaches takes the match: OUTPUT has no input device, and no MAC address
+/// that a packet came from.
 fn fits(one: &str, hook: Hook) -> bool {
-    hook != Hook::Output || !one.contains("-i ")
+    hook != Hook::Output || !(one.contains("-i ") || one.contains("-m mac "))
 }
 
 fn rule(family: Family) -> impl Strategy<Value = RuleText> {
