@@ -15,17 +15,24 @@ pub(super) struct Tables {
     all: PrimaryMap<Data, DataTable>,
     /// By hash, the tables that have it; none where only sizes count.
     known: Option<FastMap<u64, Vec<Data>>>,
+    /// Whether small tables are worth more than quick ones.
+    frugal: bool,
 }
 
 impl Tables {
     /// No tables yet, to be filled.
     pub(super) fn new() -> Tables {
-        Tables { all: PrimaryMap::new(), known: Some(FastMap::default()) }
+        Tables { all: PrimaryMap::new(), known: Some(FastMap::default()), frugal: false }
+    }
+
+    /// The same, for a look-up that hardly a packet needs.
+    pub(super) fn frugal() -> Tables {
+        Tables { frugal: true, ..Tables::new() }
     }
 
     /// No tables yet, of which only the sizes will be asked: their contents are left 0.
     pub(super) fn sketch() -> Tables {
-        Tables { all: PrimaryMap::new(), known: None }
+        Tables { all: PrimaryMap::new(), known: None, frugal: false }
     }
 
     fn add(&mut self, table: DataTable) -> Data {
@@ -244,6 +251,11 @@ impl<'a> Line<'a> {
         let table =
             if self.is_sketch() { DataTable::zeros(count, largest) } else { DataTable::new(&elements()) };
         self.tables.add(table)
+    }
+
+    /// Whether small tables are worth more than quick ones.
+    pub(super) fn is_frugal(&self) -> bool {
+        self.tables.frugal
     }
 
     /// Whether only the sizes of tables count.

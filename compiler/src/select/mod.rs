@@ -546,7 +546,8 @@ impl Selector<'_> {
         let problem = Problem::new(self, stage);
         let by_groups = || {
             let groups = groups(&problem)?;
-            write(stage, groups.describe(), &groups.exits, |line| groups.write(line))
+            let tables = if busy { Tables::new() } else { Tables::frugal() };
+            write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
         };
         if !busy
             && prefer == Prefer::Cheapest
@@ -557,7 +558,9 @@ impl Selector<'_> {
         let by_matrix = (prefer != Prefer::Groups)
             .then(|| {
                 let matrix = matrix(&problem)?;
-                write(stage, matrix.describe(), &problem.exits, |line| Some(matrix.write(line)))
+                write(stage, matrix.describe(), &problem.exits, Tables::new(), |line| {
+                    Some(matrix.write(line))
+                })
             })
             .flatten();
         let small = |(_, tables): &(Shape, Tables)| tables.bytes() <= SMALL_BYTES;
@@ -603,9 +606,9 @@ fn write(
     stage: Stage,
     structure: String,
     exits: &[Entry],
+    mut tables: Tables,
     ops: impl FnOnce(&mut Line<'_>) -> Option<Value>,
 ) -> Option<(Shape, Tables)> {
-    let mut tables = Tables::new();
     let mut line = Line::new(&mut tables);
     let result = ops(&mut line)?;
     let (ops, result) = line.finish(result);

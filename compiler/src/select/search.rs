@@ -42,6 +42,9 @@ const CACHE_LINE: usize = 64;
 /// Elements of a trie that is worth building: larger ones lose to sorted runs.
 const TRIE_ELEMENTS_MAX: usize = 1 << 16;
 
+/// Bytes of tables that are worth a tenth of a nanosecond where small tables are worth more than quick ones.
+const FRUGAL_BYTES: usize = 1 << 9;
+
 /// Bits of the lower part of a number that is cut in two.
 const CUTS: [u32; 3] = [8, CUT_MIDDLE, 24];
 const CUT_MIDDLE: u32 = 16;
@@ -118,7 +121,7 @@ fn search_by(
     runs: &Runs,
     may_cut: bool,
 ) -> Value {
-    let mut choice = Choice { bits, runs, best: None };
+    let mut choice = Choice { bits, runs, frugal: line.is_frugal(), best: None };
     if runs.len() <= COUNTED_MAX {
         choice.consider(Search::Count);
     }
@@ -163,6 +166,7 @@ fn any(line: &mut Line<'_>) -> Value {
 struct Choice<'a> {
     bits: u32,
     runs: &'a Runs,
+    frugal: bool,
     best: Option<(u32, Search)>,
 }
 
@@ -179,7 +183,10 @@ impl Choice<'_> {
         let Some(result) = write(&mut trial) else { return };
         let (ops, result) = trial.finish(result);
         let near = near(&tables, &how, self.bits, self.runs) / 10;
-        let cost = cost::part(&ops, tables.all(), result).saturating_sub(near);
+        let mut cost = cost::part(&ops, tables.all(), result).saturating_sub(near);
+        if self.frugal {
+            cost += (tables.bytes() / FRUGAL_BYTES) as u32;
+        }
         if self.best.as_ref().is_none_or(|(known, _)| cost < *known) {
             self.best = Some((cost, how));
         }
