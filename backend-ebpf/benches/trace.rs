@@ -3,8 +3,7 @@
 //! The same rules with reports and without are test-run by the kernel in turns, so that whatever else the machine does
 //! meets both alike; of each the best of many runs counts.
 
-#[path = "../tests/it/common/mod.rs"]
-#[expect(dead_code, reason = "a bench uses a part of it")]
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::time::{Duration, Instant};

@@ -1,7 +1,6 @@
 //! What a packet costs in the check VM: `cargo bench -p polc-backend-ebpf`.
 
-#[path = "../tests/it/common/mod.rs"]
-#[expect(dead_code, reason = "a bench uses a part of it")]
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use polc_backend_ebpf::budget::Budget;

@@ -1,6 +1,8 @@
 //! Objects survive the way through their file, the file is always the same, and damaged files are refused by name.
 
-use crate::common::{looks_up_connections, sample, without_comments};
+mod common;
+
+use common::{looks_up_connections, sample, without_comments};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::{Counted, Manifest};
@@ -11,7 +13,7 @@ use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTE
 
 #[test]
 fn read_gives_back_what_was_written() {
-    for kinds in [&crate::common::FRAME_KINDS[..], &[ProgramKind::Xdp], &[ProgramKind::Classifier]] {
+    for kinds in [&common::FRAME_KINDS[..], &[ProgramKind::Xdp], &[ProgramKind::Classifier]] {
         let object = sample(kinds);
         let bytes = object.write().expect("writes");
         assert_eq!(bytes, object.write().expect("writes"), "the same bytes each time");
@@ -158,7 +160,7 @@ fn limits_hold_at_their_edges() {
 
 #[test]
 fn damaged_files_are_refused_without_a_panic() {
-    let bytes = sample(&crate::common::FRAME_KINDS).write().expect("writes");
+    let bytes = sample(&common::FRAME_KINDS).write().expect("writes");
     assert!(matches!(Object::read(b""), Err(ObjectError::Elf(_))));
     assert!(matches!(Object::read(b"#!/bin/sh\n"), Err(ObjectError::Elf(_))));
     for length in 0..bytes.len() {

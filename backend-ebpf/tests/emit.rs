@@ -1,8 +1,10 @@
 //! Emitted programs do what their plans say, and the check VM and the kernel agree on every frame.
 
-use crate::common::frames::{Dice, ethernet, ipv4, tcp};
-use crate::common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
-use crate::common::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule};
+mod common;
+
+use common::frames::{Dice, ethernet, ipv4, tcp};
+use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
+use common::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule};
 use polc_backend_ebpf::vm::Context;
 use polc_ir::derived::{self, DerivedData, U32Op, U32Program, U32Test};
 use polc_ir::entities::{Derived, Stage};
@@ -96,7 +98,7 @@ fn a_walk_of_many_tests() {
 #[test]
 fn a_walk_that_is_too_deep_is_refused() {
     let plan = chain(Attach::Xdp, TESTS_MAX + 1);
-    let diagnostics = crate::common::plans::try_object(&plan).unwrap_err();
+    let diagnostics = common::plans::try_object(&plan).unwrap_err();
     assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::WALK_TOO_DEEP);
 }
 
@@ -416,9 +418,9 @@ fn devices_are_looked_up_by_number() {
         assert_eq!(pair.decides(&frame), Decider::Rule(rule(2)));
         plan.devices.fixed_in = None;
         plan.devices.devices.push((device(DEVICE_NUMBER_MAX, "far"), 1));
-        crate::common::plans::try_object(&plan).expect("its number is the largest");
+        common::plans::try_object(&plan).expect("its number is the largest");
         plan.devices.devices.push((device(DEVICE_NUMBER_MAX + 1, "farther"), 1));
-        let diagnostics = crate::common::plans::try_object(&plan).unwrap_err();
+        let diagnostics = common::plans::try_object(&plan).unwrap_err();
         assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::DEVICE_NUMBER);
     }
 }

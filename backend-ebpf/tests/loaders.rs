@@ -1,9 +1,11 @@
 //! The same file loads unchanged through aya, bpftool (libbpf), `ip` and `tc`, and then decides packets.
 
-use crate::common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
-use crate::common::{actions, looks_up_connections, packet, sample_with_tables};
+mod common;
+
 use aya::maps::{Array, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
+use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
+use common::{actions, looks_up_connections, packet, sample_with_tables};
 use polc_backend_ebpf::object::ProgramKind;
 
 /// Packets and whether the sample drops them.
@@ -24,7 +26,7 @@ fn aya_loads_the_object() {
     if !may_run("aya_loads_the_object") {
         return;
     }
-    let bytes = sample_with_tables(&crate::common::FRAME_KINDS).write().expect("writes");
+    let bytes = sample_with_tables(&common::FRAME_KINDS).write().expect("writes");
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya parses and makes the maps");
     let xdp: &mut Xdp = ebpf.program_mut("sample_xdp").expect("named").try_into().expect("XDP");
     xdp.load().expect("the verifier accepts the XDP program");
@@ -78,7 +80,7 @@ fn bpftool_loads_the_object_and_shows_the_rules() {
         return;
     }
     let (dir, fs) = (TempDir::new("bpftool"), BpfFs::new("bpftool-fs"));
-    let file = dir.file("x.o", &sample_with_tables(&crate::common::FRAME_KINDS).write().expect("writes"));
+    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
     let pins = fs.join("all");
     let said = run("bpftool", &["prog", "loadall", &file, &pins]);
     // libbpf remarks on sections it doesn't know, and has nothing to complain about.
@@ -99,7 +101,7 @@ fn ip_loads_the_object() {
         return;
     }
     let (dir, ns) = (TempDir::new("ip"), NetNs::new("ip"));
-    let file = dir.file("x.o", &sample_with_tables(&crate::common::FRAME_KINDS).write().expect("writes"));
+    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
     let said = ns.run("ip", &["link", "set", "dev", "in0", "xdp", "obj", &file, "sec", "xdp"]);
     assert_eq!(said, "", "nothing to complain about");
     let shown = ns.run("ip", &["link", "show", "dev", "in0"]);
@@ -114,7 +116,7 @@ fn tc_loads_the_object() {
         return;
     }
     let (dir, ns) = (TempDir::new("tc"), NetNs::new("tc"));
-    let file = dir.file("x.o", &sample_with_tables(&crate::common::FRAME_KINDS).write().expect("writes"));
+    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
     ns.run("tc", &["qdisc", "add", "dev", "in0", "clsact"]);
     let filter = ["filter", "add", "dev", "in0", "ingress", "bpf", "da", "obj", &file, "sec", "classifier"];
     assert_eq!(ns.run("tc", &filter), "", "nothing to complain about");
@@ -135,7 +137,7 @@ fn bpftool_resolves_kernel_functions() {
         return;
     }
     let (dir, fs) = (TempDir::new("functions"), BpfFs::new("functions-pins"));
-    for kind in crate::common::FRAME_KINDS {
+    for kind in common::FRAME_KINDS {
         let object = dir.file("lookup.o", &looks_up_connections(kind).write().expect("writes"));
         let pin = fs.join(kind.section());
         run("bpftool", &["prog", "load", &object, &pin]);

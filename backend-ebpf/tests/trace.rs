@@ -1,12 +1,14 @@
 //! Reports of packets: the same records from the check VM and the kernel, filters that let through what they say, and a
 //! count of everything that was not reported.
 
+mod common;
+
 use std::net::IpAddr;
 
-use crate::common::kernel::may_run;
-use crate::common::plans::{FIRST, all, eq, linear, load, plan, range, traced};
 use aya::maps::{Array, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
+use common::kernel::may_run;
+use common::plans::{FIRST, all, eq, linear, load, plan, range, traced};
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::object::{Object, ProgramKind};
 use polc_backend_ebpf::trace::{

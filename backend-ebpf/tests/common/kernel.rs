@@ -1,5 +1,7 @@
 //! What kernel tests need: to know whether they may run, a network namespace and a bpffs of their own, and commands.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,9 @@
 //! The cost model against the verifier itself.
 
-use crate::common::kernel::may_run;
+mod common;
+
 use aya::programs::Xdp;
+use common::kernel::may_run;
 use polc_backend_ebpf::asm::{Asm, Code, PROGRAM_TOO_LONG};
 use polc_backend_ebpf::budget::{Budget, STACK_TOO_LARGE, TOO_COMPLEX, TOO_MANY_PENDING};
 use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size, Width};
@@ -234,7 +236,7 @@ fn estimates_bound_what_the_verifier_does() {
     if !may_run("estimates_bound_what_the_verifier_does") {
         return;
     }
-    let (table, counts) = (crate::common::map(0), crate::common::map(1));
+    let (table, counts) = (common::map(0), common::map(1));
     let shapes: [(&str, Asm); 20] = [
         ("linear 2x1", linear(2, 1)),
         ("linear 10x1", linear(10, 1)),

@@ -10,8 +10,10 @@ use polc_ir::limits::{DCCP_OPTIONS_MAX, IPV6_EXT_HEADERS_MAX, SCTP_CHUNKS_MAX};
 use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
 
-use crate::common::frames::{Dice, ethernet, ipv4};
-use crate::common::plans::{Pair, all, eq, linear, plan, rule};
+mod common;
+
+use common::frames::{Dice, ethernet, ipv4};
+use common::plans::{Pair, all, eq, linear, plan, rule};
 
 /// Makes packets of the protocols that are searched.
 trait Packets {

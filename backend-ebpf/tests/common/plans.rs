@@ -1,5 +1,7 @@
 //! Plans built by hand, and programs emitted from them, run in the check VM and in the kernel at once.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use aya::maps::PerCpuArray;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use cranelift_entity::PrimaryMap;

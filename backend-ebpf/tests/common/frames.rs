@@ -1,5 +1,7 @@
 //! Frames put together by hand, and the random numbers they vary by.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 pub(crate) fn ethernet(ether_type: u16, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
     frame.extend(ether_type.to_be_bytes());

@@ -1,6 +1,8 @@
 //! A small but real object that several tests share: it counts packets for each protocol in a per-CPU array, drops
 //! the ports listed in a data section, and remembers the last source address in two others.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 pub(crate) mod frames;
 pub(crate) mod kernel;
 pub(crate) mod plans;
