@@ -21,6 +21,7 @@ use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX, NETFILTER_KEY_WORDS_MAX}
 use polc_ir::outcome::{Count, Decider, Ending, FrameKind, Outcome, Verdict};
 use polc_ir::plan::{KeySlot, Known, Op, Plan, PlanExit, StepData, Target as PlanTarget, Trace};
 
+use self::shortcut::Shortcuts;
 use crate::abi::{self, CTX, KeyLayout};
 use crate::asm::{Asm, Label, Line};
 use crate::budget::Budget;
@@ -36,6 +37,7 @@ mod ipv6;
 mod lookup;
 mod netfilter;
 mod set;
+mod shortcut;
 mod steps;
 mod trace;
 mod transport;
@@ -252,6 +254,8 @@ struct Emitter<'a> {
     exit_offsets: BTreeMap<Step, u32>,
     code_offsets: BTreeMap<Step, u32>,
     tables_midst: u32,
+    /// Which exits of the walk table are left out.
+    shortcuts: Shortcuts,
     /// The map of each set's table.
     sets: BTreeMap<Set, Map>,
     set_manifests: Vec<SetManifest>,
@@ -305,6 +309,7 @@ impl<'a> Emitter<'a> {
             exit_offsets: BTreeMap::new(),
             code_offsets: BTreeMap::new(),
             tables_midst: 0,
+            shortcuts: Shortcuts::new(&plan.walk),
             sets: BTreeMap::new(),
             set_manifests: Vec::new(),
             frame_ends: BTreeMap::new(),

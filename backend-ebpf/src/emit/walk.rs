@@ -35,16 +35,21 @@ const VERIFIER_PROCESSED_PER_TURN: u32 = 630;
 const MARGIN: u32 = 4;
 
 impl Emitter<'_> {
-    /// How tables write a reference. The node table holds the nodes, then a record for each exit.
+    /// How tables write a reference. The node table holds the nodes, then a record for each exit that is kept.
     pub(super) fn reference(&self, reference: WalkRef) -> u32 {
-        match reference {
+        match self.shortcuts.lead(reference) {
             WalkRef::Node(index) => match self.plan.walk.nodes.get(index as usize) {
                 Some(WalkNode::Fork { .. }) => abi::EXIT_BIT | abi::NODE_BIT | index,
                 _ => abi::NODE_BIT | index,
             },
-            WalkRef::Exit(index) => abi::EXIT_BIT | (self.plan.walk.nodes.len() as u32 + index),
+            WalkRef::Exit(exit) => self.record_reference(self.shortcuts.place(exit)),
             WalkRef::None => abi::NONE,
         }
+    }
+
+    /// How tables refer to an exit's record.
+    fn record_reference(&self, record: u32) -> u32 {
+        abi::EXIT_BIT | (self.plan.walk.nodes.len() as u32 + record)
     }
 
     fn target_reference(&self, target: PlanTarget) -> u32 {
@@ -228,7 +233,7 @@ impl Emitter<'_> {
             });
         }
         for exit in 0..exits as u32 {
-            records.push([self.reference(WalkRef::Exit(exit)), exit, 0, 0, 0, 0, 0, 0]);
+            records.push([self.record_reference(exit), exit, 0, 0, 0, 0, 0, 0]);
         }
         let none = [abi::NONE, 0, 0, 0, 0, 0, 0, 0];
         records.resize((records.len() + 1).next_power_of_two(), none);
@@ -237,10 +242,9 @@ impl Emitter<'_> {
 
     /// The exits' records, then those that hold the rest of long lists of changes.
     fn exit_records(&self) -> Vec<[u32; 8]> {
-        let exits = &self.plan.walk.exits;
-        let mut records = vec![[0; 8]; exits.len()];
-        for (index, from) in exits.iter().enumerate() {
-            records[index] = match from {
+        let mut records = vec![[0; 8]; self.shortcuts.kept];
+        for (index, exit) in self.shortcuts.exits().enumerate() {
+            records[index] = match &self.plan.walk.exits[exit] {
                 PlanExit::End(slot) => [exit::END, *slot, self.return_code(*slot) as u32, 0, 0, 0, 0, 0],
                 PlanExit::Then { count, writes, next } => {
                     let mut chunks: Vec<&[WordWrite]> = writes.chunks(exit::WRITES).collect();
@@ -249,13 +253,13 @@ impl Emitter<'_> {
                     // The last record leads out of the list, each before it to the one after.
                     for chunk in chunks.into_iter().rev() {
                         records.push(self.then_record(chunk, next));
-                        next = self.reference(WalkRef::Exit(records.len() as u32 - 1));
+                        next = self.record_reference(records.len() as u32 - 1);
                     }
                     match count {
                         Some(slot) if first.is_empty() => count_record(*slot, next),
                         Some(slot) => {
                             records.push(self.then_record(first, next));
-                            count_record(*slot, self.reference(WalkRef::Exit(records.len() as u32 - 1)))
+                            count_record(*slot, self.record_reference(records.len() as u32 - 1))
                         }
                         None => self.then_record(first, next),
                     }
@@ -272,7 +276,7 @@ impl Emitter<'_> {
                     match count {
                         Some(slot) => {
                             records.push(record);
-                            count_record(*slot, self.reference(WalkRef::Exit(records.len() as u32 - 1)))
+                            count_record(*slot, self.record_reference(records.len() as u32 - 1))
                         }
                         None => record,
                     }
@@ -295,7 +299,7 @@ impl Emitter<'_> {
     fn turns(&self) -> u32 {
         let walk = &self.plan.walk;
         let nodes = walk.nodes.len();
-        let index = |reference| match reference {
+        let index = |reference| match self.shortcuts.lead(reference) {
             WalkRef::Node(node) => Some(node as usize),
             WalkRef::Exit(exit) => Some(nodes + exit as usize),
             WalkRef::None => None,
