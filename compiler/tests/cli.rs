@@ -541,6 +541,9 @@ fn the_kernel_is_asked_by_root_alone() {
         let output = run(&mut command);
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{said}");
-        assert!(said.contains("only root") && said.contains("help: "), "{said}");
+        assert!(
+            said.contains("only a process with CAP_NET_ADMIN") && said.contains("run it as root"),
+            "{said}"
+        );
     }
 }
