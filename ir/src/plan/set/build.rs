@@ -28,6 +28,11 @@ const LIVE_ROOM: usize = 160;
 /// Cells that a live table has room for beyond twice those it starts with.
 const LIVE_CELLS_MIN: usize = 65_536;
 
+/// Groups that a table has at least before its groups get larger than need be.
+const GROUPS_WANTED: usize = 32;
+/// Most pages of a group: 256 KB, which second-level caches hold.
+const GROUP_PAGES_MAX: usize = 64;
+
 /// A set's shape, or why it has none.
 pub type Shaped = Result<SetShape, &'static str>;
 
@@ -102,14 +107,21 @@ pub fn shape(data: &SetData, family: Family) -> Shaped {
         nomatch: data.takes_nomatch() && (data.live || elements.iter().any(|element| element.nomatch)),
         live: data.live,
         groups: 1,
+        group_pages: 1,
     };
     let cells = cells.max(1);
+    let room =
+        if data.live { (2 * cells).max(LIVE_CELLS_MIN).min(data.elements_max.max(cells)) } else { cells };
+    // Groups enough for every thread to have some, and no larger than that.
+    let pages = room.div_ceil(GROUPS_WANTED * shape.slots_count()).next_power_of_two();
+    // Of slots so large that few fit into a page.
+    let pages_min = if shape.slot_words() > 2 { 2 } else { 1 };
+    shape.group_pages = pages.clamp(pages_min, GROUP_PAGES_MAX) as u32;
     let slots = (shape.group_buckets() * SLOTS) as f64;
     // The average is such that it and its deviations are what can be filled.
     let root = (DEVIATIONS.mul_add(DEVIATIONS, 4.0 * FILLED * slots).sqrt() - DEVIATIONS) / 2.0;
     let average = root * root;
     let groups = if data.live {
-        let room = (2 * cells).max(LIVE_CELLS_MIN).min(data.elements_max.max(cells));
         ((room * LIVE_ROOM) as f64 / 100.0 / slots).max(room as f64 / average)
     } else if cells as f64 <= FILLED * slots {
         // Chance has nothing to do with one group.

@@ -203,8 +203,8 @@ mod tests {
     fn a_change_is_seen_whole() {
         let set = data(&[DimensionKind::Net], Vec::new(), true);
         let mut shape = shape(&set, Family::V4).unwrap();
-        // One group, so that keys move and slots are used again.
-        shape.groups = 1;
+        // One small group, so that keys move and slots are used again.
+        (shape.groups, shape.group_pages) = (1, 1);
         let mut words = build(&set, Family::V4, &shape).words;
         let mut have: BTreeMap<Pattern, bool> = BTreeMap::new();
         let (mut state, mut full, mut waits) = (1, 0, 0);

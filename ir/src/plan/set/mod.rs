@@ -15,9 +15,9 @@
 //!                second cell that says which of them are
 //! ```
 //!
-//! A hash chooses a group, and in it two buckets; a key lies in one of them. A group is a page of memory, so one address
-//! translation serves both (two pages where slots are so large that few fit into one), and groups are built by several
-//! threads without waiting for each other. Keys are made of 32-bit halves, the cell dimension's last half
+//! A hash chooses a group, and in it two buckets; a key lies in one of them. Groups are built by several threads without
+//! waiting for each other. A group is a few pages of memory: the more, the closer to the average chance fills each, and
+//! the less room there is for nothing; but one stays in a CPU's own cache while it is built. Keys are made of 32-bit halves, the cell dimension's last half
 //! first: its low five bits are 0 before a cell, and hold the level's number, from 1, so that a key's first word is
 //! never 0 and a slot whose first word is 0 has no key.
 //!
@@ -86,6 +86,8 @@ pub struct SetShape {
     pub live: bool,
     /// How many groups of buckets there are.
     pub groups: u32,
+    /// Pages of a group, of 4,096 bytes: a power of two.
+    pub group_pages: u32,
 }
 
 /// A table and what is in it.
@@ -132,7 +134,7 @@ impl Contents {
 
 /// Threads that work on a table, and groups that each has at least.
 const THREADS_MAX: usize = 8;
-const GROUPS_MIN: usize = 64;
+const GROUPS_MIN: usize = 16;
 
 /// Consecutive parts of `0..count`, of `least` at least: one for each CPU, so it must not matter how many there are.
 fn parts(count: usize, least: usize) -> Vec<Range<usize>> {
@@ -225,7 +227,7 @@ impl SetShape {
 
     /// Words from a group to the next.
     pub fn group_words(&self) -> usize {
-        if self.slot_words() > 2 { 2 * PAGE_WORDS } else { PAGE_WORDS }
+        self.group_pages as usize * PAGE_WORDS
     }
 
     /// Buckets of a group.
