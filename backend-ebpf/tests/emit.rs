@@ -494,7 +494,7 @@ fn headers_are_pulled_in() {
 /// A plan with every part: devices, code, a table with writes and both tests.
 fn with_everything(attach: Attach) -> Plan {
     let mut plan = chain(attach, 20);
-    plan.key.push(KeySlot { field: Field::InDevice, word: 3, words: 1 });
+    plan.key.push(KeySlot { field: Field::InDevice, word: 3, words: 1, flag: None });
     plan.devices.devices = vec![(device(1, "lo"), 1)];
     let random = plan.effect_tests.push(EffectTestKind::Random { probability: 1 << 30 });
     let nth = plan.effect_tests.push(EffectTestKind::Nth { every: 3, initial: 1 });

@@ -39,6 +39,8 @@ pub enum Status {
         span: Span,
         /// What it needs, as a sentence's end.
         reason: String,
+        /// How to give it.
+        hint: Option<&'static str>,
     },
     /// No packet of the place passes its chain: another object, or the kernel, decides. Counts as deferred.
     Elsewhere,
@@ -108,7 +110,7 @@ impl Report {
                 continue;
             };
             if only_there && *status == Status::Compiled {
-                *status = Status::Deferred { span: first.span, reason: reason.to_string() };
+                *status = Status::Deferred { span: first.span, reason: reason.to_string(), hint: None };
             }
         }
     }
@@ -118,7 +120,7 @@ impl Report {
         for (span, finding) in findings.iter().filter_map(|finding| Some((finding.span?, finding))) {
             let line = session.sources.file(span.file).line(span.start);
             if let Some(status @ Status::Compiled) = self.lines.get_mut(&line) {
-                *status = Status::Deferred { span, reason: finding.message.clone() };
+                *status = Status::Deferred { span, reason: finding.message.clone(), hint: None };
             }
         }
     }
@@ -152,19 +154,26 @@ impl Report {
     pub fn diagnostics(&self, mode: Mode) -> Vec<Diagnostic> {
         let severity = if mode == Mode::Replace { Severity::Error } else { Severity::Warning };
         let deferred = self.lines.values().filter_map(|status| match status {
-            Status::Deferred { span, reason } => Some((*span, reason)),
+            Status::Deferred { span, reason, hint } => Some((*span, reason, *hint)),
             Status::Compiled | Status::Elsewhere | Status::Rejected => None,
         });
         let mut findings: Vec<Diagnostic> = deferred
-            .map(|(span, reason)| {
+            .map(|(span, reason, hint)| {
                 let finding = Diagnostic::new(severity, DEFERRED, format!("not compiled: {reason}"), span);
-                match mode {
+                let finding = match mode {
                     Mode::Accelerate => finding.with_note(
                         "packets that get as far as this are left to the kernel's own rules, which still decide them",
                     ),
+                    Mode::Replace if hint.is_some() => {
+                        finding.with_note("in replace mode the kernel's own rules are gone")
+                    }
                     Mode::Replace => finding.with_hint(
                         "in replace mode the kernel's own rules are gone; remove the rule, or compile with `--mode accelerate`",
                     ),
+                };
+                match hint {
+                    Some(hint) => finding.with_hint(hint),
+                    None => finding,
                 }
             })
             .collect();
@@ -289,7 +298,7 @@ impl Deferrals {
         }
         places.find_map(|(_, place)| {
             let (span, deferral) = rule_deferral(ruleset, place, data)?;
-            Some(Status::Deferred { span, reason: deferral.to_string() })
+            Some(Status::Deferred { span, reason: deferral.to_string(), hint: deferral.hint() })
         })
     }
 }

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 
+use polc::Compiled;
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
@@ -190,12 +191,62 @@ fn large_rule_sets_are_decided_by_groups() {
         assert!(compiled.plan.walk.nodes.is_empty(), "{family}: nothing is left to the walk");
         let structure = compiled.plan.to_string();
         assert!(structure.contains(" groups, "), "{family}: {structure}");
-        let attach = attach_for(Hook::Input);
-        let object = emit(&compiled.plan, &target(attach)).expect("it is small");
-        let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
-        let mut levels = Levels { ruleset: &ruleset, compiled: &compiled, env: &env, program };
-        for input in Witnesses::new(&compiled.classifier, &[], seed).take(PACKETS) {
-            levels.agree(&input).unwrap_or_else(|why| panic!("{family} {why}"));
+        all_levels_agree(&ruleset, &compiled, &env, seed);
+    }
+}
+
+/// Fields that say whether a packet is in a set share words of the key then, those of stages and of tables alike.
+#[test]
+fn a_hundred_and_fifty_sets_are_asked_on_one_path() {
+    for (prefer, sets) in [(Prefer::Cheapest, 150), (Prefer::Walk, 40)] {
+        let mut random = Random::new(3);
+        let (text, contents) = asking(&mut random, sets);
+        let mut sources = SourceMap::new();
+        let file = sources.add("asking", text);
+        let (dump, _) = parse(&sources, file, &ParseOptions::default());
+        let file = sources.add("sets", contents);
+        let (contents, found) = ipset::parse(&sources, file);
+        assert!(found.is_empty(), "{found:?}");
+        let ruleset = lower(&dump, &[contents], Semantics::Legacy);
+        let place = place(&[Hook::Input], attach_for(Hook::Input), Mode::Replace, false);
+        let (env, devices) = (Env::default(), Devices::default());
+        let compiled = polc::compile_with(&ruleset, &place, &env, &devices, prefer);
+        assert!(compiled.diagnostics.is_empty(), "{prefer:?}: {:?}", compiled.diagnostics);
+        let shared = compiled.plan.key.iter().filter(|slot| slot.flag.is_some()).count();
+        assert_eq!(shared, sets, "{prefer:?}");
+        assert_eq!(compiled.plan.members.len(), sets / 10, "{prefer:?}: what tables give");
+        all_levels_agree(&ruleset, &compiled, &env, 4);
+    }
+}
+
+/// A chain in which each of so many sets is asked, beside another one, and the sets. One in ten becomes a table.
+fn asking(random: &mut Random, sets: usize) -> (String, String) {
+    let mut text = String::from("*filter\n:INPUT DROP [0:0]\n");
+    let mut contents = String::new();
+    for set in 0..sets {
+        let is_table = set % 10 == 7;
+        let kind = if is_table { "hash:ip,port" } else { "hash:ip" };
+        writeln!(contents, "create s{set} {kind}").expect("strings take text");
+        for element in 0..if is_table { 80 } else { 3 } {
+            let port = if is_table { format!(",tcp:{element}") } else { String::new() };
+            let net = random.below(40);
+            writeln!(contents, "add s{set} 10.0.{net}.{element}{port}").expect("strings take text");
         }
+        let (not, verdict) = (pick(random, &["", "! "]), pick(random, &["ACCEPT", "DROP"]));
+        let other = random.below(sets);
+        write!(text, "-A INPUT -m set --match-set s{set} src,dst ").expect("strings take text");
+        writeln!(text, "-m set {not}--match-set s{other} src,dst -j {verdict}").expect("strings take text");
+    }
+    (text + "COMMIT\n", contents)
+}
+
+/// All levels of a rule set at INPUT, and the object under rbpf, agree on packets made for it.
+fn all_levels_agree(ruleset: &Ruleset, compiled: &Compiled, env: &Env, seed: u64) {
+    let attach = attach_for(Hook::Input);
+    let object = emit(&compiled.plan, &target(attach)).expect("it is small");
+    let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
+    let mut levels = Levels { ruleset, compiled, env, program };
+    for input in Witnesses::new(&compiled.classifier, &[], seed).take(PACKETS) {
+        levels.agree(&input).unwrap_or_else(|why| panic!("{} {why}", ruleset.family));
     }
 }

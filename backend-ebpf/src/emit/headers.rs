@@ -128,6 +128,7 @@ impl Emitter<'_> {
             let open = self.plan.key.iter().filter(|slot| !self.is_always_stored(slot.field));
             let open = open.flat_map(|slot| slot.word..slot.word + slot.words);
             places = open.map(|word| self.layout.word(word) - 4).collect();
+            places.dedup();
         }
         if places.is_empty() {
             return;

@@ -279,10 +279,10 @@ impl<'a> Emitter<'a> {
             if target.attach == Attach::Netfilter { NETFILTER_KEY_WORDS_MAX } else { KEY_WORDS_MAX };
         let Some(layout) = KeyLayout::new(words).filter(|_| words <= words_max) else {
             let message = format!(
-                "the rules test fields of {words} words in all; a program's stack at {} holds {words_max}",
+                "the rules test more fields than a program's stack at {} has room for: {words_max} words",
                 target.attach
             );
-            let hint = "split the rule set, or test fewer different sets";
+            let hint = "split the rule set, or test fewer different fields (`-m u32` and options of headers are one each)";
             return Err(vec![Diagnostic::error(KEY_TOO_LARGE, message, None).with_hint(hint)]);
         };
         let mut maps = PrimaryMap::new();

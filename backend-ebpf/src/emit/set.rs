@@ -20,7 +20,7 @@ use polc_ir::entities::Map;
 use polc_ir::hook::Family;
 use polc_ir::packet::extension::kind;
 use polc_ir::plan::set::{CELL_BITS, Half, MULTIPLIER, SLOTS, SetShape, USED_WORD};
-use polc_ir::plan::{MemberPart, NumberWords};
+use polc_ir::plan::{KeySlot, MemberPart, NumberWords};
 use polc_ir::set::port::{Compared, WITH_HEADER};
 
 use super::{DEVICE_NAMES_MAP, Emitter, SET_MAP_PREFIX};
@@ -89,9 +89,20 @@ impl Emitter<'_> {
             }
             self.asm.goto(done);
             self.asm.bind(member);
-            self.asm.store(Size::W, Reg::FP, self.layout.word(step.word), 1);
+            self.set(step.slot);
             self.asm.bind(done);
         }
+    }
+
+    /// Stores 1 in a place that has 0. `r0` is lost.
+    fn set(&mut self, slot: KeySlot) {
+        let place = self.layout.word(slot.word);
+        if slot.flag.is_none() {
+            return self.asm.store(Size::W, Reg::FP, place, 1);
+        }
+        self.asm.load(Size::W, Reg::R0, Reg::FP, place);
+        self.asm.alu32(AluOp::Or, Reg::R0, Operand::bits(slot.own()));
+        self.asm.store(Size::W, Reg::FP, place, Reg::R0);
     }
 
     /// Goes to `member` if the packet is in a set, else to `other`.

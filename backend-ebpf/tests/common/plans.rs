@@ -50,7 +50,7 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
                 Field::InDevice | Field::OutDevice => 1,
                 field => field.bits(family).div_ceil(32),
             };
-            let slot = KeySlot { field, word, words };
+            let slot = KeySlot { field, word, words, flag: None };
             word += words;
             slot
         })

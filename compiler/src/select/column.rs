@@ -24,6 +24,14 @@ pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dy
         let all = u64::from(u32::MAX) >> (32 - whole.max(1));
         if u64::from(mask(index)) == all { value } else { line.with(AluKind::And, value, mask(index).into()) }
     };
+    if field.slot.flag.is_some() {
+        let flag = |line: &mut Line<'_>| {
+            let word = line.word(field.slot.word);
+            let flag = line.with(AluKind::And, word, field.slot.own().into());
+            line.with(AluKind::Shr, flag, field.slot.shift().into())
+        };
+        return search(line, &flag, 1, &narrow(&runs));
+    }
     if words == 1 {
         return search(line, &|line| word(line, 0), field.bits.into(), &narrow(&runs));
     }
@@ -235,7 +243,7 @@ mod tests {
             bounds.sort_unstable();
             bounds.dedup_by_key(|bound| bound.0);
             let runs: Vec<Run> = bounds.iter().map(|&(start, class)| Run { start, class }).collect();
-            let slot = KeySlot { field: Field::SrcAddr, word: 0, words: 4 };
+            let slot = KeySlot { field: Field::SrcAddr, word: 0, words: 4, flag: None };
             let field = Masked { slot, mask: u128::MAX, field_bits: 128, bits: 128 };
             let mut tables = Tables::new();
             let mut line = Line::new(&mut tables);

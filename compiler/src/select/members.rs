@@ -86,8 +86,8 @@ pub(super) fn steps(classifier: &Classifier, slot: impl Fn(Field) -> KeySlot) ->
                 data.dimensions.iter().zip(ends).map(|(dimension, end)| number(set, *dimension, *end));
             MemberPart { set, nomatch: return_nomatch && data.takes_nomatch(), numbers: numbers.collect() }
         };
-        let word = slot(Field::Derived(derived)).word;
-        MemberStep { derived, word, parts: sets.into_iter().map(part).collect() }
+        let slot = slot(Field::Derived(derived));
+        MemberStep { derived, slot, parts: sets.into_iter().map(part).collect() }
     };
     asked(classifier).map(step).collect()
 }

@@ -9,18 +9,20 @@ use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
 use polc_ir::decision::Decision;
+use polc_ir::derived::DerivedData;
 use polc_ir::entities::{Entry, Stage, Step, Value};
 use polc_ir::env::{Attach, Device};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, max_value};
-use polc_ir::limits::LOOKUP_OPS_MAX;
+use polc_ir::limits::{KEY_WORDS_MAX, LOOKUP_OPS_MAX};
 use polc_ir::outcome::{Ending, FrameKind, Verdict};
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
     DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
     PlanExit, StepData, Target, Trace, WalkTable, WordTest, WordWrite,
 };
+use polc_ir::ruleset::Write;
 
 use self::classes::FastMap;
 pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
@@ -99,6 +101,14 @@ const INSNS_PER_EXIT: usize = 12;
 
 /// Bytes of tables below which no other structure is tried.
 const SMALL_BYTES: usize = 256 << 10;
+
+/// Fields that are 0 or 1 and have a word each, rather than a bit of one that takes two more operations to read.
+const FLAGS_APART_MAX: usize = 16;
+
+/// Where the key ends; fields behind it overlap. No program has room for so many words, which emission says.
+const WORDS_MAX: u8 = 128;
+
+const _: () = assert!(WORDS_MAX as usize > KEY_WORDS_MAX);
 
 /// Bytes that the tables of one stage may have.
 const TABLE_BYTES_MAX: usize = 64 << 20;
@@ -356,16 +366,33 @@ impl Keys {
         fields.extend(members::fields(classifier));
         fields.sort_unstable();
         fields.dedup();
+        let is_flag = |field: &Field| match field {
+            Field::Derived(derived) => matches!(
+                classifier.derived[*derived],
+                DerivedData::Member { .. } | DerivedData::AddressType { .. }
+            ),
+            _ => false,
+        };
+        let mut flags: Vec<Field> = fields.iter().copied().filter(is_flag).collect();
+        if flags.len() <= FLAGS_APART_MAX {
+            flags.clear();
+        }
         let mut key = Vec::new();
         let mut word = 0;
-        for field in fields {
+        for field in fields.into_iter().filter(|field| flags.binary_search(field).is_err()) {
             let words = match field {
                 Field::InDevice | Field::OutDevice => 1,
                 field => field.bits(family).div_ceil(32),
             };
-            key.push(KeySlot { field, word, words });
-            word += words;
+            key.push(KeySlot { field, word, words, flag: None });
+            word = WORDS_MAX.min(word + words);
         }
+        for flags in flags.chunks(32) {
+            let flag = |(bit, &field)| KeySlot { field, word, words: 1, flag: Some(bit) };
+            key.extend((0..).zip(flags).map(flag));
+            word = WORDS_MAX.min(word + 1);
+        }
+        key.sort_unstable_by_key(|slot| slot.field);
         let mut keys = Keys { key, devices: DeviceClasses::default(), class_values: Vec::new() };
         keys.classes(classifier, devices);
         keys
@@ -449,13 +476,20 @@ impl Selector<'_> {
                 })
                 .collect();
         }
-        let top = max_value(test.field.bits(self.classifier.family)) & test.mask;
+        let top = max_value(slot.bits(test.field.bits(self.classifier.family))) & test.mask;
         test.values
             .intervals()
             .iter()
             .filter_map(|range| range.intersect(Interval::new(0, top)?))
-            .flat_map(|range| word_ranges(slot, test.mask, range))
+            .flat_map(|range| word_ranges(slot, test.mask & max_value(slot.bits(128)), range))
             .collect()
+    }
+
+    /// A change of a field as one of its word.
+    fn word_write(&self, write: &Write) -> WordWrite {
+        let slot = self.slot(write.field);
+        let own = |bits: u128| (bits as u32) << slot.shift() & slot.own();
+        WordWrite { word: slot.word, clear: own(write.clear), xor: own(write.xor) }
     }
 
     fn exit(&self, counting: &Counting, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
@@ -464,14 +498,7 @@ impl Selector<'_> {
             Exit::End(_) | Exit::EndIfAbsent(_) => PlanExit::End(count.expect("an end is a trace")),
             Exit::Then { writes, stage } => PlanExit::Then {
                 count,
-                writes: writes
-                    .iter()
-                    .map(|write| WordWrite {
-                        word: self.slot(write.field).word,
-                        clear: write.clear as u32,
-                        xor: write.xor as u32,
-                    })
-                    .collect(),
+                writes: writes.iter().map(|write| self.word_write(write)).collect(),
                 next: target(*stage),
             },
             Exit::Test { test, yes, no } => {

@@ -74,7 +74,6 @@ impl Problem {
             let mut possible = true;
             let mut devices: Vec<(Field, IntervalSet)> = Vec::new();
             for test in data.cube.tests() {
-                let bits = test.field.bits(classifier.family);
                 let device = matches!(test.field, Field::InDevice | Field::OutDevice);
                 let (mask, values) = if device {
                     let classes = selector.device_classes(test);
@@ -85,6 +84,7 @@ impl Problem {
                     }
                     continue;
                 } else {
+                    let bits = selector.slot(test.field).bits(test.field.bits(classifier.family));
                     let mask = test.mask & max_value(bits);
                     (mask, test.values.intersect(&IntervalSet::range(0, mask)))
                 };
@@ -141,7 +141,7 @@ impl Problem {
             let bits = (128 - mask.leading_zeros()) as u8;
             let field_bits = match field {
                 Field::InDevice | Field::OutDevice => 16,
-                field => field.bits(selector.classifier.family),
+                field => slot.bits(field.bits(selector.classifier.family)),
             };
             let field = Masked { slot, mask, field_bits, bits: bits.max(1) };
             self.columns.push(Column { field, predicates: Vec::new() });

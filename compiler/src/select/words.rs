@@ -7,10 +7,17 @@ use polc_ir::plan::{KeySlot, WordTest};
 pub(super) fn word_ranges(slot: KeySlot, mask: u128, range: Interval) -> Vec<Vec<WordTest>> {
     let words = usize::from(slot.words);
     let word = |value: u128, index: usize| (value >> (32 * (words - 1 - index))) as u32;
+    let shift = slot.shift();
     let test = |index: usize, lo: u32, hi: u32| -> Option<WordTest> {
         let mask = word(mask, index);
+        let word = slot.word + index as u8;
         // The whole word holds: nothing to ask.
-        (lo != 0 || hi != mask).then_some(WordTest { word: slot.word + index as u8, mask, lo, hi })
+        (lo != 0 || hi != mask).then_some(WordTest {
+            word,
+            mask: mask << shift,
+            lo: lo << shift,
+            hi: hi << shift,
+        })
     };
     let (lo, hi) = (range.lo(), range.hi());
     let split = (0..words).find(|&index| word(lo, index) != word(hi, index));

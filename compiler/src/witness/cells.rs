@@ -101,7 +101,7 @@ fn draw<T>(all: &mut Vec<T>, most: usize, random: &mut Random) {
 struct Part {
     /// The values, or the first [`RUNS_OF_PART_MAX`] runs of them.
     values: Vec<Interval>,
-    /// The words of the key that hold the first value.
+    /// The words of the key that hold the first value, without bits of others.
     words: Vec<u32>,
     /// For each entry of the stage, a bit: whether its tests of the field hold.
     holds: Vec<u64>,
@@ -160,8 +160,9 @@ impl<'a> Cells<'a> {
             for (chosen, (slot, parts, _)) in chosen.iter_mut().zip(&self.fields) {
                 *chosen = if exhaustive { rest % parts.len() } else { random.below(parts.len()) };
                 rest /= parts.len();
-                let at = usize::from(slot.word);
-                key[at..at + usize::from(slot.words)].copy_from_slice(&parts[*chosen].words);
+                for (word, own) in key[usize::from(slot.word)..].iter_mut().zip(&parts[*chosen].words) {
+                    *word = *word & !slot.own() | own;
+                }
             }
             let entry = self.entry(&chosen);
             let exit = exit_of(self.data, self.plan, &key, &mut values);
@@ -235,8 +236,11 @@ impl<'a> Cells<'a> {
                 let written = writes.len() == wanted.len()
                     && writes.iter().zip(wanted).all(|(write, wanted)| {
                         let slot = plan.key.iter().find(|slot| slot.field == wanted.field);
-                        slot.is_some_and(|slot| slot.word == write.word)
-                            && (write.clear, write.xor) == (wanted.clear as u32, wanted.xor as u32)
+                        slot.is_some_and(|slot| {
+                            let own = |bits: u128| (bits as u32) << slot.shift() & slot.own();
+                            slot.word == write.word
+                                && (write.clear, write.xor) == (own(wanted.clear), own(wanted.xor))
+                        })
                     });
                 counted(*count) && written && leads(next, *stage)
             }
@@ -272,6 +276,8 @@ impl<'a> Cells<'a> {
         let numbers: Vec<Vec<usize>> = tests.iter().map(|tests| tests.iter().map(number).collect()).collect();
         let (values, mut is_complete) = if is_device {
             (self.devices(slot.field), true)
+        } else if slot.flag.is_some() {
+            (vec![0, 1], true)
         } else if slot.words == 1 {
             alone.representatives(self.plan, slot.field.bits(family), &distinct, effort.ranges)
         } else {
@@ -279,7 +285,7 @@ impl<'a> Cells<'a> {
         };
         let most = (effort.tests / self.entries.len().max(1)).max(2);
         is_complete &= values.len() <= most;
-        let top = max_value(slot.field.bits(family));
+        let top = max_value(slot.bits(slot.field.bits(family)));
         let mut parts: BTreeMap<(Vec<u64>, Vec<u64>), Part> = BTreeMap::new();
         let mut runs: Vec<Run> = Vec::new();
         let mut last = None;
@@ -290,7 +296,7 @@ impl<'a> Cells<'a> {
             let words: Vec<u32> = if is_device {
                 vec![self.plan.devices.class(value).into()]
             } else {
-                (0..u32::from(slot.words)).rev().map(|index| (value >> (32 * index)) as u32).collect()
+                slot.spread(value).collect()
             };
             // Rules share their tests, so each is made once.
             let held: Vec<bool> = distinct.iter().map(|test| test.holds(value)).collect();
@@ -421,7 +427,8 @@ impl<'a> Alone<'a> {
             StepData::Linear(LinearStep { entries, .. }) => {
                 let tests = entries.iter().flat_map(|entry| &entry.tests);
                 let tests = tests.flat_map(|test| test.any.iter().flatten());
-                let mut tests: Vec<&WordTest> = tests.filter(|test| own.contains(&test.word)).collect();
+                let of_it = |test: &&WordTest| own.contains(&test.word) && test.mask & slot.own() != 0;
+                let mut tests: Vec<&WordTest> = tests.filter(of_it).collect();
                 tests.sort_unstable();
                 tests.dedup();
                 By::Tests(tests)
@@ -429,9 +436,17 @@ impl<'a> Alone<'a> {
             StepData::Lookup(step) => {
                 let mut on: Vec<On> = Vec::with_capacity(step.ops.len());
                 let mut with_others = vec![false; step.ops.len()];
+                // A word that flags share depends on all of them, until one is masked out.
+                let is_shared = |op: &Op| slot.flag.is_some() && *op == Op::Word(slot.word);
                 for op in step.ops.values() {
                     let mut sum = match op {
-                        Op::Word(word) if own.contains(word) => On::Field,
+                        Op::Alu(AluKind::And, word, Operand::Const(mask))
+                            if is_shared(&step.ops[*word]) && mask & !slot.own() == 0 =>
+                        {
+                            on.push(On::Field);
+                            continue;
+                        }
+                        Op::Word(word) if own.contains(word) && slot.flag.is_none() => On::Field,
                         Op::Word(_) => On::Others,
                         _ => On::Nothing,
                     };
@@ -449,7 +464,8 @@ impl<'a> Alone<'a> {
                 }
                 with_others[step.result.as_u32() as usize] = true;
                 let watched = (0..on.len()).filter(|&at| on[at] == On::Field && with_others[at]).collect();
-                By::Ops { step, alone: on.iter().map(|&on| on != On::Others).collect(), watched }
+                let alone = step.ops.values().zip(&on).map(|(op, &on)| on != On::Others || is_shared(op));
+                By::Ops { step, alone: alone.collect(), watched }
             }
         };
         Alone { slot, by }

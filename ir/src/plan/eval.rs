@@ -62,13 +62,11 @@ impl Plan {
                 }
                 field => given(field),
             };
-            for index in 0..slot.words {
-                let shift = 32 * u32::from(slot.words - 1 - index);
-                key[usize::from(slot.word + index)] = (value >> shift) as u32;
-            }
+            slot.put(value, &mut key);
         }
         for step in &self.members {
-            key[usize::from(step.word)] = step.holds(&self.set_tables, &self.devices, &key).into();
+            let holds = step.holds(&self.set_tables, &self.devices, &key);
+            step.slot.put(holds.into(), &mut key);
         }
         Ok(key)
     }

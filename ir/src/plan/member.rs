@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::DeviceClasses;
 use super::set::SetTable;
+use super::{DeviceClasses, KeySlot};
 use crate::entities::{Derived, Set};
 use crate::hook::Family;
 use crate::set::DIMENSIONS_MAX;
@@ -14,8 +14,8 @@ use crate::set::port::{Compared, PortReading};
 pub struct MemberStep {
     /// The field.
     pub derived: Derived,
-    /// Its word: 1 if the packet is in the set, else 0.
-    pub word: u8,
+    /// Its place: 1 if the packet is in the set, else 0.
+    pub slot: KeySlot,
     /// The sets that are asked, in order, until one says yes.
     pub parts: Vec<MemberPart>,
 }
@@ -119,7 +119,7 @@ impl MemberStep {
     pub fn verify(&self, tables: &BTreeMap<Set, SetTable>, words: usize) -> Vec<String> {
         let mut wrong = Vec::new();
         let read = self.parts.iter().flat_map(|part| part.numbers.iter().flat_map(NumberWords::words));
-        if read.chain([self.word]).any(|word| usize::from(word) >= words) {
+        if read.chain([self.slot.word]).any(|word| usize::from(word) >= words) {
             wrong.push(format!("{} uses a word that the key does not have", self.derived));
         }
         for part in &self.parts {

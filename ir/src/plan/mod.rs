@@ -42,7 +42,7 @@ pub struct Plan {
     pub family: Family,
     /// What it was made for; `attach` is set.
     pub place: Place,
-    /// Where each field is in the key, in ascending order of `word`.
+    /// Where each field is in the key, in ascending order of `field`.
     pub key: Vec<KeySlot>,
     /// Device names that the rules tell apart. The key holds a device's class in place of its name.
     pub devices: DeviceClasses,
@@ -80,6 +80,38 @@ pub struct KeySlot {
     pub word: u8,
     /// How many words it takes: 1, 2 (a MAC address) or 4.
     pub words: u8,
+    /// The bit that it is, counted from the lowest, if it is 0 or 1 and others share its word.
+    pub flag: Option<u8>,
+}
+
+impl KeySlot {
+    /// The bits of each of its words that are its own.
+    pub fn own(&self) -> u32 {
+        self.flag.map_or(u32::MAX, |bit| 1 << bit)
+    }
+
+    /// How far its lowest bit is from its last word's.
+    pub fn shift(&self) -> u32 {
+        self.flag.unwrap_or(0).into()
+    }
+
+    /// The width of what it holds of a field of so many bits.
+    pub fn bits(&self, of_field: u8) -> u8 {
+        if self.flag.is_some() { 1 } else { of_field }
+    }
+
+    /// Its words for a value, the most significant first, with no others' bits.
+    pub fn spread(self, value: u128) -> impl Iterator<Item = u32> {
+        let shifted = move |index: u8| (value >> (32 * u32::from(index))) as u32;
+        (0..self.words).rev().map(move |index| shifted(index) << self.shift() & self.own())
+    }
+
+    /// Puts a value to its place, and leaves others' bits.
+    pub fn put(self, value: u128, key: &mut [u32]) {
+        for (word, value) in key[self.word.into()..].iter_mut().zip(self.spread(value)) {
+            *word = *word & !self.own() | value;
+        }
+    }
 }
 
 /// Classes of devices: devices that no rule tells apart share one.

@@ -9,7 +9,10 @@ impl fmt::Display for Plan {
         writeln!(f, "plan {} root {}", self.family, self.root)?;
         writeln!(f, "key:")?;
         for slot in &self.key {
-            writeln!(f, "    w{}: {}, {} words", slot.word, slot.field, slot.words)?;
+            match slot.flag {
+                Some(bit) => writeln!(f, "    w{}: {}, bit {bit}", slot.word, slot.field)?,
+                None => writeln!(f, "    w{}: {}, {} words", slot.word, slot.field, slot.words)?,
+            }
         }
         if !self.devices.names.is_empty() {
             writeln!(f, "devices:")?;

@@ -14,6 +14,8 @@ use crate::ruleset::{Action, Clause, ClauseKind, EffectTestKind, RuleData, Rules
 use crate::set::{DimensionKind, SetContents};
 use crate::source::Span;
 
+const LOCAL_ADDRESSES: &str = "the host's local addresses were not given";
+
 /// Why a clause or action is not evaluated.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Deferral {
@@ -37,6 +39,19 @@ pub enum Deferral {
     },
     /// A stateful test whose state the kernel's own rules keep.
     Stateful(&'static str),
+}
+
+impl Deferral {
+    /// What who runs polc can give so that the clause is evaluated after all.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Deferral::UnknownSet(_) => Some("give what `ipset save` prints with `--ipset FILE`"),
+            Deferral::Field { field: Field::Derived(_), reason: LOCAL_ADDRESSES } => {
+                Some("give each address of the host with `--local ADDR`")
+            }
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Deferral {
@@ -103,7 +118,7 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
                 if device.is_some() {
                     missing("which device an address belongs to is not known here")
                 } else {
-                    missing("the host's local addresses were not given")
+                    missing(LOCAL_ADDRESSES)
                 }
             }
             DerivedData::AddressType { .. } => None,
