@@ -160,7 +160,7 @@ fn sample_decides_and_counts() {
     assert_eq!(vm.value(counts, &256u32.to_ne_bytes()), None);
     let last = vm.map("last").expect("named");
     assert_eq!(vm.values(last)[8..12], [192, 0, 2, 7]);
-    vm.reset();
+    vm.reset(&object);
     assert_eq!(vm.values(last), [0; 16]);
     assert_eq!(vm.value(counts, &17u32.to_ne_bytes()), Some(&[0; 8][..]));
     let ports = vm.map("ports").expect("named");

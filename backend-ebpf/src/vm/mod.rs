@@ -22,7 +22,7 @@ mod maps;
 use std::cell::UnsafeCell;
 use std::fmt;
 
-use cranelift_entity::EntityRef;
+use cranelift_entity::{EntityRef, PrimaryMap};
 use polc_ir::diag::Code as DiagCode;
 use polc_ir::entities::Map;
 use polc_ir::limits::{VM_MAP_BYTES_MAX, VM_PACKET_BYTES_MAX};
@@ -133,6 +133,7 @@ impl VmError {
 
 /// A program and the interpreter that holds it.
 struct Loaded {
+    name: String,
     /// Borrows from `linked`, so it is declared, and dropped, first.
     interpreter: EbpfVmMbuff<'static>,
     linked: Box<Linked>,
@@ -143,7 +144,8 @@ pub struct Vm {
     programs: Vec<Loaded>,
     arena: Arena,
     state: Box<UnsafeCell<State>>,
-    object: Object,
+    /// The maps' names.
+    maps: PrimaryMap<Map, String>,
 }
 
 impl Vm {
@@ -185,15 +187,13 @@ impl Vm {
             held: 0,
             fault: None,
         };
-        // Code is in the linked programs now; the maps' definitions are needed to reset them.
-        let mut object = object.clone();
-        object.programs.iter_mut().for_each(|program| program.code = Default::default());
-        Ok(Vm { programs, arena, state: Box::new(UnsafeCell::new(state)), object })
+        let maps = object.maps.values().map(|def| def.name.clone()).collect();
+        Ok(Vm { programs, arena, state: Box::new(UnsafeCell::new(state)), maps })
     }
 
     /// The programs' names, in the object's order.
     pub fn program(&self, name: &str) -> Option<usize> {
-        self.object.programs.iter().position(|program| program.name == name)
+        self.programs.iter().position(|program| program.name == name)
     }
 
     /// Runs a program on a packet.
@@ -222,7 +222,7 @@ impl Vm {
         self.arena.copy_in(packet, input.packet);
 
         let value = loop {
-            let Loaded { interpreter, linked } = &self.programs[index];
+            let Loaded { name, interpreter, linked } = &self.programs[index];
             let state = self.state.get_mut();
             state.back_jumps_left = linked.back_jumps_max;
             state.tail_call = None;
@@ -241,8 +241,7 @@ impl Vm {
                 interpreter.execute_program(mem, mbuff)
             };
             let state = self.state.get_mut();
-            let fault =
-                |what: String| VmError::Fault { program: self.object.programs[index].name.clone(), what };
+            let fault = |what: String| VmError::Fault { program: name.clone(), what };
             if let Some(what) = state.fault {
                 return Err(fault(what.to_string()));
             }
@@ -275,7 +274,7 @@ impl Vm {
 
     /// The map of that name.
     pub fn map(&self, name: &str) -> Option<Map> {
-        self.object.map(name)
+        self.maps.iter().find(|(_, own)| *own == name).map(|(map, _)| map)
     }
 
     /// All values of an array or data map, one after the other, each padded to 8 bytes. The place of a hash table's
@@ -334,10 +333,11 @@ impl Vm {
                 .is_some_and(|map| map.set_program(index, program))
     }
 
-    /// Puts every map's contents back to what they were when the VM was made. Program arrays keep their programs.
-    pub fn reset(&mut self) {
+    /// Puts every map's contents back to what they were when the VM was made of `object`. Program arrays keep their
+    /// programs.
+    pub fn reset(&mut self, object: &Object) {
         let state = self.state.get_mut();
-        for (map, def) in state.maps.iter_mut().zip(self.object.maps.values()) {
+        for (map, def) in state.maps.iter_mut().zip(object.maps.values()) {
             map.reset(def, &mut self.arena);
         }
     }
@@ -389,5 +389,5 @@ fn load(name: &str, linked: Box<Linked>, values: &std::ops::Range<u64>) -> Resul
         interpreter.register_helper(helper.0, function).map_err(refuse)?;
     }
     interpreter.register_allowed_memory(values.clone());
-    Ok(Loaded { interpreter, linked })
+    Ok(Loaded { name: name.to_string(), interpreter, linked })
 }
