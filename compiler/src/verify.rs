@@ -12,6 +12,7 @@ use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::emit::Told;
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
+use polc_ir::both::both;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::env::{Env, Input, Place};
 use polc_ir::outcome::{Outcome, Verdict};
@@ -132,10 +133,26 @@ pub fn verify(
     verified
 }
 
-/// Holds a program against the rules on `packets` packets where its tables decide otherwise than their stages or have
-/// boundaries, and as many that are spread over all entries: a packet on which they differ, else what `each` gives for
-/// the packets, and the program to run others like them. This is done before a program is loaded: the levels between
-/// cost as much again, and [`verify`] is for them. The two sorts of packets have a thread each.
+/// Packets to hold a program against the rules on: `count` where its tables decide otherwise than their stages or have
+/// boundaries.
+pub fn directed_packets(compiled: &Compiled, devices: &Devices, count: usize) -> Vec<Input> {
+    let (classifier, declared) = (&compiled.classifier, &devices.declared);
+    let all = Witnesses::of_plan(classifier, &compiled.plan, declared, Effort::QUICK, SPOT_SEED);
+    all.take(count).collect()
+}
+
+/// The same, spread over all entries.
+pub fn spread_packets(compiled: &Compiled, devices: &Devices, count: usize) -> Vec<Input> {
+    // The first of a sequence are for entries from all parts.
+    Witnesses::new(&compiled.classifier, &devices.declared, SPOT_SEED + 1).take(count).collect()
+}
+
+/// Seed of what is random about such packets and what runs on them.
+const SPOT_SEED: u64 = 1;
+
+/// Holds a program against the rules on packets: one on which they differ, else what `each` gives for the packets, and
+/// the program to run others like them. This is done before a program is loaded: the levels between cost as much again,
+/// and [`verify`] is for them. Two threads take half of the packets each.
 ///
 /// # Errors
 /// The check VM does not run the program.
@@ -145,25 +162,18 @@ pub fn spot_check<T: Send>(
     object: &Object,
     env: &Env,
     devices: &Devices,
-    packets: usize,
+    packets: Vec<Input>,
     each: &(dyn Fn(&mut Program, &Input) -> Option<T> + Sync),
 ) -> Result<Result<Vec<T>, Disagreement>, VmError> {
-    const SEED: u64 = 1;
     let attach = compiled.plan.place.attach.expect("programs are made for an attach point");
-    let (classifier, declared) = (&compiled.classifier, &devices.declared);
-    let hold = |is_directed: bool| {
+    let hold = |packets: Vec<Input>| {
         let program = Program::new(&compiled.plan, attach, object)?;
-        let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SEED);
+        let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SPOT_SEED);
         // Beyond a bound the rules could tell more than the program does.
         let which: &[Level] =
             if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
-        let witnesses = match is_directed {
-            true => Witnesses::of_plan(classifier, &compiled.plan, declared, Effort::QUICK, SEED),
-            // The first of a sequence are for entries from all parts.
-            false => Witnesses::new(classifier, declared, SEED + 1),
-        };
         let mut found = Vec::new();
-        for mut input in witnesses.take(packets) {
+        for mut input in packets {
             if let (_, Some(levels)) = levels.run(&mut input, which) {
                 return Ok(Err(Disagreement { input, levels }));
             }
@@ -171,11 +181,9 @@ pub fn spot_check<T: Send>(
         }
         Ok(Ok(found))
     };
-    let (first, second) = std::thread::scope(|scope| {
-        let second = scope.spawn(|| hold(false));
-        let first = hold(true);
-        (first, second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    });
+    let mut first = packets;
+    let second = first.split_off(first.len() / 2);
+    let (first, second) = both(|| hold(first), || hold(second));
     let (first, second) = (first?, second?);
     Ok(first.and_then(|mut found| {
         found.extend(second?);

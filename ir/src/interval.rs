@@ -117,6 +117,9 @@ impl IntervalSet {
 
     /// Whether every value of `other` is inside.
     pub fn is_superset(&self, other: &IntervalSet) -> bool {
+        if let ([outer], [inner]) = (&self.intervals[..], &other.intervals[..]) {
+            return outer.lo <= inner.lo && inner.hi <= outer.hi;
+        }
         other.intervals.iter().all(|inner| {
             let after = self.intervals.partition_point(|outer| outer.lo <= inner.lo);
             after > 0 && self.intervals[after - 1].hi >= inner.hi
@@ -140,6 +143,9 @@ impl IntervalSet {
 
     /// Whether a value is in both.
     pub fn intersects(&self, other: &IntervalSet) -> bool {
+        if let ([a], [b]) = (&self.intervals[..], &other.intervals[..]) {
+            return a.lo <= b.hi && b.lo <= a.hi;
+        }
         let (mut left, mut right) = (self.intervals.iter().peekable(), other.intervals.iter().peekable());
         while let (Some(&&a), Some(&&b)) = (left.peek(), right.peek()) {
             if a.intersect(b).is_some() {

@@ -5,6 +5,7 @@
 //! failure can be told in the user's words: a refusal of the verifier is traced back to the rule whose code it is about.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use cranelift_entity::PrimaryMap;
 use polc_backend_ebpf::asm::{Code, KernelRef};
@@ -30,6 +31,8 @@ pub struct Loaded {
     pub programs: Vec<LoadedProgram>,
     /// The maps, by the object's numbers.
     pub maps: PrimaryMap<Map, sys::Map>,
+    /// Time that the kernel took for it.
+    pub kernel_time: Duration,
     names: Vec<(String, Map)>,
 }
 
@@ -69,20 +72,24 @@ pub fn load(sys: &Sys, object: &Object) -> Result<Loaded, Error> {
     // Kernels before 5.11 count maps as locked memory, within a limit that is mostly too small. Not being allowed to
     // raise it shows soon enough.
     let _ = sys.raise_memlock();
+    let began = Instant::now();
     let mut maps = PrimaryMap::new();
     let mut names = Vec::new();
     for (map, def) in &object.maps {
         maps.push(make_map(sys, def)?);
         names.push((def.name.clone(), map));
     }
+    let mut kernel_time = began.elapsed();
     let needed = object.programs.iter().any(|program| !program.code.kernel.is_empty());
     let types = if needed { Some(KernelTypes::read().map_err(Error::KernelTypes)?) } else { None };
     let mut programs = Vec::new();
     for program in &object.programs {
         let fds = |map: Map| maps[map].as_fd();
-        programs.push(load_program(sys, program, &object.license, &fds, types)?);
+        let (program, time) = load_program(sys, program, &object.license, &fds, types)?;
+        programs.push(program);
+        kernel_time += time;
     }
-    Ok(Loaded { programs, maps, names })
+    Ok(Loaded { programs, maps, kernel_time, names })
 }
 
 /// What a map of an object is in the kernel.
@@ -130,13 +137,14 @@ fn make_map(sys: &Sys, def: &MapDef) -> Result<sys::Map, Error> {
     Ok(map)
 }
 
+/// Loads a program; how long the kernel took.
 fn load_program<'m>(
     sys: &Sys,
     program: &Program,
     license: &str,
     map: &dyn Fn(Map) -> BorrowedFd<'m>,
     types: Option<&KernelTypes>,
-) -> Result<LoadedProgram, Error> {
+) -> Result<(LoadedProgram, Duration), Error> {
     let mut slots = program.code.slots.clone();
     for reloc in &program.code.relocs {
         // The instruction has the kind of reference already; its upper half is the descriptor.
@@ -145,6 +153,7 @@ fn load_program<'m>(
     }
     resolve(&program.code, &mut slots, types)?;
     let debug = DebugInfo::of(program);
+    let began = Instant::now();
     // A kernel that does not take the type information runs the program all the same.
     let btf = sys.btf_load(&debug.btf).ok();
     let (kind, attach_type) = match program.kind {
@@ -173,7 +182,8 @@ fn load_program<'m>(
             return Err(refusal(program, &log, source));
         }
     };
-    Ok(LoadedProgram { name: program.name.clone(), kind: program.kind, fd })
+    let loaded = LoadedProgram { name: program.name.clone(), kind: program.kind, fd };
+    Ok((loaded, began.elapsed()))
 }
 
 /// Gives calls of kernel functions the numbers that the functions have in this kernel, and loads of fields of its

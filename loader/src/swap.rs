@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
+use polc_ir::both::both;
 use polc_ir::env::{Attach, Mode};
 
 use crate::attach::{self, How};
@@ -98,6 +99,8 @@ pub struct Applied {
     pub untidy: Option<Error>,
     /// When packets began to meet it.
     pub attached: Instant,
+    /// Time that the kernel took to make the maps and to verify and translate the program.
+    pub load_time: Duration,
     /// Time that the kernel's attaching call took.
     pub attach_time: Duration,
 }
@@ -160,6 +163,8 @@ struct Change {
     from: Option<u32>,
     to: u32,
     device: net::Device,
+    /// How long the kernel took to load it.
+    load_time: Duration,
     /// When packets began to meet it, and how long the call took.
     attached: (Instant, Duration),
 }
@@ -190,7 +195,8 @@ impl Changes {
     /// What the changes did; from here on nothing fails them.
     fn end(self, sys: &Sys, requests: &[Request<'_>]) -> Vec<Applied> {
         let end = |(change, request): (Change, &Request<'_>)| {
-            let Change { slot, mut state, from, to, attached: (attached, attach_time), .. } = change;
+            let Change { slot, mut state, from, to, load_time, attached: (attached, attach_time), .. } =
+                change;
             let confirm = state.unconfirmed(to).cloned();
             let (program_id, via) = (state.generations[&to].program_id, state.via);
             let settled = settle(sys, &slot, &mut state, to, from, Some(&request.object.manifest));
@@ -203,6 +209,7 @@ impl Changes {
                 confirm,
                 untidy,
                 attached,
+                load_time,
                 attach_time,
             }
         };
@@ -257,13 +264,21 @@ impl Change {
         };
         let present = slot.generations_present(sys)?;
         let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
-        install(sys, slot, &mut state, from, to, request, watch)?;
-        Ok(Change { slot: slot.clone(), state, from, to, device, attached: (Instant::now(), Duration::ZERO) })
+        let load_time = install(sys, slot, &mut state, from, to, request, watch)?;
+        Ok(Change {
+            slot: slot.clone(),
+            state,
+            from,
+            to,
+            device,
+            load_time,
+            attached: (Instant::now(), Duration::ZERO),
+        })
     }
 
     /// Changes what packets meet.
     fn swap(&mut self, sys: &Sys, request: &Request<'_>) -> Result<(), Error> {
-        let Change { slot, state, from, to, device, attached } = self;
+        let Change { slot, state, from, to, device, attached, .. } = self;
         let began = Instant::now();
         match *from {
             Some(from) => attach::swap(sys, slot, state, *to, from)?,
@@ -342,7 +357,8 @@ fn fresh(
     })
 }
 
-/// Loads, tests and pins generation `to`, writes its files, and writes down what is about to happen.
+/// Loads, tests and pins generation `to`, writes its files, and writes down what is about to happen. How long the kernel
+/// took to load it.
 fn install(
     sys: &Sys,
     slot: &Slot,
@@ -351,8 +367,10 @@ fn install(
     to: u32,
     request: &Request<'_>,
     watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let loaded = load(sys, request.object)?;
+) -> Result<Duration, Error> {
+    // The kernel's verifier takes as long as writing the object down.
+    let (loaded, object) = both(|| load(sys, request.object), || request.object.write());
+    let loaded = loaded?;
     fill(sys, &loaded, request.contents)?;
     check(sys, &loaded, request.checks)?;
     if let Some(counters) = loaded.map(COUNTERS_MAP).filter(|_| !request.checks.is_empty()) {
@@ -372,7 +390,7 @@ fn install(
 
     let folder = slot.generation_files(to);
     sys.make_dirs(&folder).map_err(Error::disk(&folder))?;
-    let object = request.object.write().map_err(|error| Error::NoProgram(error.to_string()))?;
+    let object = object.map_err(|error| Error::NoProgram(error.to_string()))?;
     let files = [&[(OBJECT_FILE, object.as_slice())], request.files].concat();
     sys.write_new(&folder, &files).map_err(Error::disk(&folder))?;
 
@@ -396,7 +414,8 @@ fn install(
     };
     state.intent = Some(Intent { from, to: Some(to), confirm: confirm.clone() });
     slot.write(sys, state)?;
-    confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))
+    confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))?;
+    Ok(loaded.kernel_time)
 }
 
 fn fill(sys: &Sys, loaded: &Loaded, contents: &[Contents]) -> Result<(), Error> {

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use polc_ir::both::both;
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::{Cube, Test};
 use polc_ir::entities::{Entry, Step, Value};
@@ -46,6 +47,8 @@ impl Effort {
 /// Differences that are reported for a step, and packets for each: not all values of a part go together.
 const DIFFERENCES_MAX: usize = 64;
 const OF_DIFFERENCE: usize = 8;
+/// Entries of a stage whose fields are looked at by two threads.
+const ENTRIES_FOR_A_THREAD: usize = 256;
 /// Runs of values that are kept of a part.
 const RUNS_OF_PART_MAX: usize = 64;
 /// Runs of values of one field that packets are made for at a step, and packets for all fields at all steps.
@@ -130,8 +133,15 @@ impl<'a> Cells<'a> {
     fn new(classifier: &'a Classifier, plan: &'a Plan, data: &'a StepData, effort: Effort) -> Cells<'a> {
         let entries = &classifier.stages[data.stage()].entries;
         let mut cells = Cells { classifier, plan, data, entries, fields: Vec::new(), is_complete: true };
-        for &slot in &plan.key {
-            let (parts, runs, is_complete) = cells.parts(slot, effort);
+        let of = |first: usize| -> Vec<_> {
+            plan.key.iter().skip(first).step_by(2).map(|&slot| cells.parts(slot, effort)).collect()
+        };
+        let (even, odd) =
+            if entries.len() < ENTRIES_FOR_A_THREAD { (of(0), of(1)) } else { both(|| of(0), || of(1)) };
+        let (mut even, mut odd) = (even.into_iter(), odd.into_iter());
+        for (at, &slot) in plan.key.iter().enumerate() {
+            let parts = if at % 2 == 0 { even.next() } else { odd.next() };
+            let (parts, runs, is_complete) = parts.expect("each field was looked at");
             // A field that nobody asks for has none.
             if !parts.is_empty() {
                 cells.fields.push((slot, parts, runs));
@@ -273,7 +283,17 @@ impl<'a> Cells<'a> {
         distinct.sort_unstable();
         distinct.dedup();
         let number = |test: &&Test| distinct.binary_search(test).expect("it is one of them");
-        let numbers: Vec<Vec<usize>> = tests.iter().map(|tests| tests.iter().map(number).collect()).collect();
+        // Rules share their tests, and most have one of a field or none.
+        let mut untested = vec![0u64; self.entries.len().div_ceil(64)];
+        let mut with_one: Vec<Vec<usize>> = vec![Vec::new(); distinct.len()];
+        let mut with_more: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (entry, tests) in tests.iter().enumerate() {
+            match tests[..] {
+                [] => untested[entry / 64] |= 1 << (entry % 64),
+                [ref test] => with_one[number(test)].push(entry),
+                _ => with_more.push((entry, tests.iter().map(number).collect())),
+            }
+        }
         let (values, mut is_complete) = if is_device {
             (self.devices(slot.field), true)
         } else if slot.flag.is_some() {
@@ -298,13 +318,12 @@ impl<'a> Cells<'a> {
             } else {
                 slot.spread(value).collect()
             };
-            // Rules share their tests, so each is made once.
             let held: Vec<bool> = distinct.iter().map(|test| test.holds(value)).collect();
-            let mut holds = vec![0u64; self.entries.len().div_ceil(64)];
-            for (at, tests) in numbers.iter().enumerate() {
-                if tests.iter().all(|&test| held[test]) {
-                    holds[at / 64] |= 1 << (at % 64);
-                }
+            let one = with_one.iter().zip(&held).filter(|(_, held)| **held).flat_map(|(entries, _)| entries);
+            let more = with_more.iter().filter(|(_, tests)| tests.iter().all(|&test| held[test]));
+            let mut holds = untested.clone();
+            for entry in one.copied().chain(more.map(|(entry, _)| *entry)) {
+                holds[entry / 64] |= 1 << (entry % 64);
             }
             let part = (alone.computed(self.plan, &words), holds.clone());
             if is_exact {

@@ -13,12 +13,13 @@ use polc::place::{default_path, first_priority, place as place_of};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
-use polc::verify::spot_check;
+use polc::verify::{directed_packets, spot_check, spread_packets};
 use polc::{Compiled, guard};
 use polc_backend_ebpf::emit::{Told, return_code};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
 use polc_frontend_iptables::print;
+use polc_ir::both::both;
 use polc_ir::env::{Attach, Connections, Counting, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
@@ -166,7 +167,7 @@ impl Job<'_> {
         let mut text = format!("{}\n", part.account);
         let _ = writeln!(
             text,
-            "in force {} as program {} ({}), in {:.1} ms: {:.1} ms to compile and verify, {:.1} ms of the kernel's to attach",
+            "in force {} as program {} ({}), in {:.1} ms: {:.1} ms to compile and verify, {:.1} ms of the kernel's to load, {:.1} ms of the kernel's to attach",
             part.slot,
             applied.program_id,
             match applied.replaced {
@@ -175,6 +176,7 @@ impl Job<'_> {
             },
             millis(applied.attached - began),
             millis(compiled_in),
+            millis(applied.load_time),
             millis(applied.attach_time),
         );
         if self.options.confirm.is_some() {
@@ -247,7 +249,13 @@ impl Job<'_> {
         }
         report.defer_bounded(session, &compiled.diagnostics);
         let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
-        let (object, _) = match object_with(session, &compiled, extras) {
+        let half = CHECKED_PACKETS / 2;
+        let ((object, spread), mut packets) = both(
+            || (object_with(session, &compiled, extras), spread_packets(&compiled, &names, half)),
+            || directed_packets(&compiled, &names, half),
+        );
+        packets.extend(spread);
+        let (object, _) = match object {
             Ok(made) => made,
             Err(findings) => {
                 show(output, &session.sources, &findings);
@@ -259,7 +267,7 @@ impl Job<'_> {
         let check = |program: &mut Program, input: &Input| {
             if is_fixed { one_check(program, &compiled, &object, input, device) } else { None }
         };
-        let checked = spot_check(session, &compiled, &object, &env, &names, CHECKED_PACKETS / 2, &check);
+        let checked = spot_check(session, &compiled, &object, &env, &names, packets, &check);
         let checked = checked.map_err(not_run)?.map_err(|wrong| {
             Failure::Input(format!(
                 "levels differ on packet {}, so nothing is applied; `polc verify` shows it",
