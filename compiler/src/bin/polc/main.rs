@@ -15,6 +15,13 @@ mod write;
 
 use std::process::ExitCode;
 
+use mimalloc::MiMalloc;
+
+/// Rules become many small things, and large ones that are thrown away soon: `polc save -c` of 10,000 rules takes 42 ms
+/// with it and 68 with glibc's, `polc apply` of 1,000 a tenth less (`./bench --only live`).
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
 fn main() -> ExitCode {
     let cli = cli::Cli::of_process();
     let output = output::Output::new(cli.color);
