@@ -95,6 +95,36 @@ fn a_walk_of_many_tests() {
     }
 }
 
+/// Stages of one test each, of which every packet that fits counts and comes to the next, and every other one comes there
+/// at once: as many turns as stages, whatever they would be if the longest parts of all ways were one.
+#[test]
+fn turns_are_those_of_one_way() {
+    const STAGES: u32 = WALK_TURNS_MAX - 1;
+    let mut plan = plan(Family::V4, Attach::Xdp, &[Field::SrcAddr, Field::Proto, Field::DstPort], 3);
+    plan.traces[FIRST as usize].ending = None;
+    plan.walk.exits = vec![PlanExit::End(FIRST + 1)];
+    let mut next = WalkRef::Exit(0);
+    for port in 0..STAGES {
+        plan.walk.exits.push(PlanExit::Then {
+            count: Some(FIRST),
+            writes: vec![],
+            next: PlanTarget::Walk(next),
+        });
+        let yes = WalkRef::Exit(plan.walk.exits.len() as u32 - 1);
+        plan.walk.nodes.push(WalkNode::Test { test: eq(2, port), yes, no: next });
+        next = WalkRef::Node(plan.walk.nodes.len() as u32 - 1);
+    }
+    plan.walk.visits_max = 2 * STAGES + 1;
+    plan.root = PlanTarget::Walk(next);
+    let mut pair = Pair::new("stages that count", plan);
+    if let Some(verified) = pair.verified() {
+        eprintln!("{STAGES} stages: {verified} instructions processed");
+        assert!(verified < 1_000_000);
+    }
+    let frame = ethernet(0x0800, &ipv4(6, 0, &[], &tcp(1024, 7, &[])));
+    assert_eq!(pair.decides(&frame), Decider::Rule(rule(1)));
+}
+
 #[test]
 fn a_walk_that_is_too_deep_is_refused() {
     let plan = chain(Attach::Xdp, TESTS_MAX + 1);

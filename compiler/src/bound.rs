@@ -10,9 +10,12 @@ use polc_ir::cube::{Cube, Test};
 use polc_ir::decision::{Decision, NodeData};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Node, Stage};
+use polc_ir::interval::IntervalSet;
 use polc_ir::limits::WALK_TURNS_CAUTIOUS;
 use polc_ir::outcome::{Decider, Ending, Verdict};
 use polc_ir::ruleset::Ruleset;
+
+use crate::select::Structures;
 
 /// Some packets would take more turns through the tables than the kernel's verifier follows.
 pub const TOO_DEEP: Code = Code(501);
@@ -28,10 +31,10 @@ pub fn bound(
     ruleset: &Ruleset,
     classifier: &mut Classifier,
     decision: &Decision,
-    walked: &SecondaryMap<Stage, bool>,
+    structures: &Structures,
     diagnostics: &mut Vec<Diagnostic>,
 ) -> bool {
-    let costs = costs(classifier, decision, walked);
+    let costs = costs(classifier, decision, structures);
     // Most turns taken before a stage is entered. Stages lead to smaller numbers: the root comes first.
     let mut reached: SecondaryMap<Stage, Option<u32>> = SecondaryMap::new();
     reached[classifier.root] = Some(0);
@@ -106,28 +109,29 @@ fn more(entry: &EntryData) -> u32 {
 
 /// Most turns that deciding each stage takes: a turn is five steps, and a stage begins one. Stages that the walk does
 /// not decide take none.
-fn costs(
-    classifier: &Classifier,
-    decision: &Decision,
-    walked: &SecondaryMap<Stage, bool>,
-) -> SecondaryMap<Stage, u32> {
-    let family = classifier.family;
-    let tests = |test: &Test| -> u32 {
-        // A range of a field of several words takes two tests a word at the most, and one of one word a single one.
-        let words = u32::from(test.field.bits(family).div_ceil(32));
-        let each = if words == 1 { 1 } else { 2 * words * words };
-        each * test.values.intervals().len().max(1) as u32
-    };
+fn costs(classifier: &Classifier, decision: &Decision, structures: &Structures) -> SecondaryMap<Stage, u32> {
+    let tests = |test: &Test| structures.tests_of(classifier, test) as u32;
+    // The list of a stage that the walk does not decide is nobody's way, and may be long.
+    let mut unwalked: SecondaryMap<Node, bool> = SecondaryMap::new();
+    for stage in classifier.stages.keys().filter(|stage| !structures.walked[*stage]) {
+        if let Some(root) = decision.roots[stage] {
+            unwalked[root] = true;
+        }
+    }
     let mut nodes: SecondaryMap<Node, u32> = SecondaryMap::new();
     for (node, data) in decision.nodes.iter() {
         nodes[node] = match data {
-            NodeData::Test { field, edges, .. } => {
-                let words = u32::from(field.bits(family).div_ceil(32));
-                let each = if words == 1 { 1 } else { 2 * words };
+            NodeData::Test { field, mask, edges } => {
+                let cut = |bound: u128| {
+                    tests(&Test { field: *field, mask: *mask, values: IntervalSet::range(0, bound) })
+                };
+                // What lies beyond all other bounds is not asked for.
+                let cuts: u32 = edges.iter().rev().skip(1).map(|(bound, _)| cut(*bound)).sum();
                 let below = edges.iter().map(|(_, next)| nodes[*next]).max().unwrap_or(0);
-                each * edges.len() as u32 + below
+                cuts + below
             }
             NodeData::Min { children } => children.iter().map(|child| 1 + nodes[*child]).sum(),
+            NodeData::List { .. } if unwalked[node] => 0,
             NodeData::List { entries } => {
                 entries.iter().flat_map(|&entry| classifier.entries[entry].cube.tests()).map(tests).sum()
             }
@@ -136,7 +140,7 @@ fn costs(
     }
     let mut costs = SecondaryMap::new();
     for stage in classifier.stages.keys() {
-        if !walked[stage] {
+        if !structures.walked[stage] {
             continue;
         }
         let exits = classifier.stages[stage].entries.iter().map(|&entry| more(&classifier.entries[entry]));

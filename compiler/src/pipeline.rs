@@ -53,7 +53,7 @@ pub fn compile_with(
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
     let structures = structure(&classifier, devices, prefer);
     let mut decision = decide(&classifier, &structures.walked);
-    if bound(ruleset, &mut classifier, &decision, &structures.walked, &mut diagnostics) {
+    if bound(ruleset, &mut classifier, &decision, &structures, &mut diagnostics) {
         assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
         decision = decide(&classifier, &structures.walked);
     }

@@ -340,20 +340,12 @@ impl Emitter<'_> {
                 }
                 todo.pop();
                 let [one, two] = successors(at).map(|next| next.and_then(|next| costs[next]));
-                let costs_of = |cost: Option<Turns>| cost.unwrap_or_default();
                 let cost = match (walk.nodes.get(at), walk.exits.get(at.wrapping_sub(nodes))) {
                     (Some(WalkNode::Test { .. }), _) => {
-                        let (one, two) = (costs_of(one), costs_of(two));
-                        Turns {
-                            steps: one.steps.max(two.steps).saturating_add(1),
-                            stage: one.stage.max(two.stage),
-                            after: one.after.max(two.after),
-                        }
+                        Turns::test(one.unwrap_or(Turns::NOTHING), two.unwrap_or(Turns::NOTHING))
                     }
                     (Some(WalkNode::Fork { .. }), _) => {
-                        let (one, two) = (costs_of(one), costs_of(two));
-                        let stage = one.until_decided().saturating_add(two.until_decided());
-                        Turns { steps: 0, stage, after: one.after.max(two.after) }
+                        Turns::fork(one.unwrap_or(Turns::NOTHING), two.unwrap_or(Turns::NOTHING))
                     }
                     (None, exit) => {
                         let more = match exit {
@@ -365,11 +357,11 @@ impl Emitter<'_> {
                             Some(PlanExit::Test { count, .. }) => u32::from(count.is_some()),
                             _ => 0,
                         };
-                        let after = |cost: Option<Turns>| cost.map_or(0, Turns::all);
-                        Turns { steps: 0, stage: 0, after: after(one).max(after(two)).saturating_add(more) }
+                        let next = |cost: Option<Turns>| cost.map_or(0, |cost| cost.all[0]);
+                        Turns::exit(next(one).max(next(two)).saturating_add(more))
                     }
                 };
-                most = most.max(cost.all());
+                most = most.max(cost.all[0]);
                 costs[at] = Some(cost);
             }
         }
@@ -377,25 +369,55 @@ impl Emitter<'_> {
     }
 }
 
-/// Most turns from a record on. Nothing ([`WalkRef::None`]) is all zeros.
-#[derive(Clone, Copy, Default)]
+/// Most turns from a record on, by how many steps of a turn were taken before it.
+#[derive(Clone, Copy)]
 struct Turns {
-    /// Steps to the next record that is not a test.
-    steps: u32,
-    /// Turns after that until the stage is decided.
-    stage: u32,
-    /// Turns after that.
+    /// Until packets end.
+    all: [u32; STEPS_PER_TURN as usize],
+    /// Until the stage is decided.
+    decided: [u32; STEPS_PER_TURN as usize],
+    /// From then on.
     after: u32,
 }
 
 impl Turns {
-    fn until_decided(self) -> u32 {
-        // A turn looks at what it came to before its last step.
-        (self.steps / STEPS_PER_TURN + 1).saturating_add(self.stage)
+    /// [`WalkRef::None`]: a turn finds that there is nothing.
+    const NOTHING: Turns = Turns::exit(0);
+
+    /// A turn looks at what it came to before its last step, so it is the one that finds the exit.
+    const fn exit(after: u32) -> Turns {
+        let all = [after.saturating_add(1); STEPS_PER_TURN as usize];
+        Turns { all, decided: [1; STEPS_PER_TURN as usize], after }
     }
 
-    fn all(self) -> u32 {
-        self.until_decided().saturating_add(self.after)
+    /// A step to one of two records; the last begins another turn.
+    fn test(one: Turns, two: Turns) -> Turns {
+        let step = |one: [u32; STEPS_PER_TURN as usize], two: [u32; STEPS_PER_TURN as usize]| {
+            let mut turns = std::array::from_fn(|at| {
+                let next = (at + 1) % STEPS_PER_TURN as usize;
+                one[next].max(two[next])
+            });
+            if let Some(last) = turns.last_mut() {
+                *last = u32::saturating_add(*last, 1);
+            }
+            turns
+        };
+        Turns {
+            all: step(one.all, two.all),
+            decided: step(one.decided, two.decided),
+            after: one.after.max(two.after),
+        }
+    }
+
+    /// Both records, one after the other; which of them decides what follows is open.
+    fn fork(one: Turns, two: Turns) -> Turns {
+        let decided = 1u32.saturating_add(one.decided[0]).saturating_add(two.decided[0]);
+        let after = one.after.max(two.after);
+        Turns {
+            all: [decided.saturating_add(after); STEPS_PER_TURN as usize],
+            decided: [decided; STEPS_PER_TURN as usize],
+            after,
+        }
     }
 }
 

@@ -134,6 +134,13 @@ pub struct Structures {
     pub walked: SecondaryMap<Stage, bool>,
 }
 
+impl Structures {
+    /// How many tests of words the walk table makes of a test.
+    pub fn tests_of(&self, classifier: &Classifier, test: &Test) -> usize {
+        Selector { classifier, keys: &self.keys }.word_tests(test).iter().map(Vec::len).sum()
+    }
+}
+
 /// Finds a structure for every stage, by preference.
 pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
     let keys = Keys::new(classifier, devices);
