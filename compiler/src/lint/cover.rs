@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use cranelift_entity::SecondaryMap;
 use polc_ir::cube::{Cube, Test};
 use polc_ir::entities::{Chain, Rule};
-use polc_ir::ruleset::{ClauseKind, RuleData, Ruleset};
+use polc_ir::ruleset::{Action, ClauseKind, RuleData, Ruleset};
 use polc_ir::source::Span;
 
 use super::ends_chain;
@@ -130,6 +130,8 @@ pub(super) struct Covers {
     conditions: SecondaryMap<Rule, Condition>,
     cover: SecondaryMap<Rule, Option<Rule>>,
     barrier: SecondaryMap<Chain, Option<Rule>>,
+    /// Chains that no packet comes back from.
+    ends: SecondaryMap<Chain, bool>,
 }
 
 impl Covers {
@@ -138,10 +140,12 @@ impl Covers {
             conditions: SecondaryMap::new(),
             cover: SecondaryMap::new(),
             barrier: SecondaryMap::new(),
+            ends: SecondaryMap::new(),
         };
         for (rule, data) in &ruleset.rules {
             covers.conditions[rule] = Condition::new(ruleset, data);
         }
+        covers.find_ends(ruleset);
         for (chain, data) in &ruleset.chains {
             covers.chain(ruleset, chain, &data.rules);
         }
@@ -164,6 +168,57 @@ impl Covers {
         self.barrier[chain]
     }
 
+    /// Which chains decide every packet: callees first. Jumps lead in no circle, which reading refuses.
+    fn find_ends(&mut self, ruleset: &Ruleset) {
+        let mut known: SecondaryMap<Chain, bool> = SecondaryMap::new();
+        for root in ruleset.chains.keys() {
+            let mut pending = vec![root];
+            while let Some(&chain) = pending.last() {
+                if known[chain] {
+                    pending.pop();
+                    continue;
+                }
+                let waiting = pending.len();
+                let actions = ruleset.chains[chain].rules.iter().map(|rule| &ruleset.rules[*rule].action);
+                let callees = actions.filter_map(|action| match action {
+                    Action::Jump(to) | Action::Goto(to) => Some(*to),
+                    _ => None,
+                });
+                pending.extend(callees.filter(|callee| !known[*callee]));
+                if pending.len() == waiting {
+                    self.ends[chain] = self.decides_all(ruleset, chain);
+                    known[chain] = true;
+                }
+            }
+        }
+    }
+
+    /// Whether no packet comes back from a chain, given those that it leads to.
+    fn decides_all(&self, ruleset: &Ruleset, chain: Chain) -> bool {
+        for &rule in &ruleset.chains[chain].rules {
+            let condition = &self.conditions[rule];
+            if condition.contradiction.is_some() {
+                continue;
+            }
+            let ends = match ruleset.rules[rule].action {
+                Action::Return => return false,
+                Action::Goto(to) if !self.ends[to] => return false,
+                Action::Goto(_) => true,
+                Action::Jump(to) => self.ends[to],
+                ref action => action.ends(),
+            };
+            if ends && condition.is_always() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether no packet that matches a rule with this action is looked at by a later rule of the same chain.
+    fn lets_none_on(&self, action: &Action) -> bool {
+        ends_chain(action) || matches!(action, Action::Jump(to) if self.ends[*to])
+    }
+
     fn chain(&mut self, ruleset: &Ruleset, chain: Chain, rules: &[Rule]) {
         let mut exact: HashMap<&[Vec<Test>], Rule> = HashMap::new();
         let mut wide: Vec<Rule> = Vec::new();
@@ -175,7 +230,7 @@ impl Covers {
             }
             if !condition.exact
                 || condition.contradiction.is_some()
-                || !ends_chain(&ruleset.rules[rule].action)
+                || !self.lets_none_on(&ruleset.rules[rule].action)
             {
                 continue;
             }

@@ -144,6 +144,19 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_reached_behind_a_chain_that_ends_all() {
+        let chains = ":USED - [0:0]\n:DEEP - [0:0]\n-A INPUT -p tcp -j USED\n-A INPUT -j USED\n-A INPUT -s 10.0.0.1 -j DROP\n";
+        let findings = |rules: &str| findings(&format!("{chains}{rules}"));
+        // Behind the jump, in line 6.
+        assert_eq!(findings("-A USED -j DROP\n-A DEEP -j USED\n-A FORWARD -j DEEP"), [(402, 6)]);
+        assert_eq!(findings("-A USED -p udp -j ACCEPT\n-A USED -g DEEP\n-A DEEP -j DROP"), [(402, 6)]);
+        // Some packets come back.
+        assert_eq!(findings("-A USED -p udp -j RETURN\n-A USED -j DEEP\n-A DEEP -j DROP"), []);
+        assert_eq!(findings("-A USED -p udp -g DEEP\n-A USED -j ACCEPT\n-A DEEP -p udp -j DROP"), []);
+        assert_eq!(findings("-A USED -m connlimit --connlimit-above 3 -j DROP\n-A FORWARD -j DEEP"), []);
+    }
+
+    #[test]
     fn conditions_that_exclude_each_other_contradict() {
         assert_eq!(findings("-A INPUT -m mark --mark 1 -m mark --mark 2 -j DROP"), [(403, 2)]);
     }
