@@ -13,6 +13,7 @@ pub mod bound;
 pub mod build;
 pub mod decide;
 pub mod decider;
+pub mod deciding;
 pub mod flatten;
 pub mod guard;
 pub mod lint;

@@ -40,10 +40,40 @@ pub fn default_path(attach: Attach) -> Vec<Hook> {
     }
 }
 
-/// Why no program can be made for these hooks at an attach point, if so.
-pub fn refusal(path: &[Hook], attach: Attach) -> Option<String> {
-    (attach == Attach::Netfilter && path.len() != 1)
-        .then(|| format!("a program at netfilter sits on one hook, and {} are named", path.len()))
+/// The hooks that packets pass, in order, from where they arrive or are made.
+const ARRIVING: [&[Hook]; 2] =
+    [&[Hook::Prerouting, Hook::Input], &[Hook::Prerouting, Hook::Forward, Hook::Postrouting]];
+const LEAVING: [&[Hook]; 2] = [&[Hook::Output, Hook::Postrouting], &[Hook::Forward, Hook::Postrouting]];
+/// The same where a rule in front of INPUT and FORWARD tells whom packets are for ([`crate::guard::split_local`]).
+const TOLD_APART: [&[Hook]; 1] = [&[Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Postrouting]];
+
+/// Why no packet at an attach point, or anywhere, passes these hooks in this order, if so. `told_apart`: packets for this
+/// host are told from others, so that a path may have the hooks of both.
+pub fn refusal(path: &[Hook], attach: Option<Attach>, told_apart: bool) -> Option<String> {
+    let ways: Vec<&[Hook]> = match attach {
+        Some(Attach::Netfilter) if path.len() == 1 => return None,
+        Some(Attach::Netfilter) => {
+            return Some(format!(
+                "a program at netfilter sits on one hook, and {} are named; give --hook once",
+                path.len()
+            ));
+        }
+        Some(Attach::Xdp | Attach::TcIngress) if told_apart => TOLD_APART.to_vec(),
+        Some(Attach::Xdp | Attach::TcIngress) => ARRIVING.to_vec(),
+        Some(Attach::TcEgress) => LEAVING.to_vec(),
+        None => [ARRIVING, LEAVING].concat(),
+    };
+    let passes = |way: &&[Hook]| {
+        let mut way = way.iter();
+        path.iter().all(|hook| way.any(|passed| passed == hook))
+    };
+    if ways.iter().any(passes) {
+        return None;
+    }
+    let list = |hooks: &[Hook]| hooks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" > ");
+    let at = attach.map_or(String::new(), |attach| format!(" at {attach}"));
+    let ways: Vec<String> = ways.iter().map(|way| list(way)).collect();
+    Some(format!("no packet{at} passes {}; the ways are {}", list(path), ways.join(" and ")))
 }
 
 /// Priority of the first table whose chain a place runs: a program on the kernel's hook that stands for the chains comes

@@ -13,10 +13,10 @@ use cranelift_entity::SecondaryMap;
 use polc_frontend_iptables::codes::OTHER_FAMILY_LINE;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::{Chain, Rule};
-use polc_ir::env::{Mode, Place};
+use polc_ir::env::{Attach, Connections, Mode, Place};
 use polc_ir::hook::Hook;
 use polc_ir::ruleset::deferral::rule_deferral;
-use polc_ir::ruleset::{Action, Ruleset};
+use polc_ir::ruleset::{Action, RuleData, Ruleset};
 use polc_ir::source::Span;
 
 use crate::place::{best_attach, place};
@@ -64,6 +64,8 @@ pub enum Scope<'a> {
         mode: Mode,
         /// Whether the host's addresses are given.
         local_addresses: bool,
+        /// What is known of connections where packets arrive.
+        connections: Connections,
     },
     /// At one place.
     At(&'a Place),
@@ -100,16 +102,26 @@ impl Report {
     pub fn defer_hooks(&mut self, session: &Session, hooks: &[Hook], reason: &str) {
         let without = hooks.iter().fold(0, |bits, hook| bits | bit(*hook));
         let reached = hooks_reaching(&session.ruleset);
+        self.defer(session, reason, |rule| {
+            let hooks = reached[rule.chain];
+            hooks != 0 && hooks & !without == 0
+        });
+    }
+
+    /// Defers all lines: no program is made, for the reason given.
+    pub fn defer_all(&mut self, session: &Session, reason: &str) {
+        self.defer(session, reason, |_| true);
+    }
+
+    /// Defers the lines of which all rules are `which`.
+    fn defer(&mut self, session: &Session, reason: &str, which: impl Fn(&RuleData) -> bool) {
         for (line, rules) in session.rules_by_line() {
-            let data = rules.iter().map(|rule| &session.ruleset.rules[*rule]);
-            let only_there = data.clone().all(|data| {
-                let hooks = reached[data.chain];
-                hooks != 0 && hooks & !without == 0
-            });
-            let (Some(status), Some(first)) = (self.lines.get_mut(&line), data.clone().next()) else {
+            let mut data = rules.iter().map(|rule| &session.ruleset.rules[*rule]);
+            let all = data.clone().all(&which);
+            let (Some(status), Some(first)) = (self.lines.get_mut(&line), data.next()) else {
                 continue;
             };
-            if only_there && *status == Status::Compiled {
+            if all && *status == Status::Compiled {
                 *status = Status::Deferred { span: first.span, reason: reason.to_string(), hint: None };
             }
         }
@@ -274,13 +286,18 @@ impl Deferrals {
             Scope::At(place) => {
                 Deferrals { places: vec![(1, place.clone())], reached: SecondaryMap::with_default(1) }
             }
-            Scope::Everywhere { mode, local_addresses } => Deferrals {
-                places: Hook::ALL
-                    .into_iter()
-                    .map(|hook| (bit(hook), place(&[hook], best_attach(hook), mode, local_addresses)))
-                    .collect(),
-                reached: hooks_reaching(ruleset),
-            },
+            Scope::Everywhere { mode, local_addresses, connections } => {
+                let at = |hook| {
+                    let attach = best_attach(hook);
+                    let arrives = attach == Attach::TcIngress;
+                    let connections = if arrives { connections } else { Connections::Unknown };
+                    Place { connections, ..place(&[hook], attach, mode, local_addresses) }
+                };
+                Deferrals {
+                    places: Hook::ALL.map(|hook| (bit(hook), at(hook))).to_vec(),
+                    reached: hooks_reaching(ruleset),
+                }
+            }
         }
     }
 
@@ -336,11 +353,17 @@ mod tests {
     use crate::session::ReadOptions;
     use polc_ir::source::SourceMap;
 
+    const EVERYWHERE: Scope<'_> = Scope::Everywhere {
+        mode: Mode::Accelerate,
+        local_addresses: false,
+        connections: Connections::Unknown,
+    };
+
     fn report(text: &str) -> Report {
         let mut sources = SourceMap::new();
         let file = sources.add("rules.v4", text);
         let session = Session::read(sources, file, &[], &ReadOptions::default());
-        Report::new(&session, Scope::Everywhere { mode: Mode::Accelerate, local_addresses: false })
+        Report::new(&session, EVERYWHERE)
     }
 
     #[test]

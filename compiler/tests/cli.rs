@@ -8,6 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use serde_json::json;
+
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli")
 }
@@ -238,6 +240,10 @@ fn every_level_decides_the_same() {
             "packets.jsonl",
             "--format",
             "json",
+            "--attach",
+            "tc-ingress",
+            "--hook",
+            "input",
             "--level",
             level,
         ]))
@@ -281,6 +287,31 @@ fn captures_are_read() {
         assert_eq!(output.status.code(), Some(2));
         assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), decided);
     }
+    // As `tcpdump -s 24` writes: the header says that no packet is longer, and the second one was.
+    bytes[16..20].copy_from_slice(&24u32.to_le_bytes());
+    fs::write(&path, &bytes).expect("written");
+    let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path, "--format", "json"]));
+    assert_eq!(text, String::from_utf8_lossy(&output.stdout));
+    // One in front that is longer than any IP packet: it is named, keeps its number, and the others are decided.
+    let mut long = bytes[..24].to_vec();
+    long.extend([0; 8]);
+    long.extend([70_000u32.to_le_bytes(); 2].concat());
+    long.extend([0x45; 70_000]);
+    long.extend(&bytes[24..]);
+    fs::write(&path, &long).expect("written");
+    let output = run(&mut polc(&["simulate", "good.v4.rules", "--pcap", &path, "--format", "json"]));
+    assert_eq!(output.status.code(), Some(1));
+    let lines: Vec<serde_json::Value> = output
+        .stdout
+        .split_inclusive(|byte| *byte == b'\n')
+        .map(|line| serde_json::from_slice(line).expect("JSON"))
+        .collect();
+    let verdicts: Vec<_> = lines.iter().map(|line| (&line["index"], &line["verdict"])).collect();
+    assert_eq!(
+        verdicts,
+        [(&json!(0), &json!(null)), (&json!(1), &json!("drop")), (&json!(2), &json!("drop"))]
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 packet not tested: longer than 65791 bytes"));
     // As `tcpdump -i any` writes: cooked, version 2.
     bytes[20..24].copy_from_slice(&276u32.to_le_bytes());
     let cooked = [&[8, 0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 6][..], &[0; 8], &packet].concat();
@@ -354,6 +385,111 @@ fn bytes_that_are_no_utf_8_are_kept() {
     assert_eq!(run(&mut polc(&["verify", &path])).status.code(), Some(0));
     fs::write(&path, text(254)).expect("written");
     assert_eq!(run(&mut polc(&["check", &path])).status.code(), Some(1));
+}
+
+/// JSON is UTF-8, whatever the names of the user's are.
+#[test]
+fn json_is_utf_8() {
+    let scratch = Scratch::new("json");
+    let path = scratch.file("latin1.v4.rules");
+    let text = b"*filter\n:INPUT ACCEPT\n:\xe9 - [0:0]\n:lost\xe9 - [0:0]\n-A INPUT -j \xe9\n-A \xe9 -j DROP\nCOMMIT\n";
+    fs::write(&path, text).expect("written");
+    let packets = ["--packets", "packets.jsonl"];
+    let commands: [(&[&str], &str); 4] = [
+        (&["check", "--format", "json"], "`lost\u{10ffe9}`"),
+        (&["check", "--format", "sarif"], "`lost\u{10ffe9}`"),
+        (&["verify", "--format", "json", "--random", "0"], "latin1.v4.rules"),
+        (&["simulate", "--format", "json", packets[0], packets[1]], "\"chain\":\"\u{10ffe9}\""),
+    ];
+    for (command, expected) in commands {
+        let output = run(&mut polc(&[command, &[&path]].concat()));
+        let said = String::from_utf8(output.stdout).expect("UTF-8");
+        for value in serde_json::Deserializer::from_str(&said).into_iter::<serde_json::Value>() {
+            value.expect("JSON");
+        }
+        assert!(said.contains(expected), "{command:?}: {said}");
+    }
+}
+
+/// What is compiled is the same whoever is asked, where a bound leaves rules out as well.
+#[test]
+fn check_compile_and_verify_count_alike() {
+    let scratch = Scratch::new("account");
+    let fields: String =
+        (0..100).map(|word| format!("-A INPUT -m u32 --u32 \"{}=1\" -j DROP\n", 4 * word)).collect();
+    // Each counts and goes on: stage after stage, which a packet may take a turn for each of.
+    let counts: String =
+        (1..120).map(|host| format!("-A INPUT -s 10.{host}.0.0/255.{}.0.0\n", host | 1)).collect();
+    let inputs = [
+        ("fields", fields, "100 rules: 0 compiled, 100 deferred, 0 rejected"),
+        ("counts", counts, "119 rules: 119 compiled, 0 deferred, 0 rejected"),
+    ];
+    for (name, rules, expected) in inputs {
+        let path = scratch.file(name);
+        fs::write(&path, format!("*filter\n:INPUT ACCEPT\n{rules}COMMIT\n")).expect("written");
+        let compiled = name == "counts";
+        let commands: [&[&str]; 5] = [
+            &["check"],
+            &["verify", "--random", "0"],
+            &["check", "--attach", "xdp"],
+            &["verify", "--attach", "xdp", "--random", "0"],
+            &["compile", "--attach", "xdp", "-o", "/dev/null"],
+        ];
+        for command in commands {
+            if compiled && command[0] == "verify" && std::env::var_os("POLC_LONG").is_none() {
+                continue;
+            }
+            let output = run(&mut polc(&[command, &[&path]].concat()));
+            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            // Rules that were left out are an error where the user names the place.
+            let named = command.contains(&"xdp");
+            assert_eq!(output.status.code(), Some(i32::from(named && !compiled)), "{command:?}: {said}");
+            if compiled || command[0] != "compile" {
+                assert!(said.contains(expected), "{command:?}: {said}");
+            }
+            assert_eq!(said.contains("E0560"), named && !compiled, "{command:?}: {said}");
+            assert_eq!(said.contains("W0560"), !named && !compiled, "{command:?}: {said}");
+        }
+    }
+}
+
+/// Commands that print something.
+const PRINTING: [&[&str]; 9] = [
+    &["check", "good.v4.rules"],
+    &["check", "--format", "json", "good.v4.rules"],
+    &["check", "--format", "sarif", "good.v4.rules"],
+    &["fmt", "good.v4.rules"],
+    &["dump", "good.v4.rules"],
+    &["compile", "--emit", "plan", "good.v4.rules"],
+    &["compile", "-o", "-", "good.v4.rules"],
+    &["simulate", "--packets", "packets.jsonl", "good.v4.rules"],
+    &["explain", "--packet", "udp 192.0.2.1:1 > 10.0.0.1:2", "good.v4.rules"],
+];
+
+#[test]
+fn what_can_not_be_written_is_an_error() {
+    for command in PRINTING {
+        let full = fs::File::options().write(true).open("/dev/full").expect("a device that is always full");
+        let output = run(polc(command).stdout(full));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{command:?}: {said}");
+        assert!(
+            said.contains("cannot write `standard output`: No space left on device"),
+            "{command:?}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_error() {
+    for command in PRINTING {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = run(polc(command).stdout(writer));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{command:?}: {said}");
+        assert!(!said.contains("error"), "{command:?}: {said}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use polc::report::{Report, Scope, Status};
 use polc::session::{ReadOptions, Session};
-use polc_ir::env::Mode;
+use polc_ir::env::{Connections, Mode};
 use polc_ir::source::SourceMap;
 use polc_tests::corpus::{self, Dump};
 
@@ -48,7 +48,8 @@ fn read(dump: &Dump) -> Session {
 }
 
 fn report(session: &Session) -> Report {
-    Report::new(session, Scope::Everywhere { mode: Mode::Accelerate, local_addresses: true })
+    let (mode, connections) = (Mode::Accelerate, Connections::Unknown);
+    Report::new(session, Scope::Everywhere { mode, local_addresses: true, connections })
 }
 
 /// The word of a line that asks for a rule and those after it; `None` for other lines.

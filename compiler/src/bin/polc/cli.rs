@@ -542,7 +542,8 @@ pub(crate) struct SimulateArgs {
     /// {"packet":"tcp 10.0.0.1 > 10.0.0.2:22"} or {"frame":"HEX","in":"eth0","mark":1}; `-` reads standard input
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, group = "source")]
     pub packets: Option<PathBuf>,
-    /// Where the program would sit [default: where the first hook's rules are best served]
+    /// Where the program would sit [default: at level ruleset nowhere, the rules themselves being asked with everything
+    /// given; at others where the first hook's rules are best served]
     #[arg(long, value_enum, value_name = "WHERE", help_heading = "Place")]
     pub attach: Option<AttachChoice>,
     #[command(flatten)]

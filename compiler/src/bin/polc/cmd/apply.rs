@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use polc::build::{Extras, object_with};
-use polc::place::{default_path, first_priority, place as place_of};
+use polc::place::{default_path, first_priority, place as place_of, refusal};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
@@ -37,7 +37,7 @@ use polc_loader::{Error, dispatch, load, net};
 use super::compile::{accept, refuse};
 use super::host::{self, Surroundings};
 use super::test_run::{Setup, as_tested};
-use super::{FOUND, counted, live, place, show};
+use super::{FOUND, account, counted, live, place, show};
 use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName};
 use crate::failure::Failure;
 use crate::input;
@@ -285,7 +285,7 @@ impl Job<'_> {
             hook: if netfilter { path.first().copied() } else { None },
             family: session.family(),
         };
-        let account = format!("{} at {}", super::check::account(&report), place::describe(&place));
+        let account = format!("{} at {}", account::text(&report), place::describe(&place));
         let hook_order = self.hook_order(session, &place)?;
         Ok(Some(Part { slot, object, checks, account, hook_order }))
     }
@@ -424,7 +424,11 @@ impl Job<'_> {
     /// or have a program of polc's by now.
     fn paths(&self, sys: &Sys, session: &Session, attach: Attach) -> Result<Vec<Vec<Hook>>, Failure> {
         if attach != Attach::Netfilter {
-            return Ok(vec![self.hooks(attach)]);
+            let path = self.hooks(attach);
+            return match refusal(&path, Some(attach), true) {
+                Some(why) => Err(Failure::Usage(why)),
+                None => Ok(vec![path]),
+            };
         }
         if let Some(path) = &self.path {
             return Ok(path.iter().map(|hook| vec![*hook]).collect());

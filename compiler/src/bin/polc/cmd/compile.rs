@@ -17,8 +17,7 @@ use polc_ir::limits::{
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
-use super::check::account;
-use super::{FOUND, place, show};
+use super::{FOUND, account, place, show};
 use crate::cli::{CompileArgs, Emit};
 use crate::failure::Failure;
 use crate::input;
@@ -49,7 +48,7 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
     if args.explain_cost {
         emitted += &cost_text(&compiled.plan);
     }
-    output.result(&emitted);
+    output.result(&emitted)?;
     if args.output.is_none() && !args.emit.contains(&Emit::Asm) && !args.explain_cost {
         return Ok(ExitCode::SUCCESS);
     }
@@ -62,12 +61,12 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
             }
         };
     if args.emit.contains(&Emit::Asm) {
-        output.result(&disassemble(&object));
+        output.result(&disassemble(&object))?;
     }
     if let Some(path) = &args.output {
-        write_object(path, &object)?;
+        write_object(path, &object, output)?;
     }
-    output.remark(&format!("{} at {}\n", account(&report), place::describe(&place)));
+    output.remark(&format!("{} at {}\n", account::text(&report), place::describe(&place)));
     remarks(&session, &place, devices.declared.is_empty(), output);
     for (program, budget) in object.programs.iter().zip(&budgets) {
         output.remark(&format!("program `{}`: {}\n", program.name, budget_text(budget)));
@@ -102,7 +101,7 @@ pub(super) fn accept(session: &Session, place: &Place, output: &Output) -> Optio
     if place.mode == Mode::Replace {
         findings.extend(report.diagnostics(place.mode));
     }
-    super::check::sort(&mut findings);
+    account::sort(&mut findings);
     show(output, &session.sources, &findings);
     let errors = findings.iter().any(|finding| finding.severity == Severity::Error);
     (!errors).then_some(report)
@@ -116,13 +115,11 @@ pub(super) fn refuse(session: &Session, findings: &[Diagnostic], mode: Mode, out
     findings.iter().any(|finding| finding.severity >= limit)
 }
 
-fn write_object(path: &std::path::Path, object: &Object) -> Result<(), Failure> {
+fn write_object(path: &std::path::Path, object: &Object, output: &Output) -> Result<(), Failure> {
     let bytes =
         object.write().map_err(|error| Failure::Input(format!("the object can't be written: {error}")))?;
     if input::is_stdin(path) {
-        use std::io::Write as _;
-        let mut out = std::io::stdout().lock();
-        return out.write_all(&bytes).and_then(|()| out.flush()).map_err(|error| Failure::write(path, error));
+        return output.bytes(&bytes);
     }
     write::atomically(path, &bytes)
 }

@@ -43,7 +43,7 @@ fn loaded(
     for (index, policy) in opened.policies.iter().enumerate() {
         let listing = code(&sys, policy.open_program(&sys)?)?;
         let blank = if index > 0 { "\n" } else { "" };
-        output.result(&format!("{blank}{}: {}\n{listing}", policy.slot, policy.generation.source));
+        output.result(&format!("{blank}{}: {}\n{listing}", policy.slot, policy.generation.source))?;
     }
     live::all_well(opened.failed, output)
 }
@@ -58,7 +58,7 @@ fn compiled(args: &DumpInput, output: &Output) -> Result<ExitCode, Failure> {
             let object = Object::read(&bytes).map_err(|error| {
                 Failure::Input(format!("`{}` is not an object that polc wrote: {error}", file.display()))
             })?;
-            output.result(&disassemble(&object));
+            output.result(&disassemble(&object))?;
             return Ok(ExitCode::SUCCESS);
         }
     }
@@ -75,7 +75,7 @@ fn compiled(args: &DumpInput, output: &Output) -> Result<ExitCode, Failure> {
     }
     match polc::build::object(&session, &compiled) {
         Ok((object, _)) => {
-            output.result(&disassemble(&object));
+            output.result(&disassemble(&object))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(findings) => {

@@ -31,7 +31,7 @@ pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> 
         let text = session.sources.file(session.rules_file).text();
         if args.check {
             if canonical != text {
-                output.result(&format!("{}\n", input::name(path)));
+                output.result(&format!("{}\n", input::name(path)))?;
                 status = FOUND.into();
             }
         } else if args.write {
@@ -44,7 +44,7 @@ pub(super) fn run(args: &FmtArgs, output: &Output) -> Result<ExitCode, Failure> 
                 }
             }
         } else {
-            output.result(&canonical);
+            output.result(&canonical)?;
         }
     }
     Ok(status)

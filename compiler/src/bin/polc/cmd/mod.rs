@@ -1,5 +1,6 @@
-//! The commands, a file each.
+//! The commands, a file each, and what several of them share.
 
+mod account;
 #[cfg(feature = "kernel")]
 mod applied;
 #[cfg(feature = "kernel")]

@@ -15,8 +15,8 @@ use crate::failure::Failure;
 /// What does not go together.
 pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> Result<Place, Failure> {
     let path = place_args.path().unwrap_or_else(|| default_path(attach));
-    if let Some(why) = refusal(&path, attach) {
-        return Err(Failure::Usage(format!("{why}; give --hook once")));
+    if let Some(why) = refusal(&path, Some(attach), false) {
+        return Err(Failure::Usage(why));
     }
     let connections = place_args.connections(attach)?;
     let counters = place_args.counters.into();

@@ -29,7 +29,7 @@ pub(super) fn run(args: &SaveArgs, output: &Output) -> Result<ExitCode, Failure>
             Err(error) => failed.push(Failure::at(&policy.slot, error)),
         }
     }
-    output.result(&text);
+    output.result(&text)?;
     live::all_well(failed, output)
 }
 

@@ -204,7 +204,7 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         let inside = tables.iter().all(|(found, asked, table)| holds(&found.manifest.shape, table, asked));
         tables.iter().try_for_each(|(_, _, table)| table.check())?;
         let text = tables.first().map_or("", |(_, asked, _)| asked.text.as_str());
-        output.result(&format!("{text} is {}in set {name}.\n", if inside { "" } else { "NOT " }));
+        output.result(&format!("{text} is {}in set {name}.\n", if inside { "" } else { "NOT " }))?;
         return Ok(if inside { ExitCode::SUCCESS } else { ExitCode::from(FOUND) });
     }
     for (found, asked, table) in &tables {
@@ -257,13 +257,13 @@ fn list(args: &SetListArgs, output: &Output) -> Result<ExitCode, Failure> {
     let several = policies.len() > 1;
     for sets in &policies {
         if several {
-            output.result(&format!("# {}\n", sets.name));
+            output.result(&format!("# {}\n", sets.name))?;
         }
         for manifest in &sets.sets {
             let wanted = args.set.as_ref().is_none_or(|name| *name == manifest.name);
             if wanted && manifest.live {
                 let words = read(&sys, &sets.table(&sys, manifest)?)?;
-                output.result(&text(manifest, sets.name.family, &words));
+                output.result(&text(manifest, sets.name.family, &words))?;
             }
         }
     }

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use polc::decider::{Named, describe, named};
-use polc::place::{best_attach, place as place_of};
+use polc::deciding::deciding;
+use polc::place::{best_attach, place as place_of, refusal};
 use polc::runner::{Level as RunLevel, Program, run as run_level};
 use polc::select::Devices;
 use polc::session::Session;
@@ -14,7 +15,9 @@ use polc_backend_ebpf::emit::Told;
 use polc_ir::diag::Severity;
 use polc_ir::env::{Connections, Counting, Device, Env, Input, Place};
 use polc_ir::hook::Hook;
+use polc_ir::limits::VM_PACKET_BYTES_MAX;
 use polc_ir::outcome::{Decider, Ending};
+use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
 use serde::Serialize;
 
@@ -39,7 +42,8 @@ const BUFFER_BYTES: usize = 1 << 16;
 struct Line<'a> {
     /// The packet's place in its file, from 0.
     index: usize,
-    /// `accept`, `drop`, `reject` or `defer`; null for a packet that the kernel tests no program with.
+    /// `accept`, `drop`, `reject` or `defer`; null for a packet that is too long, or that the kernel tests no program
+    /// with.
     verdict: Option<&'a str>,
     /// The rule or policy that decided; null where none did.
     rule: Option<Named>,
@@ -66,14 +70,23 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
         return Ok(FOUND.into());
     };
 
+    let write = |text: &str| match args.format {
+        TextFormat::Human => output.result(text),
+        TextFormat::Json => output.json_text(text),
+    };
     let mut text = String::new();
     let mut verdicts: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut untested = 0;
+    let (mut untested, mut too_long) = (0, 0);
     for (index, packet) in packets.inputs.iter().enumerate() {
-        let decided = decide.packet(&session, packet).map_err(|failure| failure.at_packet(index))?;
+        let fits = packet.frame.len() <= VM_PACKET_BYTES_MAX;
+        let decided = match fits {
+            true => decide.packet(&session, packet).map_err(|failure| failure.at_packet(index))?,
+            false => None,
+        };
         match decided {
             Some((ending, _)) => *verdicts.entry(ending.verdict.word()).or_default() += 1,
-            None => untested += 1,
+            None if fits => untested += 1,
+            None => too_long += 1,
         }
         match args.format {
             TextFormat::Human => {
@@ -95,11 +108,11 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
             }
         }
         if text.len() > BUFFER_BYTES {
-            output.result(&text);
+            write(&text)?;
             text.clear();
         }
     }
-    output.result(&text);
+    write(&text)?;
     let parts: Vec<String> = verdicts.iter().map(|(verdict, count)| format!("{count} {verdict}")).collect();
     let level = decide.name();
     output.remark(&format!(
@@ -108,6 +121,12 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
         if parts.is_empty() { "nothing".to_string() } else { parts.join(", ") },
         place::describe(&decide.place)
     ));
+    if too_long > 0 {
+        output.remark(&format!(
+            "{} not tested: longer than {VM_PACKET_BYTES_MAX} bytes, which no IP packet is that came by a wire\n",
+            counted(too_long, "packet")
+        ));
+    }
     if untested > 0 {
         output.remark(&format!(
             "{} not tested: the kernel tests no program with a packet that is tagged, longer than 1,500 bytes, cut to \
@@ -118,7 +137,7 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
     match packets.broken {
         // The packets before it were decided.
         Some(why) => Err(Failure::Input(why)),
-        None if untested > 0 => Ok(FOUND.into()),
+        None if untested + too_long > 0 => Ok(FOUND.into()),
         None => Ok(ExitCode::SUCCESS),
     }
 }
@@ -174,14 +193,19 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
     Ok(Packets { inputs, broken })
 }
 
+/// The place that was named. Without an attach point, the rules themselves are asked on their hooks with everything
+/// given, and programs where the first hook is best served.
 fn simulated_place(args: &SimulateArgs) -> Result<Place, Failure> {
-    match (args.attach, args.place.path()) {
-        (Some(attach), _) => place::of(attach.into(), &args.place, &args.input),
-        (None, path) => {
-            let path = path.unwrap_or_else(|| vec![Hook::Input]);
-            Ok(place_of(&path, best_attach(path[0]), args.place.mode(), !args.input.local.is_empty()))
-        }
+    if let Some(attach) = args.attach {
+        return place::of(attach.into(), &args.place, &args.input);
     }
+    let path = args.place.path().unwrap_or_else(|| vec![Hook::Input]);
+    let attach = if args.level == Level::Ruleset { None } else { Some(best_attach(path[0])) };
+    if let Some(why) = refusal(&path, attach, false) {
+        return Err(Failure::Usage(why));
+    }
+    let local_addresses = !args.input.local.is_empty();
+    Ok(Place { attach, ..place_of(&path, best_attach(path[0]), args.place.mode(), local_addresses) })
 }
 
 /// The devices of rules, options and packets; none is fixed, since each packet says where it comes and goes.
@@ -207,6 +231,8 @@ fn devices(args: &SimulateArgs, session: &Session, packets: &[Input]) -> Result<
 struct Decide {
     level: RunLevel,
     place: Place,
+    /// At no attach point: the rules without what they record.
+    deciding: Option<Ruleset>,
     env: Env,
     state: State,
     compiled: Option<polc::Compiled>,
@@ -244,6 +270,7 @@ impl Decide {
         }
         let mut decide = Decide {
             level,
+            deciding: place.attach.is_none().then(|| deciding(&session.ruleset, place.mode)),
             place,
             env,
             state: State::new(SEED),
@@ -299,7 +326,8 @@ impl Decide {
             if packet.connection.is_some() {
                 place.connections = Connections::Given;
             }
-            let outcome = session.ruleset.eval(&place, &self.env, packet, &mut self.state);
+            let ruleset = self.deciding.as_ref().unwrap_or(&session.ruleset);
+            let outcome = ruleset.eval(&place, &self.env, packet, &mut self.state);
             return Ok(Some((outcome.ending, outcome.mark)));
         };
         #[cfg(feature = "kernel")]

@@ -97,15 +97,12 @@ pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failur
         policies.push(describe(&sys, policy, rates.collect())?);
     }
     match args.format {
-        TextFormat::Json => output.result(&format!(
-            "{}\n",
-            serde_json::to_string_pretty(&policies).expect("plain data serializes")
-        )),
+        TextFormat::Json => output.json(&policies)?,
         TextFormat::Human => {
             let text: String =
                 policies.iter().zip(&opened).map(|(policy, open)| human(policy, open)).collect();
             let nothing = text.is_empty() && failed.is_empty();
-            output.result(if nothing { "nothing is applied\n" } else { &text });
+            output.result(if nothing { "nothing is applied\n" } else { &text })?;
         }
     }
     live::tell_of_gone(&sys, &args.slots.store, output)?;

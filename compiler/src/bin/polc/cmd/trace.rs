@@ -18,6 +18,7 @@ use polc_backend_ebpf::trace::{Config, Event, EventTransport, Pattern, Tally};
 use polc_frontend_iptables::names;
 use polc_ir::env::Attach;
 use polc_ir::hook::Hook;
+use polc_ir::source::bytes::of_text;
 use polc_loader::events::{self, Ends, TraceMaps, Watch};
 use polc_loader::status::Open;
 use polc_loader::store::Lock;
@@ -439,7 +440,10 @@ impl<'s> Stream<'s> {
     }
 
     fn line(&mut self, text: &str) -> Result<(), Failure> {
-        self.out.extend_from_slice(text.as_bytes());
+        match self.format {
+            TextFormat::Json => self.out.extend_from_slice(text.as_bytes()),
+            TextFormat::Human => self.out.extend_from_slice(&of_text(text)),
+        }
         self.out.push(b'\n');
         if self.out.len() < OUT_BYTES { Ok(()) } else { self.flush() }
     }

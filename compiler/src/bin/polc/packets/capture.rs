@@ -2,7 +2,8 @@
 //!
 //! The rules see Ethernet frames; packets captured without one (raw IP, Linux' cooked form) get a header of polc's own.
 //! A packet of which only the first bytes were captured is filled up with zeros to its length, so that rules about its
-//! headers decide as they would have.
+//! headers decide as they would have. What a capture says of itself (its longest packet, its times) is not held against
+//! it: the lengths that count are those beside each packet (draft-ietf-opsawg-pcap, section 5).
 
 use std::io::Cursor;
 use std::path::Path;
@@ -57,7 +58,7 @@ fn pcap(bytes: &[u8], capture: &mut Capture) -> Result<(), String> {
     let mut reader =
         PcapReader::new(Cursor::new(bytes)).map_err(|error| format!("not a capture: {error}"))?;
     let link = reader.header().datalink;
-    while let Some(packet) = reader.next_packet() {
+    while let Some(packet) = reader.next_raw_packet() {
         let packet = packet.map_err(|error| error.to_string())?;
         capture.add(link, &packet.data, packet.orig_len)?;
     }

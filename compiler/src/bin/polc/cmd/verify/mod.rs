@@ -11,18 +11,17 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polc::decider::{Named, describe, named};
-use polc::place::{attach_for, place as place_of};
-use polc::report::{Report, Scope};
+use polc::report::Report;
 use polc::session::Session;
-use polc::verify::{Disagreement, NOT_RUN, Said, Verified, verify};
-use polc_backend_ebpf::emit::{GENERATOR_FAULT, Told};
+use polc::verify::{Disagreement, Said, Verified, verify};
+use polc_backend_ebpf::emit::Told;
 use polc_ir::diag::{Diagnostic, Severity};
-use polc_ir::env::{Attach, Connections, Input, Mode, Place};
+use polc_ir::env::{Attach, Input, Mode, Place};
 use polc_ir::hook::Hook;
 use polc_ir::outcome::{Count, Decider, Outcome};
 use serde::Serialize;
 
-use super::check::{account, family_number, sort};
+use super::account::{self, Account, Judged, family_number, sort};
 use super::compile::budget_text;
 use super::{FOUND, counted, place, show};
 use crate::cli::{TextFormat, VerifyArgs};
@@ -106,65 +105,35 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         polc_loader::swap::may_change(&polc_loader::sys::Sys::new())?;
     }
     let session = input::session(&args.file, &args.input)?;
-    let mode = args.place.mode();
     let devices = place::all(&session, &args.devices)?;
     let env = input::env(&args.input, session.family());
+    let judged = Judged::new(&session, args.attach, &args.place, &args.input)?;
     // A rule set that was read in part is another one than the user's.
-    let places = if session.has_errors() { Vec::new() } else { places(args, &session)? };
-    let scope = match places.as_slice() {
-        [one] if args.attach.is_some() => Scope::At(one),
-        _ => Scope::Everywhere { mode, local_addresses: !args.input.local.is_empty() },
-    };
-    let mut report = Report::new(&session, scope);
-    let mut findings = session.diagnostics.clone();
+    let places: &[Place] = if session.has_errors() { &[] } else { &judged.places };
     let bar = progress_bar();
     let mut verified = Vec::new();
-    let mut bounded = Vec::new();
     for (index, place) in places.iter().enumerate() {
         bar.set_message(place::describe(place));
         let random = args.random as usize;
-        let result = verify(&session, place, &env, &devices, args.seed, random, &mut |done, all| {
+        verified.push(verify(&session, place, &env, &devices, args.seed, random, &mut |done, all| {
             bar.set_length((all * places.len()) as u64);
             bar.set_position((all * index + done) as u64);
-        });
-        for finding in &result.diagnostics {
-            // The same bound at several places is one finding.
-            if !findings.contains(finding) {
-                findings.push(finding.clone());
-            }
-        }
-        bounded.extend(result.diagnostics.iter().cloned());
-        verified.push(result);
+        }));
     }
     bar.finish_and_clear();
     let mut outside = Outside::ask(args, &session, &env, &devices, &verified)?;
-    // Where rules are too large for a program, the kernel's own go on deciding, unless there are none or the user asked
-    // for that very program.
-    let may_defer = mode == Mode::Accelerate && args.attach.is_none();
-    for result in &verified {
-        for finding in &result.not_emitted {
-            let excused = may_defer && finding.code != GENERATOR_FAULT && finding.code != NOT_RUN;
-            let severity = if excused { Severity::Warning } else { finding.severity };
-            let note = format!("no program is made at {}", place::describe(&result.place));
-            findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
-        }
+    let mut account = Account::new(&session, &judged);
+    for (place, result) in places.iter().zip(&verified) {
+        account.add(place, &result.diagnostics, &result.not_emitted);
     }
-    if may_defer {
-        report.defer_hooks(&session, &hooks_without_program(&verified), "no program is made for its hook");
-    }
-    let deferrals = |report: &Report| match (args.format, mode) {
-        (TextFormat::Human, Mode::Accelerate) => report.grouped_diagnostics(mode),
-        _ => report.diagnostics(mode),
-    };
-    findings.extend(deferrals(&report));
+    let grouped = args.format == TextFormat::Human && args.place.mode() == Mode::Accelerate;
+    let (report, mut findings) = account.finish(grouped);
     sort(&mut findings);
-    // The passes' findings say why already.
-    report.defer_bounded(&session, &bounded);
 
     let agree = verified.iter().all(|result| result.disagreement.is_none()) && outside.agrees();
     let failed = !agree || findings.iter().any(|finding| finding.severity == Severity::Error);
     match args.format {
-        TextFormat::Human => human(&session, &report, &verified, &outside, &findings, output),
+        TextFormat::Human => human(&session, &report, &verified, &outside, &findings, output)?,
         TextFormat::Json => {
             let result = VerifyResult {
                 file: session.sources.file(session.rules_file).name(),
@@ -189,10 +158,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
                 netfilter: outside.netfilter.take(),
                 diagnostics: json::findings(&session.sources, &findings),
             };
-            output.result(&format!(
-                "{}\n",
-                serde_json::to_string_pretty(&result).expect("plain data serializes")
-            ));
+            output.json(&result)?;
         }
     }
     Ok(if failed { FOUND.into() } else { ExitCode::SUCCESS })
@@ -290,56 +256,6 @@ impl Outside {
     }
 }
 
-/// The places to verify: the one that was named, or every hook with rules where its packets are seen, each hook alone
-/// (so that a hook that defers everything does not hide the next) and as the default paths.
-fn places(args: &VerifyArgs, session: &Session) -> Result<Vec<Place>, Failure> {
-    if let Some(attach) = args.attach {
-        return Ok(vec![place::of(attach.into(), &args.place, &args.input)?]);
-    }
-    // Without an attach point, what is asked of connections is asked where packets arrive.
-    let mode = args.place.mode();
-    let local = !args.input.local.is_empty();
-    let mut wanted: Vec<(Vec<Hook>, Attach)> = Vec::new();
-    match args.place.path() {
-        Some(path) => {
-            let attach = attach_for(path[0]);
-            wanted.push((path, attach));
-        }
-        None => {
-            wanted.extend(Hook::ALL.map(|hook| (vec![hook], attach_for(hook))));
-            wanted.push((vec![Hook::Forward], Attach::TcEgress));
-            wanted.push((vec![Hook::Prerouting, Hook::Input], Attach::Xdp));
-            wanted.push((vec![Hook::Output, Hook::Postrouting], Attach::TcEgress));
-        }
-    }
-    let chosen = args.place.path().is_some();
-    let mut places: Vec<Place> = Vec::new();
-    for (path, attach) in wanted {
-        let place = place_of(&path, attach, mode, local);
-        // A path that adds nothing to a hook alone is that hook.
-        let adds = path.len() == 1
-            || path.iter().all(|hook| session.ruleset.bears_on(&place_of(&[*hook], attach, mode, local)));
-        if chosen || (adds && session.ruleset.bears_on(&place)) {
-            let arrives = attach != Attach::TcEgress && args.place.connections.is_some();
-            let connections = if arrives { args.place.connections(attach)? } else { Connections::Unknown };
-            let counters = args.place.counters.into();
-            places.push(Place { connections, counters, ..place });
-        }
-    }
-    Ok(places)
-}
-
-/// The hooks that have a place of their own, but no program at any.
-fn hooks_without_program(verified: &[Verified]) -> Vec<Hook> {
-    let alone = |hook: Hook| verified.iter().filter(move |result| result.place.path == [hook]);
-    Hook::ALL
-        .into_iter()
-        .filter(|&hook| {
-            alone(hook).next().is_some() && alone(hook).all(|result| !result.not_emitted.is_empty())
-        })
-        .collect()
-}
-
 fn progress_bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -358,7 +274,7 @@ fn human(
     outside: &Outside,
     findings: &[Diagnostic],
     output: &Output,
-) {
+) -> Result<(), Failure> {
     show(output, &session.sources, findings);
     let name = session.sources.file(session.rules_file).name();
     let mut text = String::new();
@@ -384,8 +300,8 @@ fn human(
         text += &outside.kernel_text(index);
     }
     text += &outside.netfilter_text();
-    text += &format!("{name}: {}\n", account(report));
-    output.result(&text);
+    text += &format!("{name}: {}\n", account::text(report));
+    output.result(&text)
 }
 
 fn disagreement_text(session: &Session, result: &Verified, disagreement: &Disagreement) -> String {

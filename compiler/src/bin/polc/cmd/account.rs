@@ -1,0 +1,207 @@
+//! Where a rule set is judged, and the account of what is compiled there: what `check` and `verify` share, so that both
+//! count as compiled what `compile` makes a program of.
+
+use polc::place::{attach_for, best_attach, place as place_of};
+use polc::report::{Report, Scope};
+use polc::session::Session;
+use polc::verify::NOT_RUN;
+use polc_backend_ebpf::emit::GENERATOR_FAULT;
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::{Attach, Connections, Mode, Place};
+use polc_ir::hook::Hook;
+
+use super::{counted, place};
+use crate::cli::{AttachChoice, InputArgs, PlaceArgs};
+use crate::failure::Failure;
+
+/// Why rules are deferred that only such hooks reach for which no program can be made.
+const NO_PROGRAM: &str = "no program is made for its hook";
+
+/// The places at which rules are judged.
+#[derive(Debug)]
+pub(super) struct Judged {
+    /// The place that the user named; else every hook with rules, where its packets are seen, each hook alone (so that
+    /// a hook that defers everything does not hide the next) and as the default paths.
+    pub places: Vec<Place>,
+    /// The user named it.
+    is_named: bool,
+    mode: Mode,
+    local_addresses: bool,
+    /// What is asked of connections where packets arrive.
+    connections: Connections,
+}
+
+impl Judged {
+    pub(super) fn new(
+        session: &Session,
+        attach: Option<AttachChoice>,
+        args: &PlaceArgs,
+        input: &InputArgs,
+    ) -> Result<Judged, Failure> {
+        let named: Option<Attach> = match (attach, args.path()) {
+            (Some(attach), _) => Some(attach.into()),
+            (None, Some(path)) => Some(best_attach(path[0])),
+            (None, None) => None,
+        };
+        let mut judged = Judged {
+            places: Vec::new(),
+            is_named: named.is_some(),
+            mode: args.mode(),
+            local_addresses: !input.local.is_empty(),
+            connections: Connections::Unknown,
+        };
+        match named {
+            Some(attach) => judged.places.push(place::of(attach, args, input)?),
+            None => {
+                if args.connections.is_some() {
+                    judged.connections = args.connections(Attach::Xdp)?;
+                }
+                judged.places = judged.everywhere(session, args);
+            }
+        }
+        Ok(judged)
+    }
+
+    fn everywhere(&self, session: &Session, args: &PlaceArgs) -> Vec<Place> {
+        let at = |path: &[Hook], attach| place_of(path, attach, self.mode, self.local_addresses);
+        let mut wanted: Vec<(Vec<Hook>, Attach)> =
+            Hook::ALL.map(|hook| (vec![hook], attach_for(hook))).to_vec();
+        wanted.push((vec![Hook::Forward], Attach::TcEgress));
+        wanted.push((vec![Hook::Prerouting, Hook::Input], Attach::Xdp));
+        wanted.push((vec![Hook::Output, Hook::Postrouting], Attach::TcEgress));
+        let mut places: Vec<Place> = Vec::new();
+        for (path, attach) in wanted {
+            let place = at(&path, attach);
+            // A path that adds nothing to a hook alone is that hook.
+            let adds =
+                path.len() == 1 || path.iter().all(|hook| session.ruleset.bears_on(&at(&[*hook], attach)));
+            if adds && session.ruleset.bears_on(&place) {
+                // What is asked of connections is asked where packets arrive.
+                let arrives = attach != Attach::TcEgress;
+                let connections = if arrives { self.connections } else { Connections::Unknown };
+                places.push(Place { connections, counters: args.counters.into(), ..place });
+            }
+        }
+        places
+    }
+
+    fn scope(&self) -> Scope<'_> {
+        match self.places.as_slice() {
+            [one] if self.is_named => Scope::At(one),
+            _ => Scope::Everywhere {
+                mode: self.mode,
+                local_addresses: self.local_addresses,
+                connections: self.connections,
+            },
+        }
+    }
+
+    /// Whether packets are left to the kernel where rules are too large for a program: unless there are no others, or
+    /// the user asked for that very program.
+    fn may_defer(&self) -> bool {
+        self.mode == Mode::Accelerate && !self.is_named
+    }
+}
+
+/// The account of a rule set at the places where it is judged, and what there is to say about it.
+#[derive(Debug)]
+pub(super) struct Account<'a> {
+    session: &'a Session,
+    judged: &'a Judged,
+    report: Report,
+    findings: Vec<Diagnostic>,
+    /// What the passes found: where bounds end what a program decides.
+    bounded: Vec<Diagnostic>,
+    /// The places so far, and whether there is a program.
+    places: Vec<(&'a Place, bool)>,
+}
+
+impl<'a> Account<'a> {
+    /// The account by the rules alone.
+    pub(super) fn new(session: &'a Session, judged: &'a Judged) -> Account<'a> {
+        Account {
+            session,
+            judged,
+            report: Report::new(session, judged.scope()),
+            findings: session.diagnostics.clone(),
+            bounded: Vec::new(),
+            places: Vec::new(),
+        }
+    }
+
+    /// Adds what compiling for a place found, and what kept it from becoming a program.
+    pub(super) fn add(&mut self, place: &'a Place, found: &[Diagnostic], not_emitted: &[Diagnostic]) {
+        for finding in found {
+            let mut finding = finding.clone();
+            // Nothing may be deferred where there is nobody to defer to.
+            if self.judged.mode == Mode::Replace && finding.severity == Severity::Warning {
+                finding.severity = Severity::Error;
+            }
+            // The same bound at several places is one finding.
+            if !self.findings.contains(&finding) {
+                self.findings.push(finding.clone());
+            }
+            self.bounded.push(finding);
+        }
+        for finding in not_emitted {
+            let excused =
+                self.judged.may_defer() && finding.code != GENERATOR_FAULT && finding.code != NOT_RUN;
+            let severity = if excused { Severity::Warning } else { finding.severity };
+            let note = format!("no program is made at {}", place::describe(place));
+            self.findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
+        }
+        self.places.push((place, not_emitted.is_empty()));
+    }
+
+    /// The counts and all findings, those about deferred rules once for each rule or once for each reason (`grouped`).
+    pub(super) fn finish(self, grouped: bool) -> (Report, Vec<Diagnostic>) {
+        let Account { session, judged, mut report, mut findings, bounded, places } = self;
+        if !judged.is_named {
+            report.defer_hooks(session, &hooks_without_program(&places), NO_PROGRAM);
+        } else if places.iter().any(|(_, has_program)| !has_program) {
+            report.defer_all(session, NO_PROGRAM);
+        }
+        findings.extend(match grouped {
+            true => report.grouped_diagnostics(judged.mode),
+            false => report.diagnostics(judged.mode),
+        });
+        // The passes' findings say why already.
+        report.defer_bounded(session, &bounded);
+        (report, findings)
+    }
+}
+
+/// The hooks that have a place of their own, but no program at any.
+fn hooks_without_program(places: &[(&Place, bool)]) -> Vec<Hook> {
+    let alone = |hook: Hook| places.iter().filter(move |(place, _)| place.path == [hook]);
+    Hook::ALL
+        .into_iter()
+        .filter(|&hook| alone(hook).next().is_some() && alone(hook).all(|(_, has_program)| !has_program))
+        .collect()
+}
+
+/// Orders findings as the text is read; those about no text come last.
+pub(super) fn sort(findings: &mut [Diagnostic]) {
+    findings.sort_by_key(|finding| {
+        (finding.span.is_none(), finding.span.map(|span| (span.file, span.start)), finding.code)
+    });
+}
+
+/// `12 rules: 9 compiled, 2 deferred, 1 rejected`.
+pub(super) fn text(report: &Report) -> String {
+    format!(
+        "{}: {} compiled, {} deferred, {} rejected",
+        counted(report.rules(), "rule"),
+        report.compiled(),
+        report.deferred(),
+        report.rejected()
+    )
+}
+
+/// 4 or 6.
+pub(super) fn family_number(session: &Session) -> u8 {
+    match session.family() {
+        polc_ir::hook::Family::V4 => 4,
+        polc_ir::hook::Family::V6 => 6,
+    }
+}
