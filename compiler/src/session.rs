@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use polc_frontend_iptables::ast::{Dump, Generator};
+use polc_frontend_iptables::ast::Dump;
 use polc_frontend_iptables::ipset::{self, Sets};
 use polc_frontend_iptables::{Mode, ParseOptions, SetFamilies, lower, parse};
 use polc_ir::diag::{Diagnostic, Severity};
@@ -50,13 +50,15 @@ impl Session {
         let families: SetFamilies =
             sets.iter().flat_map(Sets::iter).map(|set| (set.name.clone(), set.family)).collect();
         let known = options.strict || !sets.is_empty();
-        let parse_options = ParseOptions { mode, family: options.family, sets: known.then_some(&families) };
+        let parse_options = ParseOptions {
+            mode,
+            family: options.family,
+            semantics: options.semantics,
+            sets: known.then_some(&families),
+        };
         let (dump, findings) = parse(&sources, rules, &parse_options);
         diagnostics.extend(findings);
-        let semantics = options.semantics.unwrap_or(match dump.generator {
-            Generator::Nft => Semantics::Nft,
-            Generator::Legacy | Generator::Unknown => Semantics::Legacy,
-        });
+        let semantics = options.semantics.unwrap_or(dump.generator.semantics());
         let ruleset = lower(&dump, &sets, semantics);
         Session { sources, rules_file: rules, dump, ruleset, diagnostics }
     }

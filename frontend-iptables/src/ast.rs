@@ -11,7 +11,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use polc_ir::hook::{Family, Hook, TableKind};
+use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::source::{File, Span};
 
 use crate::extension::Options;
@@ -94,6 +94,16 @@ pub enum Generator {
     Unknown,
 }
 
+impl Generator {
+    /// Whose corner cases hold if nobody says.
+    pub fn semantics(self) -> Semantics {
+        match self {
+            Generator::Nft => Semantics::Nft,
+            Generator::Legacy | Generator::Unknown => Semantics::Legacy,
+        }
+    }
+}
+
 /// A whole dump.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dump {
@@ -106,8 +116,12 @@ pub struct Dump {
     /// The tables, in file order. Each kind occurs once.
     pub tables: Vec<TableAst>,
     /// Sections that a later section for the same table replaces, in file order: iptables-restore loads them, then
-    /// flushes them.
+    /// flushes their rules and user chains. Policies that stay are the later section's, too.
     pub replaced: Vec<TableAst>,
+    /// Every line that asks for a rule (`-A` or `-I`, however it is spelled), read or not.
+    pub rule_lines: Vec<Span>,
+    /// Those of them that `-4` or `-6` makes lines of the other address family.
+    pub other_family: Vec<Span>,
 }
 
 /// Packet and byte counters.

@@ -82,7 +82,7 @@ codes! {
     /// The file exceeds a limit of polc.
     LIMIT = 128, "split the file";
     /// A later section for the same table replaces this one.
-    REPLACED_TABLE = 129, "remove the section that comes first, which has no effect";
+    REPLACED_TABLE = 129, "make one section of the two";
     /// A line ends in CR LF (tolerant mode).
     CARRIAGE_RETURN = 130, "end lines with LF alone; `polc fmt` does";
     /// Blanks before or after a line's text (tolerant mode).

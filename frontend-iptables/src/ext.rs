@@ -335,6 +335,8 @@ pub(crate) struct GivenOption<'a> {
     pub argument: Argument<'a>,
     /// The second argument of an option with two; otherwise empty.
     pub second: Argument<'a>,
+    /// What `-p` before it says, and whether it is negated.
+    pub protocol: Option<(u16, bool)>,
     pub(crate) instance: u32,
 }
 

@@ -26,10 +26,12 @@ pub mod lexer;
 mod lower;
 pub mod matches;
 pub mod names;
+mod order;
 mod parse;
 mod place;
 mod print;
 mod rule;
+mod table;
 pub mod targets;
 pub mod value;
 

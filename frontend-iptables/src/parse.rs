@@ -3,26 +3,23 @@
 //! A line that is not accepted gets a diagnostic and the rest is read on, so that one run reports everything.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use polc_ir::diag::Diagnostic;
-use polc_ir::hook::{Family, TableKind};
+use polc_ir::hook::{Family, Semantics, TableKind};
 use polc_ir::limits;
 use polc_ir::source::{File, SourceMap, Span, bytes};
 
 use crate::ast::{
     ChainAst, ChainIndex, Counters, Dump, Generator, Policy, RuleAst, TableAst, TargetAst, TargetVerdict,
-    Text,
 };
 use crate::codes;
 use crate::ext::{Fault, Shelf};
 use crate::lexer::{self, Ending, LexError, Line, OpenQuote, Word};
 use crate::place;
-use crate::print;
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
-use crate::targets;
-use crate::value::WHITE_SPACE;
+use crate::table::OpenTable;
 
 /// How strictly a dump is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +38,9 @@ pub struct ParseOptions<'a> {
     pub mode: Mode,
     /// The address family; `None` to work it out from the header, the file's name and the addresses.
     pub family: Option<Family>,
+    /// Whose corner cases hold; `None` to follow the header ([`Generator::semantics`]). Strict reading is
+    /// iptables-legacy-restore's whatever is said here.
+    pub semantics: Option<Semantics>,
     /// The sets that exist; `None` if that isn't known.
     pub sets: Option<&'a SetFamilies>,
 }
@@ -53,10 +53,13 @@ pub type SetFamilies = HashMap<String, Option<Family>>;
 pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Dump, Vec<Diagnostic>) {
     let source = sources.file(file);
     let family = options.family.unwrap_or_else(|| guess_family(source.name(), source.text()));
+    let generator = generator(source.text());
+    let semantics = options.semantics.unwrap_or(generator.semantics());
     let mut parser = Parser {
         file,
         family,
         mode: options.mode,
+        nft: options.mode == Mode::Tolerant && semantics == Semantics::Nft,
         sets: options.sets,
         shelf: RefCell::default(),
         diagnostics: Vec::new(),
@@ -65,9 +68,11 @@ pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Du
         dump: Dump {
             file,
             family,
-            generator: generator(source.text()),
+            generator,
             tables: Vec::new(),
             replaced: Vec::new(),
+            rule_lines: Vec::new(),
+            other_family: Vec::new(),
         },
         rules: 0,
     };
@@ -131,97 +136,12 @@ fn generator(text: &str) -> Generator {
     }
 }
 
-struct OpenTable {
-    /// Its chains' rules are in `orders` until the table is closed.
-    ast: TableAst,
-    names: HashMap<Arc<str>, ChainIndex>,
-    /// The rules of each chain, in order: lines may put them at either end.
-    orders: Vec<VecDeque<u32>>,
-    /// How many of these rules lead to each chain.
-    references: Vec<u32>,
-}
-
-impl OpenTable {
-    fn insert(&mut self, chain: usize, position: usize, rule: RuleAst) {
-        if let Some(to) = led_to(&rule) {
-            self.references[to] += 1;
-        }
-        self.orders[chain].insert(position, self.ast.rules.len() as u32);
-        self.ast.rules.push(rule);
-    }
-
-    fn remove(&mut self, chain: usize, position: usize) {
-        let rule = self.orders[chain].remove(position).map(|id| &self.ast.rules[id as usize]);
-        if let Some(to) = rule.and_then(led_to) {
-            self.references[to] -= 1;
-        }
-    }
-
-    fn flush(&mut self, chain: usize) {
-        for id in std::mem::take(&mut self.orders[chain]) {
-            if let Some(to) = led_to(&self.ast.rules[id as usize]) {
-                self.references[to] -= 1;
-            }
-        }
-    }
-
-    /// Takes a user chain away, if it has no rules and no rule leads to it.
-    fn delete(&mut self, chain: usize, span: Span) -> Result<(), Fault> {
-        let ChainAst { name, hook, deleted, .. } = &mut self.ast.chains[chain];
-        let why = if hook.is_some() {
-            "is a base chain"
-        } else if !self.orders[chain].is_empty() {
-            "has rules"
-        } else if self.references[chain] > 0 {
-            "is where rules lead to"
-        } else {
-            *deleted = true;
-            self.names.remove(&**name);
-            return Ok(());
-        };
-        let message = format!("chain `{name}` {why} and can't be deleted");
-        Err(Fault::new(codes::COMMAND, message).at(span).hint("flush what holds it before this line"))
-    }
-
-    /// Gives a user chain another name, which no chain has.
-    fn rename(&mut self, chain: usize, name: &str, span: Span) -> Result<(), Fault> {
-        check_name(name, span)?;
-        let fault = |message: String| Err(Fault::new(codes::CHAIN_NAME, message).at(span));
-        if self.names.contains_key(name) {
-            return fault(format!("chain `{name}` exists already"));
-        }
-        let old = &mut self.ast.chains[chain];
-        if old.hook.is_some() {
-            return fault(format!("chain `{}` is a base chain and can't be renamed", old.name));
-        }
-        let text = Text::from(name);
-        if let Some(index) = self.names.remove(&*old.name) {
-            self.names.insert(text.shared(), index);
-        }
-        old.name = text;
-        Ok(())
-    }
-
-    fn close(mut self) -> TableAst {
-        for (chain, order) in self.ast.chains.iter_mut().zip(self.orders) {
-            chain.rules = order.into();
-        }
-        self.ast
-    }
-}
-
-/// The chain that a rule jumps or goes to.
-fn led_to(rule: &RuleAst) -> Option<usize> {
-    match rule.target.verdict {
-        TargetVerdict::Jump(to) | TargetVerdict::Goto(to) => Some(to.0 as usize),
-        _ => None,
-    }
-}
-
 struct Parser<'a> {
     file: File,
     family: Family,
     mode: Mode,
+    /// Whether the text is read as iptables-nft-restore loads it.
+    nft: bool,
     sets: Option<&'a SetFamilies>,
     shelf: RefCell<Shelf>,
     diagnostics: Vec<Diagnostic>,
@@ -261,6 +181,7 @@ impl Parser<'_> {
         };
         if line.text.len() > limits::LINE_BYTES_MAX {
             let message = format!("the line is longer than {} bytes", limits::LINE_BYTES_MAX);
+            self.note_rule_line(line.text, span);
             return self.report(Diagnostic::error(codes::TOO_LONG, message, span));
         }
         self.line_ending(&line, span);
@@ -268,7 +189,9 @@ impl Parser<'_> {
         let trimmed = text.trim_matches([' ', '\t']);
         let start = line.start + (text.len() - text.trim_start_matches([' ', '\t']).len()) as u32;
         let inner = Span::new(self.file, start, start + trimmed.len() as u32);
-        if trimmed.is_empty() || text.starts_with('#') {
+        // To iptables-restore a line of blanks is one without a command.
+        let empty = if self.mode == Mode::Strict { text.is_empty() } else { trimmed.is_empty() };
+        if empty || text.starts_with('#') {
             return;
         }
         if trimmed.len() != text.len() && self.mode == Mode::Tolerant && !trimmed.starts_with("-") {
@@ -289,7 +212,15 @@ impl Parser<'_> {
             self.rule_line(trimmed, inner, words)
         };
         if let Err(fault) = result {
+            self.note_rule_line(trimmed, inner);
             self.report(fault.into_diagnostic(inner));
+        }
+    }
+
+    /// Notes a line that was not read, if it asks for a rule as far as can be told.
+    fn note_rule_line(&mut self, text: &str, span: Span) {
+        if rule::asks_for_rule(text) {
+            self.dump.rule_lines.push(span);
         }
     }
 
@@ -320,7 +251,7 @@ impl Parser<'_> {
         if self.diagnostics.iter().any(|diagnostic| diagnostic.code == code) {
             return;
         }
-        let harmless = line.text.is_empty() || line.text.starts_with('#');
+        let harmless = line.text.starts_with('#');
         let diagnostic = match self.mode {
             Mode::Strict if line.ending == Ending::CarriageReturn && !harmless => {
                 Diagnostic::error(code, message, span)
@@ -342,27 +273,14 @@ impl Parser<'_> {
                 Diagnostic::error(codes::MISSING_COMMIT, message, span)
                     .with_label(open.ast.span, "opened here"),
             );
-            self.install(open.ast);
+            self.install(open.close());
         }
         let kind: TableKind =
             name.parse().map_err(|message: String| Fault::new(codes::UNKNOWN_TABLE, message).at(span))?;
-        let mut ast = TableAst { kind, span, chains: Vec::new(), rules: Vec::new(), rejected: Vec::new() };
-        let mut names = HashMap::new();
-        for hook in kind.hooks() {
-            let name = Text::from(hook.chain_name());
-            names.insert(name.shared(), ChainIndex(ast.chains.len() as u32));
-            ast.chains.push(ChainAst {
-                name,
-                span,
-                hook: Some(*hook),
-                policy: Policy::Accept,
-                counters: None,
-                rules: Vec::new(),
-                deleted: false,
-            });
-        }
-        let (orders, references) = (vec![VecDeque::new(); ast.chains.len()], vec![0; ast.chains.len()]);
-        self.table = Some(OpenTable { ast, names, orders, references });
+        // A section flushes the table. To iptables-legacy-restore that is its rules and user chains, the policies stay;
+        // iptables-nft-restore makes the base chains anew.
+        let before = self.dump.tables.iter().find(|table| !self.nft && table.kind == kind);
+        self.table = Some(OpenTable::new(kind, self.family, span, before));
         Ok(())
     }
 
@@ -375,21 +293,12 @@ impl Parser<'_> {
     }
 
     fn install(&mut self, mut ast: TableAst) {
-        let nft = self.mode == Mode::Tolerant && self.dump.generator == Generator::Nft;
-        for found in place::check(&mut ast, self.family, nft) {
+        for found in place::check(&mut ast, self.family, self.nft) {
             self.report(found);
         }
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {
             let old = self.dump.tables.remove(at);
-            self.report(
-                Diagnostic::warning(
-                    codes::REPLACED_TABLE,
-                    format!("table `{}` is replaced by a later section", ast.kind),
-                    old.span,
-                )
-                .with_label(ast.span, "by this one")
-                .with_note("iptables-restore loads the first, then flushes it"),
-            );
+            self.report(replaced(&old, &ast, self.nft));
             self.dump.replaced.push(old);
         }
         self.dump.tables.push(ast);
@@ -433,8 +342,7 @@ impl Parser<'_> {
                 None
             }
         });
-        let known = open.names.get(name).copied();
-        match known {
+        match open.chain(name) {
             Some(index) if open.ast.chains[index.0 as usize].hook.is_some() => {
                 let chain = &mut open.ast.chains[index.0 as usize];
                 chain.policy = match policy {
@@ -450,7 +358,10 @@ impl Parser<'_> {
                         .hint("write ACCEPT or DROP"));
                     }
                 };
-                chain.counters = counters;
+                // To iptables-legacy-restore `-` leaves the counters alone as well.
+                if policy != "-" || self.nft {
+                    chain.counters = counters;
+                }
                 chain.span = part(name);
             }
             Some(index) => {
@@ -472,7 +383,7 @@ impl Parser<'_> {
                     .at(part(policy))
                     .hint("write `-`"));
                 }
-                declare(open, name, part(name), counters)?;
+                open.declare(name, part(name), counters)?;
             }
         }
         if let Some(at) = unread {
@@ -491,7 +402,7 @@ impl Parser<'_> {
                 .hint("start the table with a line like `*filter`"));
         };
         let result = self.rule_in(&mut open, text, span, words);
-        if result.is_err() && is_rule(text) {
+        if result.is_err() && rule::asks_for_rule(text) {
             open.ast.rejected.push(span);
         }
         self.table = Some(open);
@@ -539,8 +450,7 @@ impl Parser<'_> {
                     .at(span)
             }
         })?;
-        let names = &open.names;
-        let is_chain = |name: &str| names.contains_key(name);
+        let is_chain = |name: &str| open.chain(name).is_some();
         let context = LineContext {
             family: self.family,
             table: open.ast.kind,
@@ -558,6 +468,10 @@ impl Parser<'_> {
         let line = match outcome? {
             Outcome::Line(line) => line,
             Outcome::OtherFamily(at) => {
+                if rule::asks_for_rule(text) {
+                    self.dump.rule_lines.push(span);
+                    self.dump.other_family.push(span);
+                }
                 self.report(Diagnostic::note(
                     codes::OTHER_FAMILY_LINE,
                     "the line is for the other address family",
@@ -566,7 +480,12 @@ impl Parser<'_> {
                 return Ok(());
             }
         };
-        self.execute(open, *line, counters, span)
+        let asks = matches!(line.command, Command::Append | Command::Insert(_));
+        self.execute(open, *line, counters, span)?;
+        if asks {
+            self.dump.rule_lines.push(span);
+        }
+        Ok(())
     }
 
     fn execute(
@@ -579,11 +498,11 @@ impl Parser<'_> {
         let command = line.command;
         let Some(chain) = line.chain else {
             match command {
-                Command::Zero | Command::List => {}
-                Command::Flush => (0..open.orders.len()).for_each(|chain| open.flush(chain)),
+                Command::Zero(_) | Command::List | Command::ListRules => {}
+                Command::Flush => (0..open.chains()).for_each(|chain| open.flush(chain)),
                 Command::DeleteChain => {
                     let is_user = |chain: &ChainAst| chain.hook.is_none() && !chain.deleted;
-                    for chain in 0..open.orders.len() {
+                    for chain in 0..open.chains() {
                         if is_user(&open.ast.chains[chain]) {
                             open.delete(chain, span)?;
                         }
@@ -596,16 +515,9 @@ impl Parser<'_> {
             return Ok(());
         };
         if command == Command::NewChain {
-            if open.names.contains_key(chain.text) {
-                return Err(Fault::new(
-                    codes::DUPLICATE_CHAIN,
-                    format!("chain `{}` exists already", chain.text),
-                )
-                .at(chain.span));
-            }
-            return new_chain(open, chain.text, chain.span, self.family);
+            return open.new_chain(chain.text, chain.span);
         }
-        let Some(&index) = open.names.get(chain.text) else {
+        let Some(index) = open.chain(chain.text) else {
             let message = format!("table `{}` has no chain `{}`", open.ast.kind, chain.text);
             return Err(Fault::new(codes::UNKNOWN_CHAIN, message)
                 .at(chain.span)
@@ -614,18 +526,16 @@ impl Parser<'_> {
         let at = index.0 as usize;
         match command {
             Command::Append | Command::Insert(_) | Command::Replace(_) => {
-                let count = open.orders[at].len();
+                let count = open.len(at);
                 let mut position = match command {
-                    Command::Insert(number) if number as usize <= count + 1 => number as usize - 1,
-                    Command::Replace(number) if number as usize <= count => number as usize - 1,
-                    Command::Append => count,
-                    _ => {
-                        return Err(Fault::new(
-                            codes::RULE_NUMBER,
-                            format!("chain `{}` has only {count} rules", chain.text),
-                        )
-                        .at(span));
+                    Command::Insert(number) if number as usize > count + 1 => {
+                        return Err(no_rule(chain.text, count, span));
                     }
+                    Command::Replace(number) if number as usize > count => {
+                        return Err(no_rule(chain.text, count, span));
+                    }
+                    Command::Insert(number) | Command::Replace(number) => number as usize - 1,
+                    _ => count,
                 };
                 let rules = self.expand(open, index, line, counters, span)?;
                 if matches!(command, Command::Replace(_)) {
@@ -642,14 +552,7 @@ impl Parser<'_> {
                 Ok(())
             }
             Command::DeleteNumber(number) => {
-                let count = open.orders[at].len();
-                if number as usize > count {
-                    return Err(Fault::new(
-                        codes::RULE_NUMBER,
-                        format!("chain `{}` has only {count} rules", chain.text),
-                    )
-                    .at(span));
-                }
+                rule_number(open, at, chain.text, number, span)?;
                 open.remove(at, number as usize - 1);
                 Ok(())
             }
@@ -674,7 +577,8 @@ impl Parser<'_> {
                 open.ast.chains[at].policy = policy;
                 Ok(())
             }
-            Command::Zero | Command::List => Ok(()),
+            Command::Zero(Some(number)) => rule_number(open, at, chain.text, number, span),
+            Command::Zero(None) | Command::List | Command::ListRules => Ok(()),
             Command::RenameChain => {
                 let name = line.operand.expect("`-E` has an operand");
                 open.rename(at, name.text, name.span)
@@ -682,8 +586,7 @@ impl Parser<'_> {
             Command::DeleteRule | Command::Check => {
                 // Each copy of the line takes away, or finds, the first rule like it.
                 for rule in self.expand(open, index, line, counters, span)? {
-                    let like = |id: &u32| same(&open.ast, self.family, &open.ast.rules[*id as usize], &rule);
-                    let Some(position) = open.orders[at].iter().position(like) else {
+                    let Some(position) = open.find(&rule) else {
                         let message = format!("chain `{}` has no such rule", chain.text);
                         return Err(Fault::new(codes::RULE_NUMBER, message).at(span));
                     };
@@ -707,7 +610,7 @@ impl Parser<'_> {
         span: Span,
     ) -> Result<Vec<RuleAst>, Fault> {
         let find = |name: crate::ext::Argument<'_>| {
-            let chain = open.names.get(name.text).copied();
+            let chain = open.chain(name.text);
             let chain =
                 chain.ok_or_else(|| Fault::new(codes::UNKNOWN_CHAIN, "no such chain").at(name.span))?;
             if open.ast.chains[chain.0 as usize].hook.is_some() {
@@ -767,7 +670,7 @@ impl Parser<'_> {
                 Diagnostic::error(codes::MISSING_COMMIT, message, open.ast.span)
                     .with_hint("end the table with a line `COMMIT`"),
             );
-            self.install(open.ast);
+            self.install(open.close());
         }
         if self.dropped > 0 {
             let message = format!("{} more findings are not shown", self.dropped);
@@ -778,72 +681,37 @@ impl Parser<'_> {
     }
 }
 
-/// Whether a line adds a rule, well-formed or not.
-fn is_rule(text: &str) -> bool {
-    let text = match text.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or(rest, |(_, rest)| rest),
-        None => text,
+/// A section that a later one flushes, and which policies come of the two.
+fn replaced(old: &TableAst, new: &TableAst, nft: bool) -> Diagnostic {
+    let message = format!("table `{}` is replaced by a later section", new.kind);
+    let diagnostic = Diagnostic::warning(codes::REPLACED_TABLE, message, old.span)
+        .with_label(new.span, "by this one")
+        .with_note("iptables-restore loads the first, then flushes it");
+    let drops = |table: &TableAst, hook| {
+        table.chains.iter().any(|chain| chain.hook == Some(hook) && chain.policy == Policy::Drop)
     };
-    let text = text.trim_start();
-    ["-A", "-I", "--append", "--insert"].iter().any(|command| text.starts_with(command))
+    let dropping: Vec<&str> = (new.kind.hooks().iter().copied())
+        .filter(|hook| drops(old, *hook) && drops(new, *hook) != nft)
+        .map(|hook| hook.chain_name())
+        .collect();
+    match (dropping.join(", "), nft) {
+        (none, _) if none.is_empty() => diagnostic,
+        (chains, false) => {
+            diagnostic.with_note(format!("a policy stays until one is given: DROP for {chains}"))
+        }
+        (chains, true) => diagnostic
+            .with_note(format!("iptables-nft-restore flushes policies too: ACCEPT for {chains}, not DROP")),
+    }
 }
 
-/// What `-N` makes: its name begins with neither `-` nor `!`, holds no blank, and is no target's.
-fn new_chain(open: &mut OpenTable, name: &str, span: Span, family: Family) -> Result<(), Fault> {
-    let bad = name.is_empty() || name.starts_with(['-', '!']) || name.contains(WHITE_SPACE);
-    if bad || targets::find(name, family).is_some() {
-        return Err(Fault::new(codes::CHAIN_NAME, format!("`{name}` can't be a chain's name")).at(span));
+/// Whether a chain has a rule of this number.
+fn rule_number(open: &OpenTable, chain: usize, name: &str, number: u32, span: Span) -> Result<(), Fault> {
+    match open.len(chain) {
+        count if number as usize > count => Err(no_rule(name, count, span)),
+        _ => Ok(()),
     }
-    declare(open, name, span, None)
 }
 
-/// What a line `:NAME -` makes, too.
-fn declare(open: &mut OpenTable, name: &str, span: Span, counters: Option<Counters>) -> Result<(), Fault> {
-    check_name(name, span)?;
-    if open.ast.chains.len() >= limits::CHAINS_MAX {
-        return Err(Fault::new(codes::LIMIT, format!("more than {} chains", limits::CHAINS_MAX)).at(span));
-    }
-    let text = Text::from(name);
-    open.names.insert(text.shared(), ChainIndex(open.ast.chains.len() as u32));
-    open.ast.chains.push(ChainAst {
-        name: text,
-        span,
-        hook: None,
-        policy: Policy::Accept,
-        counters,
-        rules: Vec::new(),
-        deleted: false,
-    });
-    open.orders.push(VecDeque::new());
-    open.references.push(0);
-    Ok(())
-}
-
-/// Whether a chain may have this name at all.
-fn check_name(name: &str, span: Span) -> Result<(), Fault> {
-    if ["ACCEPT", "DROP", "RETURN", "QUEUE"].contains(&name) {
-        return Err(Fault::new(codes::CHAIN_NAME, format!("`{name}` can't be a chain's name")).at(span));
-    }
-    if bytes::count(name) > limits::CHAIN_NAME_BYTES_MAX {
-        let message = format!("chain name `{name}` is longer than {} bytes", limits::CHAIN_NAME_BYTES_MAX);
-        return Err(Fault::new(codes::CHAIN_NAME, message).at(span));
-    }
-    Ok(())
-}
-
-/// Whether two rules ask for the same and do the same, as `-D` and `-C` compare them: what is saved of them is one text.
-fn same(ast: &TableAst, family: Family, one: &RuleAst, other: &RuleAst) -> bool {
-    let text = |rule: &RuleAst| {
-        let mut out = String::new();
-        print::rule_text(ast, &ast.chains[rule.chain.0 as usize], rule, &mut out)
-            .expect("writing to a string succeeds");
-        out
-    };
-    // IPv6 notes that a protocol was named, even if it is `all`.
-    let named = |rule: &RuleAst| family == Family::V6 && rule.protocol.is_some();
-    let pairs = one.matches.iter().zip(other.matches.iter());
-    one.matches.len() == other.matches.len()
-        && pairs.map(|(one, other)| (one.options.extension, other.options.extension)).all(|(a, b)| a == b)
-        && named(one) == named(other)
-        && text(one) == text(other)
+fn no_rule(chain: &str, count: usize, span: Span) -> Fault {
+    Fault::new(codes::RULE_NUMBER, format!("chain `{chain}` has only {count} rules")).at(span)
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use crate::ast::{ChainAst, Counters, Dump, Given, Policy, RuleAst, TableAst, TargetVerdict};
+use crate::ast::{ChainAst, ChainIndex, Counters, Dump, Given, Policy, RuleAst, TableAst, TargetVerdict};
 use crate::names;
 use crate::value::{AddressMask, Interface, Ip};
 
@@ -40,7 +40,9 @@ fn table_text(table: &TableAst, counters: bool, out: &mut String) -> std::fmt::R
             if counters {
                 write!(out, "{} ", shown(rule.counters))?;
             }
-            rule_text(table, chain, rule, out)?;
+            write!(out, "-A {}", chain.name)?;
+            conditions(rule, "", out)?;
+            target(&rule.target.verdict, |index| &table.chains[index.0 as usize].name, out)?;
             out.push('\n');
         }
     }
@@ -48,14 +50,8 @@ fn table_text(table: &TableAst, counters: bool, out: &mut String) -> std::fmt::R
     Ok(())
 }
 
-/// The rule as it is saved, without counters.
-pub(crate) fn rule_text(
-    table: &TableAst,
-    chain: &ChainAst,
-    rule: &RuleAst,
-    out: &mut String,
-) -> std::fmt::Result {
-    write!(out, "-A {}", chain.name)?;
+/// What the rule asks of a packet as it is saved, `before` standing before each match.
+pub(crate) fn conditions(rule: &RuleAst, before: &str, out: &mut String) -> std::fmt::Result {
     address('s', rule.source.as_ref(), out)?;
     address('d', rule.destination.as_ref(), out)?;
     device('i', rule.in_interface.as_ref(), out)?;
@@ -71,11 +67,19 @@ pub(crate) fn rule_text(
         out.push_str(if fragment.negated { " ! -f" } else { " -f" });
     }
     for one in rule.matches.iter() {
-        write!(out, " -m {}", one.options.extension.name)?;
+        write!(out, "{before} -m {}", one.options.extension.name)?;
         one.options.print(out);
     }
-    let name = |index: &crate::ast::ChainIndex| &table.chains[index.0 as usize].name;
-    match &rule.target.verdict {
+    Ok(())
+}
+
+/// What a rule does as it is saved.
+pub(crate) fn target<'a>(
+    verdict: &TargetVerdict,
+    name: impl Fn(&ChainIndex) -> &'a str,
+    out: &mut String,
+) -> std::fmt::Result {
+    match verdict {
         TargetVerdict::Continue => {}
         TargetVerdict::Accept => out.push_str(" -j ACCEPT"),
         TargetVerdict::Drop => out.push_str(" -j DROP"),

@@ -180,8 +180,8 @@ pub struct AddressMask {
 
 impl AddressMask {
     /// `address[/mask]` as `-s` and `-d` take it: the address may have fewer than four parts (`10.1` is 10.1.0.0 under
-    /// a full mask) or be one of the built-in names, the mask may be a length or an address, and host bits are
-    /// cleared. On failure, the part at fault.
+    /// a full mask), or else is what [`host`] takes (`256` is 0.0.1.0); the mask may be a length or an address, and host
+    /// bits are cleared. On failure, the part at fault.
     pub fn parse(text: &str, family: Family) -> Result<AddressMask, BadAddress<'_>> {
         let (address, mask) = match text.rsplit_once('/') {
             Some((address, mask)) => (address, parse_mask(mask, family).ok_or(BadAddress::Mask(mask))?),
@@ -191,11 +191,11 @@ impl AddressMask {
         let address = if mask.is_unspecified() {
             mask
         } else {
-            match family {
-                Family::V4 => loose_ipv4(address).or_else(|| names::ipv4_host(address)).map(IpAddr::V4),
-                Family::V6 => host(address, family),
-            }
-            .ok_or(BadAddress::Address(address))?
+            let loose = match family {
+                Family::V4 => loose_ipv4(address).map(IpAddr::V4),
+                Family::V6 => None,
+            };
+            loose.or_else(|| host(address, family)).ok_or(BadAddress::Address(address))?
         };
         Ok(AddressMask { address: and(address, mask), mask })
     }

@@ -70,6 +70,12 @@ fn many_commands_take_their_time_in_proportion() {
     let mut lines: String = (0..COUNT).map(|number| format!("-N c{number}\n-I INPUT -j ACCEPT\n")).collect();
     lines.extend((0..COUNT).map(|number| format!("-X c{number}\n")));
     assert_eq!(left(&lines).len(), COUNT);
+    // Rules are found by what they ask, be they all alike or all different, and wherever lines put them.
+    let rule = |number: usize| format!("-s 10.{}.{}.{}", number >> 16, number >> 8 & 255, number & 255);
+    let mut lines: String = (0..COUNT).map(|number| format!("-A INPUT {}\n", rule(number))).collect();
+    lines.extend((0..COUNT).rev().map(|number| format!("-I INPUT 2\n-C INPUT\n-D INPUT {}\n", rule(number))));
+    lines.extend((0..COUNT).map(|_| "-D INPUT\n"));
+    assert_eq!(left(&lines), [""; 0]);
 }
 
 #[test]

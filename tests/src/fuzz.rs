@@ -31,7 +31,7 @@ pub fn dump_parser(text: &str) {
     let mut sources = SourceMap::new();
     let file = sources.add("fuzz", text);
     let (dump, _) = parse(&sources, file, &ParseOptions::default());
-    let options = ParseOptions { mode: Mode::Strict, family: Some(dump.family), sets: None };
+    let options = ParseOptions { mode: Mode::Strict, family: Some(dump.family), ..ParseOptions::default() };
     let mut printed = vec![print(&dump, true)];
     for reading in ["again", "once more"] {
         let file = sources.add(reading, printed[printed.len() - 1].as_str());

@@ -96,7 +96,7 @@ const TRANSPORT_EITHER: &[&str] = &[
     "-p tcp -m multiport ! --dports 22,80",
     "-p sctp -m sctp --dport 5",
     "-p sctp -m sctp --chunk-types any INIT,DATA",
-    "-p dccp -m dccp --dccp-types REQUEST,RESPONSE",
+    "-p dccp -m dccp --dccp-types REQUEST,INVALID",
     "-p dccp -m dccp --dccp-option 38",
     "-p esp -m esp --espspi 1:9",
 ];

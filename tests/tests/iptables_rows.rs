@@ -1,11 +1,14 @@
-//! The front end's table of rows, against iptables-legacy itself: each row is loaded, and saved or refused as it says.
+//! The front end's tables of rows and texts, against iptables itself: each is loaded, and saved or refused as it says.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use polc_tests::kernel::{Namespace, has_tools, may_run};
 
+use polc_ir::hook::TableKind;
+
 const ROWS: &str = include_str!("../../frontend-iptables/tests/rows.tsv");
+const TEXTS: &str = include_str!("../../frontend-iptables/tests/texts.tsv");
 
 /// A row: the family's tools, the table, the chain, the rule's options, and the text that is saved, or none.
 type Row = (&'static str, &'static str, &'static str, &'static str, Option<&'static str>);
@@ -22,13 +25,16 @@ fn rows() -> Vec<Row> {
 
 /// Loads a table; whether it was taken.
 fn restore(tool: &str, table: &str, lines: &str) -> bool {
+    restore_text(tool, &format!("*{table}\n:user - [0:0]\n{lines}COMMIT\n"))
+}
+
+fn restore_text(tool: &str, text: &str) -> bool {
     let mut child = Command::new(format!("{tool}-restore"))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("the tool runs");
-    let text = format!("*{table}\n:user - [0:0]\n{lines}COMMIT\n");
     // What it refuses it need not read to the end.
     _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
     child.wait().expect("the tool ends").success()
@@ -86,4 +92,49 @@ fn rows_are_what_iptables_makes_of_them() {
 
 fn line(row: &Row) -> String {
     format!("-A {} {}\n", row.2, row.3)
+}
+
+#[test]
+fn texts_are_what_iptables_makes_of_them() {
+    let name = "texts_are_what_iptables_makes_of_them";
+    let tools = ["iptables-legacy-restore", "ip6tables-legacy-restore", "iptables-nft-restore", "ip"];
+    if !may_run(name) || !has_tools(name, &tools) {
+        return;
+    }
+    let _namespace = Namespace::enter("texts");
+    let mut wrong = Vec::new();
+    for row in TEXTS.lines().filter(|line| !line.starts_with('#')) {
+        let columns: Vec<&str> = row.split('\t').collect();
+        let [tool, table, text, expected] = columns[..] else { panic!("{row}: not four columns") };
+        let tool = match tool {
+            "legacy4" => "iptables-legacy",
+            "legacy6" => "ip6tables-legacy",
+            "nft4" => "iptables-nft",
+            other => panic!("{other} is no tool"),
+        };
+        let kind: TableKind = table.parse().expect("a table");
+        let accepting = kind.hooks().iter().map(|hook| format!(":{} ACCEPT [0:0]\n", hook.chain_name()));
+        let empty = format!("*{table}\n{}COMMIT\n", accepting.collect::<String>());
+        assert!(restore_text(tool, &empty), "{tool} empties {table}");
+        let text = text.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t");
+        let theirs = match restore_text(tool, &text) {
+            true => left(tool, table),
+            false => "refused".into(),
+        };
+        if theirs != expected {
+            wrong.push(format!("{tool}: {text:?}\n  theirs   {theirs}\n  expected {expected}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} texts:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What is saved of a table, without counters and accepting policies.
+fn left(tool: &str, table: &str) -> String {
+    let output =
+        Command::new(format!("{tool}-save")).args(["-t", table]).output().expect("the tool runs").stdout;
+    let text = String::from_utf8_lossy(&output);
+    let lines = text.lines().filter(|line| !line.starts_with(['#', '*']) && !matches!(*line, "" | "COMMIT"));
+    let lines = lines.map(|line| line.strip_suffix(" [0:0]").unwrap_or(line));
+    let lines = lines.filter(|line| !(line.starts_with(':') && line.ends_with(" ACCEPT")));
+    lines.collect::<Vec<_>>().join("\\n")
 }

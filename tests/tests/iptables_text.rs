@@ -32,7 +32,8 @@ fn read(text: &str, name: &str, mode: Mode, family: Option<Family>) -> (String, 
     let mut sources = SourceMap::new();
     let file = sources.add(name, text);
     let sets = (name == "row").then(Default::default);
-    let (dump, diagnostics) = parse(&sources, file, &ParseOptions { mode, family, sets: sets.as_ref() });
+    let (dump, diagnostics) =
+        parse(&sources, file, &ParseOptions { mode, family, sets: sets.as_ref(), ..ParseOptions::default() });
     (print(&dump, false), diagnostics, sources)
 }
 

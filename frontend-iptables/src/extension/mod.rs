@@ -53,6 +53,8 @@ pub struct Opt {
     pub optional: bool,
     /// Whether it must be given.
     pub must: bool,
+    /// Whether its argument may hold no newline, as a quote that is left open makes it.
+    pub one_line: bool,
     /// Options of the extension that may not be given with it.
     pub excludes: &'static [&'static str],
     /// Options of the extension that must be given with it.
@@ -72,6 +74,7 @@ impl Opt {
             repeat: false,
             optional: false,
             must: false,
+            one_line: false,
             excludes: &[],
             requires: &[],
             unsaid: |_, _| false,
@@ -101,6 +104,11 @@ impl Opt {
     /// The same option, which must be given.
     pub const fn must(self) -> Opt {
         Opt { must: true, ..self }
+    }
+
+    /// The same option, whose argument may hold no newline.
+    pub const fn one_line(self) -> Opt {
+        Opt { one_line: true, ..self }
     }
 
     /// The same option, which may not be given with these.
@@ -188,6 +196,9 @@ pub struct Extension {
     pub families: Families,
     /// Protocols of which `-p` must name one; empty if it needn't.
     pub protocols: &'static [u16],
+    /// Whether `-p` must stand before the options: iptables asks for the protocol when it reads their arguments, not at
+    /// the line's end.
+    pub protocol_first: bool,
     /// Tables it is allowed in; empty for all.
     pub tables: &'static [TableKind],
     /// Hooks from which packets may reach it; empty for all.
@@ -218,6 +229,7 @@ pub const fn base(name: &'static str, meaning: Meaning, doc: &'static str) -> Ex
         name,
         families: Families::Both,
         protocols: &[],
+        protocol_first: false,
         tables: &[],
         hooks: &[],
         place: None,
@@ -280,6 +292,11 @@ impl Entry {
 
     /// Reads the options that the line parser collected for one clause.
     pub(crate) fn parse(&self, options: &ext::Options<'_>, context: &Context) -> Result<Options, Fault> {
+        let last_argument = || options.iter().filter(|option| option.spec.arguments > 0).last();
+        let context = &match self.extension.protocol_first {
+            true => Context { protocol: last_argument().and_then(|option| option.protocol), ..*context },
+            false => *context,
+        };
         let mut given: Vec<Given> = Vec::new();
         for option in options.iter() {
             // A switch that is set again says nothing new.
@@ -287,7 +304,13 @@ impl Entry {
             if option.spec.arguments == 0 && option.spec.name != "next" && given.iter().any(same) {
                 continue;
             }
-            let arg = self.extension.options[option.spec.id as usize].arg;
+            let Opt { arg, one_line, .. } = self.extension.options[option.spec.id as usize];
+            if one_line && option.argument.text.contains('\n') {
+                let message = format!("the argument of `--{}` holds a newline", option.spec.name);
+                return Err(Fault::new(codes::BAD_VALUE, message)
+                    .at(option.argument.span)
+                    .hint("close the quote on the same line"));
+            }
             let words = [option.argument.text, option.second.text];
             if let (Arg::SetEnds, Some(sets)) = (arg, options.sets) {
                 let name = option.argument.text;
@@ -325,8 +348,9 @@ impl Entry {
                 .iter()
                 .map(|&number| crate::names::protocol_name(number).map_or(number.to_string(), Into::into))
                 .collect();
+            let before = if self.extension.protocol_first { " before it" } else { "" };
             let message =
-                format!("`{}` works only with `-p {}`", self.extension.name, names.join("` or `-p "));
+                format!("`{}` works only with `-p {}`{before}", self.extension.name, names.join("` or `-p "));
             return Err(Fault::new(codes::WRONG_PROTOCOL, message).hint("name the protocol, without `!`"));
         }
         let mut parsed = Options { extension: self.extension, given };

@@ -20,7 +20,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("reap", Arg::Flag).requires(&["seconds"]),
             Opt::new("hitcount", Arg::Number(0, 65_535)).unsaid(unsaid::zero),
             Opt::new("rttl", Arg::Flag),
-            Opt::new("name", Arg::Word(199)),
+            Opt::new("name", Arg::CutWord(199)),
             Opt::new("mask", Arg::Custom { words: 1, parse: parse_mask, print: print_word }),
             Opt::new("rsource", Arg::Flag),
             Opt::new("rdest", Arg::Flag),
@@ -118,7 +118,7 @@ pub(super) const ALL: &[Extension] = &[
         )
     },
     Extension {
-        options: &[Opt::new("nfacct-name", Arg::Word(31)).must()],
+        options: &[Opt::new("nfacct-name", Arg::CutWord(31)).one_line().must()],
         finish: Some(|options, _| match options.value("nfacct-name").and_then(|(name, _)| name.text()) {
             Some("") => Err("the `--nfacct-name` is empty".into()),
             _ => Ok(()),

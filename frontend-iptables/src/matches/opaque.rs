@@ -15,7 +15,7 @@ use crate::value::{self, Spelling};
 /// The matches of this group.
 pub(super) const ALL: &[Extension] = &[
     Extension {
-        options: &[Opt::new("comment", Arg::Text(255)).must()],
+        options: &[Opt::new("comment", Arg::CutText(255)).must()],
         ..base("comment", Meaning::Match(|_, _| ()), "Text for people; it holds for every packet.")
     },
     Extension {

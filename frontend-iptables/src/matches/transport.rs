@@ -64,6 +64,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         protocols: &[TCP, UDP, UDPLITE, SCTP, DCCP],
+        protocol_first: true,
         options: &[
             Opt::not("sports", Arg::PortList).or(&["source-ports"]),
             Opt::not("dports", Arg::PortList).or(&["destination-ports"]),
@@ -144,8 +145,11 @@ const DCCP_TYPES: &[(&str, u64)] = &[
     ("RESET", 7),
     ("SYNC", 8),
     ("SYNCACK", 9),
-    ("INVALID", 10),
+    ("INVALID", DCCP_INVALID),
 ];
+
+/// The first reserved type of DCCP packets. `INVALID` stands for all of them, not for the first alone.
+const DCCP_INVALID: u64 = 10;
 
 fn ports_in_order(options: &Options) -> Result<(), String> {
     for given in &options.given {
@@ -228,7 +232,8 @@ fn sctp(options: &Options, body: &mut Body<'_>) {
 fn dccp(options: &Options, body: &mut Body<'_>) {
     let types = match options.value("dccp-types") {
         Some((Value::List(list), negated)) => {
-            Some((list.iter().fold(0u16, |sum, kind| sum | 1 << kind), negated))
+            let bits = |kind: u64| if kind == DCCP_INVALID { u16::MAX << kind } else { 1 << kind };
+            Some((list.iter().fold(0u16, |sum, &kind| sum | bits(kind)), negated))
         }
         _ => None,
     };
@@ -380,4 +385,34 @@ fn decode_chunks(text: &str) -> Option<(SctpRule, [u32; 8], Vec<SctpFlags>)> {
         }
     }
     Some((rule, chunks, flags))
+}
+
+#[cfg(test)]
+mod tests {
+    use polc_ir::field::Field;
+    use polc_ir::hook::Semantics;
+    use polc_ir::ruleset::ClauseKind;
+    use polc_ir::source::SourceMap;
+
+    use crate::{ParseOptions, lower, parse};
+
+    #[test]
+    fn invalid_is_every_reserved_type_of_dccp() {
+        let mut sources = SourceMap::new();
+        let rule = "-A INPUT -p dccp -m dccp --dccp-types DATA,INVALID";
+        let file = sources.add("rules", format!("*filter\n{rule}\nCOMMIT\n"));
+        let (dump, findings) = parse(&sources, file, &ParseOptions::default());
+        assert!(findings.is_empty(), "{findings:?}");
+        let ruleset = lower(&dump, &[], Semantics::Legacy);
+        let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
+        let mut tests = clauses.filter_map(|clause| match &clause.kind {
+            ClauseKind::Any(tests) => {
+                tests.iter().find(|test| test.field == Field::L4Bytes { offset: 8, len: 1 })
+            }
+            _ => None,
+        });
+        let test = tests.next().expect("the type is asked for");
+        let held: Vec<u128> = (0..16).filter(|kind| test.holds(kind << 1)).collect();
+        assert_eq!(held, [2, 10, 11, 12, 13, 14, 15]);
+    }
 }

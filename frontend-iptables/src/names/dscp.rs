@@ -2,6 +2,8 @@
 //!
 //! Values are six bits, as in RFC 2474 (CSn), RFC 2597 (AFxy) and RFC 3246 (EF).
 
+use crate::value::abbreviates;
+
 /// Class names and their code points (0-63).
 pub const CLASSES: &[(&str, u8)] = &[
     ("CS0", 0x00),
@@ -28,7 +30,7 @@ pub const CLASSES: &[(&str, u8)] = &[
     ("EF", 0x2e),
 ];
 
-/// The code point of a class, in any case.
+/// The code point of a class, in any case. What follows the class's name is not looked at.
 pub fn class(name: &str) -> Option<u8> {
-    CLASSES.iter().find(|(class, _)| class.eq_ignore_ascii_case(name)).map(|&(_, value)| value)
+    CLASSES.iter().find(|(class, _)| abbreviates(class, name)).map(|&(_, value)| value)
 }

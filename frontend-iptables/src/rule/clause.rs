@@ -166,7 +166,8 @@ impl<'a> LineParser<'a, '_> {
         }
         let clause = &mut self.instances[instance as usize];
         clause.span = clause.span.to(span);
-        self.options.push(GivenOption { spec, negated, span, argument: first, second, instance });
+        let protocol = self.protocol();
+        self.options.push(GivenOption { spec, negated, span, argument: first, second, protocol, instance });
         Ok(())
     }
 }

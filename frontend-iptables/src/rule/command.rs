@@ -57,34 +57,33 @@ impl<'a> LineParser<'a, '_> {
                 }
                 if letter == 'E' { Command::RenameChain } else { Command::Policy }
             }
-            'Z' => {
-                if chain.is_some()
-                    && let Some(operand) = self.operand()
-                {
-                    number(operand)?;
-                }
-                Command::Zero
-            }
+            // Whoever lists may name a rule that isn't there.
             _ => {
-                if chain.is_some()
-                    && let Some(operand) = self.operand()
-                {
-                    number(operand)?;
+                let operand = if chain.is_some() { self.operand() } else { None };
+                let number = operand.map(number).transpose()?;
+                match letter {
+                    'Z' => Command::Zero(number),
+                    'L' => Command::List,
+                    _ => Command::ListRules,
                 }
-                Command::List
             }
         };
-        match self.command {
-            // Listing and zeroing can be done at once.
-            Some(Command::List | Command::Zero) if matches!(command, Command::List | Command::Zero) => {}
+        // Listing and zeroing can be done at once, each once.
+        let first = self.seen.insert(letter);
+        let both = |one: Command, other: Command| {
+            matches!(one, Command::Zero(_)) && matches!(other, Command::List | Command::ListRules)
+        };
+        self.command = Some(match self.command {
+            None => command,
+            Some(other) if first && both(command, other) => command,
+            Some(other) if first && both(other, command) => other,
             Some(other) => {
                 let message = format!("`-{}` and `-{letter}` on one line", other.letter());
                 return Err(Fault::new(codes::COMMAND, message).at(word.span));
             }
-            None => {}
-        }
-        self.command = Some(command);
-        self.chain = chain;
+        });
+        // What lists or zeroes all goes to the chain that was named.
+        self.chain = chain.or(self.chain);
         Ok(())
     }
 

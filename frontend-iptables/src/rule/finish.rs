@@ -2,9 +2,10 @@
 
 use polc_ir::diag::Diagnostic;
 use polc_ir::hook::{Family, TableKind};
+use polc_ir::source::Span;
 
 use super::suggest::nearest;
-use super::{LineParser, LineTarget, RuleLine, WHOLE_WORD};
+use super::{Command, LineParser, LineTarget, RuleLine, WHOLE_WORD};
 use crate::ast::{Given, MatchAst};
 use crate::codes;
 use crate::ext::{Argument, Fault, Options, Spec, address_fault, set_of};
@@ -15,22 +16,17 @@ use crate::value::AddressMask;
 impl<'a> LineParser<'a, '_> {
     /// Checks the line, and gives it.
     pub(super) fn finish(mut self) -> Result<RuleLine<'a>, Fault> {
-        if let Some((target, goto)) = &self.jump
-            && !goto
-            && target.value.text == "DROP"
-            && self.cx.table == TableKind::Nat
+        if self.cx.table == TableKind::Nat
+            && let Some(at) = self.drop_asked_for()
         {
             return Err(Fault::new(
                 codes::WRONG_PLACE,
                 "the nat table is not for filtering: DROP is not allowed in it",
             )
-            .at(target.span)
+            .at(at)
             .hint("drop in the filter table, or in raw PREROUTING"));
         }
-        let context = extension::Context {
-            family: self.cx.family,
-            protocol: self.protocol.as_ref().map(|(_, given)| (given.value, given.negated)),
-        };
+        let context = extension::Context { family: self.cx.family, protocol: self.protocol() };
         for instance in 0..self.instances.len() as u32 {
             let clause = &self.instances[instance as usize];
             let spec = match (clause.entry, self.target) {
@@ -79,6 +75,15 @@ impl<'a> LineParser<'a, '_> {
             self.resolve_target()?;
         }
         Ok(self.line)
+    }
+
+    /// Where the line names DROP for a target or policy.
+    fn drop_asked_for(&self) -> Option<Span> {
+        let target = self.jump.as_ref().filter(|(target, _)| target.value.text == "DROP");
+        let policy = self
+            .operand
+            .filter(|operand| matches!(self.command, Some(Command::Policy)) && operand.text == "DROP");
+        target.map(|(target, _)| target.span).or(policy.map(|policy| policy.span))
     }
 
     /// Tells of what iptables-save leaves out although the rule means something else without it.
@@ -146,6 +151,10 @@ impl<'a> LineParser<'a, '_> {
                 Err(Fault::new(codes::NEGATION, "`!` can't be used with lists of addresses")
                     .at(given.span)
                     .hint("write one rule for each address"))
+            }
+            _ if several && matches!(self.command, Some(Command::Replace(_))) => {
+                Err(Fault::new(codes::COMMAND, "`-R` puts one rule in another's place, not several")
+                    .hint("name one source and one destination"))
             }
             _ => Ok(()),
         }

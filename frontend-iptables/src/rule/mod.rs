@@ -53,8 +53,10 @@ pub(crate) enum Command {
     RenameChain,
     Policy,
     Flush,
-    Zero,
+    /// All counters of a chain, or those of rule number, from 1.
+    Zero(Option<u32>),
     List,
+    ListRules,
 }
 
 impl Command {
@@ -70,8 +72,9 @@ impl Command {
             Command::RenameChain => 'E',
             Command::Policy => 'P',
             Command::Flush => 'F',
-            Command::Zero => 'Z',
+            Command::Zero(_) => 'Z',
             Command::List => 'L',
+            Command::ListRules => 'S',
         }
     }
 
@@ -292,6 +295,30 @@ pub(crate) fn parse_line<'a>(cx: &LineContext<'_>, words: &'a [Word<'a>]) -> Res
         return Ok(Outcome::OtherFamily(other));
     }
     parser.finish().map(|line| Outcome::Line(Box::new(line)))
+}
+
+/// Whether a line asks for a rule, as far as can be told of one that can't be read: whether `-A` or `-I` is the first
+/// command in it.
+pub(crate) fn asks_for_rule(text: &str) -> bool {
+    let counted = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    let words = counted.map_or(text, |(_, rest)| rest).split([' ', '\t']);
+    matches!(words.filter_map(command_in).next(), Some('A' | 'I'))
+}
+
+/// The command that a word gives.
+fn command_in(word: &str) -> Option<char> {
+    let letter = match word.strip_prefix("--") {
+        Some(long) => {
+            let name = long.split_once('=').map_or(long, |(name, _)| name);
+            let whole = BASE.iter().find(|row| row.0 == name);
+            let mut begun = BASE.iter().filter(|row| !name.is_empty() && row.0.starts_with(name));
+            let begun = begun.next().filter(|first| begun.all(|other| other.1 == first.1));
+            whole.or(begun)?.1
+        }
+        // Letters without arguments may stand before one that has some.
+        None => word.strip_prefix('-')?.chars().find(|&letter| base_letter(letter) != Some(Arity::None))?,
+    };
+    letter.is_ascii_uppercase().then_some(letter).filter(|letter| !matches!(letter, 'M' | 'V' | 'W'))
 }
 
 fn argument<'a>(word: &'a Word<'a>) -> Argument<'a> {
@@ -646,6 +673,11 @@ impl<'a> LineParser<'a, '_> {
             }
         }
         Ok(None)
+    }
+
+    /// What `-p` has said so far, and whether it is negated.
+    fn protocol(&self) -> Option<(u16, bool)> {
+        self.protocol.as_ref().map(|(_, given)| (given.value, given.negated))
     }
 
     fn text(&self, text: &str) -> Text {

@@ -25,6 +25,7 @@ pub(super) const ALL: &[Extension] = &[
             RANDOM,
             PERSISTENT,
         ],
+        protocol_first: true,
         finish: Some(|options, context| address_ports(options, "to-destination", context)),
         ..base("DNAT", Meaning::Target(|_| translate("DNAT")), "Rewrites the destination of a connection.")
     },
@@ -37,6 +38,7 @@ pub(super) const ALL: &[Extension] = &[
             RANDOM_FULLY,
             PERSISTENT,
         ],
+        protocol_first: true,
         finish: Some(|options, context| address_ports(options, "to-source", context)),
         ..base("SNAT", Meaning::Target(|_| translate("SNAT")), "Rewrites the source of a connection.")
     },
@@ -48,6 +50,7 @@ pub(super) const ALL: &[Extension] = &[
             RANDOM,
             RANDOM_FULLY,
         ],
+        protocol_first: true,
         finish: Some(|options, context| needs_ports(options.has("to-ports"), context)),
         ..base(
             "MASQUERADE",
@@ -62,6 +65,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::new("to-ports", Arg::Custom { words: 1, parse: parse_ports, print: print_word }),
             RANDOM,
         ],
+        protocol_first: true,
         finish: Some(|options, context| needs_ports(options.has("to-ports"), context)),
         ..base(
             "REDIRECT",

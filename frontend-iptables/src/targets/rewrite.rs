@@ -229,7 +229,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         tables: &[TableKind::Mangle, TableKind::Security],
-        options: &[Opt::new("selctx", Arg::Word(256)).must()],
+        options: &[Opt::new("selctx", Arg::CutWord(255)).must()],
         ..base(
             "SECMARK",
             Meaning::Target(|_| change("SECMARK", "sets a security mark", &[])),

@@ -52,7 +52,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("log-prefix", Arg::CutText(29)),
+            Opt::new("log-prefix", Arg::CutText(29)).one_line(),
             Opt::new("log-level", Arg::Custom { words: 1, parse: parse_level, print: print_number })
                 .unsaid(unsaid::number::<4>),
             Opt::new("log-tcp-sequence", Arg::Flag),
@@ -70,7 +70,7 @@ pub(super) const ALL: &[Extension] = &[
     },
     Extension {
         options: &[
-            Opt::new("nflog-prefix", Arg::CutText(63)),
+            Opt::new("nflog-prefix", Arg::CutText(63)).one_line(),
             Opt::new("nflog-group", Arg::Number(0, 65_535)).unsaid(unsaid::zero),
             Opt::new("nflog-range", Arg::Number(0, u32::MAX as u64))
                 .excludes(&["nflog-size"])
@@ -88,7 +88,7 @@ pub(super) const ALL: &[Extension] = &[
     Extension {
         options: &[
             Opt::new("ulog-nlgroup", Arg::Number(1, 32)),
-            Opt::new("ulog-prefix", Arg::Text(31)),
+            Opt::new("ulog-prefix", Arg::CutText(31)),
             Opt::new("ulog-cprange", Arg::Number(0, u32::MAX as u64)),
             Opt::new("ulog-qthreshold", Arg::Number(1, 50)),
         ],
