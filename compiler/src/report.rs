@@ -1,16 +1,16 @@
 //! The account of a rule set: for every rule line, whether it is compiled, deferred or rejected.
 //!
-//! A line counts once, however many rules its address lists make, and every line that asks for a rule (`-A`, `-I`)
-//! counts, so the three numbers add up to what a reader of the file counts. A line is *rejected* if it was not accepted,
-//! be it where it stands (a match that its chain does not allow); *deferred* if a clause or action of it needs what its
-//! place does not offer, so that packets which get as far are left to the kernel's own rules; *compiled* otherwise.
-//! Lines that were read and have no effect (a section that a later one replaces, a line for the other address family, a
-//! rule that `-D` or `-F` removes again) are compiled: an object without them decides as the kernel does.
+//! A line counts once, however many rules its address lists make, and every line that asks for a rule (`-A`, `-I`,
+//! however they are spelled) counts, so the three numbers add up to what a reader of the file counts. A line is
+//! *rejected* if it was not accepted, be it where it stands (a match that its chain does not allow); *deferred* if a
+//! clause or action of it needs what its place does not offer, so that packets which get as far are left to the kernel's
+//! own rules, or if it is for the other address family, whose packets are left to another object; *compiled* otherwise.
+//! Lines that were read and leave no rule (a section that a later one replaces, a rule that `-D` or `-F` removes again)
+//! are compiled: an object without them decides as the kernel does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use cranelift_entity::SecondaryMap;
-use polc_frontend_iptables::codes::OTHER_FAMILY_LINE;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Connections, Mode, Place};
@@ -44,6 +44,8 @@ pub enum Status {
     },
     /// No packet of the place passes its chain: another object, or the kernel, decides. Counts as deferred.
     Elsewhere,
+    /// The line is for the other address family: another object, or the kernel, decides. Counts as deferred.
+    OtherFamily,
     /// Not accepted; a diagnostic at the line says why.
     Rejected,
 }
@@ -81,19 +83,23 @@ impl Report {
             let deferred = rules.into_iter().find_map(|rule| deferrals.of(ruleset, rule));
             lines.insert(line, deferred.unwrap_or(Status::Compiled));
         }
-        let rejected = rejected_lines(session);
-        lines.retain(|line, _| !rejected.contains(line));
-        let harmless = &lines_without_effect(session) - &rejected;
-        let file = session.sources.file(session.rules_file);
-        let asked: BTreeSet<u32> = (1..)
-            .zip(file.text().lines())
-            .filter(|(_, text)| asks_for_a_rule(text))
-            .map(|(line, _)| line)
-            .collect();
-        lines.retain(|line, _| asked.contains(line));
+        let lines_of = |spans: &[Span]| -> BTreeSet<u32> {
+            let file = session.sources.file(session.rules_file);
+            spans.iter().map(|span| file.line(span.start)).collect()
+        };
+        let asked = lines_of(&session.dump.rule_lines);
+        let other_family = lines_of(&session.dump.other_family);
+        let tables = || session.dump.replaced.iter().chain(&session.dump.tables);
+        let rejected: BTreeSet<u32> = tables().flat_map(|table| lines_of(&table.rejected)).collect();
+        let read = tables().flat_map(|table| table.rules.iter().map(|rule| rule.span)).collect::<Vec<_>>();
+        let read = lines_of(&read);
+        lines.retain(|line, _| asked.contains(line) && !rejected.contains(line));
         for line in asked {
-            let status = if harmless.contains(&line) { Status::Compiled } else { Status::Rejected };
-            lines.entry(line).or_insert(status);
+            lines.entry(line).or_insert(match () {
+                () if other_family.contains(&line) => Status::OtherFamily,
+                () if read.contains(&line) && !rejected.contains(&line) => Status::Compiled,
+                () => Status::Rejected,
+            });
         }
         Report { lines }
     }
@@ -149,7 +155,9 @@ impl Report {
 
     /// How many are left to the kernel, or to nobody in replace mode.
     pub fn deferred(&self) -> usize {
-        self.count(|status| matches!(status, Status::Deferred { .. } | Status::Elsewhere))
+        self.count(|status| {
+            matches!(status, Status::Deferred { .. } | Status::Elsewhere | Status::OtherFamily)
+        })
     }
 
     /// How many could not be read.
@@ -167,7 +175,7 @@ impl Report {
         let severity = if mode == Mode::Replace { Severity::Error } else { Severity::Warning };
         let deferred = self.lines.values().filter_map(|status| match status {
             Status::Deferred { span, reason, hint } => Some((*span, reason, *hint)),
-            Status::Compiled | Status::Elsewhere | Status::Rejected => None,
+            Status::Compiled | Status::Elsewhere | Status::OtherFamily | Status::Rejected => None,
         });
         let mut findings: Vec<Diagnostic> = deferred
             .map(|(span, reason, hint)| {
@@ -237,41 +245,6 @@ fn same_for(lines: &[u32]) -> String {
     let rest = lines.len() - shown.len();
     let tail = if rest == 0 { String::new() } else { format!(" and {rest} more") };
     format!("the same holds for line{} {}{tail}", if lines.len() == 1 { "" } else { "s" }, shown.join(", "))
-}
-
-/// Whether a line asks for a rule: `-A` or `-I`, after counters and an address family, if any.
-fn asks_for_a_rule(line: &str) -> bool {
-    let mut words = line.split_ascii_whitespace();
-    let mut word = words.next();
-    if word.is_some_and(|word| word.starts_with('[') && word.ends_with(']')) {
-        word = words.next();
-    }
-    if matches!(word, Some("-4" | "-6" | "--ipv4" | "--ipv6")) {
-        word = words.next();
-    }
-    word.is_some_and(|word| {
-        word.starts_with("-A") || word.starts_with("-I") || word == "--append" || word == "--insert"
-    })
-}
-
-/// Lines that were read but leave no rule behind.
-fn lines_without_effect(session: &Session) -> BTreeSet<u32> {
-    let file = session.sources.file(session.rules_file);
-    let tables = session.dump.replaced.iter().chain(&session.dump.tables);
-    let rules = tables.flat_map(|table| table.rules.iter().map(|rule| rule.span.start));
-    let skipped = session
-        .diagnostics
-        .iter()
-        .filter(|finding| finding.code == OTHER_FAMILY_LINE && finding.severity == Severity::Note)
-        .filter_map(|finding| finding.span.map(|span| span.start));
-    rules.chain(skipped).map(|start| file.line(start)).collect()
-}
-
-/// Lines that were not accepted.
-fn rejected_lines(session: &Session) -> BTreeSet<u32> {
-    let file = session.sources.file(session.rules_file);
-    let tables = session.dump.replaced.iter().chain(&session.dump.tables);
-    tables.flat_map(|table| table.rejected.iter().map(|span| file.line(span.start))).collect()
 }
 
 /// The places at which each chain's rules are judged.
@@ -374,6 +347,26 @@ mod tests {
         );
         assert_eq!(report.rules(), 5);
         assert_eq!((report.compiled(), report.deferred(), report.rejected()), (1, 1, 3));
+    }
+
+    #[test]
+    fn lines_count_however_they_are_spelled() {
+        let report = report(
+            "*filter\n--app INPUT -j ACCEPT\n-vA INPUT -j DROP\n--ins=INPUT --nosuch\n-4 --append INPUT -j NOSUCH\n\
+             -D INPUT 1\n-R INPUT 1 -m comment --comment -A -j DROP\n-D INPUT -m comment --comment -A\nCOMMIT\n\
+             --app INPUT -j DROP\n",
+        );
+        assert_eq!((report.rules(), report.compiled(), report.rejected()), (5, 2, 3));
+    }
+
+    #[test]
+    fn lines_of_the_other_family_are_left_to_another_object() {
+        let report =
+            report("*filter\n-6 -A INPUT -j DROP\n-A INPUT -6\n-6 -D INPUT 1\n-4 -A INPUT -j DROP\nCOMMIT\n");
+        assert_eq!((report.rules(), report.compiled(), report.deferred()), (3, 1, 2));
+        let many =
+            format!("*filter\n{}COMMIT\n", "-6 -A INPUT\n".repeat(2 * polc_ir::limits::DIAGNOSTICS_MAX));
+        assert_eq!(self::report(&many).deferred(), 2 * polc_ir::limits::DIAGNOSTICS_MAX);
     }
 
     #[test]

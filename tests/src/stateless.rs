@@ -110,7 +110,7 @@ fn unfit(session: &Session, attach: Attach) -> Vec<u32> {
     let unfit = report.lines.iter().filter(|(line, status)| match status {
         Status::Deferred { .. } | Status::Rejected => true,
         Status::Compiled => stateful(line),
-        Status::Elsewhere => false,
+        Status::Elsewhere | Status::OtherFamily => false,
     });
     unfit.map(|(line, _)| *line).collect()
 }
