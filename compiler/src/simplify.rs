@@ -28,6 +28,10 @@ const EARLIER_ENTRIES: usize = 16;
 /// Entries that leading exits past stages may ask, for each that there is.
 const ASKED_PER_ENTRY: usize = 32;
 
+/// Entries of one stage that an exit may ask: what chains come back to is cut in blocks, and where thousands follow one
+/// another, each would ask those of all before it.
+const ASKED_OF_STAGE_MAX: usize = 32;
+
 /// Entries of a stage that may come to count on their way what was counted before.
 const UNCOUNTED_ENTRIES_MAX: usize = 8;
 
@@ -131,9 +135,11 @@ fn take(entry: &mut EntryData) -> EntryData {
     }
 }
 
-/// The entry that packets of which `known` holds take in a stage, if all take the same; and how many were asked.
+/// The entry that packets of which `known` holds take in a stage, if all take the same and it is among the first; and how
+/// many were asked.
 fn certain(classifier: &Classifier, stage: Stage, known: &Cube) -> (Option<Entry>, usize) {
     let entries = &classifier.stages[stage].entries;
+    let entries = &entries[..entries.len().min(ASKED_OF_STAGE_MAX)];
     for (at, &entry) in entries.iter().enumerate() {
         let mut all = Holds::Always;
         for test in classifier.entries[entry].cube.tests() {
@@ -185,15 +191,12 @@ fn taken(here: &Cube, cube: &Cube, earlier: &[EntryData], family: Family) -> Kno
     for entry in earlier {
         // It did not hold: if that can only be because of one of its tests, that test doesn't.
         let mut open = None;
-        let mut fails = false;
-        for test in entry.cube.tests() {
-            match holds(test, &taken) {
-                Holds::Always => {}
-                Holds::Maybe if open.is_none() => open = Some(test),
-                Holds::Maybe | Holds::Never => fails = true,
-            }
-        }
-        if fails {
+        let told = entry.cube.tests().iter().all(|test| match holds(test, &taken) {
+            Holds::Always => true,
+            Holds::Maybe => open.replace(test).is_none(),
+            Holds::Never => false,
+        });
+        if !told {
             continue;
         }
         if !taken.and(&open?.negated(family), family) {
@@ -299,6 +302,10 @@ fn count_later(classifier: &mut Classifier, entry: Entry, led: &SecondaryMap<Sta
 
 /// Takes out stages of a single entry: entries that lead there do what it does.
 fn thread(mut classifier: Classifier) -> Classifier {
+    // Nor is one without entries, which it lost to another.
+    if classifier.stages.values().all(|data| data.entries.len() > 1) {
+        return classifier;
+    }
     let mut threaded: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
     for (stage, data) in classifier.stages.iter() {
         let mut entries: Vec<EntryData> =

@@ -44,7 +44,11 @@ pub fn split(classifier: Classifier) -> Classifier {
         .iter()
         .map(|(&protocol, &bytes)| {
             let cube: Cube = [proto(protocol), length(0, bytes - 1)].into_iter().collect();
-            let takes = |entry: &EntryData| entry.cube.intersect(&cube, family).is_some();
+            let takes = |entry: &EntryData| {
+                let holds = |test: &Test, own: &Test| test.values.intersects(&own.values);
+                let mut asked = cube.tests().iter();
+                asked.all(|test| entry.cube.test(test.field, test.mask).is_none_or(|own| holds(test, own)))
+            };
             let stage = copy(&classifier, from, &mut split, None, takes);
             (cube, stage)
         })

@@ -68,6 +68,10 @@ impl fmt::Display for Test {
     }
 }
 
+/// Tests that a cube has room for once it has any, and by how many the room grows.
+const FIRST_TESTS: usize = 4;
+const MORE_TESTS: usize = 2;
+
 /// A conjunction of tests, at most one for each field and mask, sorted by them. Without tests it always holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cube {
@@ -106,6 +110,10 @@ impl Cube {
                 !empty
             }
             Err(at) => {
+                if self.tests.len() == self.tests.capacity() {
+                    // Cubes are many and stay small: what doubling would hold ready is most of their memory.
+                    self.tests.reserve_exact(if self.tests.is_empty() { FIRST_TESTS } else { MORE_TESTS });
+                }
                 self.tests.insert(at, test.clone());
                 !test.values.is_empty()
             }
@@ -131,11 +139,14 @@ impl Cube {
     /// Whether every value that satisfies `other` satisfies this cube, judged field by field (sufficient; under
     /// several masks of one field not necessary).
     pub fn is_superset(&self, other: &Cube) -> bool {
-        self.tests.iter().all(|test| {
-            other
-                .test(test.field, test.mask)
-                .is_some_and(|narrower| test.values.is_superset(&narrower.values))
-        })
+        // Both are sorted: what the other asks before this one's next test is passed over.
+        let mut others = other.tests.iter();
+        self.tests.len() <= other.tests.len()
+            && self.tests.iter().all(|test| {
+                others
+                    .find(|own| (own.field, own.mask) == (test.field, test.mask))
+                    .is_some_and(|narrower| test.values.is_superset(&narrower.values))
+            })
     }
 
     /// The test of a field under a mask.

@@ -702,12 +702,11 @@ fn counter_slot(trace: &Trace, counted: &[Count], target: &Target<'_>) -> Counte
         (Decider::Policy(_), _) => CounterKind::Policy,
         (Decider::Nothing, _) => CounterKind::Nothing,
     };
-    slot.text = ending.by.to_string();
     slot.verdict = Some(ending.verdict.word().to_string());
     let by = match ending.by {
         Decider::Rule(rule) | Decider::Hotdrop(rule) => counted_as(Count::Rule(rule), target),
         Decider::Policy(chain) => counted_as(Count::Policy(chain), target),
-        Decider::Frame(_) | Decider::Nothing => return slot,
+        Decider::Frame(_) | Decider::Nothing => Counted::default(),
     };
     if !by.chain.is_empty() {
         slot.text = by.text;
@@ -716,30 +715,28 @@ fn counter_slot(trace: &Trace, counted: &[Count], target: &Target<'_>) -> Counte
         slot.rule = by.rule;
         slot.file = by.file;
         slot.line = by.line;
+    } else {
+        slot.text = ending.by.to_string();
     }
     slot
 }
 
 fn counted_as(count: Count, target: &Target<'_>) -> Counted {
-    let mut counted = Counted { text: count.to_string(), ..Counted::default() };
-    match count {
-        Count::Rule(rule) => {
-            if let Some(found) = (target.rule)(rule) {
-                counted.table = found.table;
-                counted.chain = found.chain;
-                counted.rule = Some(found.number);
-                counted.file = Some(found.file);
-                counted.line = Some(found.line);
-                counted.text = found.text;
-            }
-        }
-        Count::Policy(chain) => {
-            if let Some((table, chain)) = (target.chain)(chain) {
-                counted.text = format!("policy of {chain}");
-                counted.table = table;
-                counted.chain = chain;
-            }
-        }
-    }
-    counted
+    let named = match count {
+        Count::Rule(rule) => (target.rule)(rule).map(|found| Counted {
+            table: found.table,
+            chain: found.chain,
+            rule: Some(found.number),
+            file: Some(found.file),
+            line: Some(found.line),
+            text: found.text,
+        }),
+        Count::Policy(chain) => (target.chain)(chain).map(|(table, chain)| Counted {
+            text: format!("policy of {chain}"),
+            table,
+            chain,
+            ..Counted::default()
+        }),
+    };
+    named.unwrap_or_else(|| Counted { text: count.to_string(), ..Counted::default() })
 }

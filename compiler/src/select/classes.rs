@@ -50,7 +50,8 @@ impl Hasher for Same {
 /// what goes in is the compiler's own numbering.
 pub(super) type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<Same>>;
 
-fn mix(hash: u64, value: u64) -> u64 {
+/// A hash and one more value as a hash.
+pub(super) fn mix(hash: u64, value: u64) -> u64 {
     let wide = u128::from(hash ^ value ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
     (wide ^ (wide >> 64)) as u64
 }
@@ -58,31 +59,67 @@ fn mix(hash: u64, value: u64) -> u64 {
 /// A set of numbers, as those words of a bit set that are not 0, ascending, each with its place.
 pub(super) type Sparse = [(u32, u64)];
 
-/// Distinct sets over numbers below `64 * words`, numbered from 0 in the order they came. Most have few numbers.
+/// Distinct lists, numbered from 0 in the order they came.
 #[derive(Clone, Debug)]
-pub(super) struct Sets {
-    words: usize,
-    flat: Vec<(u32, u64)>,
-    /// Where each set ends in `flat`.
+pub(super) struct Interned<T> {
+    flat: Vec<T>,
+    /// Where each list ends in `flat`.
     ends: Vec<u32>,
-    /// By hash, the last set that has it.
+    /// By hash, the last list that has it.
     last: FastMap<u64, u32>,
-    /// For each set, the one before it with the same hash.
+    /// For each list, the one before it with the same hash.
     before: Vec<u32>,
 }
 
 const NONE: u32 = u32::MAX;
 
+impl<T: Copy + PartialEq> Interned<T> {
+    /// No lists.
+    pub(super) fn new() -> Interned<T> {
+        Interned { flat: Vec::new(), ends: Vec::new(), last: FastMap::default(), before: Vec::new() }
+    }
+
+    /// How many lists there are.
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The list of a number.
+    pub(super) fn get(&self, list: u32) -> &[T] {
+        let begin = if list == 0 { 0 } else { self.ends[list as usize - 1] };
+        &self.flat[begin as usize..self.ends[list as usize] as usize]
+    }
+
+    /// The number of a list, whose hash is any function of it.
+    pub(super) fn intern(&mut self, list: &[T], hash: u64) -> u32 {
+        let number = self.len() as u32;
+        let last = self.last.entry(hash).or_insert(NONE);
+        let mut at = *last;
+        while at != NONE {
+            let begin = if at == 0 { 0 } else { self.ends[at as usize - 1] };
+            if &self.flat[begin as usize..self.ends[at as usize] as usize] == list {
+                return at;
+            }
+            at = self.before[at as usize];
+        }
+        self.before.push(std::mem::replace(last, number));
+        self.flat.extend_from_slice(list);
+        self.ends.push(self.flat.len() as u32);
+        number
+    }
+}
+
+/// Distinct sets over numbers below `64 * words`, numbered from 0 in the order they came. Most have few numbers.
+#[derive(Clone, Debug)]
+pub(super) struct Sets {
+    words: usize,
+    sets: Interned<(u32, u64)>,
+}
+
 impl Sets {
     /// No sets, of numbers below `size`.
     pub(super) fn new(size: usize) -> Sets {
-        Sets {
-            words: size.div_ceil(64).max(1),
-            flat: Vec::new(),
-            ends: Vec::new(),
-            last: FastMap::default(),
-            before: Vec::new(),
-        }
+        Sets { words: size.div_ceil(64).max(1), sets: Interned::new() }
     }
 
     /// Words of a bit set.
@@ -92,13 +129,12 @@ impl Sets {
 
     /// How many sets there are.
     pub(super) fn len(&self) -> usize {
-        self.ends.len()
+        self.sets.len()
     }
 
     /// The set of a number.
     pub(super) fn get(&self, set: u32) -> &Sparse {
-        let begin = if set == 0 { 0 } else { self.ends[set as usize - 1] };
-        &self.flat[begin as usize..self.ends[set as usize] as usize]
+        self.sets.get(set)
     }
 
     /// The set of a number as a bit set.
@@ -111,21 +147,8 @@ impl Sets {
 
     /// The number of a set.
     pub(super) fn intern(&mut self, set: &Sparse) -> u32 {
-        let hash = set.iter().fold(0, |hash, &(at, word)| mix(mix(hash, at.into()), word));
-        let last = self.last.get(&hash).copied().unwrap_or(NONE);
-        let mut at = last;
-        while at != NONE {
-            if self.get(at) == set {
-                return at;
-            }
-            at = self.before[at as usize];
-        }
-        let number = self.len() as u32;
-        self.flat.extend_from_slice(set);
-        self.ends.push(self.flat.len() as u32);
-        self.before.push(last);
-        self.last.insert(hash, number);
-        number
+        let hash = set.iter().fold(0, |hash, &(at, word)| mix(hash, word.rotate_left(at)));
+        self.sets.intern(set, hash)
     }
 }
 

@@ -7,8 +7,10 @@
 //! what the model predicts beside what it measures).
 
 use cranelift_entity::PrimaryMap;
-use polc_ir::entities::{Data, Value};
-use polc_ir::plan::{DataTable, Given, LinearTest, Op, Operand, given};
+use polc_ir::entities::Value;
+use polc_ir::plan::{Given, LinearTest, Op, Operand, given};
+
+use super::line::Sizes;
 
 /// Hundredths of a nanosecond that an instruction takes of the processor's width.
 const INSN: u64 = 4;
@@ -51,21 +53,30 @@ pub(super) fn read(bytes: usize) -> u64 {
 }
 
 /// What a look-up takes.
-pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
+pub(super) fn line(ops: &PrimaryMap<Value, Op>, tables: &Sizes, result: Value) -> u32 {
     let (waiting, issuing) = parts(ops, tables, result);
     ((LOOKUP_ENDS + together(waiting.saturating_sub(HIDDEN), issuing)) / 10) as u32
 }
 
 /// What a part of a look-up takes up to its result, beside other parts.
-pub(super) fn part(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> u32 {
+pub(super) fn part(ops: &PrimaryMap<Value, Op>, tables: &Sizes, result: Value) -> u32 {
     let (waiting, issuing) = parts(ops, tables, result);
     let beside = together(waiting.saturating_sub(HIDDEN_BESIDE), issuing);
     // What a table takes of the caches is lacking elsewhere.
     let sizes = ops.values().filter_map(|op| match op {
-        Op::Read(table, _) => Some(read(tables[*table].bytes.len()) - read(0)),
+        Op::Read(table, _) => Some(read(tables[*table].bytes) - read(0)),
         _ => None,
     });
     ((beside + waiting / SHOWN_BESIDE + sizes.sum::<u64>() / SHOWN) / 10) as u32
+}
+
+/// The least that a part may take of so many instructions, some of them one read after another, the first from a table of
+/// so many bytes: what is not worth writing to know what it takes.
+pub(super) fn least_part(instructions: u64, reads: u64, first_bytes: usize) -> u32 {
+    let table = read(first_bytes) - read(0);
+    let waiting = if reads == 0 { 0 } else { reads * (2 * ALU + read(0)) + table };
+    let beside = together(waiting.saturating_sub(HIDDEN_BESIDE), INSN * instructions);
+    ((beside + waiting / SHOWN_BESIDE + table / SHOWN) / 10) as u32
 }
 
 fn together(waiting: u64, issuing: u64) -> u64 {
@@ -73,7 +84,7 @@ fn together(waiting: u64, issuing: u64) -> u64 {
 }
 
 /// What the longest chain up to the result waits, and what all operations take of the processor's width.
-fn parts(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, result: Value) -> (u64, u64) {
+fn parts(ops: &PrimaryMap<Value, Op>, tables: &Sizes, result: Value) -> (u64, u64) {
     let mut ready: Vec<u64> = Vec::with_capacity(ops.len());
     let mut instructions = 0;
     let given = given(ops);
@@ -96,7 +107,7 @@ fn parts(ops: &PrimaryMap<Value, Op>, tables: &PrimaryMap<Data, DataTable>, resu
             }
             Op::Read(table, offset) => {
                 instructions += 4;
-                at(offset) + 2 * ALU + read(tables[table].bytes.len())
+                at(offset) + 2 * ALU + read(tables[table].bytes)
             }
         };
         ready.push(when);

@@ -21,7 +21,7 @@ use polc_ir::entities::{Entry, Value};
 use polc_ir::plan::{AluKind, DataTable};
 use smallvec::SmallVec;
 
-use super::classes::{FastMap, Same, numbers};
+use super::classes::{FastMap, Interned, Same, mix, numbers};
 use super::column::look_up;
 use super::cuckoo::Cuckoo;
 use super::line::Line;
@@ -220,23 +220,50 @@ fn number(problem: &Problem) -> (Vec<u32>, Option<Vec<u32>>, Vec<Entry>) {
 /// For a group and a side: the classes in which each predicate holds.
 #[derive(Debug, Default)]
 struct Members {
-    classes: u32,
-    of: FastMap<u32, Vec<u32>>,
+    /// The classes of each predicate, ascending, one predicate after another, and where each one's end.
+    classes: Vec<u32>,
+    ends: Vec<u32>,
     /// All classes, for what asks nothing.
     all: Vec<u32>,
 }
 
 impl Members {
+    /// By the predicates that hold in each class, of so many.
+    fn new(predicates_of: &Interned<u32>, predicates: usize) -> Members {
+        let all: Vec<u32> = (0..predicates_of.len() as u32).collect();
+        let mut ends = vec![0u32; predicates];
+        for &predicate in all.iter().flat_map(|&class| predicates_of.get(class)) {
+            ends[predicate as usize] += 1;
+        }
+        let mut count = 0;
+        for end in &mut ends {
+            // First where each one's classes begin: what is put there moves it on.
+            count += std::mem::replace(end, count);
+        }
+        let mut classes = vec![0; count as usize];
+        for &class in &all {
+            for &predicate in predicates_of.get(class) {
+                let place = &mut ends[predicate as usize];
+                classes[*place as usize] = class;
+                *place += 1;
+            }
+        }
+        Members { classes, ends, all }
+    }
+
     fn of(&self, predicate: Option<u32>) -> &[u32] {
-        match predicate {
-            Some(predicate) => self.of.get(&predicate).map_or(&[], Vec::as_slice),
+        match predicate.map(|predicate| predicate as usize) {
+            Some(predicate) => {
+                let begin = predicate.checked_sub(1).map_or(0, |before| self.ends[before]);
+                &self.classes[begin as usize..self.ends[predicate] as usize]
+            }
             None if self.all.is_empty() => &[0],
             None => &self.all,
         }
     }
 
     fn count(&self) -> u32 {
-        self.classes.max(1)
+        self.all.len().max(1) as u32
     }
 }
 
@@ -256,9 +283,9 @@ fn classes_of(
             }
         }
     }
-    let mut members: [Members; GROUPS] = Default::default();
-    let mut active: [Vec<u32>; GROUPS] = Default::default();
-    let mut known: [FastMap<Vec<u32>, u32>; GROUPS] = Default::default();
+    // The predicates that hold, ascending, and the sum of their hashes.
+    let mut active: [(Vec<u32>, u64); GROUPS] = Default::default();
+    let mut known: [Interned<u32>; GROUPS] = std::array::from_fn(|_| Interned::new());
     let mut changed = [true; GROUPS];
     let mut now = [0u32; GROUPS];
     let mut runs: Vec<(u128, [u32; GROUPS])> = Vec::new();
@@ -275,12 +302,16 @@ fn classes_of(
                     continue;
                 }
                 changed[group] = true;
-                let active = &mut active[group];
+                let (active, hash) = &mut active[group];
                 match active.binary_search(&predicate) {
                     Ok(place) if !begins => {
                         active.remove(place);
+                        *hash = hash.wrapping_sub(mix(0, predicate.into()));
                     }
-                    Err(place) if begins => active.insert(place, predicate),
+                    Err(place) if begins => {
+                        active.insert(place, predicate);
+                        *hash = hash.wrapping_add(mix(0, predicate.into()));
+                    }
                     _ => {}
                 }
             }
@@ -290,29 +321,23 @@ fn classes_of(
             if !std::mem::take(&mut changed[group]) {
                 continue;
             }
-            now[group] = match known[group].get(&active[group]) {
-                Some(&class) => class,
-                None => {
-                    let class = members[group].classes;
-                    members[group].classes += 1;
-                    members[group].all.push(class);
-                    room = room.checked_sub(active[group].len())?;
-                    for &predicate in &active[group] {
-                        members[group].of.entry(predicate).or_default().push(class);
-                    }
-                    known[group].insert(active[group].clone(), class);
-                    class
-                }
-            };
+            let (active, hash) = &active[group];
+            let classes = known[group].len();
+            now[group] = known[group].intern(active, *hash);
+            if known[group].len() > classes {
+                room = room.checked_sub(active.len())?;
+            }
         }
         if runs.last().is_none_or(|(_, last)| *last != now) {
             runs.push((start, now));
         }
         match events.get(at) {
             Some(&(next, ..)) => start = next,
-            None => return Some((runs, members)),
+            None => break,
         }
     }
+    let members = known.map(|known| Members::new(&known, column.predicates.len()));
+    Some((runs, members))
 }
 
 /// Lists of entries, with their rows.

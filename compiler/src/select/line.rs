@@ -9,10 +9,24 @@ use polc_ir::plan::{AluKind, DataTable, Op, Operand};
 
 use super::classes::{FastMap, Same};
 
+/// Bytes of an element of a table, and of the whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Size {
+    /// Of an element.
+    pub(super) width: u8,
+    /// Of all.
+    pub(super) bytes: usize,
+}
+
+/// The sizes of tables.
+pub(super) type Sizes = PrimaryMap<Data, Size>;
+
 /// The tables of a plan. Equal tables are one.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
+    /// Their contents; empty where only sizes count.
     all: PrimaryMap<Data, DataTable>,
+    sizes: Sizes,
     /// By hash, the tables that have it; none where only sizes count.
     known: Option<FastMap<u64, Vec<Data>>>,
     /// Whether small tables are worth more than quick ones.
@@ -22,7 +36,7 @@ pub(super) struct Tables {
 impl Tables {
     /// No tables yet, to be filled.
     pub(super) fn new() -> Tables {
-        Tables { all: PrimaryMap::new(), known: Some(FastMap::default()), frugal: false }
+        Tables { known: Some(FastMap::default()), ..Tables::sketch() }
     }
 
     /// The same, for a look-up that hardly a packet needs.
@@ -30,25 +44,33 @@ impl Tables {
         Tables { frugal: true, ..Tables::new() }
     }
 
-    /// No tables yet, of which only the sizes will be asked: their contents are left 0.
+    /// No tables yet, of which only the sizes will be asked.
     pub(super) fn sketch() -> Tables {
-        Tables { all: PrimaryMap::new(), known: None, frugal: false }
+        Tables::default()
     }
 
     fn add(&mut self, table: DataTable) -> Data {
-        let Some(known) = &mut self.known else { return self.all.push(table) };
+        let size = Size { width: table.width, bytes: table.bytes.len() };
+        let Some(known) = &mut self.known else { return self.sizes.push(size) };
         let same = known.entry(hash(&table)).or_default();
         if let Some(&data) = same.iter().find(|&&data| self.all[data] == table) {
             return data;
         }
         let data = self.all.push(table);
+        self.sizes.push(size);
         same.push(data);
         data
     }
 
     /// All of them.
+    #[cfg(test)]
     pub(super) fn all(&self) -> &PrimaryMap<Data, DataTable> {
         &self.all
+    }
+
+    /// The sizes of all of them.
+    pub(super) fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     /// All of them, for the plan.
@@ -58,7 +80,7 @@ impl Tables {
 
     /// Bytes of all of them.
     pub(super) fn bytes(&self) -> usize {
-        self.all.values().map(|table| table.bytes.len()).sum()
+        self.sizes.values().map(|size| size.bytes).sum()
     }
 
     /// Takes the tables over that operations read.
@@ -248,9 +270,11 @@ impl<'a> Line<'a> {
         largest: u64,
         elements: impl FnOnce() -> Vec<u64>,
     ) -> Data {
-        let table =
-            if self.is_sketch() { DataTable::zeros(count, largest) } else { DataTable::new(&elements()) };
-        self.tables.add(table)
+        if self.is_sketch() {
+            let (width, bytes) = DataTable::size(count, largest);
+            return self.tables.sizes.push(Size { width, bytes });
+        }
+        self.tables.add(DataTable::new(&elements()))
     }
 
     /// Whether small tables are worth more than quick ones.
@@ -259,13 +283,13 @@ impl<'a> Line<'a> {
     }
 
     /// Whether only the sizes of tables count.
-    pub(super) fn is_sketch(&self) -> bool {
+    fn is_sketch(&self) -> bool {
         self.tables.known.is_none()
     }
 
     /// Bytes of a table's elements.
     pub(super) fn width(&self, table: Data) -> u64 {
-        self.tables.all[table].width.into()
+        self.tables.sizes[table].width.into()
     }
 
     /// The element that begins at `offset` bytes of a table.

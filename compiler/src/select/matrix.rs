@@ -278,7 +278,13 @@ impl Builder<'_> {
                         both.push((at, word));
                     }
                 }
-                cells.push(sets.intern(&both));
+                // More often than not it is what the row before has there.
+                let above = cells.len().checked_sub(width).map(|above: usize| cells[above]);
+                let class = match above {
+                    Some(class) if sets.get(class) == both => class,
+                    _ => sets.intern(&both),
+                };
+                cells.push(class);
             }
         }
         self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });

@@ -5,6 +5,8 @@
 //! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
 //! and everything behind it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
@@ -16,7 +18,7 @@ use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, max_value};
 use polc_ir::limits::{KEY_WORDS_MAX, LOOKUP_OPS_MAX};
-use polc_ir::outcome::{Ending, FrameKind, Verdict};
+use polc_ir::outcome::{Count, Ending, FrameKind, Verdict};
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
     DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
@@ -79,6 +81,11 @@ const LINEAR_TESTS_MAX: usize = 400;
 
 /// Entries up to which a stage that only rare packets come to is compared.
 const RARE_ENTRIES_MAX: usize = 16;
+
+/// Entries from which on a stage's look-up is worth a thread, and how many stages may have theirs found ahead: of more,
+/// most will not be decided by code.
+const LARGE_ENTRIES: usize = 256;
+const LARGE_STAGES_MAX: usize = 16;
 
 /// Entries of a stage that tells rare packets from others.
 const GUARD_ENTRIES_MAX: usize = 8;
@@ -145,6 +152,8 @@ impl Structures {
 pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
     let keys = Keys::new(classifier, devices);
     let selector = Selector { classifier, keys: &keys };
+    let busy = busy(classifier);
+    let mut ahead = selector.ahead(&busy, prefer);
     let mut tables = Tables::new();
     let mut shapes: SecondaryMap<Stage, Option<Shape>> = SecondaryMap::new();
     // Where packets may come from: the root comes first, stages lead to smaller numbers.
@@ -152,13 +161,18 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
     by_code[classifier.root] = true;
     // Exits of look-ups that lead to a stage: if it is decided by code, they are code.
     let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
-    let mut busy: SecondaryMap<Stage, bool> = SecondaryMap::new();
-    busy[classifier.root] = true;
     let mut insns = 0;
     for stage in classifier.stages.keys().rev() {
         if by_code[stage] {
             let shape = if insns < CODE_INSNS_MAX {
-                selector.shape(stage, busy[stage], prefer, &mut tables)
+                let lookup = || {
+                    let ahead = ahead.iter_mut().find(|(known, _)| *known == stage);
+                    ahead.map_or_else(
+                        || selector.lookup(stage, busy[stage], prefer),
+                        |(_, lookup)| lookup.take(),
+                    )
+                };
+                selector.shape(stage, busy[stage], prefer, lookup, &mut tables)
             } else {
                 None
             };
@@ -176,15 +190,31 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
             }
         }
         for &entry in &classifier.stages[stage].entries {
-            let rare = classifier.entries[entry].cube.tests().iter().any(is_rare);
             for next in classifier.entries[entry].exit.successors() {
-                busy[next] |= busy[stage] && !rare;
                 by_code[next] |= shapes[stage].is_some();
                 walked[next] |= walked[stage];
             }
         }
     }
     Structures { keys, tables, shapes, walked }
+}
+
+/// The stages that more than rare packets come to.
+fn busy(classifier: &Classifier) -> SecondaryMap<Stage, bool> {
+    let mut busy: SecondaryMap<Stage, bool> = SecondaryMap::new();
+    busy[classifier.root] = true;
+    for stage in classifier.stages.keys().rev().filter(|&stage| stage <= classifier.root) {
+        if !busy[stage] {
+            continue;
+        }
+        for &entry in &classifier.stages[stage].entries {
+            let entry = &classifier.entries[entry];
+            if entry.exit.successors().next().is_some() && !entry.cube.tests().iter().any(is_rare) {
+                entry.exit.successors().for_each(|next| busy[next] = true);
+            }
+        }
+    }
+    busy
 }
 
 /// Whether a test holds for rare packets alone: fragments, and those whose transport header is cut short.
@@ -200,7 +230,7 @@ fn is_rare(test: &Test) -> bool {
 pub fn select(classifier: &Classifier, decision: &Decision, structures: Structures) -> Plan {
     let Structures { keys, tables, mut shapes, walked } = structures;
     let selector = Selector { classifier, keys: &keys };
-    let counting = Counting::new(&selector, &shapes);
+    let counting = Counting::new(classifier, &shapes);
     let (mut walk, walk_roots) = selector.walk(&counting, decision, &walked);
     let own_exits = walk.exits.len();
     let mut steps: PrimaryMap<Step, StepData> = PrimaryMap::new();
@@ -276,21 +306,43 @@ struct Keys {
 }
 
 /// What packets are counted for.
-struct Counting {
+struct Counting<'a> {
     traces: Vec<Trace>,
-    slots: FastMap<Trace, u32>,
+    slots: FastMap<Counted<'a>, u32>,
 }
+
+/// What a packet that takes an entry is counted in: its ending, what it is counted for, and whether it ends so only without
+/// a connection. In the order of [`Trace`]s.
+type Counted<'a> = (Option<Ending>, &'a [Count], bool);
 
 struct Selector<'a> {
     classifier: &'a Classifier,
     keys: &'a Keys,
 }
 
-impl Counting {
+impl<'a> Counting<'a> {
     /// Slots in the order of the traces, but for the ends that a look-up gives: those are together and in its order, so
     /// that the number it finds is the slot but for a constant.
-    fn new(selector: &Selector<'_>, shapes: &SecondaryMap<Stage, Option<Shape>>) -> Counting {
-        let classifier = selector.classifier;
+    fn new(classifier: &'a Classifier, shapes: &SecondaryMap<Stage, Option<Shape>>) -> Counting<'a> {
+        let mut lookups: Vec<&[Entry]> = shapes
+            .values()
+            .filter_map(|shape| match shape {
+                Some(Shape::Lookup { exits, .. }) => Some(exits.as_slice()),
+                _ => None,
+            })
+            .collect();
+        lookups.sort_by_key(|exits| std::cmp::Reverse(exits.len()));
+        let mut counting = Counting { traces: Vec::new(), slots: FastMap::default() };
+        for exits in lookups {
+            let ends = exits.iter().map_while(|&exit| {
+                counted(&classifier.entries[exit])
+                    .filter(|(ending, _, if_absent)| ending.is_some() && !if_absent)
+            });
+            let ends: Vec<Counted<'_>> = ends.collect();
+            if !ends.iter().any(|end| counting.slots.contains_key(end)) {
+                ends.into_iter().for_each(|end| counting.add(end));
+            }
+        }
         let frames = [
             FrameKind::Runt,
             FrameKind::NotIp,
@@ -300,54 +352,28 @@ impl Counting {
             FrameKind::UnknownDevice,
         ];
         let many_headers = (classifier.family == Family::V6).then_some(FrameKind::ManyHeaders);
-        let mut traces: Vec<Trace> = classifier
-            .entries
-            .values()
-            .filter_map(trace)
-            .chain(
-                frames
-                    .into_iter()
-                    .chain(many_headers)
-                    .map(|kind| frame_ending(kind, classifier.place.mode).into()),
-            )
-            .collect();
-        traces.sort_unstable();
-        traces.dedup();
-        let mut lookups: Vec<&[Entry]> = shapes
-            .values()
-            .filter_map(|shape| match shape {
-                Some(Shape::Lookup { exits, .. }) => Some(exits.as_slice()),
-                _ => None,
-            })
-            .collect();
-        lookups.sort_by_key(|exits| std::cmp::Reverse(exits.len()));
-        let mut place: FastMap<Trace, usize> = FastMap::default();
-        for exits in lookups {
-            let ends = exits.iter().map_while(|&exit| {
-                trace(&classifier.entries[exit]).filter(|trace| trace.ending.is_some() && !trace.if_absent)
-            });
-            let ends: Vec<Trace> = ends.collect();
-            if ends.iter().any(|end| place.contains_key(end)) {
-                continue;
-            }
-            for end in ends {
-                let next = place.len();
-                place.entry(end).or_insert(next);
-            }
-        }
-        traces.sort_by_cached_key(|trace| place.get(trace).copied().unwrap_or(usize::MAX));
-        let mut counting = Counting { traces: Vec::new(), slots: FastMap::default() };
-        for trace in traces {
-            let deferred = trace.ending.filter(|_| trace.if_absent).map(|ending| Trace {
-                ending: Some(Ending { verdict: Verdict::Defer, ..ending }),
-                if_absent: false,
-                ..trace.clone()
-            });
-            counting.slots.insert(trace.clone(), counting.traces.len() as u32);
-            counting.traces.push(trace);
-            counting.traces.extend(deferred);
-        }
+        let frames = frames.into_iter().chain(many_headers);
+        let frames =
+            frames.map(|kind| (Some(frame_ending(kind, classifier.place.mode)), [].as_slice(), false));
+        let mut others: Vec<Counted<'_>> =
+            classifier.entries.values().filter_map(counted).chain(frames).collect();
+        others.retain(|other| !counting.slots.contains_key(other));
+        others.sort_unstable();
+        others.into_iter().for_each(|other| counting.add(other));
         counting
+    }
+
+    /// Gives what has none a slot; what ends only without a connection is followed by how it ends otherwise.
+    fn add(&mut self, counted: Counted<'a>) {
+        let (ending, counts, if_absent) = counted;
+        let std::collections::hash_map::Entry::Vacant(slot) = self.slots.entry(counted) else { return };
+        slot.insert(self.traces.len() as u32);
+        self.traces.push(Trace { ending, counts: counts.to_vec(), if_absent });
+        self.traces.extend(ending.filter(|_| if_absent).map(|ending| Trace {
+            ending: Some(Ending { verdict: Verdict::Defer, ..ending }),
+            counts: counts.to_vec(),
+            if_absent: false,
+        }));
     }
 }
 
@@ -499,8 +525,8 @@ impl Selector<'_> {
         WordWrite { word: slot.word, clear: own(write.clear), xor: own(write.xor) }
     }
 
-    fn exit(&self, counting: &Counting, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
-        let count = trace(entry).map(|trace| counting.slots[&trace]);
+    fn exit(&self, counting: &Counting<'_>, entry: &EntryData, target: impl Fn(Stage) -> Target) -> PlanExit {
+        let count = counted(entry).map(|counted| counting.slots[&counted]);
         match &entry.exit {
             Exit::End(_) | Exit::EndIfAbsent(_) => PlanExit::End(count.expect("an end is a trace")),
             Exit::Then { writes, stage } => PlanExit::Then {
@@ -516,7 +542,14 @@ impl Selector<'_> {
 
     /// The best way to decide a stage by code, if there is one. To one that is not `busy` only rare packets come: it is
     /// small rather than quick.
-    fn shape(&self, stage: Stage, busy: bool, prefer: Prefer, tables: &mut Tables) -> Option<Shape> {
+    fn shape(
+        &self,
+        stage: Stage,
+        busy: bool,
+        prefer: Prefer,
+        lookup: impl FnOnce() -> Option<(Shape, Tables)>,
+        tables: &mut Tables,
+    ) -> Option<Shape> {
         let linear = self.linear(stage);
         match prefer {
             Prefer::Walk => return None,
@@ -532,7 +565,7 @@ impl Selector<'_> {
         if few || (self.is_guard(stage) && linear.is_some()) {
             return linear;
         }
-        let lookup = self.lookup(stage, busy, prefer).filter(|(lookup, _)| {
+        let lookup = lookup().filter(|(lookup, _)| {
             let cheaper = |linear: &Shape| linear.modelled() <= lookup.modelled();
             prefer != Prefer::Cheapest || !linear.as_ref().is_some_and(cheaper)
         });
@@ -541,6 +574,38 @@ impl Selector<'_> {
             tables.adopt(own, ops);
         }
         Some(lookup)
+    }
+
+    /// The look-ups of large stages, which take longest to find: several at once.
+    fn ahead(
+        &self,
+        busy: &SecondaryMap<Stage, bool>,
+        prefer: Prefer,
+    ) -> Vec<(Stage, Option<(Shape, Tables)>)> {
+        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= LARGE_ENTRIES;
+        let stages: Vec<Stage> =
+            self.classifier.stages.keys().rev().filter(large).take(LARGE_STAGES_MAX).collect();
+        if stages.len() < 2 || matches!(prefer, Prefer::Walk | Prefer::Linear) {
+            return Vec::new();
+        }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(stages.len());
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut found = Vec::new();
+            while let Some(&stage) = stages.get(next.fetch_add(1, Ordering::Relaxed)) {
+                found.push((stage, self.lookup(stage, busy[stage], prefer)));
+            }
+            found
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            let others = others.into_iter().flat_map(|thread| match thread.join() {
+                Ok(found) => found,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            own.into_iter().chain(others).collect()
+        })
     }
 
     /// Whether a stage only tells rare packets from others: a branch for them is foreseen.
@@ -610,7 +675,7 @@ impl Selector<'_> {
     /// A stage's step, once the stages it leads to have theirs.
     fn step(
         &self,
-        counting: &Counting,
+        counting: &Counting<'_>,
         stage: Stage,
         shape: Shape,
         target: impl Fn(Stage) -> Target,
@@ -650,18 +715,23 @@ fn write(
     if tables.bytes() > TABLE_BYTES_MAX || step.ops.len() > LOOKUP_OPS_MAX || step.pressure() > PRESSURE_MAX {
         return None;
     }
-    let modelled = cost::line(&step.ops, tables.all(), result);
+    let modelled = cost::line(&step.ops, tables.sizes(), result);
     let LookupStep { ops, structure, .. } = step;
     Some((Shape::Lookup { ops, result, structure, exits: exits.to_vec(), modelled }, tables))
 }
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.
-pub(crate) fn trace(entry: &EntryData) -> Option<Trace> {
+fn counted(entry: &EntryData) -> Option<Counted<'_>> {
     let (ending, if_absent) = match entry.exit {
         Exit::End(ending) => (Some(ending), false),
         Exit::EndIfAbsent(ending) => (Some(ending), true),
         Exit::Then { .. } | Exit::Test { .. } => (None, false),
     };
     let is_counted = ending.is_some() || !entry.counts.is_empty();
-    is_counted.then(|| Trace { ending, counts: entry.counts.clone(), if_absent })
+    is_counted.then_some((ending, &entry.counts, if_absent))
+}
+
+/// The same as a trace.
+pub(crate) fn trace(entry: &EntryData) -> Option<Trace> {
+    counted(entry).map(|(ending, counts, if_absent)| Trace { ending, counts: counts.to_vec(), if_absent })
 }

@@ -3,7 +3,7 @@
 //! Columns are independent of each other, and of how they will be looked up. A device's column holds classes of
 //! devices, so that names under several masks are one column.
 
-use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
 
 use polc_ir::classifier::Exit;
 use polc_ir::entities::{Entry, Stage};
@@ -13,7 +13,7 @@ use polc_ir::outcome::Count;
 use polc_ir::plan::KeySlot;
 
 use super::Selector;
-use super::classes::FastMap;
+use super::classes::{FastMap, Same};
 
 /// A field under a mask.
 #[derive(Clone, Copy, Debug)]
@@ -65,8 +65,7 @@ impl Problem {
         let classifier = selector.classifier;
         let mut problem =
             Problem { columns: Vec::new(), entries: Vec::new(), exit_of: Vec::new(), exits: Vec::new() };
-        let mut column_of: BTreeMap<(Field, u128), u32> = BTreeMap::new();
-        let mut predicate_of: Vec<FastMap<IntervalSet, u32>> = Vec::new();
+        let mut known = Known::default();
         let mut exit_of: FastMap<(&Exit, &[Count]), u32> = FastMap::default();
         for &entry in &classifier.stages[stage].entries {
             let data = &classifier.entries[entry];
@@ -86,29 +85,21 @@ impl Problem {
                 } else {
                     let bits = selector.slot(test.field).bits(test.field.bits(classifier.family));
                     let mask = test.mask & max_value(bits);
-                    (mask, test.values.intersect(&IntervalSet::range(0, mask)))
+                    let within = test.values.intervals().last().is_none_or(|last| last.hi() <= mask);
+                    let values = if within {
+                        test.values.clone()
+                    } else {
+                        test.values.intersect(&IntervalSet::range(0, mask))
+                    };
+                    (mask, values)
                 };
                 possible &= !values.is_empty();
-                tests.push(problem.predicate(
-                    selector,
-                    &mut column_of,
-                    &mut predicate_of,
-                    test.field,
-                    mask,
-                    values,
-                ));
+                tests.push(problem.predicate(selector, &mut known, test.field, mask, values));
             }
             for (field, classes) in devices {
                 possible &= !classes.is_empty();
                 let mask = u128::from(u16::MAX);
-                tests.push(problem.predicate(
-                    selector,
-                    &mut column_of,
-                    &mut predicate_of,
-                    field,
-                    mask,
-                    classes,
-                ));
+                tests.push(problem.predicate(selector, &mut known, field, mask, classes));
             }
             if !possible {
                 continue;
@@ -130,13 +121,12 @@ impl Problem {
     fn predicate(
         &mut self,
         selector: &Selector<'_>,
-        column_of: &mut BTreeMap<(Field, u128), u32>,
-        predicate_of: &mut Vec<FastMap<IntervalSet, u32>>,
+        known: &mut Known,
         field: Field,
         mask: u128,
         values: IntervalSet,
     ) -> (u32, u32) {
-        let column = *column_of.entry((field, mask)).or_insert_with(|| {
+        let column = *known.columns.entry((field, mask)).or_insert_with(|| {
             let slot = selector.slot(field);
             let bits = (128 - mask.leading_zeros()) as u8;
             let field_bits = match field {
@@ -145,20 +135,50 @@ impl Problem {
             };
             let field = Masked { slot, mask, field_bits, bits: bits.max(1) };
             self.columns.push(Column { field, predicates: Vec::new() });
-            predicate_of.push(FastMap::default());
+            known.predicates.push(Predicates::default());
             self.columns.len() as u32 - 1
         });
         let predicates = &mut self.columns[column as usize].predicates;
-        let known = &mut predicate_of[column as usize];
-        let predicate = match known.get(&values) {
-            Some(&predicate) => predicate,
-            None => {
-                known.insert(values.clone(), predicates.len() as u32);
-                predicates.push(values);
-                predicates.len() as u32 - 1
+        (column, known.predicates[column as usize].number(predicates, values))
+    }
+}
+
+/// What a problem has so far: the column of a field and mask, and the sets of each column.
+#[derive(Default)]
+struct Known {
+    columns: FastMap<(Field, u128), u32>,
+    predicates: Vec<Predicates>,
+}
+
+/// No set.
+const NONE: u32 = u32::MAX;
+
+/// The sets of a column, by hash.
+#[derive(Default)]
+struct Predicates {
+    /// The last set with that hash.
+    last: FastMap<u64, u32>,
+    /// For each set, the one before it with the same hash.
+    before: Vec<u32>,
+}
+
+impl Predicates {
+    /// The number of a set among a column's, to which it is added if it is new.
+    fn number(&mut self, predicates: &mut Vec<IntervalSet>, values: IntervalSet) -> u32 {
+        let mut hasher = Same::default();
+        values.hash(&mut hasher);
+        let last = self.last.entry(hasher.finish()).or_insert(NONE);
+        let mut at = *last;
+        while at != NONE {
+            if predicates[at as usize] == values {
+                return at;
             }
-        };
-        (column, predicate)
+            at = self.before[at as usize];
+        }
+        let number = predicates.len() as u32;
+        self.before.push(std::mem::replace(last, number));
+        predicates.push(values);
+        number
     }
 }
 

@@ -58,6 +58,12 @@ const CUT_BITS_MAX: u32 = 40;
 /// Elements of the table of two parts' classes, before equal columns are one.
 const CUT_ELEMENTS_MAX: usize = 1 << 16;
 
+/// Instructions that a level of a trie takes at least: a word's bytes, their place, the read.
+const LEVEL_INSNS: u64 = 5;
+
+/// Instructions that a number which is cut in two takes at least: two parts of two runs each, counted, and the read.
+const CUT_INSNS: u64 = 16;
+
 /// First bits that are looked up before runs are halved.
 const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];
 
@@ -72,8 +78,8 @@ pub(super) enum Search {
     First(u32),
     /// Take so many bits at a time.
     Trie(Vec<u32>, Alone),
-    /// Search so many low bits and the others apart.
-    Cut(u32),
+    /// Search so many low bits and the others apart: the others by the first of two ways, these by the second.
+    Cut(u32, Box<[Search; 2]>),
 }
 
 /// What a level of a trie has where all numbers that come there stand for one thing.
@@ -110,18 +116,13 @@ pub(super) fn search(
     bits: u32,
     runs: &Runs,
 ) -> Value {
-    search_by(line, number, bits, runs, true)
+    let how = choose(bits, runs, line.is_frugal(), true);
+    write(line, number, bits, runs, &how).expect("it was written before")
 }
 
-/// The same, and whether the number may be cut in two.
-fn search_by(
-    line: &mut Line<'_>,
-    number: &dyn Fn(&mut Line<'_>) -> Value,
-    bits: u32,
-    runs: &Runs,
-    may_cut: bool,
-) -> Value {
-    let mut choice = Choice { bits, runs, frugal: line.is_frugal(), best: None };
+/// The structure that the cost model likes best. `frugal`: small tables are worth more than quick ones.
+fn choose(bits: u32, runs: &Runs, frugal: bool, may_cut: bool) -> Search {
+    let mut choice = Choice { bits, runs, frugal, best: None };
     if runs.len() <= COUNTED_MAX {
         choice.consider(Search::Count);
     }
@@ -136,9 +137,16 @@ fn search_by(
         for &first in FIRST_BITS.iter().chain([&labels]).filter(|first| **first > 0).filter(worthwhile) {
             choice.consider(Search::First(first));
         }
+    }
+    // Sorted starts are about as small as tables get.
+    if runs.len() > 2 && !frugal {
         // A root with many more elements than runs mostly repeats itself.
         let root_max = (ROOT_ELEMENTS_PER_RUN * runs.len()).max(ROOT_ELEMENTS);
         for strides in strides(bits).into_iter().filter(|strides| 1 << strides[0] <= root_max) {
+            let levels = strides.len() as u64;
+            if !choice.is_open(cost::least_part(LEVEL_INSNS * levels, levels, 1 << strides[0])) {
+                continue;
+            }
             let Some(levels) = build(runs, &strides) else { continue };
             for alone in [Alone::Element, Alone::Node] {
                 choice.consider_by(Search::Trie(strides.clone(), alone), |line| {
@@ -147,14 +155,13 @@ fn search_by(
             }
         }
         let few = runs.len() <= CUT_ANYWHERE_RUNS_MAX;
-        for cut in CUTS.into_iter().filter(|&cut| may_cut && cut < bits && bits <= CUT_BITS_MAX) {
-            if few || cut == CUT_MIDDLE {
-                choice.consider(Search::Cut(cut));
+        for low in CUTS.into_iter().filter(|&low| may_cut && low < bits && bits <= CUT_BITS_MAX) {
+            if (few || low == CUT_MIDDLE) && choice.is_open(cost::least_part(CUT_INSNS, 1, 0)) {
+                choice.consider_cut(low);
             }
         }
     }
-    let (_, how) = choice.best.expect("there is a search for every number of runs");
-    write(line, number, bits, runs, &how).expect("it was written before")
+    choice.best.expect("there is a search for every number of runs").1
 }
 
 /// A number, where it does not matter which: what it is made of costs every structure alike.
@@ -171,6 +178,20 @@ struct Choice<'a> {
 }
 
 impl Choice<'_> {
+    /// Whether what takes so much at least may be the best.
+    fn is_open(&self, least: u32) -> bool {
+        self.best.as_ref().is_none_or(|(known, _)| least < *known)
+    }
+
+    fn consider_cut(&mut self, low: u32) {
+        let (bits, frugal) = (self.bits, self.frugal);
+        let Some(parts) = Parted::new(bits, self.runs, low) else { return };
+        let how = [choose(bits - low, &parts.upper, frugal, false), choose(low, &parts.lower, frugal, false)];
+        let how = Box::new(how);
+        let cut = Search::Cut(low, how.clone());
+        self.consider_by(cut, |line| parts.write(line, &any, bits, low, &how));
+    }
+
     fn consider(&mut self, how: Search) {
         let (bits, runs) = (self.bits, self.runs);
         self.consider_by(how.clone(), |line| write(line, &any, bits, runs, &how));
@@ -183,11 +204,11 @@ impl Choice<'_> {
         let Some(result) = write(&mut trial) else { return };
         let (ops, result) = trial.finish(result);
         let near = near(&tables, &how, self.bits, self.runs) / 10;
-        let mut cost = cost::part(&ops, tables.all(), result).saturating_sub(near);
+        let mut cost = cost::part(&ops, tables.sizes(), result).saturating_sub(near);
         if self.frugal {
             cost += (tables.bytes() / FRUGAL_BYTES) as u32;
         }
-        if self.best.as_ref().is_none_or(|(known, _)| cost < *known) {
+        if self.is_open(cost) {
             self.best = Some((cost, how));
         }
     }
@@ -206,7 +227,7 @@ pub(super) fn write(
         Search::Halve => Some(halve(line, number, runs)),
         Search::First(first) => Some(first_bits(line, number, bits, runs, *first)),
         Search::Trie(strides, alone) => trie(line, number, bits, strides, &build(runs, strides)?, *alone),
-        Search::Cut(low) => cut(line, number, bits, runs, *low),
+        Search::Cut(low, how) => Parted::new(bits, runs, *low)?.write(line, number, bits, *low, how),
     }
 }
 
@@ -389,10 +410,10 @@ fn first_bits(
 
 /// What the cost model takes too much for a search whose reads are close together, in hundredths of a nanosecond.
 fn near(tables: &Tables, how: &Search, bits: u32, runs: &Runs) -> u32 {
-    let size = |table: usize| tables.all().values().nth(table).map_or(0, |table| table.bytes.len());
+    let size = |table: usize| tables.sizes().values().nth(table).map_or(0, |size| size.bytes);
     let width = DataTable::new(&[runs.last().map_or(0, |&(start, _)| start)]).width;
     let saved = match how {
-        Search::Count | Search::Trie(..) | Search::Cut(_) => 0,
+        Search::Count | Search::Trie(..) | Search::Cut(..) => 0,
         Search::Halve if runs.len() == 1 => 0,
         // The first levels of the tree are read by every packet.
         Search::Halve => {
@@ -587,82 +608,105 @@ fn build(runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
     }
 }
 
-/// Searches the `low` bits of a number and those above apart. `None` if their classes are too many.
-fn cut(
-    line: &mut Line<'_>,
-    number: &dyn Fn(&mut Line<'_>) -> Value,
-    bits: u32,
-    runs: &Runs,
-    low: u32,
-) -> Option<Value> {
-    let wide: Vec<(u128, u64)> = runs.iter().map(|&(start, value)| (start.into(), value)).collect();
-    // What is left to search behind the upper part, once each.
-    let mut rests: Vec<Vec<(u128, u64)>> = Vec::new();
-    let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
-    let mut upper: Vec<(u64, u64)> = Vec::new();
-    for (start, rest) in by_word(&wide, low) {
-        if start >> (bits - low) != 0 {
-            continue;
-        }
-        let label = *known.entry(rest).or_insert_with_key(|rest| {
-            rests.push(rest.clone());
-            rests.len() as u64 - 1
-        });
-        if upper.last().is_none_or(|&(_, last)| last != label) {
-            upper.push((start, label));
-        }
-    }
-    let mut starts: Vec<u128> = rests.iter().flatten().map(|&(start, _)| start).collect();
-    starts.sort_unstable();
-    starts.dedup();
-    if starts.len() * rests.len() > CUT_ELEMENTS_MAX {
-        return None;
-    }
-    // Lower parts that no rest tells apart are one class.
-    let mut columns: FastMap<Vec<u64>, u64> = FastMap::default();
-    let mut lower: Vec<(u64, u64)> = Vec::new();
-    let mut at = vec![0; rests.len()];
-    for start in starts {
-        let column = rests.iter().zip(&mut at).map(|(rest, at)| {
-            while rest.get(*at + 1).is_some_and(|next| next.0 <= start) {
-                *at += 1;
+/// A number cut in two: what its two parts stand for, and what both together do.
+struct Parted {
+    /// Runs of the bits above: where the row of their class begins.
+    upper: Vec<(u64, u64)>,
+    /// Runs of the low bits: where the column of theirs is in a row.
+    lower: Vec<(u64, u64)>,
+    /// The columns, each with its place.
+    columns: FastMap<Vec<u64>, u64>,
+    /// How many rows there are.
+    rows: usize,
+    /// The largest element.
+    largest: u64,
+}
+
+impl Parted {
+    /// Cuts numbers above their `low` bits. `None` if the parts' classes are too many.
+    fn new(bits: u32, runs: &Runs, low: u32) -> Option<Parted> {
+        let wide: Vec<(u128, u64)> = runs.iter().map(|&(start, value)| (start.into(), value)).collect();
+        // What is left to search behind the upper part, once each.
+        let mut rests: Vec<Vec<(u128, u64)>> = Vec::new();
+        let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
+        let mut upper: Vec<(u64, u64)> = Vec::new();
+        for (start, rest) in by_word(&wide, low) {
+            if start >> (bits - low) != 0 {
+                continue;
             }
-            rest[*at].1
-        });
-        let column: Vec<u64> = column.collect();
-        let count = columns.len() as u64;
-        let class = *columns.entry(column).or_insert(count);
-        if lower.last().is_none_or(|&(_, last)| last != class) {
-            lower.push((start as u64, class));
-        }
-    }
-    let width = columns.len();
-    let count = rests.len() * width;
-    let table = line.table_of(count, largest(runs), || {
-        let mut elements = vec![0; count];
-        for (column, &class) in &columns {
-            for (label, &value) in column.iter().enumerate() {
-                elements[label * width + class as usize] = value;
+            let label = *known.entry(rest).or_insert_with_key(|rest| {
+                rests.push(rest.clone());
+                rests.len() as u64 - 1
+            });
+            if upper.last().is_none_or(|&(_, last)| last != label) {
+                upper.push((start, label));
             }
         }
-        elements
-    });
-    let bytes = line.width(table);
-    let scaled = |runs: &Runs, by: u64| -> Vec<(u64, u64)> {
-        runs.iter().map(|&(start, class)| (start, class * by)).collect()
-    };
-    let upper_bits = |line: &mut Line<'_>| {
-        let x = number(line);
-        line.bits(x, low, bits - low, 0, bits)
-    };
-    let lower_bits = |line: &mut Line<'_>| {
-        let x = number(line);
-        line.bits(x, 0, low, 0, bits)
-    };
-    let row = search_by(line, &upper_bits, bits - low, &scaled(&upper, width as u64 * bytes), false);
-    let column = search_by(line, &lower_bits, low, &scaled(&lower, bytes), false);
-    let offset = line.alu(AluKind::Add, row, column);
-    Some(line.read(table, offset))
+        let mut starts: Vec<u128> = rests.iter().flatten().map(|&(start, _)| start).collect();
+        starts.sort_unstable();
+        starts.dedup();
+        if starts.len() * rests.len() > CUT_ELEMENTS_MAX {
+            return None;
+        }
+        // Lower parts that no rest tells apart are one class.
+        let mut columns: FastMap<Vec<u64>, u64> = FastMap::default();
+        let mut lower: Vec<(u64, u64)> = Vec::new();
+        let mut at = vec![0; rests.len()];
+        for start in starts {
+            let column = rests.iter().zip(&mut at).map(|(rest, at)| {
+                while rest.get(*at + 1).is_some_and(|next| next.0 <= start) {
+                    *at += 1;
+                }
+                rest[*at].1
+            });
+            let column: Vec<u64> = column.collect();
+            let count = columns.len() as u64;
+            let class = *columns.entry(column).or_insert(count);
+            if lower.last().is_none_or(|&(_, last)| last != class) {
+                lower.push((start as u64, class));
+            }
+        }
+        let (rows, largest) = (rests.len(), largest(runs));
+        let element = u64::from(DataTable::size(rows * columns.len(), largest).0);
+        let row = columns.len() as u64 * element;
+        upper.iter_mut().for_each(|(_, class)| *class *= row);
+        lower.iter_mut().for_each(|(_, class)| *class *= element);
+        Some(Parted { upper, lower, columns, rows, largest })
+    }
+
+    /// Searches both parts, and reads what they stand for together.
+    fn write(
+        &self,
+        line: &mut Line<'_>,
+        number: &dyn Fn(&mut Line<'_>) -> Value,
+        bits: u32,
+        low: u32,
+        how: &[Search; 2],
+    ) -> Option<Value> {
+        let width = self.columns.len();
+        let count = self.rows * width;
+        let table = line.table_of(count, self.largest, || {
+            let mut elements = vec![0; count];
+            for (column, &class) in &self.columns {
+                for (label, &value) in column.iter().enumerate() {
+                    elements[label * width + class as usize] = value;
+                }
+            }
+            elements
+        });
+        let upper_bits = |line: &mut Line<'_>| {
+            let x = number(line);
+            line.bits(x, low, bits - low, 0, bits)
+        };
+        let lower_bits = |line: &mut Line<'_>| {
+            let x = number(line);
+            line.bits(x, 0, low, 0, bits)
+        };
+        let row = write(line, &upper_bits, bits - low, &self.upper, &how[0])?;
+        let column = write(line, &lower_bits, low, &self.lower, &how[1])?;
+        let offset = line.alu(AluKind::Add, row, column);
+        Some(line.read(table, offset))
+    }
 }
 
 #[cfg(test)]
@@ -723,7 +767,7 @@ mod tests {
                     );
                 }
                 let cuts = CUTS.into_iter().filter(|&cut| cut < bits && bits <= CUT_BITS_MAX);
-                ways.extend(cuts.map(Search::Cut));
+                ways.extend(cuts.map(|cut| Search::Cut(cut, Box::new([Search::Halve, Search::Halve]))));
                 for how in ways {
                     if how == Search::Count && runs.len() > COUNTED_MAX {
                         continue;

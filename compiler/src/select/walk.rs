@@ -15,7 +15,7 @@ impl Selector<'_> {
     /// The stages that `needed` names in the walk table, and where each begins.
     pub(super) fn walk(
         &self,
-        counting: &Counting,
+        counting: &Counting<'_>,
         decision: &Decision,
         needed: &SecondaryMap<Stage, bool>,
     ) -> (WalkTable, SecondaryMap<Stage, Option<WalkRef>>) {

@@ -43,8 +43,8 @@ impl DataTable {
     /// A table of these elements, padded to a power of two with its last element, so that no reader sees a value that
     /// none of the elements has. The width is the least that holds all of them.
     pub fn new(elements: &[u64]) -> DataTable {
-        let DataTable { width, mut bytes } =
-            DataTable::zeros(elements.len(), elements.iter().copied().max().unwrap_or(0));
+        let (width, bytes) = DataTable::size(elements.len(), elements.iter().copied().max().unwrap_or(0));
+        let mut bytes = vec![0; bytes];
         let last = elements.last().copied().unwrap_or(0);
         let elements = elements.iter().copied().chain(std::iter::repeat(last));
         match width {
@@ -56,8 +56,8 @@ impl DataTable {
         DataTable { width, bytes }
     }
 
-    /// A table as large as one of `count` elements, none above `largest`, all of them 0.
-    pub fn zeros(count: usize, largest: u64) -> DataTable {
+    /// Bytes of an element, and of all, in a table of `count` elements of which `largest` is the largest.
+    pub fn size(count: usize, largest: u64) -> (u8, usize) {
         let width = match largest {
             0..=0xff => 1u8,
             0x100..=0xffff => 2,
@@ -65,7 +65,7 @@ impl DataTable {
             _ => 8,
         };
         let count = count.next_power_of_two().max(8 / usize::from(width));
-        DataTable { width, bytes: vec![0; count * usize::from(width)] }
+        (width, count * usize::from(width))
     }
 
     /// The bits of an offset that count: those of a whole element inside the table.
@@ -75,8 +75,12 @@ impl DataTable {
 
     /// What all elements have in common.
     pub fn known(&self) -> Known {
-        let elements = (0..self.bytes.len() as u64).step_by(self.width.into()).map(|at| self.read(at));
-        let (max, bits) = elements.fold((0, 0), |(max, bits), element| (element.max(max), element | bits));
+        let (max, bits) = match self.width {
+            1 => summary(self.bytes.iter().copied()),
+            2 => summary(self.bytes.as_chunks().0.iter().copied().map(u16::from_le_bytes)),
+            4 => summary(self.bytes.as_chunks().0.iter().copied().map(u32::from_le_bytes)),
+            _ => summary(self.bytes.as_chunks().0.iter().copied().map(u64::from_le_bytes)),
+        };
         Known { max, zeros: bits.trailing_zeros().min(63) }
     }
 
@@ -87,6 +91,16 @@ impl DataTable {
         value[..usize::from(self.width)].copy_from_slice(&self.bytes[at..at + usize::from(self.width)]);
         u64::from_le_bytes(value)
     }
+}
+
+/// The largest of some numbers, and the bits that any of them has: many at a time, since they stay as narrow as they are.
+fn summary<T>(elements: impl Iterator<Item = T>) -> (u64, u64)
+where
+    T: Copy + Default + Ord + std::ops::BitOr<Output = T> + Into<u64>,
+{
+    let (max, bits) = elements
+        .fold((T::default(), T::default()), |(max, bits), element| (element.max(max), bits | element));
+    (max.into(), bits.into())
 }
 
 /// Fills a table's bytes with elements.
