@@ -22,7 +22,9 @@ use polc_ir::field::Field;
 use polc_ir::interval::{Interval, IntervalSet};
 use polc_ir::limits::{ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, Verdict};
-use polc_ir::ruleset::deferral::{ClauseAbility, SUPPOSED_STATE, clause_ability, is_handed_over, supposes};
+use polc_ir::ruleset::deferral::{
+    ClauseAbility, SUPPOSED_STATE, clause_ability, drops_undecided, is_handed_over, supposes,
+};
 use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
 
@@ -97,6 +99,16 @@ struct Entry {
     cube: Cube,
     rule: Option<Rule>,
     onward: Onward,
+}
+
+impl Entry {
+    fn drop_undecided(&mut self) {
+        if let Exit::End(ending) | Exit::EndIfAbsent(ending) = &mut self.onward.exit
+            && ending.verdict == Verdict::Defer
+        {
+            ending.verdict = Verdict::Drop;
+        }
+    }
 }
 
 /// What happens next, and what a packet is counted for on the way there.
@@ -184,7 +196,11 @@ impl Flattener<'_> {
                 refused = refused.or(rule);
                 vec![Entry::rest(Onward::end(Verdict::Defer, by))]
             } else {
-                self.build(key)
+                let mut entries = self.build(key);
+                if drops_undecided(self.place, key.fragment) {
+                    entries.iter_mut().for_each(Entry::drop_undecided);
+                }
+                entries
             };
             self.entries += entries.len();
             self.built[id.as_u32() as usize] = (entries, Some((key.chain, key.rule as u32)));

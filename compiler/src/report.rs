@@ -15,7 +15,7 @@ use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Connections, Mode, Place};
 use polc_ir::hook::Hook;
-use polc_ir::ruleset::deferral::rule_deferral;
+use polc_ir::ruleset::deferral::{clause_deferral, drops_undecided, rule_deferral};
 use polc_ir::ruleset::{Action, RuleData, Ruleset};
 use polc_ir::source::Span;
 
@@ -24,6 +24,9 @@ use crate::session::Session;
 
 /// Code of deferred rules, and of rules that replace mode can't do without.
 pub const DEFERRED: Code = Code(301);
+
+/// Code of the warning that fragments are dropped which rules can't decide.
+pub const FRAGMENTS: Code = Code(303);
 
 /// Code of the note that says how many rules a place does not reach.
 pub const ELSEWHERE: Code = Code(302);
@@ -55,6 +58,8 @@ pub enum Status {
 pub struct Report {
     /// Each rule line (counted from 1) and what became of it.
     pub lines: BTreeMap<u32, Status>,
+    /// What becomes of fragments where nobody else decides them.
+    fragments: Option<Diagnostic>,
 }
 
 /// Where the rules are judged.
@@ -94,6 +99,7 @@ impl Report {
         let read = tables().flat_map(|table| table.rules.iter().map(|rule| rule.span)).collect::<Vec<_>>();
         let read = lines_of(&read);
         lines.retain(|line, _| asked.contains(line) && !rejected.contains(line));
+        let fragments = deferrals.fragments(session);
         for line in asked {
             lines.entry(line).or_insert(match () {
                 () if other_family.contains(&line) => Status::OtherFamily,
@@ -101,7 +107,7 @@ impl Report {
                 () => Status::Rejected,
             });
         }
-        Report { lines }
+        Report { lines, fragments }
     }
 
     /// Defers the lines whose rules only these hooks reach: no program is made there, for the reason given.
@@ -197,6 +203,7 @@ impl Report {
                 }
             })
             .collect();
+        findings.extend(self.fragments.clone());
         findings.extend(self.elsewhere());
         findings
     }
@@ -232,6 +239,7 @@ impl Report {
                 let others = *first_lines.get(line)?;
                 Some(if others.is_empty() { finding } else { finding.with_note(same_for(others)) })
             })
+            .chain(self.fragments.clone())
             .chain(self.elsewhere())
             .collect()
     }
@@ -274,22 +282,51 @@ impl Deferrals {
         }
     }
 
-    fn of(&self, ruleset: &Ruleset, rule: Rule) -> Option<Status> {
-        let data = &ruleset.rules[rule];
-        let hooks = match self.reached[data.chain] {
+    /// The places where packets reach a chain.
+    fn places(&self, chain: Chain) -> impl Iterator<Item = &Place> {
+        let hooks = match self.reached[chain] {
             // A chain that nothing reaches decides nothing; it is judged where most is known.
             0 if self.places.len() == 1 => self.places[0].0,
             0 => bit(Hook::Forward),
             hooks => hooks,
         };
-        let mut places = self.places.iter().filter(|(at, _)| hooks & at != 0).peekable();
+        self.places.iter().filter(move |(at, _)| hooks & at != 0).map(|(_, place)| place)
+    }
+
+    fn of(&self, ruleset: &Ruleset, rule: Rule) -> Option<Status> {
+        let data = &ruleset.rules[rule];
+        let mut places = self.places(data.chain).peekable();
         if places.peek().is_none() {
             return Some(Status::Elsewhere);
         }
-        places.find_map(|(_, place)| {
+        places.find_map(|place| {
             let (span, deferral) = rule_deferral(ruleset, place, data)?;
             Some(Status::Deferred { span, reason: deferral.to_string(), hint: deferral.hint() })
         })
+    }
+
+    /// Rules at which fragments are dropped, since only the whole packet would tell.
+    fn fragments(&self, session: &Session) -> Option<Diagnostic> {
+        let ruleset = &session.ruleset;
+        let undecided = |data: &RuleData| {
+            self.places(data.chain).filter(|place| drops_undecided(place, true)).find_map(|place| {
+                let whole = clause_deferral(ruleset, place, data, false);
+                clause_deferral(ruleset, place, data, true).filter(|_| whole.is_none())
+            })
+        };
+        let mut found = ruleset.rules.values().filter_map(undecided);
+        let (span, deferral) = found.next()?;
+        let message = format!("fragments that get as far as this are dropped: {deferral}");
+        let finding = Diagnostic::warning(FRAGMENTS, message, span);
+        let finding = match found.count() {
+            0 => finding,
+            1 => finding.with_note("the same holds for one more rule"),
+            others => finding.with_note(format!("the same holds for {others} more rules")),
+        };
+        Some(
+            finding
+                .with_hint("at netfilter hooks (`--attach netfilter`) a program meets what the rules would"),
+        )
     }
 }
 

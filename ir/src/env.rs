@@ -57,8 +57,9 @@ impl fmt::Display for Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fragments {
-    /// The rules will see the reassembled packet, so what reassembly changes
-    /// ([`crate::field::Field::changes_with_reassembly`]) is unknown for every fragment.
+    /// The rules may see the reassembled packet, so what reassembly changes
+    /// ([`crate::field::Field::changes_with_reassembly`]) is unknown for every fragment. Where they always do, at IPv4's
+    /// INPUT, no packet has an offset.
     Unresolved,
     /// The rules see each fragment as it is (no defragmentation at this hook).
     AsSeen,

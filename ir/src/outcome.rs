@@ -62,8 +62,6 @@ pub enum FrameKind {
     /// It came by, or leaves by, a device that the object was not told about, and the rules tell devices apart.
     /// Deferred in accelerate mode, dropped in replace mode.
     UnknownDevice,
-    /// Fragments whose fate depends on what reassembly brings, in replace mode. Dropped.
-    Fragment,
     /// It has more IPv6 extension headers than [`crate::limits::IPV6_EXT_HEADERS_MAX`], which no packet with a purpose
     /// has. Deferred in accelerate mode, dropped in replace mode.
     ManyHeaders,
@@ -78,7 +76,6 @@ impl fmt::Display for FrameKind {
             FrameKind::Vlan => "VLAN tag",
             FrameKind::Malformed => "malformed network header",
             FrameKind::UnknownDevice => "undeclared device",
-            FrameKind::Fragment => "undecidable fragment",
             FrameKind::ManyHeaders => "too many extension headers",
         })
     }

@@ -94,6 +94,8 @@ pub struct SetData {
     pub elements_max: usize,
     /// Elements leave it by themselves (`timeout`).
     pub expires: bool,
+    /// Rules change its elements (`SET --add-set`, `--del-set`).
+    pub changed: bool,
     /// Its elements change while a program runs.
     pub live: bool,
     /// What is in it.

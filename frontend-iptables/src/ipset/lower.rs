@@ -51,6 +51,7 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
             mark_mask: ast.options.mark_mask.unwrap_or(u32::MAX),
             elements_max: ast.elements_max(),
             expires: ast.options.timeout.is_some(),
+            changed: false,
             live: false,
             contents,
             create: print::create_line(ast),

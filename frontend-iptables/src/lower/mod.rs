@@ -11,6 +11,8 @@ pub(crate) mod network;
 mod targets;
 pub(crate) mod transport;
 
+use std::collections::BTreeSet;
+
 use polc_ir::cube::Test;
 use polc_ir::derived::{BEYOND, DerivedData};
 use polc_ir::entities::{Chain, Rule, Set};
@@ -18,10 +20,10 @@ use polc_ir::field::Field;
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::interval::IntervalSet;
 use polc_ir::ruleset::{
-    BaseChain, ChainData, Clause, ClauseKind, Counters, EffectTestData, EffectTestKind, Opaque, Policy,
-    RuleData, Ruleset, TableData,
+    Action, BaseChain, ChainData, Clause, ClauseKind, Counters, EffectTestData, EffectTestKind, Opaque,
+    Policy, RuleData, Ruleset, TableData,
 };
-use polc_ir::set::{SetContents, SetData};
+use polc_ir::set::{SetContents, SetData, leaves};
 use polc_ir::source::Span;
 
 use crate::ast::{self, Dump, RuleAst, TableAst};
@@ -39,6 +41,20 @@ pub fn lower(dump: &Dump, sets: &[ipset::Sets], semantics: Semantics) -> Ruleset
     }
     for table in &dump.tables {
         lower_table(table, &mut ruleset);
+    }
+    let changed = ruleset.rules.values().filter_map(|rule| match &rule.action {
+        Action::Effect { sets, .. } => Some(sets),
+        _ => None,
+    });
+    let names: BTreeSet<&String> = changed.flatten().collect();
+    let named: Vec<Set> =
+        ruleset.sets.keys().filter(|set| names.contains(&ruleset.sets[*set].name)).collect();
+    for set in named {
+        ruleset.sets[set].changed = true;
+        // What is added to a list is added to a set in it (net/netfilter/ipset/ip_set_list_set.c, `list_set_kadd`).
+        for leaf in leaves(&ruleset.sets, set) {
+            ruleset.sets[leaf].changed = true;
+        }
     }
     ruleset
 }
@@ -214,6 +230,7 @@ impl Body<'_> {
             mark_mask: u32::MAX,
             elements_max: 0,
             expires: false,
+            changed: false,
             live: false,
             contents: SetContents::Unknown,
             create: String::new(),

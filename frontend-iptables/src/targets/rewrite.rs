@@ -348,7 +348,7 @@ const MARK_OPTIONS: &[Opt] = &[
 ];
 
 pub(super) fn change(name: &str, reason: &str, writes: &[Field]) -> Action {
-    Action::Effect { what: kernel(name, reason), writes: writes.to_vec() }
+    Action::Effect { what: kernel(name, reason), writes: writes.to_vec(), sets: Vec::new() }
 }
 
 fn one(options: &mut Options, _: &Context) -> Result<(), String> {

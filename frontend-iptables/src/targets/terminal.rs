@@ -228,7 +228,12 @@ pub(super) const ALL: &[Extension] = &[
         place: Some(mapped_set),
         ..base(
             "SET",
-            Meaning::Target(|_| record("SET", "changes a set")),
+            Meaning::Target(|options| {
+                let given = ["add-set", "del-set"].into_iter().filter_map(|option| options.value(option));
+                let sets = given.filter_map(|(value, _)| Some(value.text()?.split_once(' ')?.0.into()));
+                let sets = sets.collect();
+                Action::Effect { what: kernel("SET", "changes a set"), writes: Vec::new(), sets }
+            }),
             "Adds the packet's addresses to a set, or takes them out.",
         )
     },
@@ -278,7 +283,7 @@ fn mapped_set(options: &Options, site: &Site<'_>) -> Result<(), String> {
 }
 
 pub(super) fn record(name: &str, reason: &str) -> Action {
-    Action::Effect { what: kernel(name, reason), writes: Vec::new() }
+    Action::Effect { what: kernel(name, reason), writes: Vec::new(), sets: Vec::new() }
 }
 
 fn steal(name: &str, reason: &str) -> Action {

@@ -35,12 +35,10 @@ pub fn frame_ending(kind: FrameKind, mode: Mode) -> Ending {
     let verdict = match kind {
         FrameKind::Runt | FrameKind::NotIp | FrameKind::OtherFamily => Verdict::Accept,
         FrameKind::Malformed => Verdict::Drop,
-        FrameKind::Vlan | FrameKind::UnknownDevice | FrameKind::Fragment | FrameKind::ManyHeaders => {
-            match mode {
-                Mode::Accelerate => Verdict::Defer,
-                Mode::Replace => Verdict::Drop,
-            }
-        }
+        FrameKind::Vlan | FrameKind::UnknownDevice | FrameKind::ManyHeaders => match mode {
+            Mode::Accelerate => Verdict::Defer,
+            Mode::Replace => Verdict::Drop,
+        },
     };
     Ending { verdict, by: Decider::Frame(kind) }
 }

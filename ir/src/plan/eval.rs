@@ -2,7 +2,7 @@
 
 use super::{DeviceClasses, Plan, PlanExit, StepData, Target, WalkNode, WalkRef, WordTest, WordWrite};
 use crate::field::{DeviceName, Field};
-use crate::outcome::{Decider, Ending, FrameKind, Outcome, Verdict};
+use crate::outcome::{Ending, FrameKind, Outcome, Verdict};
 use crate::packet::frame_ending;
 use crate::state::State;
 
@@ -229,10 +229,6 @@ impl Plan {
             if trace.ending.is_none() || deferred != trace.ending.and_then(|ending| same(ending.by)) {
                 wrong.push(format!("slot {slot} depends on a connection, and the next does not defer"));
             }
-        }
-        let endings = self.traces.iter().filter_map(|trace| trace.ending);
-        if endings.into_iter().any(|ending| matches!(ending.by, Decider::Frame(FrameKind::Fragment))) {
-            wrong.push("fragments are decided by rules".into());
         }
         wrong
     }

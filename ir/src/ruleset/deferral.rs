@@ -3,13 +3,14 @@
 //! One definition serves the evaluator, the flattener and the report, so that "compiled" means the same everywhere. A
 //! clause that can't be evaluated is *unknown*; an action that can't be taken hands the packet to the kernel.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::cube::Test;
 use crate::derived::DerivedData;
 use crate::env::{Attach, Connections, Fragments, Mode, Place, ct_state};
 use crate::field::Field;
-use crate::hook::Hook;
+use crate::hook::{Family, Hook};
 use crate::ruleset::{Action, Clause, ClauseKind, EffectTestKind, RuleData, Ruleset};
 use crate::set::{DimensionKind, SetContents};
 use crate::source::Span;
@@ -28,6 +29,8 @@ pub enum Deferral {
     },
     /// The contents of a set named here were not given.
     UnknownSet(String),
+    /// Rules change the elements of a set named here.
+    ChangedSet(String),
     /// The elements of a set named here leave it by themselves.
     ExpiringSet(String),
     /// A match or target that nothing here evaluates.
@@ -59,6 +62,9 @@ impl fmt::Display for Deferral {
         match self {
             Deferral::Field { reason, .. } => f.write_str(reason),
             Deferral::UnknownSet(name) => write!(f, "the contents of set `{name}` were not given"),
+            Deferral::ChangedSet(name) => {
+                write!(f, "rules change the elements of set `{name}`, which the kernel's own set has")
+            }
             Deferral::ExpiringSet(name) => {
                 write!(f, "elements of set `{name}` have timeouts, which the kernel's own set keeps")
             }
@@ -84,8 +90,8 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
     let missing = |reason| Some(Deferral::Field { field, reason });
     if fragment && place.fragments == Fragments::Unresolved && field.changes_with_reassembly(ruleset.family) {
         // The reassembled packet is not a fragment any more, which is all that `-f` asks.
-        if field != Field::FragOffset {
-            return missing("a fragment does not tell; the rules see the reassembled packet");
+        if field != Field::FragOffset || !always_reassembles(ruleset.family, place) {
+            return missing("a fragment does not tell; the rules may see the reassembled packet");
         }
     }
     match field {
@@ -125,12 +131,56 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
             DerivedData::Member { set, ends, .. } => set_deferral(ruleset, place, *set, ends, fragment),
             // The rest are computed from the transport header or the IPv6 extension headers.
             _ if fragment && place.fragments == Fragments::Unresolved => {
-                missing("a fragment does not tell; the rules see the reassembled packet")
+                missing("a fragment does not tell; the rules may see the reassembled packet")
+            }
+            DerivedData::U32(program) => {
+                let changed = changed_header_bytes(ruleset, place);
+                if program.reads(ruleset.family, &changed) {
+                    missing("bytes that it reads may change before the rules see them")
+                } else {
+                    None
+                }
             }
             _ => None,
         },
         _ => None,
     }
+}
+
+/// Whether a packet that the rules can't decide here is dropped rather than left to the kernel: in replace mode there
+/// are no other rules, and what else can't be decided is refused before.
+pub fn drops_undecided(place: &Place, fragment: bool) -> bool {
+    fragment && place.mode == Mode::Replace && place.fragments == Fragments::Unresolved
+}
+
+/// Whether the rules of a place see no fragments. IPv4 for this host is reassembled before INPUT
+/// (net/ipv4/ip_input.c, `ip_local_deliver`), and IPv6 behind it; elsewhere it depends on whether connections are tracked.
+fn always_reassembles(family: Family, place: &Place) -> bool {
+    family == Family::V4 && place.path == [Hook::Input]
+}
+
+/// Offsets of bytes of the network header that may have other values when the rules of a place see the packet than where
+/// the program does: forwarding counts the hop (net/ipv4/ip_forward.c), and rules write.
+fn changed_header_bytes(ruleset: &Ruleset, place: &Place) -> Vec<u32> {
+    let writes = ruleset.rules.values().filter_map(|rule| match &rule.action {
+        Action::Write(write) => Some(write.field),
+        _ => None,
+    });
+    let mut fields: BTreeSet<Field> = writes.collect();
+    if place.path.contains(&Hook::Forward) && matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress)) {
+        fields.insert(Field::Ttl);
+    }
+    let bytes = fields.into_iter().map(|field| -> &[u32] {
+        match (ruleset.family, field) {
+            // With the checksum.
+            (Family::V4, Field::Tos) => &[1, 10, 11],
+            (Family::V4, Field::Ttl) => &[8, 10, 11],
+            (Family::V6, Field::Tos) => &[0, 1],
+            (Family::V6, Field::Ttl) => &[7],
+            _ => &[],
+        }
+    });
+    bytes.flatten().copied().collect()
 }
 
 fn set_deferral(
@@ -142,6 +192,9 @@ fn set_deferral(
 ) -> Option<Deferral> {
     use crate::field::End;
     let data = &ruleset.sets[set];
+    if data.changed && place.mode == Mode::Accelerate {
+        return Some(Deferral::ChangedSet(data.name.clone()));
+    }
     match &data.contents {
         SetContents::Unknown if data.create.is_empty() => {
             return Some(Deferral::UnknownSet(data.name.clone()));
@@ -309,11 +362,21 @@ pub fn is_handed_over(place: &Place, action: &Action, hypothetical: bool, doubt:
 
 /// The first thing about a rule that its place does not offer for whole packets, and where the user wrote it.
 pub fn rule_deferral(ruleset: &Ruleset, place: &Place, rule: &RuleData) -> Option<(Span, Deferral)> {
-    let clause = rule.clauses.iter().find_map(|clause| match clause_ability(ruleset, place, clause, false) {
+    clause_deferral(ruleset, place, rule, false)
+        .or_else(|| action_deferral(place, &rule.action).map(|deferral| (rule.action_span, deferral)))
+}
+
+/// The same of its clauses alone, for fragments or for whole packets.
+pub fn clause_deferral(
+    ruleset: &Ruleset,
+    place: &Place,
+    rule: &RuleData,
+    fragment: bool,
+) -> Option<(Span, Deferral)> {
+    rule.clauses.iter().find_map(|clause| match clause_ability(ruleset, place, clause, fragment) {
         ClauseAbility::Known => None,
         ClauseAbility::Unknown(deferral) | ClauseAbility::Observable(deferral) => {
             Some((clause.span, deferral))
         }
-    });
-    clause.or_else(|| action_deferral(place, &rule.action).map(|deferral| (rule.action_span, deferral)))
+    })
 }

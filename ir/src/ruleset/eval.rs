@@ -5,7 +5,9 @@
 //! unknown drops it; what only the kernel can do ends in [`Verdict::Defer`]. Where connections are looked up, rules are
 //! run as for a packet without one, and a drop that relied on it becomes a deferral if there is one.
 
-use super::deferral::{ClauseAbility, SUPPOSED_STATE, clause_ability, is_handed_over, supposes};
+use super::deferral::{
+    ClauseAbility, SUPPOSED_STATE, clause_ability, drops_undecided, is_handed_over, supposes,
+};
 use super::{Action, ClauseKind, Policy, Ruleset};
 use crate::cube::Test;
 use crate::derived::DerivedData;
@@ -97,6 +99,9 @@ impl Ruleset {
         let mut ending = packet.path(state, trace);
         if packet.supposed && ending.verdict == Verdict::Drop && view.get(Field::CtAbsent) == 0 {
             ending.verdict = Verdict::Defer;
+        }
+        if ending.verdict == Verdict::Defer && drops_undecided(place, view.is_fragment()) {
+            ending.verdict = Verdict::Drop;
         }
         let mut counted = std::mem::take(&mut state.counted);
         counted.retain(|count| match *count {

@@ -221,6 +221,8 @@ pub enum Action {
         what: Opaque,
         /// Fields that have another value afterwards.
         writes: Vec<Field>,
+        /// Names of sets that may hold other elements afterwards.
+        sets: Vec<String>,
     },
     /// Something only the kernel does, after which the packet's fate is open (`DNAT`, `NFQUEUE`, `TPROXY`).
     Steal(Opaque),

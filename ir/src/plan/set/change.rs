@@ -186,6 +186,7 @@ mod tests {
             mark_mask: u32::MAX,
             elements_max: 65_536,
             expires: false,
+            changed: false,
             live,
             contents: SetContents::Elements(elements.into()),
             create: String::new(),
