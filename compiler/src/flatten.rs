@@ -25,7 +25,7 @@ use polc_ir::outcome::{Count, Decider, Ending, Verdict};
 use polc_ir::ruleset::deferral::{
     ClauseAbility, SUPPOSED_STATE, clause_ability, drops_undecided, is_handed_over, supposes,
 };
-use polc_ir::ruleset::{Action, ClauseKind, Policy, Ruleset, Write};
+use polc_ir::ruleset::{Action, Behind, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
 
 use crate::members::Members;
@@ -316,8 +316,11 @@ impl Flattener<'_> {
         let next = self.ruleset.next_base(&self.chains, key.base, passed);
         match self.start(next).map(|start| Key { doubt, fragment, supposed, ..start }) {
             None => Onward::end(if key.doubt { Verdict::Defer } else { Verdict::Accept }, by),
-            Some(_) if self.ruleset.translates(chain) => Onward::end(Verdict::Defer, Decider::Policy(chain)),
-            Some(next) => self.go_on(next),
+            Some(next) => match self.ruleset.behind(chain, self.place, fragment) {
+                Behind::Known => self.go_on(next),
+                Behind::IfAbsent => self.go_on(Key { supposed: true, ..next }),
+                Behind::Unknown => Onward::end(Verdict::Defer, Decider::Policy(chain)),
+            },
         }
     }
 

@@ -5,7 +5,7 @@
 
 use polc_ir::cube::Test;
 use polc_ir::entities::{Chain, Rule};
-use polc_ir::env::{Env, Place};
+use polc_ir::env::{Attach, Env, Mode, Place};
 use polc_ir::field::Field;
 use polc_ir::hook::{Family, Hook, TableKind};
 use polc_ir::interval::{Interval, IntervalSet};
@@ -16,10 +16,36 @@ pub const GUARD_NUMBER: u32 = 0;
 
 /// What a rule that was added here does, in a few words.
 pub fn what(rule: &RuleData) -> &'static str {
-    match rule.action {
+    match &rule.action {
         Action::Pass => "not a packet of this hook",
+        Action::Steal(Opaque { name, .. }) if name == REWRITTEN => "rewritten by the kernel's rules before",
         _ => "DHCP, left to packet sockets",
     }
+}
+
+/// Name of what [`leave_rewritten`] adds.
+const REWRITTEN: &str = "rewritten";
+
+/// Leaves every packet to the kernel that its rules let leave, if they rewrite packets: a program at tc's egress sees what
+/// came of it, not what the rules saw.
+pub fn leave_rewritten(ruleset: &mut Ruleset, place: &Place) {
+    if place.attach != Some(Attach::TcEgress) || place.mode != Mode::Accelerate || !ruleset.rewrites() {
+        return;
+    }
+    let Some(chain) = first_filtering(ruleset, place) else { return };
+    let what = Opaque {
+        name: REWRITTEN.into(),
+        reason: "has been through rules that change packets".into(),
+        observable: false,
+    };
+    add(ruleset, chain, Vec::new(), Action::Steal(what));
+}
+
+/// The first base chain of a path that may drop. Chains of nat don't, and a rule there that leaves a packet to the kernel
+/// is taken for a translation.
+fn first_filtering(ruleset: &Ruleset, place: &Place) -> Option<Chain> {
+    let is_nat = |chain: &Chain| ruleset.tables[ruleset.chains[*chain].table].kind == TableKind::Nat;
+    ruleset.path_chains(place).into_iter().find(|chain| !is_nat(chain))
 }
 
 const UDP: u128 = 17;
@@ -30,9 +56,7 @@ const DHCPV6_PORTS: (u128, u128) = (546, 547);
 /// Leaves DHCP to the kernel. Packet sockets, which DHCP clients read, see frames before any rule of the kernel's, so a
 /// rule that drops DHCP harms no client; a program at XDP or tc that does so would.
 pub fn keep_dhcp(ruleset: &mut Ruleset, place: &Place) {
-    // Chains of nat drop nothing, and a rule there that leaves a packet to the kernel is taken for a translation.
-    let is_nat = |chain: &Chain| ruleset.tables[ruleset.chains[*chain].table].kind == TableKind::Nat;
-    let Some(chain) = ruleset.path_chains(place).into_iter().find(|chain| !is_nat(chain)) else { return };
+    let Some(chain) = first_filtering(ruleset, place) else { return };
     let (lo, hi) = match ruleset.family {
         Family::V4 => DHCP_PORTS,
         Family::V6 => DHCPV6_PORTS,

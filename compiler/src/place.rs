@@ -40,6 +40,15 @@ pub fn default_path(attach: Attach) -> Vec<Hook> {
     }
 }
 
+/// The hooks that packets pass until the last one named: those that arrive pass PREROUTING first, which matters where the
+/// rules there, or connections that `nat` translates, change what the others see.
+pub fn whole_way(ruleset: &Ruleset, path: &[Hook], attach: Attach) -> Vec<Hook> {
+    let arrives = matches!(attach, Attach::Xdp | Attach::TcIngress);
+    let is_behind = matches!(path, [Hook::Input | Hook::Forward, ..]);
+    let first = if arrives && is_behind && ruleset.rewrites() { &[Hook::Prerouting][..] } else { &[] };
+    first.iter().chain(path).copied().collect()
+}
+
 /// The hooks that packets pass, in order, from where they arrive or are made.
 const ARRIVING: [&[Hook]; 2] =
     [&[Hook::Prerouting, Hook::Input], &[Hook::Prerouting, Hook::Forward, Hook::Postrouting]];

@@ -1,44 +1,53 @@
 //! What a program sees where it is attached is not always what the rules see: forwarding counts hops, the kernel
 //! reassembles fragments, rules rewrite headers and change sets. Each case was first seen to differ from netfilter.
 
-use polc::place::{devices_of, place};
+use polc::guard::leave_rewritten;
+use polc::place::{devices_of, place, whole_way};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc_backend_ebpf::emit::emit;
 use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
-use polc_ir::env::{Attach, Env, Mode};
+use polc_ir::env::{Attach, Connections, Env, Mode, Place};
 use polc_ir::hook::{Hook, Semantics};
 use polc_ir::outcome::Verdict;
 use polc_ir::packet::text;
+use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_tests::levels::{Levels, target};
 
-use Hook::{Forward, Input, Prerouting};
+use Hook::{Forward, Input, Output, Postrouting, Prerouting};
 use Mode::{Accelerate, Replace};
 use Verdict::{Accept, Defer, Drop};
 
-/// What all levels, and the object, say of packets by a table's rules.
+/// What all levels, and the object, say of packets by a table's rules, at XDP and tc's ingress.
 fn says(table: &str, rules: &str, sets: &str, path: &[Hook], mode: Mode, cases: &[(&str, Verdict)]) {
-    let mut sources = SourceMap::new();
     let dump = format!("*{table}\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n{rules}\nCOMMIT\n");
+    let ruleset = read(&dump, sets);
+    for attach in [Attach::Xdp, Attach::TcIngress] {
+        say(&ruleset, &place(path, attach, mode, false), cases);
+    }
+}
+
+fn read(dump: &str, sets: &str) -> Ruleset {
+    let mut sources = SourceMap::new();
     let file = sources.add("rules", dump);
     let (dump, found) = parse(&sources, file, &ParseOptions::default());
-    assert!(found.is_empty(), "{rules}: {found:?}");
+    assert!(found.is_empty(), "{found:?}");
     let file = sources.add("sets", sets);
-    let ruleset = lower(&dump, &[ipset::parse(&sources, file).0], Semantics::Legacy);
-    let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
-    let env = Env::default();
-    for attach in [Attach::Xdp, Attach::TcIngress] {
-        let place = place(path, attach, mode, false);
-        let compiled = polc::compile(&ruleset, &place, &env, &devices);
-        let object = emit(&compiled.plan, &target(attach)).expect("it is small");
-        let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
-        let mut levels = Levels { ruleset: &ruleset, compiled: &compiled, env: &env, program };
-        for (packet, verdict) in cases {
-            let input = text::parse(packet).expect("a packet").input().expect("a packet");
-            let said = levels.agree(&input).unwrap_or_else(|why| panic!("{rules}: {packet}: {why}"));
-            assert_eq!(said.ending.verdict, *verdict, "{rules} at {attach}: {packet}");
-        }
+    lower(&dump, &[ipset::parse(&sources, file).0], Semantics::Legacy)
+}
+
+fn say(ruleset: &Ruleset, place: &Place, cases: &[(&str, Verdict)]) {
+    let devices = Devices { declared: devices_of(ruleset), ..Devices::default() };
+    let (env, attach) = (Env::default(), place.attach.expect("a program is somewhere"));
+    let compiled = polc::compile(ruleset, place, &env, &devices);
+    let object = emit(&compiled.plan, &target(attach)).expect("it is small");
+    let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
+    let mut levels = Levels { ruleset, compiled: &compiled, env: &env, program };
+    for (packet, verdict) in cases {
+        let input = text::parse(packet).expect("a packet").input().expect("a packet");
+        let said = levels.agree(&input).unwrap_or_else(|why| panic!("{packet}: {why}"));
+        assert_eq!(said.ending.verdict, *verdict, "at {attach}: {packet}\n{ruleset}");
     }
 }
 
@@ -117,4 +126,56 @@ fn sets_that_rules_change_are_the_kernels() {
     let listed = knock.replace("--add-set knock", "--add-set all");
     let sets = "create knock hash:ip\ncreate all list:set\nadd all knock";
     says("filter", &listed, sets, &[Input], Accelerate, &packets);
+}
+
+const ROUTER: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:POSTROUTING ACCEPT [0:0]\n\
+    -A PREROUTING -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.2\n\
+    -A POSTROUTING -o eth0 -j MASQUERADE\nCOMMIT\n\
+    *filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n\
+    -A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n-A FORWARD -d 10.0.0.0/8 -j ACCEPT\n\
+    -A OUTPUT -s 203.0.113.1 -j DROP\nCOMMIT\n";
+/// Either of a new connection, or the answer to one whose source was translated.
+const UDP: &str = "udp 198.51.100.1:53 > 203.0.113.1:40000";
+
+/// An answer is for the router by its address, and for somebody behind it by its connection.
+#[test]
+fn answers_to_translated_connections_are_the_kernels() {
+    let masquerade =
+        ROUTER.replace("-A PREROUTING -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.2\n", "");
+    for dump in [ROUTER, &masquerade] {
+        let ruleset = read(dump, "");
+        for (attach, last) in [(Attach::Xdp, Input), (Attach::TcIngress, Forward)] {
+            let way = whole_way(&ruleset, &[last], attach);
+            assert_eq!(way, [Prerouting, last]);
+            say(&ruleset, &place(&way, attach, Accelerate, false), &[(UDP, Defer)]);
+        }
+    }
+}
+
+/// What has no connection, and no rule translates, has the addresses that the rules see.
+#[test]
+fn packets_without_connection_are_not_translated() {
+    let ruleset = read(ROUTER, "");
+    let place = place(&[Prerouting, Input], Attach::Xdp, Accelerate, false);
+    let looked_up =
+        |expectations| Place { connections: Connections::LookedUp { expectations }, ..place.clone() };
+    let established = format!("{UDP} ct=established");
+    let fragment = "udp 198.51.100.1 > 203.0.113.1 frag=100 len=60";
+    let web = "tcp 198.51.100.1:4000 > 203.0.113.1:80";
+    let ssh = "tcp 198.51.100.1:4000 > 203.0.113.1:22";
+    let cases = [(UDP, Drop), (&established, Defer), (fragment, Defer), (web, Defer), (ssh, Accept)];
+    say(&ruleset, &looked_up(false), &cases);
+    // The kernel may translate what another connection announced.
+    say(&ruleset, &looked_up(true), &[(UDP, Defer), (ssh, Defer)]);
+}
+
+/// A program at tc's egress sees the router's address, which no rule saw.
+#[test]
+fn what_leaves_was_decided_before_it_was_rewritten() {
+    for path in [&[Output, Postrouting][..], &[Forward]] {
+        let mut ruleset = read(ROUTER, "");
+        let place = place(path, Attach::TcEgress, Accelerate, false);
+        leave_rewritten(&mut ruleset, &place);
+        say(&ruleset, &place, &[("udp 203.0.113.1:53 > 198.51.100.1:40000", Defer)]);
+    }
 }

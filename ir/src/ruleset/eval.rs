@@ -12,7 +12,7 @@ use super::{Action, ClauseKind, Policy, Ruleset};
 use crate::cube::Test;
 use crate::derived::DerivedData;
 use crate::entities::{Chain, Rule};
-use crate::env::{Connections, Env, Fragments, Input, Mode, Place};
+use crate::env::{Attach, Connections, Env, Fragments, Input, Mode, Place};
 use crate::field::Field;
 use crate::hook::{Hook, TableKind};
 use crate::outcome::{Count, Decider, Ending, Outcome, Verdict};
@@ -43,6 +43,17 @@ pub enum Event {
     Possible(Rule),
     /// A base chain's policy is taken.
     Policy(Chain),
+}
+
+/// What is known of a packet's addresses behind a base chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// All.
+    Known,
+    /// All if it has no connection.
+    IfAbsent,
+    /// Nothing.
+    Unknown,
 }
 
 /// Where evaluation comes back to after a chain.
@@ -111,14 +122,20 @@ impl Ruleset {
         Outcome { ending, mark: packet.get(Field::Mark) as u32, counted }
     }
 
-    /// The base chains that a path runs: those that hold a rule or do not accept by policy. In replace mode there is
-    /// nobody else to count for the others' policies; `nat` counts connections, not packets.
+    /// The base chains that a path runs: those that hold a rule, do not accept by policy, or translate replies before
+    /// the program's packets come to the next. In replace mode there is nobody else to count for the others' policies;
+    /// `nat` counts connections, not packets.
     pub fn path_chains(&self, place: &Place) -> Vec<Chain> {
         let chains = place.path.iter().flat_map(|&hook| self.base_chains(hook));
         let counts = |chain: Chain| {
             place.mode == Mode::Replace && self.tables[self.chains[chain].table].kind != TableKind::Nat
         };
-        chains.filter(|&chain| self.bears(chain) || counts(chain)).collect()
+        let arrives = matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress));
+        let rewrites = |chain: Chain| {
+            let hook = self.chains[chain].base.map(|base| base.hook);
+            arrives && hook == Some(Hook::Prerouting) && self.translates(chain)
+        };
+        chains.filter(|&chain| self.bears(chain) || counts(chain) || rewrites(chain)).collect()
     }
 
     /// Which of a path's base chains a packet comes to that the one at `index` let on, or is not seen by (`passed`); their
@@ -147,8 +164,29 @@ impl Ruleset {
         !data.rules.is_empty() || data.base.is_some_and(|base| base.policy == Policy::Drop)
     }
 
-    /// Whether a base chain rewrites addresses by what connections remember, so that nothing after it knows them: it
-    /// is one of `nat`, and some rule of that table translates.
+    /// What is known of a packet's addresses behind a base chain that let it on. Those of a connection that `nat`
+    /// translates are rewritten there (net/netfilter/nf_nat_core.c, `nf_nat_inet_fn`), whether or not the chain has rules;
+    /// those of a packet that has no connection, and that no rule translates, are not.
+    pub fn behind(&self, chain: Chain, place: &Place, fragment: bool) -> Behind {
+        match place.connections {
+            _ if !self.translates(chain) => Behind::Known,
+            Connections::LookedUp { expectations: false } if !fragment => Behind::IfAbsent,
+            _ => Behind::Unknown,
+        }
+    }
+
+    /// Whether rules change what later rules see of a packet: a field, or by `nat` its addresses.
+    pub fn rewrites(&self) -> bool {
+        self.rules.values().any(|rule| match &rule.action {
+            Action::Write(_) => true,
+            Action::Effect { writes, .. } => !writes.is_empty(),
+            Action::Steal(_) => self.tables[self.chains[rule.chain].table].kind == TableKind::Nat,
+            _ => false,
+        })
+    }
+
+    /// Whether a base chain rewrites addresses by what connections remember: it is one of `nat`, and some rule of that
+    /// table translates.
     pub fn translates(&self, chain: Chain) -> bool {
         let table = self.chains[chain].table;
         self.tables[table].kind == TableKind::Nat
@@ -207,8 +245,14 @@ impl Packet<'_, '_> {
             let passed =
                 matches!(ending.by, Decider::Rule(rule) if self.ruleset.rules[rule].action == Action::Pass);
             index = self.ruleset.next_base(&chains, index, passed);
-            if index < chains.len() && self.ruleset.translates(chain) {
-                return Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) };
+            if index < chains.len() {
+                match self.ruleset.behind(chain, self.place, self.view.is_fragment()) {
+                    Behind::Known => {}
+                    Behind::IfAbsent => self.supposed = true,
+                    Behind::Unknown => {
+                        return Ending { verdict: Verdict::Defer, by: Decider::Policy(chain) };
+                    }
+                }
             }
         }
         if self.doubt && ending.by != Decider::Nothing {

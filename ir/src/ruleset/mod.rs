@@ -9,7 +9,7 @@ pub mod deferral;
 mod eval;
 mod print;
 
-pub use eval::{Event, Truth};
+pub use eval::{Behind, Event, Truth};
 
 use cranelift_entity::PrimaryMap;
 use serde::{Deserialize, Serialize};

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use polc::build::{Extras, object_with};
-use polc::place::{default_path, first_priority, place as place_of, refusal};
+use polc::place::{default_path, first_priority, place as place_of, refusal, whole_way};
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
@@ -227,8 +227,10 @@ impl Job<'_> {
             _ => Connections::Unknown,
         };
         let counters = self.place.map_or(Counting::Exact, |place| place.counters.into());
-        let place = Place { connections, counters, ..place_of(path, attach, self.mode, true) };
+        let way = whole_way(&session.ruleset, path, attach);
+        let place = Place { connections, counters, ..place_of(&way, attach, self.mode, true) };
         let Some(mut report) = accept(session, &place, output) else { return Ok(None) };
+        guard::leave_rewritten(&mut session.ruleset, &place);
         // At a netfilter hook packet sockets have seen the packet already, and the kernel has routed it.
         if attach != Attach::Netfilter {
             if accelerates && self.options.keep == KeepChoice::Dhcp {

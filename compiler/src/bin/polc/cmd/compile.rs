@@ -3,6 +3,8 @@
 use std::process::ExitCode;
 
 use polc::build::{Extras, object_with};
+use polc::guard;
+use polc::place::whole_way;
 use polc::report::{Report, Scope};
 use polc::select::{longest_tenths_ns, stage_costs};
 use polc::session::Session;
@@ -25,10 +27,12 @@ use crate::output::Output;
 use crate::write;
 
 pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let session = input::session(&args.file, &args.input)?;
-    let place = place::of(args.attach.into(), &args.place, &args.input)?;
+    let mut session = input::session(&args.file, &args.input)?;
+    let named = place::of(args.attach.into(), &args.place, &args.input)?;
+    let place = Place { path: whole_way(&session.ruleset, &named.path, args.attach.into()), ..named.clone() };
     let devices = place::declared(&args.devices)?;
     let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
+    guard::leave_rewritten(&mut session.ruleset, &place);
     let env = input::env(&args.input, session.family());
     let compiled = polc::compile(&session.ruleset, &place, &env, &devices);
     if refuse(&session, &compiled.diagnostics, place.mode, output) {
@@ -67,6 +71,11 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
         write_object(path, &object, output)?;
     }
     output.remark(&format!("{} at {}\n", account::text(&report), place::describe(&place)));
+    if place.path != named.path {
+        output.remark(
+            "packets pass PREROUTING first, and the rules rewrite some: its chains are compiled, too\n",
+        );
+    }
     remarks(&session, &place, devices.declared.is_empty(), output);
     for (program, budget) in object.programs.iter().zip(&budgets) {
         output.remark(&format!("program `{}`: {}\n", program.name, budget_text(budget)));

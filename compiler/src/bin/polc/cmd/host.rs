@@ -15,7 +15,7 @@ use polc_frontend_iptables::ipset::{self, Sets};
 use polc_frontend_iptables::{ParseOptions, parse, print};
 use polc_ir::env::{Attach, Connections};
 use polc_ir::field::Field;
-use polc_ir::hook::{Family, Semantics};
+use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::ruleset::ClauseKind;
 use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
@@ -102,6 +102,8 @@ pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surr
         ClauseKind::Any(tests) => tests.iter().any(|test| test.field == Field::CtState),
         _ => false,
     });
+    // So does whether replies are translated.
+    let asks = asks || ruleset.base_chains(Hook::Prerouting).any(|chain| ruleset.translates(chain));
     let function = match attach {
         Attach::Xdp => KernelFunction::XdpCtLookup,
         Attach::TcIngress => KernelFunction::SkbCtLookup,
