@@ -88,6 +88,9 @@ pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Du
     parser.finish()
 }
 
+/// What iptables-nft-save called itself at first (iptables/xtables-save.c of iptables 1.8.2).
+const XTABLES: &str = "xtables-save";
+
 /// The line in which the save tool names itself.
 fn header(text: &str) -> Option<&str> {
     let text = text.trim_start_matches(lexer::BYTE_ORDER_MARK);
@@ -97,6 +100,8 @@ fn header(text: &str) -> Option<&str> {
 fn guess_family(name: &str, text: &str) -> Family {
     match header(text) {
         Some(header) if header.contains("ip6tables") => return Family::V6,
+        // Up to 1.8.2, iptables-nft-save and ip6tables-nft-save gave one name.
+        Some(header) if header.contains(XTABLES) => {}
         Some(_) => return Family::V4,
         None => {}
     }
@@ -127,7 +132,7 @@ fn guess_family(name: &str, text: &str) -> Family {
 
 fn generator(text: &str) -> Generator {
     let Some(header) = header(text) else { return Generator::Unknown };
-    if header.contains("nf_tables") {
+    if header.contains("nf_tables") || header.contains(XTABLES) {
         Generator::Nft
     } else if header.contains("tables-save") || header.contains("iptables") {
         Generator::Legacy

@@ -9,6 +9,7 @@ use polc_ir::env::{Attach, Connections, Counting, Mode};
 use polc_ir::hook::{Family, Hook, Semantics};
 
 use crate::failure::Failure;
+use crate::local::LocalAddress;
 
 #[cfg(feature = "kernel")]
 mod applied;
@@ -137,9 +138,10 @@ pub(crate) struct InputArgs {
     /// Whose corner cases hold where iptables-legacy and iptables-nft differ [default: by the save tool's header, else legacy]
     #[arg(long, value_enum, value_name = "WHOSE", help_heading = "Reading")]
     pub semantics: Option<SemanticsChoice>,
-    /// An address of the host; repeat for each. Rules that ask whether an address is local need all of them
-    #[arg(long, value_name = "ADDR", help_heading = "Reading")]
-    pub local: Vec<std::net::IpAddr>,
+    /// An address of the host; repeat for each. Rules that ask whether an address is local need all of them, and those
+    /// that ask for broadcast addresses the lengths of their prefixes, too
+    #[arg(long, value_name = "ADDR[/LEN]", help_heading = "Reading")]
+    pub local: Vec<LocalAddress>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

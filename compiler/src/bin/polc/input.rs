@@ -8,13 +8,13 @@ use polc::session::{ReadOptions, Session};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::env::Env;
 use polc_ir::hook::Family;
-use polc_ir::interval::Interval;
 use polc_ir::limits::FILE_BYTES_MAX;
 use polc_ir::source::bytes::{kept, to_text};
 use polc_ir::source::{SourceMap, Span};
 
 use crate::cli::InputArgs;
 use crate::failure::Failure;
+use crate::local;
 
 /// Code of text that is not UTF-8.
 const NOT_UTF8: Code = Code(150);
@@ -81,7 +81,9 @@ pub(crate) fn session(path: &Path, args: &InputArgs) -> Result<Session, Failure>
         family: args.family.family(),
         semantics: args.semantics.map(Into::into),
     };
-    read(path, &args.ipset, &options)
+    let mut session = read(path, &args.ipset, &options)?;
+    session.diagnostics.extend(local::finding(&session, &args.local));
+    Ok(session)
 }
 
 /// Reads a rule set and its sets.
@@ -104,23 +106,5 @@ pub(crate) fn read(path: &Path, ipset: &[PathBuf], options: &ReadOptions) -> Res
 
 /// The host as the command line describes it.
 pub(crate) fn env(args: &InputArgs, family: Family) -> Env {
-    let addresses = args.local.iter().filter_map(|address| match (address, family) {
-        (std::net::IpAddr::V4(address), Family::V4) => Some(u128::from(address.to_bits())),
-        (std::net::IpAddr::V6(address), Family::V6) => Some(address.to_bits()),
-        _ => None,
-    });
-    let mut local: Vec<Interval> = addresses.map(Interval::point).collect();
-    local.sort_unstable();
-    local.dedup();
-    let known = !args.local.is_empty();
-    if known {
-        // The loopback network is local on every host (net/ipv4/fib_frontend.c, `fib_add_ifaddr`).
-        local.extend(match family {
-            Family::V4 => Interval::new(0x7f00_0000, 0x7fff_ffff),
-            Family::V6 => Interval::new(1, 1),
-        });
-        local.sort_unstable();
-        local.dedup();
-    }
-    Env { devices: Vec::new(), local: known.then_some(local), broadcast: Vec::new() }
+    local::env(&args.local, family)
 }

@@ -8,6 +8,7 @@ mod cli;
 mod cmd;
 mod failure;
 mod input;
+mod local;
 mod output;
 mod packets;
 mod render;

@@ -103,7 +103,8 @@ pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surr
         _ => false,
     });
     // So does whether replies are translated.
-    let asks = asks || ruleset.base_chains(Hook::Prerouting).any(|chain| ruleset.translates(chain));
+    let asks =
+        asks || ruleset.base_chains(Hook::Prerouting).into_iter().any(|chain| ruleset.translates(chain));
     let function = match attach {
         Attach::Xdp => KernelFunction::XdpCtLookup,
         Attach::TcIngress => KernelFunction::SkbCtLookup,
