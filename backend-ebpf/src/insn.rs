@@ -390,6 +390,10 @@ macro_rules! helpers {
 }
 
 helpers! {
+    /// `(to, bytes, kernel address) -> 0 or -errno`.
+    PROBE_READ_KERNEL = 113, "probe_read_kernel";
+    /// `(seq_file, from, bytes) -> 0 or -errno`.
+    SEQ_WRITE = 127, "seq_write";
     /// `(map, key) -> value or null`.
     MAP_LOOKUP_ELEM = 1, "map_lookup_elem";
     /// `(map, key, value, flags) -> 0 or -errno`.

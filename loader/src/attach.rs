@@ -51,9 +51,13 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             }
             None => Ok(None),
         },
-        Via::Dispatch { priority, defrag } => match (open_link(sys, slot)?, place(sys, slot)?) {
-            (Some(_), Some(place)) if dispatch::is_linked(sys, slot, priority, defrag)? => {
-                dispatch::current(sys, &place).map_err(ask())
+        Via::Dispatch { .. } => match (open_link(sys, slot)?, place(sys, slot)?) {
+            (Some(link), Some(place)) => {
+                let link = sys.link_info(&link).map_err(ask())?.id;
+                match dispatch::is_linked(sys, slot, link)? {
+                    true => dispatch::current(sys, &place).map_err(ask()),
+                    false => Ok(None),
+                }
             }
             _ => Ok(None),
         },

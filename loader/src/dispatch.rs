@@ -10,19 +10,22 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 
 use polc_backend_ebpf::abi::netfilter;
 use polc_backend_ebpf::asm::Asm;
-use polc_backend_ebpf::insn::{Helper, Reg};
+use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size};
 use polc_backend_ebpf::object::MapType;
 use polc_ir::env::Mode;
 use polc_ir::hook::{Family, Hook};
 
 use crate::coexist;
 use crate::error::Error;
+use crate::kernel_types::{KernelTypes, KernelTypesError};
 use crate::state::Via;
 use crate::store::Slot;
 use crate::sys::{LinkSpec, Map, MapSpec, ProgramSpec, ProgramType, Sys};
 
 /// `BPF_NETFILTER` of `enum bpf_attach_type`.
 const ATTACH_NETFILTER: u32 = 45;
+/// `BPF_LINK_TYPE_NETFILTER` of `enum bpf_link_type`.
+const LINK_TYPE_NETFILTER: i32 = 10;
 /// Name of the map and of the program.
 const NAME: &str = "polc_dispatch";
 /// The place in the map.
@@ -32,7 +35,7 @@ const NFPROTO_IPV4: u32 = 2;
 const NFPROTO_IPV6: u32 = 10;
 
 /// Priorities tried before giving up.
-const PRIORITIES_TRIED: i32 = 32;
+pub const PRIORITIES_TRIED: i32 = 32;
 
 /// Where among a hook's functions a program goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,16 +128,54 @@ fn load_trier(sys: &Sys) -> io::Result<OwnedFd> {
     load_code(sys, asm, &[])
 }
 
-/// Whether there is a function at a slot's priority. A link does not tell whether it was detached
-/// (net/netfilter/nf_bpf_link.c, `bpf_nf_link_detach`), but nothing else gets its priority while it is attached.
-pub fn is_linked(sys: &Sys, slot: &Slot, priority: i32, defrag: bool) -> Result<bool, Error> {
-    let fail = || Error::call(format!("ask what is attached {}", slot.name));
-    let program = load_trier(sys).map_err(fail())?;
-    match sys.link_create(&program, &link_spec(slot, priority, defrag)?) {
-        Ok(_) => Ok(false),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
-        Err(error) => Err(fail()(error)),
-    }
+/// Whether a link's program is still on its hook. The kernel tells neither of a link that was detached nor whose function
+/// is at a priority, which another may have got since: a program that goes over all links reads it from the link itself
+/// (net/netfilter/nf_bpf_link.c, `struct bpf_nf_link`).
+pub fn is_linked(sys: &Sys, slot: &Slot, link: u32) -> Result<bool, Error> {
+    let types = KernelTypes::read().map_err(Error::KernelTypes)?;
+    let over = types.function("bpf_iter_bpf_link").map_err(Error::KernelTypes)?;
+    let code = detached_links(types).map_err(Error::KernelTypes)?;
+    let fail = Error::call(format!("ask whether the program {} is still attached", slot.name));
+    let found = sys.iterate(NAME, &code, over).map_err(fail)?;
+    Ok(found.as_chunks().0.iter().all(|id| u32::from_ne_bytes(*id) != link))
+}
+
+/// A program that writes down the numbers of all netfilter links that were detached.
+fn detached_links(types: &KernelTypes) -> Result<Vec<u64>, KernelTypesError> {
+    const META: i16 = 0;
+    const LINK: i16 = 8;
+    const ID: i16 = -8;
+    const DEAD: i16 = -4;
+    let [kind, number] = [types.field_offset("bpf_link", "type")?, types.field_offset("bpf_link", "id")?];
+    let (dead, seq) =
+        (types.field_offset("bpf_nf_link", "dead")?, types.field_offset("bpf_iter_meta", "seq")?);
+    let mut a = Asm::new();
+    let done = a.label();
+    // `struct bpf_iter__bpf_link`: what goes over them, and one of them, or null at the end.
+    a.load(Size::Dw, Reg::R6, Reg::R1, LINK);
+    a.load(Size::Dw, Reg::R7, Reg::R1, META);
+    a.jump64(Cond::Eq, Reg::R6, 0, done);
+    a.load(Size::W, Reg::R2, Reg::R6, kind);
+    a.jump32(Cond::Ne, Reg::R2, LINK_TYPE_NETFILTER, done);
+    a.load(Size::W, Reg::R2, Reg::R6, number);
+    a.store(Size::W, Reg::FP, ID, Reg::R2);
+    a.mov64(Reg::R1, Reg::FP);
+    a.alu64(AluOp::Add, Reg::R1, i32::from(DEAD));
+    a.mov64(Reg::R2, 4);
+    a.mov64(Reg::R3, Reg::R6);
+    a.alu64(AluOp::Add, Reg::R3, i32::from(dead));
+    a.call(Helper::PROBE_READ_KERNEL);
+    a.load(Size::W, Reg::R2, Reg::FP, DEAD);
+    a.jump32(Cond::Eq, Reg::R2, 0, done);
+    a.load(Size::Dw, Reg::R1, Reg::R7, seq);
+    a.mov64(Reg::R2, Reg::FP);
+    a.alu64(AluOp::Add, Reg::R2, i32::from(ID));
+    a.mov64(Reg::R3, 4);
+    a.call(Helper::SEQ_WRITE);
+    a.bind(done);
+    a.mov32(Reg::R0, 0);
+    a.exit();
+    Ok(a.finish().expect("a fixed program assembles").slots)
 }
 
 /// The priority that a first program gets: the user's, or the highest free one.

@@ -17,6 +17,7 @@ use polc_ir::limits::BPF_NAME_BYTES_MAX;
 use super::{Sys, checked, without_signals};
 
 mod dump;
+mod iter;
 mod test_run;
 
 pub use dump::{LineInfo, ProgramCode};
