@@ -4,13 +4,16 @@
 //! else goes. What is kept about the slot may be damaged or lost: then the note beside the pins tells, or the pins do.
 
 use std::borrow::Cow;
+use std::os::fd::AsFd as _;
 
 use polc_backend_ebpf::manifest::Manifest;
 
-use crate::attach;
+use crate::attach::{self, How};
 use crate::carry;
+use crate::coexist::Order;
 use crate::error::Error;
-use crate::state::{Confirm, Generation, LOST, STATE_VERSION, SlotName, SlotState, Via};
+use crate::net;
+use crate::state::{Confirm, Generation, Intent, LOST, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Slot, Store};
 use crate::sys::{LinkKind, Sys};
 
@@ -53,6 +56,9 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
         }
     };
     let mut current = attached(sys, slot, &state)?;
+    if is_left(sys, slot, &state, current)? {
+        current = Some(make(sys, slot, &state)?);
+    }
     let mut unconfirmed = None;
     if let Some(now) = current {
         match keep_or_go_back(sys, slot, &mut state, now)? {
@@ -78,6 +84,73 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
         prune(sys, slot, &mut state, current)?;
     }
     Ok(Some(Repaired { state, current, unconfirmed }))
+}
+
+/// Whether a change was not made though one that goes with it was: who was to make both was killed in between. Of one
+/// whose time for a confirmation is over, the other goes back.
+fn is_left(sys: &Sys, slot: &Slot, state: &SlotState, current: Option<u32>) -> Result<bool, Error> {
+    let Some(Intent { from, to: Some(_), confirm, with }) = &state.intent else { return Ok(false) };
+    if with.is_empty() || current != *from {
+        return Ok(false);
+    }
+    if let Some(confirm) = confirm
+        && sys.uptime_ms().map_err(Error::call("read the clock"))? >= confirm.deadline_ms
+    {
+        return Ok(false);
+    }
+    for (name, generation) in with {
+        let other = slot.other(name);
+        // What can't be read, or is another's by now, was made by nobody.
+        let state = match other.read(sys) {
+            Ok(Some(state)) => Some(state),
+            _ => other.noted(sys)?,
+        };
+        if let Some(state) = state
+            && let Ok(Some(now)) = attached(sys, &other, &state)
+            && now >= *generation
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the change that a state says is about to be made; the generation attached then.
+fn make(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<u32, Error> {
+    let intent = state.intent.as_ref().and_then(|intent| Some((intent.from, intent.to?)));
+    let (from, to) = intent.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
+    match from {
+        Some(from) => attach::swap(sys, slot, state, to, from)?,
+        None => {
+            let program = attach::program(sys, slot, to)?;
+            let device = match &slot.name.device {
+                Some(name) => net::find(&net::devices(sys)?, name)?.clone(),
+                None => net::Device::default(),
+            };
+            let how = How { device: &device, generic: device.xdp_is_generic, order: Order::Last };
+            attach::first(sys, slot, state, to, program.as_fd(), how)?;
+        }
+    }
+    Ok(to)
+}
+
+/// Makes a change of a slot's that was left when one that goes with it had been made. Whether there was one.
+///
+/// # Errors
+/// [`Error::Locked`] if a polc is at it, or what kept it from being made.
+pub fn make_left(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
+    let slot = store.slot(name);
+    let Some(state) = slot.read(sys)? else { return Ok(false) };
+    if state.intent.as_ref().is_none_or(|intent| intent.with.is_empty()) {
+        return Ok(false);
+    }
+    let _lock = slot.lock(sys, false)?;
+    let current = attached(sys, &slot, &state)?;
+    if !is_left(sys, &slot, &state, current)? {
+        return Ok(false);
+    }
+    repair(sys, &slot)?;
+    Ok(true)
 }
 
 /// What became of a change that has to be confirmed.

@@ -220,6 +220,13 @@ impl Slot {
         Ok(Lock { _directory: directory })
     }
 
+    /// Another slot of the same store.
+    pub(crate) fn other(&self, name: &SlotName) -> Slot {
+        let directory = name.directory();
+        let (pins, state) = (self.pins.with_file_name(&directory), self.state.with_file_name(&directory));
+        Slot { name: name.clone(), pins, state }
+    }
+
     /// The directory of the slot's pins.
     pub fn pins(&self) -> &Path {
         &self.pins
@@ -417,7 +424,7 @@ mod tests {
             ifindex: 2,
             via: Via::Clsact { priority: 1 },
             generations: BTreeMap::from([(1, generation)]),
-            intent: Some(Intent { from: None, to: Some(1), confirm: None }),
+            intent: Some(Intent { from: None, to: Some(1), confirm: None, with: Vec::new() }),
         }
     }
 

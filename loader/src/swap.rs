@@ -4,7 +4,8 @@
 //! what is about to happen; swap; tidy. Only the swap changes what packets meet, and it is one call of the kernel's. Up
 //! to it a crash leaves the old policy, after it the new one, and what else is left over is for [`repair`], which every
 //! change begins with: it asks the kernel which generation is attached and removes the others. Changes of several slots
-//! take each step for all of them before the next, and if a swap fails, those made before it are taken back.
+//! take each step for all of them before the next, and if a swap fails, those made before it are taken back. Each says
+//! which others go with it, so that after a crash between two swaps the next polc makes those that are left.
 //!
 //! Counters are not copied between maps, which would race with the programs: a new generation remembers what its
 //! predecessors counted for the same rules ([`crate::carry`]).
@@ -23,7 +24,7 @@ use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
-use crate::repair::{Repaired, attached, go_back, prune, recall, repair, settle};
+use crate::repair::{Repaired, attached, go_back, make_left, prune, recall, repair, settle};
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
 use crate::sys::{Sys, TestRun};
@@ -133,6 +134,10 @@ pub fn apply_all(
 ) -> Result<Vec<Applied>, Error> {
     may_change(sys)?;
     store.prepare(sys)?;
+    for name in store.names(sys)?.iter().filter(|name| requests.iter().all(|request| request.slot != *name)) {
+        // A slot that can't be made whole is for whoever changes it to hear of.
+        let _ = make_left(sys, store, name);
+    }
     let mut changes = Changes { locked: Vec::new(), installed: Vec::new(), made: 0 };
     match changes.make(sys, store, requests, watch) {
         Ok(()) => Ok(changes.end(sys, requests)),
@@ -182,8 +187,16 @@ impl Changes {
             let lock = slot.lock(sys, false)?;
             self.locked.push((slot, lock));
         }
+        let mut begun = Vec::new();
         for (request, (slot, _)) in requests.iter().zip(&self.locked) {
-            self.installed.push(Change::install(sys, store, slot, request, watch)?);
+            begun.push(Change::begin(sys, store, slot, request)?);
+        }
+        let all: Vec<(SlotName, u32)> =
+            begun.iter().map(|change| (change.slot.name.clone(), change.to)).collect();
+        for (request, mut change) in requests.iter().zip(begun) {
+            let with = all.iter().filter(|(name, _)| *name != change.slot.name).cloned().collect();
+            change.install(sys, request, with, watch)?;
+            self.installed.push(change);
         }
         for (request, change) in requests.iter().zip(&mut self.installed) {
             change.swap(sys, request)?;
@@ -236,16 +249,10 @@ impl Changes {
 }
 
 impl Change {
-    /// Makes everything ready, and writes down what is about to happen.
-    fn install(
-        sys: &Sys,
-        store: &Store,
-        slot: &Slot,
-        request: &Request<'_>,
-        watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
-    ) -> Result<Change, Error> {
+    /// Repairs the slot, and finds out what is to change.
+    fn begin(sys: &Sys, store: &Store, slot: &Slot, request: &Request<'_>) -> Result<Change, Error> {
         let device = device(sys, request)?;
-        let (mut state, from) = match repair(sys, slot)? {
+        let (state, from) = match repair(sys, slot)? {
             Some(Repaired { state, unconfirmed: Some(_), .. }) => {
                 return Err(Error::Unconfirmed(state.slot.to_string()));
             }
@@ -264,16 +271,22 @@ impl Change {
         };
         let present = slot.generations_present(sys)?;
         let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
-        let load_time = install(sys, slot, &mut state, from, to, request, watch)?;
-        Ok(Change {
-            slot: slot.clone(),
-            state,
-            from,
-            to,
-            device,
-            load_time,
-            attached: (Instant::now(), Duration::ZERO),
-        })
+        let attached = (Instant::now(), Duration::ZERO);
+        Ok(Change { slot: slot.clone(), state, from, to, device, load_time: Duration::ZERO, attached })
+    }
+
+    /// Makes everything ready, and writes down what is about to happen, and in which other slots.
+    fn install(
+        &mut self,
+        sys: &Sys,
+        request: &Request<'_>,
+        with: Vec<(SlotName, u32)>,
+        watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Change { slot, state, from, to, load_time, .. } = self;
+        let going = Going { from: *from, to: *to, with };
+        *load_time = install(sys, slot, state, going, request, watch)?;
+        Ok(())
     }
 
     /// Changes what packets meet.
@@ -357,17 +370,24 @@ fn fresh(
     })
 }
 
+/// From which generation to which, and what else changes together with it.
+struct Going {
+    from: Option<u32>,
+    to: u32,
+    with: Vec<(SlotName, u32)>,
+}
+
 /// Loads, tests and pins generation `to`, writes its files, and writes down what is about to happen. How long the kernel
 /// took to load it.
 fn install(
     sys: &Sys,
     slot: &Slot,
     state: &mut SlotState,
-    from: Option<u32>,
-    to: u32,
+    going: Going,
     request: &Request<'_>,
     watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
 ) -> Result<Duration, Error> {
+    let Going { from, to, with } = going;
     // The kernel's verifier takes as long as writing the object down.
     let (loaded, object) = both(|| load(sys, request.object), || request.object.write());
     let loaded = loaded?;
@@ -412,7 +432,7 @@ fn install(
         }
         None => None,
     };
-    state.intent = Some(Intent { from, to: Some(to), confirm: confirm.clone() });
+    state.intent = Some(Intent { from, to: Some(to), confirm: confirm.clone(), with });
     slot.write(sys, state)?;
     confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))?;
     Ok(loaded.kernel_time)

@@ -25,10 +25,11 @@ use polc_ir::hook::{Family, Hook};
 use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
 use polc_loader::held::Held;
-use polc_loader::state::SlotName;
+use polc_loader::repair;
+use polc_loader::state::{SlotName, Via};
 use polc_loader::store::Store;
 use polc_loader::swap::{self, Request};
-use polc_loader::sys::{QueryPoint, Sys, TestRun};
+use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys, TestRun};
 use polc_loader::{Error, attach, clsact, net};
 use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
 
@@ -423,6 +424,42 @@ fn every_failing_call_leaves_the_old_policy_or_the_new() {
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong[..wrong.len().min(12)].join("\n"));
 }
 
+/// Policies that stand at two hooks.
+struct Several<'a> {
+    store: &'a Store,
+    slots: [SlotName; 2],
+    objects: [Object; 2],
+}
+
+impl Several<'_> {
+    fn new(store: &Store) -> Several<'_> {
+        let at = |hook| SlotName { hook: Some(hook), ..Way::Netfilter.slot() };
+        let slots = [Hook::Input, Hook::Forward].map(at);
+        Several { store, slots, objects: POLICIES.map(|port| object(port, Attach::Netfilter)) }
+    }
+
+    fn apply(&self, sys: &Sys, policy: usize) -> Result<(), Error> {
+        let request = |slot| request(slot, &self.objects[policy], Way::Netfilter, None);
+        let requests = self.slots.each_ref().map(request);
+        swap::apply_all(sys, self.store, &requests, &mut |_, _| Ok(())).map(|_| ())
+    }
+
+    /// Numbers of the programs attached.
+    fn attached(&self) -> [Option<u32>; 2] {
+        self.slots.each_ref().map(|name| {
+            let (sys, slot) = (Sys::new(), self.store.slot(name));
+            let state = slot.read(&sys).expect("it can be read")?;
+            attach::current(&sys, &slot, &state).expect("asked")
+        })
+    }
+
+    fn flush(&self) {
+        for slot in &self.slots {
+            swap::flush(&Sys::new(), self.store, slot).expect("flushed");
+        }
+    }
+}
+
 /// The changes of a policy that stands at several hooks are made together.
 #[test]
 fn of_several_changes_all_are_made_or_none() {
@@ -432,20 +469,8 @@ fn of_several_changes_all_are_made_or_none() {
     }
     let (bpffs, state, _namespace) = bench("several");
     let store = Store::new(Path::new(&bpffs.join("")), state.path()).expect("the namespace is known");
-    let objects = POLICIES.map(|port| object(port, Attach::Netfilter));
-    let slots =
-        [Hook::Input, Hook::Forward].map(|hook| SlotName { hook: Some(hook), ..Way::Netfilter.slot() });
-    let apply = |sys: &Sys, policy: usize| {
-        let request = |slot| request(slot, &objects[policy], Way::Netfilter, None);
-        swap::apply_all(sys, &store, &slots.each_ref().map(request), &mut |_, _| Ok(())).map(|_| ())
-    };
-    let attached = || {
-        slots.each_ref().map(|name| {
-            let (sys, slot) = (Sys::new(), store.slot(name));
-            let state = slot.read(&sys).expect("it can be read")?;
-            attach::current(&sys, &slot, &state).expect("asked")
-        })
-    };
+    let several = Several::new(&store);
+    let (apply, attached) = (|sys: &Sys, policy| several.apply(sys, policy), || several.attached());
     // The calls that attach a first program, and that exchange it.
     for (first, call) in [(true, "link_create"), (false, "map_update")] {
         for number in 1..=CALLS_MAX {
@@ -465,9 +490,7 @@ fn of_several_changes_all_are_made_or_none() {
                 Ok(()) => assert!(attached().iter().zip(before).all(|(now, before)| *now != before)),
                 Err(error) => assert_eq!(attached(), before, "{call} {number}: {error}"),
             }
-            slots.iter().for_each(|slot| {
-                swap::flush(&Sys::new(), &store, slot).expect("flushed");
-            });
+            several.flush();
             assert_eq!(attached(), [None; 2]);
             if calls.load(Ordering::Relaxed) < number {
                 assert!(number > 2 && result.is_ok(), "{call} {number}");
@@ -475,6 +498,92 @@ fn of_several_changes_all_are_made_or_none() {
             }
         }
     }
+}
+
+/// A policy's changes at several hooks, of which some were made when the process ended: the next polc makes the others.
+#[test]
+fn changes_left_by_one_killed_between_two_are_made_by_the_next() {
+    const NAME: &str = "changes_left_by_one_killed_between_two_are_made_by_the_next";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("between");
+    let store = Store::new(Path::new(&bpffs.join("")), state.path()).expect("the namespace is known");
+    let several = Several::new(&store);
+    // Between two changes are more calls than are left out.
+    let step = if std::env::var_os("POLC_LONG").is_some() { 1 } else { 3 };
+    for first in [true, false] {
+        let (mut tried, mut made) = (0, 0);
+        for number in (1..=CALLS_MAX).step_by(step) {
+            if !first {
+                several.apply(&Sys::new(), 0).expect("nothing fails here");
+            }
+            let before = several.attached();
+            let calls = Arc::new(AtomicUsize::new(0));
+            let counted = calls.clone();
+            // A process that has ended makes no more calls, and tidies nothing up.
+            let sys = Sys::with_hook(move |_| match counted.fetch_add(1, Ordering::Relaxed) + 1 < number {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(5)),
+            });
+            let result = several.apply(&sys, 1);
+            let left = several.attached();
+            for slot in &several.slots {
+                let is_left = repair::make_left(&Sys::new(), &store, slot);
+                made += usize::from(is_left.unwrap_or_else(|error| panic!("call {number}: {error}")));
+            }
+            let now = several.attached();
+            let is_new = now.iter().zip(before).all(|(now, before)| now.is_some() && *now != before);
+            assert!(is_new || now == before, "call {number}: {before:?}, left {left:?}, then {now:?}");
+            assert!(result.is_err() || is_new);
+            several.apply(&Sys::new(), 0).expect("nothing fails here");
+            several.flush();
+            if calls.load(Ordering::Relaxed) < number {
+                break;
+            }
+            tried += 1;
+        }
+        eprintln!("first {first}: killed at {tried} calls, {made} changes made afterwards");
+        assert!(tried > 20 && made > 0, "{tried} {made}");
+    }
+}
+
+/// A priority that another function got after polc's was detached does not make polc's attached.
+#[test]
+fn a_hook_that_was_detached_and_taken_is_not_polcs() {
+    const NAME: &str = "a_hook_that_was_detached_and_taken_is_not_polcs";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("taken");
+    let way = Way::Netfilter;
+    let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
+    let host = Host::new(way, Path::new(&bpffs.join("")), state.path(), objects);
+    let (sys, slot) = (Sys::new(), host.store.slot(&host.slot));
+    host.apply(&sys, 0, None).expect("applied");
+    let via = |sys: &Sys| slot.read(sys).expect("readable").expect("there").via;
+    let Via::Dispatch { priority, .. } = via(&sys) else { panic!("at a hook") };
+    let link = sys.obj_get(&slot.link()).expect("pinned");
+    sys.link_detach(&link).expect("detached");
+    // `r0 = NF_ACCEPT; exit`.
+    let accept = ProgramSpec {
+        kind: ProgramType::NETFILTER,
+        attach_type: 45,
+        name: "other",
+        license: "GPL",
+        slots: &[0x0000_0001_0000_00b4, 0x95],
+        btf: None,
+    };
+    let other = sys.prog_load(&accept, &mut []).expect("loaded");
+    let place = LinkSpec::Netfilter { family: 2, hook: 1, priority, defrag: false };
+    let _link = sys.link_create(&other, &place).expect("the priority is free");
+    let state = slot.read(&sys).expect("readable").expect("there");
+    assert_eq!(attach::current(&sys, &slot, &state).expect("asked"), None);
+    assert_eq!(host.in_force(), Ok(None));
+    host.apply(&sys, 1, None).expect("applied beside it");
+    assert_eq!(host.in_force(), Ok(Some(1)));
+    assert_ne!(via(&sys), Via::Dispatch { priority, defrag: false });
+    host.clear().expect("flushed");
 }
 
 #[test]
