@@ -114,6 +114,9 @@ impl KernelField {
     /// The byte whose lowest three bits are the packet's type (include/linux/skbuff.h, `PKT_TYPE_MAX`): bit fields have
     /// no offset of their own.
     pub const SKB_PACKET_TYPE: KernelField = KernelField { structure: SK_BUFF, name: "__pkt_type_offset" };
+    /// Address of the packet's connection, above three bits that say what the packet is to it, `enum ip_conntrack_info`
+    /// (include/linux/skbuff.h, `skb_get_nfct`).
+    pub const SKB_CONNECTION: KernelField = KernelField { structure: SK_BUFF, name: "_nfct" };
     /// A device's number.
     pub const DEVICE_NUMBER: KernelField = KernelField { structure: NET_DEVICE, name: "ifindex" };
 
@@ -137,6 +140,8 @@ impl KernelField {
 pub(crate) enum MemberType {
     /// `u32`.
     U32,
+    /// `unsigned long`.
+    Long,
     /// `struct net_device *`.
     Device,
     /// `u8 [0]`: a place between other members.
@@ -184,11 +189,12 @@ pub(crate) static STRUCTURES: [Structure; 3] = [
     },
     Structure {
         name: SK_BUFF,
-        bytes: 12,
+        bytes: 24,
         members: &[
             member(KernelField::SKB_LEN, MemberType::U32, 0),
             member(KernelField::SKB_MARK, MemberType::U32, 4),
             member(KernelField::SKB_PACKET_TYPE, MemberType::Place, 8),
+            member(KernelField::SKB_CONNECTION, MemberType::Long, 16),
         ],
     },
 ];
@@ -242,7 +248,7 @@ mod tests {
             for (index, member) in structure.members.iter().enumerate() {
                 let bytes = match member.of {
                     MemberType::U32 => 4,
-                    MemberType::Device => 8,
+                    MemberType::Device | MemberType::Long => 8,
                     MemberType::Place => 0,
                 };
                 assert!(i32::from(member.offset) >= end, "{member:?}");

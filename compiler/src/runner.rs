@@ -4,7 +4,7 @@ use polc_backend_ebpf::emit::{COUNTERS_MAP, Told};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
-use polc_ir::env::{Attach, Env, Input};
+use polc_ir::env::{Attach, Env, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::outcome::{Count, Ending, Outcome};
 use polc_ir::packet::{View, frame_ending, network_packet};
@@ -128,6 +128,7 @@ impl Program {
         };
         let (in_number, out_number) = (number(input.in_device), number(input.out_device));
         let mut context = Context { mark: input.mark, ingress_ifindex: in_number, ..Context::default() };
+        context.connection = carried(input);
         context.ifindex = match self.attach {
             Attach::TcEgress | Attach::Netfilter => out_number,
             Attach::Xdp | Attach::TcIngress => in_number,
@@ -176,6 +177,23 @@ impl Program {
             }
         }
         Told::new(plan, self.attach, &grown, result.return_value as i32)
+    }
+}
+
+/// What a packet carries of its connection, `skb->_nfct`.
+fn carried(input: &Input) -> u64 {
+    // Where a connection lies does not matter, but that it lies somewhere.
+    const CONNECTION: u64 = 0x1000;
+    const REPLY: u64 = 3;
+    let Some(connection) = input.connection else { return 0 };
+    let reply = if connection.reply { REPLY } else { 0 };
+    // `enum ip_conntrack_info` of include/uapi/linux/netfilter/nf_conntrack_common.h.
+    match connection.state {
+        ct_state::ESTABLISHED => CONNECTION + reply,
+        ct_state::RELATED => CONNECTION + reply + 1,
+        ct_state::NEW => CONNECTION + 2,
+        ct_state::UNTRACKED => 7,
+        _ => 0,
     }
 }
 

@@ -104,7 +104,9 @@ impl Host {
     }
 
     fn apply(&self, attach: &str) -> String {
-        self.says(&["apply", "rules.v4", "--dev", "eth0", "--attach", attach], 0)
+        let apply = ["apply", "rules.v4", "--attach", attach];
+        let device: &[&str] = if attach == "netfilter" { &[] } else { &["--dev", "eth0"] };
+        self.says(&[&apply[..], device].concat(), 0)
     }
 
     /// Packets that the kernel's own rules dropped by policy.
@@ -160,7 +162,7 @@ COMMIT
 
 #[test]
 fn replies_pass_and_what_nobody_asked_for_is_dropped_early() {
-    for (name, attach) in [("acc-xdp", "xdp"), ("acc-tc", "tc-ingress")] {
+    for (name, attach) in [("acc-xdp", "xdp"), ("acc-tc", "tc-ingress"), ("acc-hook", "netfilter")] {
         let Some(host) = Host::new(name, STATEFUL) else { return };
         // Without the program, the kernel's own rules drop.
         host.send("192.0.2.2:4000", "192.0.2.1:5000", 3);
@@ -207,7 +209,7 @@ fn replies_pass_and_what_nobody_asked_for_is_dropped_early() {
         });
         served.join().expect("served");
         let status = host.says(&["status", "--sample", "0"], 0);
-        assert!(status.contains("eth0"), "{status}");
+        assert!(status.contains(if attach == "netfilter" { "netfilter input" } else { "eth0" }), "{status}");
         host.says(&["flush"], 0);
         host.send("192.0.2.2:4000", "192.0.2.1:5000", 2);
         thread::sleep(SILENCE);

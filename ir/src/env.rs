@@ -81,7 +81,10 @@ pub enum Connections {
         /// come, `/proc/net/nf_conntrack_expect`.
         expectations: bool,
     },
-    /// Its state, given with the packet.
+    /// Its state, which a packet carries from connection tracking on (`skb->_nfct`), but neither its status nor whether
+    /// its addresses are translated.
+    State,
+    /// Everything, given with the packet.
     Given,
 }
 
@@ -196,6 +199,8 @@ pub mod ct_state {
     pub const DNAT: u16 = 0x80;
     /// Rules exempt it.
     pub const UNTRACKED: u16 = 0x100;
+    /// The states of which a packet has one.
+    pub const ALL: [u16; 5] = [INVALID, ESTABLISHED, RELATED, NEW, UNTRACKED];
 }
 
 /// Bit of [`crate::field::Field::CtStatus`] for connections in the table

@@ -8,7 +8,7 @@ use polc::select::Devices;
 use polc::witness::Witnesses;
 use polc_backend_ebpf::emit::{COUNTERS_MAP, GENERATOR_FAULT, RuleLine, Target, emit, ending_of};
 use polc_backend_ebpf::object::Object;
-use polc_ir::env::{Attach, Device, Env, Input, Mode};
+use polc_ir::env::{Attach, Connections, Device, Env, Input, Mode};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook, Semantics};
 use polc_ir::packet::network_packet;
@@ -51,10 +51,11 @@ fn every_program(each: &mut dyn FnMut(&str, &Ruleset, &Compiled, &Object)) {
         }
         let ruleset = dump.ruleset(&mut SourceMap::new(), Semantics::Legacy);
         for hook in Hook::ALL {
-            let place = place(&[hook], Attach::Netfilter, Mode::Accelerate, false);
+            let mut place = place(&[hook], Attach::Netfilter, Mode::Accelerate, false);
             if ruleset.path_chains(&place).is_empty() {
                 continue;
             }
+            place.connections = Connections::State;
             let compiled = polc::compile(&ruleset, &place, &Env::default(), &devices(&ruleset));
             let line = |rule| {
                 let data: &polc_ir::ruleset::RuleData = &ruleset.rules[rule];
@@ -78,6 +79,7 @@ fn every_program(each: &mut dyn FnMut(&str, &Ruleset, &Compiled, &Object)) {
 fn run_in_kernel(sys: &Sys, loaded: &Loaded, family: Family, input: &mut Input) -> Option<i32> {
     input.mark = 0;
     input.packet_type = Some(0);
+    input.connection = None;
     input.in_device = None;
     input.out_device = DeviceName::new("lo");
     let packet = network_packet(family, input).ok()?.to_vec();

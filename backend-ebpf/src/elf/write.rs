@@ -179,6 +179,7 @@ fn add_structures(types: &mut btf::Builder, int: u32, object: &Object) -> BTreeM
         return known;
     }
     let (byte, word) = (types.unsigned("unsigned char", 1), types.unsigned("unsigned int", 4));
+    let long = types.unsigned("unsigned long", 8);
     let place = types.array(byte, int, 0);
     let mut pointers: BTreeMap<&str, u32> = BTreeMap::new();
     for structure in &STRUCTURES {
@@ -188,6 +189,7 @@ fn add_structures(types: &mut btf::Builder, int: u32, object: &Object) -> BTreeM
             .map(|member| {
                 let of = match member.of {
                     MemberType::U32 => word,
+                    MemberType::Long => long,
                     MemberType::Device => pointers["net_device"],
                     MemberType::Place => place,
                 };

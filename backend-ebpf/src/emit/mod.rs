@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cranelift_entity::PrimaryMap;
 use polc_ir::diag::{Code as DiagCode, Diagnostic};
 use polc_ir::entities::{Map, Rule, Set, Step};
-use polc_ir::env::{Attach, Counting, Mode};
+use polc_ir::env::{Attach, Connections, Counting, Mode};
 use polc_ir::field::Field;
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{DEVICE_NUMBER_MAX, KEY_WORDS_MAX, NETFILTER_KEY_WORDS_MAX};
@@ -356,9 +356,11 @@ impl<'a> Emitter<'a> {
         }
         for slot in &self.plan.key {
             let available = match slot.field {
-                Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark | Field::CtAbsent => {
-                    false
+                Field::CtState => {
+                    self.target.attach == Attach::Netfilter
+                        && self.plan.place.connections == Connections::State
                 }
+                Field::CtStatus | Field::CtDirection | Field::CtMark | Field::CtAbsent => false,
                 Field::OutDevice => {
                     matches!(self.target.attach, Attach::TcEgress | Attach::Netfilter)
                         || self.plan.devices.fixed_out.is_some()

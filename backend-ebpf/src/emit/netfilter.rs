@@ -5,6 +5,7 @@
 //! is made at the start and kept on the stack: the network header once, the transport header once, both to the buffer.
 //! Offsets count from the network header.
 
+use polc_ir::env::ct_state;
 use polc_ir::field::Field;
 
 use super::Emitter;
@@ -15,6 +16,15 @@ use crate::kernel_api::{KernelField, KernelFunction};
 
 /// The bits of a packet's type in their byte (include/linux/skbuff.h, `PKT_TYPE_MAX`).
 const PACKET_TYPE_MASK: i32 = 7;
+
+/// The bits of `skb->_nfct` that say what a packet is to its connection (include/linux/skbuff.h, `NFCT_INFOMASK`), and
+/// those of one that rules exempt, which has none (`IP_CT_UNTRACKED`).
+const CONNECTION_INFO_MASK: i32 = 7;
+const CONNECTION_UNTRACKED: i32 = 7;
+
+/// The state for each value of these bits, four bits each (`XT_CONNTRACK_STATE_BIT`): ESTABLISHED, RELATED and NEW, then the
+/// same for replies.
+const CONNECTION_STATES: i32 = 0x0284_2842;
 
 impl Emitter<'_> {
     /// From the start of the program to a handle to the packet; its length is in `r3`.
@@ -112,6 +122,32 @@ impl Emitter<'_> {
             }
             a.store(Size::W, Reg::FP, word, Reg::R0);
         }
+        self.connection_state();
+    }
+
+    /// The state of the packet's connection, as xt_conntrack works it out (net/netfilter/xt_conntrack.c, `conntrack_mt`).
+    fn connection_state(&mut self) {
+        let Some(slot) = self.slot(Field::CtState) else { return };
+        let word = self.layout.word(slot.word);
+        let a = &mut self.asm;
+        let (tracked, done) = (a.label(), a.label());
+        a.load(Size::Dw, Reg::R1, CTX, nf_ctx::SKB);
+        a.load_kernel_field(Size::Dw, Reg::R2, Reg::R1, KernelField::SKB_CONNECTION);
+        a.mov64(Reg::R1, Reg::R2);
+        a.alu64(AluOp::And, Reg::R1, CONNECTION_INFO_MASK);
+        a.alu64(AluOp::And, Reg::R2, !CONNECTION_INFO_MASK);
+        a.jump64(Cond::Ne, Reg::R2, 0, tracked);
+        a.mov32(Reg::R0, i32::from(ct_state::INVALID));
+        a.jump64(Cond::Ne, Reg::R1, CONNECTION_UNTRACKED, done);
+        a.mov32(Reg::R0, i32::from(ct_state::UNTRACKED));
+        a.goto(done);
+        a.bind(tracked);
+        a.mov32(Reg::R0, CONNECTION_STATES);
+        a.alu32(AluOp::Lsh, Reg::R1, 2);
+        a.alu32(AluOp::Rsh, Reg::R0, Reg::R1);
+        a.alu32(AluOp::And, Reg::R0, 0xf);
+        a.bind(done);
+        a.store(Size::W, Reg::FP, word, Reg::R0);
     }
 }
 

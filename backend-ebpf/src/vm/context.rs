@@ -35,6 +35,8 @@ pub struct Context {
     pub priority: u32,
     /// EtherType; `None`: what the frame says. tc only.
     pub protocol: Option<u16>,
+    /// `skb->_nfct`: the address of the packet's connection, 0 for none, plus what the packet is to it. Netfilter only.
+    pub connection: u64,
 }
 
 /// A packet for [`super::Vm::run`].
@@ -79,8 +81,8 @@ pub(crate) const fn bytes(kind: ProgramKind) -> usize {
 const NF_STATE: usize = 16;
 /// `struct sk_buff`.
 pub(crate) const NF_SKB: usize = 32;
-const NF_IN: usize = 48;
-const NF_OUT: usize = 56;
+const NF_IN: usize = 56;
+const NF_OUT: usize = 64;
 
 /// Where the wide pointers `data`, `data_end` and `data_meta` are.
 pub(crate) const fn wide_pointers(kind: ProgramKind) -> usize {
@@ -159,6 +161,8 @@ fn fill_netfilter(input: &Input<'_>, address: u64, out: &mut [u8; CONTEXT_BYTES_
     ] {
         out[place..place + 4].copy_from_slice(&value.to_ne_bytes());
     }
+    let place = at(NF_SKB, KernelField::SKB_CONNECTION);
+    out[place..place + 8].copy_from_slice(&context.connection.to_ne_bytes());
 }
 
 /// Fills in the wide pointers.

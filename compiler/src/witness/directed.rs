@@ -589,7 +589,9 @@ fn domain(classifier: &Classifier, devices: &[Device]) -> Cube {
         limit(Field::PacketType, IntervalSet::range(0, 2));
     }
     for field in [Field::CtState, Field::CtStatus, Field::CtDirection, Field::CtMark] {
-        limit(field, IntervalSet::point(0));
+        let carried = field == Field::CtState && classifier.place.connections == Connections::State;
+        let values = if carried { &ct_state::ALL[..] } else { &[0] };
+        limit(field, values.iter().map(|&value| Interval::point(value.into())).collect());
     }
     cube
 }
@@ -644,8 +646,17 @@ pub(super) fn surroundings(
         }
         _ => input.in_device = input_device,
     }
-    if matches!(classifier.place.connections, Connections::LookedUp { .. }) && random.one_in(2) {
-        input.connection = Some(Connection { state: ct_state::ESTABLISHED, ..Connection::default() });
+    match classifier.place.connections {
+        Connections::LookedUp { .. } if random.one_in(2) => {
+            input.connection = Some(Connection { state: ct_state::ESTABLISHED, ..Connection::default() });
+        }
+        Connections::State => {
+            let asked = wanted.get(&Field::CtState).copied().unwrap_or_default();
+            let fits = ct_state::ALL.into_iter().find(|state| u128::from(*state) & asked != 0);
+            let state = fits.unwrap_or_else(|| ct_state::ALL[random.below(ct_state::ALL.len())]);
+            input.connection = Some(Connection { state, reply: random.one_in(2), ..Connection::default() });
+        }
+        _ => {}
     }
     if attach != Some(Attach::Xdp) {
         input.mark = wanted.get(&Field::Mark).map_or(0, |mark| *mark as u32);

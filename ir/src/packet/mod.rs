@@ -7,7 +7,7 @@
 pub mod extension;
 pub mod text;
 
-use crate::env::{Input, Mode, Place};
+use crate::env::{Connections, Input, Mode, Place, ct_state};
 use crate::field::{DeviceName, EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, Field};
 use crate::hook::Family;
 use crate::limits::IPV6_EXT_HEADERS_MAX;
@@ -28,6 +28,8 @@ pub struct View<'a> {
     frag_offset: u16,
     ext_headers: u8,
     length: u32,
+    /// The state of a packet that no connection is given of.
+    state: u16,
 }
 
 /// What became of a frame that never reaches the rules.
@@ -54,6 +56,11 @@ impl<'a> View<'a> {
                 Family::V4 => View::ipv4(input, packet),
                 Family::V6 => View::ipv6(input, packet),
             })
+            .map(|view| match place.connections {
+                // What tracking made nothing of.
+                Connections::State => View { state: ct_state::INVALID, ..view },
+                _ => view,
+            })
             .map_err(|kind| frame_ending(kind, place.mode))
     }
 
@@ -79,6 +86,7 @@ impl<'a> View<'a> {
             frag_offset: fragment & 0x1fff,
             ext_headers: 0,
             length: total as u32,
+            state: 0,
         })
     }
 
@@ -104,6 +112,7 @@ impl<'a> View<'a> {
             frag_offset: 0,
             ext_headers: 0,
             length: payload as u32 + 40,
+            state: 0,
         };
         view.extension_headers()?;
         Ok(view)
@@ -214,7 +223,7 @@ impl<'a> View<'a> {
             Field::IcmpCode => l4(1, 1),
             Field::L4Bytes { offset, len } => l4(offset.into(), len.into()),
             Field::Mark => self.input.mark.into(),
-            Field::CtState => connection.state.into(),
+            Field::CtState => self.input.connection.map_or(self.state, |connection| connection.state).into(),
             Field::CtStatus => connection.status.into(),
             Field::CtDirection => connection.reply.into(),
             Field::CtMark => connection.mark.into(),

@@ -96,6 +96,11 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
     }
     match field {
         Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark
+            if place.connections == Connections::State =>
+        {
+            missing("a packet carries its connection's state alone")
+        }
+        Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark
             if place.connections != Connections::Given =>
         {
             missing("connection state is not given here")
@@ -247,14 +252,16 @@ fn writes_marks(ruleset: &Ruleset) -> bool {
 /// How a clause is evaluated at a place, for fragments or for whole packets.
 pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragment: bool) -> ClauseAbility {
     let fields_of = |tests: &[Test]| {
-        tests.iter().find_map(|test| match is_fixed_without_connection(place, test, fragment) {
-            Some(true) => None,
-            Some(false) => Some(Deferral::Field {
-                field: test.field,
-                reason: "packets without a connection may have more than one state",
-            }),
-            None => field_deferral(ruleset, place, test.field, fragment),
-        })
+        tests.iter().filter(|test| !is_carried(place, test)).find_map(
+            |test| match is_fixed_without_connection(place, test, fragment) {
+                Some(true) => None,
+                Some(false) => Some(Deferral::Field {
+                    field: test.field,
+                    reason: "packets without a connection may have more than one state",
+                }),
+                None => field_deferral(ruleset, place, test.field, fragment),
+            },
+        )
     };
     match &clause.kind {
         ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => match fields_of(tests) {
@@ -286,6 +293,12 @@ pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragmen
             }
         }
     }
+}
+
+/// Whether a test asks for nothing of a connection but the state that packets carry.
+fn is_carried(place: &Place, test: &Test) -> bool {
+    let translated = u128::from(ct_state::SNAT | ct_state::DNAT);
+    place.connections == Connections::State && test.field == Field::CtState && test.mask & translated == 0
 }
 
 /// The states that a packet may have of which the kernel's table has no connection. The first stands for all of them in

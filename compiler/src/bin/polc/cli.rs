@@ -208,10 +208,15 @@ impl PlaceArgs {
     /// What is known of connections at an attach point.
     pub(crate) fn connections(&self, attach: Attach) -> Result<Connections, Failure> {
         let asked = self.connections.unwrap_or(ConnectionsChoice::Unknown);
-        let arrives = matches!(attach, Attach::Xdp | Attach::TcIngress);
-        if asked != ConnectionsChoice::Unknown && (!arrives || self.mode() == Mode::Replace) {
+        let fits = match asked {
+            ConnectionsChoice::Unknown => true,
+            ConnectionsChoice::State => attach == Attach::Netfilter,
+            _ => matches!(attach, Attach::Xdp | Attach::TcIngress),
+        };
+        if !fits || (asked != ConnectionsChoice::Unknown && self.mode() == Mode::Replace) {
             return Err(Failure::Usage(
-                "connections are looked up in accelerate mode, where packets arrive: at xdp and tc-ingress"
+                "connections are known in accelerate mode alone: looked up where packets arrive, at xdp and tc-ingress, \
+                 and their state at netfilter"
                     .into(),
             ));
         }
@@ -345,6 +350,8 @@ pub(crate) enum ConnectionsChoice {
     Lookup,
     /// They do; the first packet of a connection may be RELATED.
     LookupRelated,
+    /// Packets carry their connection's state: at netfilter, behind connection tracking.
+    State,
 }
 
 impl From<ConnectionsChoice> for Connections {
@@ -353,6 +360,7 @@ impl From<ConnectionsChoice> for Connections {
             ConnectionsChoice::Unknown => Connections::Unknown,
             ConnectionsChoice::Lookup => Connections::LookedUp { expectations: false },
             ConnectionsChoice::LookupRelated => Connections::LookedUp { expectations: true },
+            ConnectionsChoice::State => Connections::State,
         }
     }
 }

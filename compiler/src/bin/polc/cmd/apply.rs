@@ -223,6 +223,11 @@ impl Job<'_> {
         let accelerates = self.mode == Mode::Accelerate;
         let connections = match self.place {
             Some(place) if place.connections.is_some() => place.connections(attach)?,
+            _ if accelerates && attach == Attach::Netfilter => {
+                let before = first_priority(&session.ruleset, &place_of(path, attach, self.mode, true));
+                let first = self.options.priority.unwrap_or(before - dispatch::PRIORITIES_TRIED);
+                host::carried(session, path, first)
+            }
             _ if accelerates => host::connections(session, attach, surroundings),
             _ => Connections::Unknown,
         };

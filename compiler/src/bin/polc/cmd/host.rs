@@ -9,7 +9,7 @@ use std::process::Command;
 
 use polc::agree::{self, Difference};
 use polc::session::Session;
-use polc_backend_ebpf::kernel_api::KernelFunction;
+use polc_backend_ebpf::kernel_api::{KernelField, KernelFunction};
 use polc_frontend_iptables::ast::Dump;
 use polc_frontend_iptables::ipset::{self, Sets};
 use polc_frontend_iptables::{ParseOptions, parse, print};
@@ -95,16 +95,31 @@ fn expectations() -> bool {
     announced || read("/proc/sys/net/netfilter/nf_conntrack_helper").is_some_and(|text| text.trim() == "1")
 }
 
+/// What a program at netfilter can know of connections, if its priority is not before `first`: packets carry their state
+/// once they are tracked (net/netfilter/nf_conntrack_proto.c), which is before INPUT, FORWARD and POSTROUTING.
+pub(super) fn carried(session: &Session, path: &[Hook], first: i32) -> Connections {
+    const TRACKING: i32 = -200;
+    let tracked =
+        first > TRACKING || !path.iter().any(|hook| matches!(hook, Hook::Prerouting | Hook::Output));
+    let KernelField { structure, name } = KernelField::SKB_CONNECTION;
+    let known = || KernelTypes::read().is_ok_and(|types| types.field_offset(structure, name).is_ok());
+    if tracked && asks_state(session) && known() { Connections::State } else { Connections::Unknown }
+}
+
+/// Whether rules ask for the state of connections.
+fn asks_state(session: &Session) -> bool {
+    session.ruleset.rules.values().flat_map(|rule| &rule.clauses).any(|clause| match &clause.kind {
+        ClauseKind::Any(tests) => tests.iter().any(|test| test.field == Field::CtState),
+        _ => false,
+    })
+}
+
 /// What a program can know of connections here: what the kernel tells, if the rules ask and it has a way to tell.
 pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surroundings) -> Connections {
     let ruleset = &session.ruleset;
-    let asks = ruleset.rules.values().flat_map(|rule| &rule.clauses).any(|clause| match &clause.kind {
-        ClauseKind::Any(tests) => tests.iter().any(|test| test.field == Field::CtState),
-        _ => false,
-    });
     // So does whether replies are translated.
-    let asks =
-        asks || ruleset.base_chains(Hook::Prerouting).into_iter().any(|chain| ruleset.translates(chain));
+    let asks = asks_state(session)
+        || ruleset.base_chains(Hook::Prerouting).into_iter().any(|chain| ruleset.translates(chain));
     let function = match attach {
         Attach::Xdp => KernelFunction::XdpCtLookup,
         Attach::TcIngress => KernelFunction::SkbCtLookup,

@@ -40,13 +40,17 @@ pub(super) fn as_tested(
     other: Option<u32>,
 ) -> Option<Setup> {
     let attach = plan.place.attach.expect("programs are made for an attach point");
+    let mut input = input.clone();
+    if attach == Attach::Netfilter {
+        // The kernel makes it, so nobody tracked it.
+        input.connection = None;
+    }
     // net/bpf/test_run.c: a frame has an Ethernet header at least, a tc program's more; VLAN tags, types of packets and
     // connections can't be given.
     let has_connection = input.connection.is_some_and(|connection| connection.is_in_table());
     if input.frame.len() <= 14 || input.frame.len() > 1_500 || input.vlan.is_some() || has_connection {
         return None;
     }
-    let mut input = input.clone();
     let mut context = vec![0; context_bytes];
     if attach == Attach::Netfilter {
         // `bpf_prog_test_run_nf`; the context is the start of a `struct nf_hook_state`.
