@@ -142,7 +142,7 @@ impl KeyLayout {
 }
 
 /// Bit of a table reference that marks all but tests: exits, forks and "none". The lower bits are an index into the
-/// node table, where each of these has a record too.
+/// table, where each of these has a record too.
 pub const EXIT_BIT: u32 = 1 << 31;
 /// Bit set in references to nodes, tests and forks alike. It also keeps every reference from being 0: the verifier
 /// would follow a stored 0.
@@ -161,7 +161,7 @@ pub const RECORD_SHIFT: i32 = 5;
 pub mod node {
     /// Reference to follow if the test holds.
     pub const YES: i16 = 0;
-    /// Reference to follow if not. For a fork: what is decided first. For an exit: its index in the exit table.
+    /// Reference to follow if not. For a fork: what is decided first.
     pub const NO: i16 = 4;
     /// Bits of the word that count.
     pub const MASK: i16 = 8;

@@ -331,7 +331,7 @@ pub(crate) fn run(context: &mut Context, family: Family) -> Result<Section, Stri
             lines,
         });
     }
-    section.text("Each set (times in ms, ns as above):");
+    section.text("Each set (times in ms, of compiling with all CPUs; ns as above):");
     section.table(detail);
     if context.spread > NOISY {
         section.text(noise(context.spread));

@@ -17,6 +17,7 @@ use polc_loader::sys::Sys;
 
 use crate::baseline;
 use crate::kernel::Loaded;
+use crate::machine::on_all_cpus;
 use crate::packet::frame;
 use crate::rules::Header;
 
@@ -39,7 +40,7 @@ pub(crate) struct Subject {
 pub(crate) struct Cost {
     /// From text to a typed rule set.
     pub(crate) read: Duration,
-    /// From a rule set to an object in memory.
+    /// From a rule set to an object in memory, with all CPUs.
     pub(crate) compile: Duration,
     /// From an object in memory to a loaded program by polc's own loader: maps, verification, JIT.
     pub(crate) load: Duration,
@@ -121,8 +122,8 @@ impl Subject {
         let place = place(&default_path(attach), attach, mode, false);
         let devices = Devices { declared: devices_of(&session.ruleset), ..Devices::default() };
         let start = Instant::now();
-        let built =
-            build(&session, &place, &Env::default(), &devices).map_err(|findings| explain(&findings))?;
+        let built = on_all_cpus(|| build(&session, &place, &Env::default(), &devices))?
+            .map_err(|findings| explain(&findings))?;
         let compile = start.elapsed();
         if mode == Mode::Replace && !built.compiled.diagnostics.is_empty() {
             return Err(explain(&built.compiled.diagnostics));

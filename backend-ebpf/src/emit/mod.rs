@@ -56,8 +56,6 @@ pub const NTH_MAP: &str = "nth";
 pub const SUSPEND_MAP: &str = "suspend";
 /// The data map of walk nodes.
 pub const WALK_MAP: &str = "walk";
-/// The data map of walk exits.
-pub const EXITS_MAP: &str = "exits";
 /// The data map of all tables that look-up steps read.
 pub const TABLES_MAP: &str = "tables";
 

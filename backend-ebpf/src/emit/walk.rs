@@ -2,8 +2,8 @@
 //!
 //! The code is the same whatever the table holds. Nodes and exits are records of 32 bytes in read-only data, padded to
 //! a power of two, so that a mask bounds every reference. A turn of the loop takes [`STEPS_PER_TURN`] steps from node
-//! to node without a jump (which way a test goes is computed), and before the last asks once whether it has come to
-//! something other than a test; a step from there stays there.
+//! to node without a jump (which way a test goes is computed), and at its start and before the last asks whether it has
+//! come to something other than a test; a step from there stays there.
 //!
 //! That shape is made for the verifier, which follows the loop turn by turn. Inside a loop it remembers a state only
 //! at jumps and their targets, only once 100 instructions have passed since the last, and forgets one that three later
@@ -19,7 +19,7 @@ use polc_ir::limits::{VERIFIER_PROCESSED_MAX, WALK_TURNS_MAX};
 use polc_ir::plan::{PlanExit, Target as PlanTarget, WalkNode, WalkRef, WordWrite};
 use polc_ir::ruleset::EffectTestKind;
 
-use super::{EXITS_MAP, Emitter, WALK_MAP, WALK_TOO_DEEP};
+use super::{Emitter, WALK_MAP, WALK_TOO_DEEP};
 use crate::abi::{self, KeyLayout, exit, node};
 use crate::asm::Asm;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
@@ -35,7 +35,8 @@ const VERIFIER_PROCESSED_PER_TURN: u32 = 630;
 const MARGIN: u32 = 4;
 
 impl Emitter<'_> {
-    /// How tables write a reference. The node table holds the nodes, then a record for each exit that is kept.
+    /// How tables write a reference. The table holds the nodes, then two records for each exit that is kept: the first,
+    /// from which a step leads nowhere else, brings the second into the cache, since both are in one of its lines.
     pub(super) fn reference(&self, reference: WalkRef) -> u32 {
         match self.shortcuts.lead(reference) {
             WalkRef::Node(index) => match self.plan.walk.nodes.get(index as usize) {
@@ -49,7 +50,12 @@ impl Emitter<'_> {
 
     /// How tables refer to an exit's record.
     fn record_reference(&self, record: u32) -> u32 {
-        abi::EXIT_BIT | (self.plan.walk.nodes.len() as u32 + record)
+        abi::EXIT_BIT | (self.exits_from() as u32 + 2 * record)
+    }
+
+    /// Where the first exit's records are: in one line of the cache.
+    fn exits_from(&self) -> usize {
+        self.plan.walk.nodes.len().next_multiple_of(2)
     }
 
     fn target_reference(&self, target: PlanTarget) -> u32 {
@@ -82,22 +88,27 @@ impl Emitter<'_> {
             PlanExit::Then { count, .. } | PlanExit::Test { count, .. } => count.is_some(),
             PlanExit::End(_) => false,
         });
-        let exits = self.exit_records();
-        let nodes = self.node_records(exits.len());
-        let nodes = Records::new(&mut self.maps, WALK_MAP, nodes);
-        let exits = Records::new(&mut self.maps, EXITS_MAP, exits);
+        let forks = self.plan.walk.nodes.iter().any(|node| matches!(node, WalkNode::Fork { .. }));
+        let records = self.records();
+        let nodes = Records::new(&mut self.maps, WALK_MAP, records);
         let bail = self.bail_label();
         let (count, layout) = (self.count, self.layout);
+        // An exit's own record is behind the one that its reference leads to.
+        let own = |word: i16| abi::RECORD_BYTES as i16 + word;
         let turns = turns + MARGIN;
         let a = &mut self.asm;
         let (top, special, leaf, fork) = (a.label(), a.label(), a.label(), a.label());
         let (rejoin, next) = (a.label(), a.label());
         a.comment("walk: r7 reference, r9 turns taken");
-        a.store(Size::W, Reg::FP, abi::PENDING, -1);
-        a.store(Size::W, Reg::FP, abi::BEST, -1);
+        if forks {
+            a.store(Size::W, Reg::FP, abi::PENDING, -1);
+            a.store(Size::W, Reg::FP, abi::BEST, -1);
+        }
         a.load(Size::W, Reg::R7, Reg::FP, abi::HANDOVER);
         a.mov64(Reg::R9, 0);
         a.bind(top);
+        // An exit that leads to an exit: there is nothing to step over.
+        a.jump32(Cond::Slt, Reg::R7, 0, special);
         for _ in 1..STEPS_PER_TURN {
             step(a, &nodes, layout);
         }
@@ -106,38 +117,38 @@ impl Emitter<'_> {
         a.goto(next);
 
         a.bind(special);
-        a.jump32(Cond::Eq, Reg::R7, -1, leaf);
-        a.jump32(Cond::Set, Reg::R7, Operand::bits(abi::NODE_BIT), fork);
-        a.bind(leaf);
-        a.comment("an exit or nothing: keep the smaller, then what a fork left to decide");
-        let (keep, resolve) = (a.label(), a.label());
-        a.load(Size::W, Reg::R1, Reg::FP, abi::BEST);
-        a.jump32(Cond::Ge, Reg::R7, Reg::R1, keep);
-        a.store(Size::W, Reg::FP, abi::BEST, Reg::R7);
-        a.bind(keep);
-        a.load(Size::W, Reg::R7, Reg::FP, abi::PENDING);
-        a.jump32(Cond::Eq, Reg::R7, -1, resolve);
-        a.store(Size::W, Reg::FP, abi::PENDING, -1);
-        a.goto(rejoin);
+        if forks {
+            a.jump32(Cond::Eq, Reg::R7, -1, leaf);
+            a.jump32(Cond::Set, Reg::R7, Operand::bits(abi::NODE_BIT), fork);
+            a.bind(leaf);
+            a.comment("an exit or nothing: keep the smaller, then what a fork left to decide");
+            let (keep, resolve) = (a.label(), a.label());
+            a.load(Size::W, Reg::R1, Reg::FP, abi::BEST);
+            a.jump32(Cond::Ge, Reg::R7, Reg::R1, keep);
+            a.store(Size::W, Reg::FP, abi::BEST, Reg::R7);
+            a.bind(keep);
+            a.load(Size::W, Reg::R7, Reg::FP, abi::PENDING);
+            a.jump32(Cond::Eq, Reg::R7, -1, resolve);
+            a.store(Size::W, Reg::FP, abi::PENDING, -1);
+            a.goto(rejoin);
 
-        a.bind(fork);
-        a.comment("a fork");
-        nodes.address(a, Reg::R2);
-        a.load(Size::W, Reg::R1, Reg::R2, node::REST);
-        a.store(Size::W, Reg::FP, abi::PENDING, Reg::R1);
-        a.load(Size::W, Reg::R7, Reg::R2, node::NO);
-        a.goto(rejoin);
+            a.bind(fork);
+            a.comment("a fork");
+            nodes.address(a, Reg::R2);
+            a.load(Size::W, Reg::R1, Reg::R2, node::REST);
+            a.store(Size::W, Reg::FP, abi::PENDING, Reg::R1);
+            a.load(Size::W, Reg::R7, Reg::R2, node::NO);
+            a.goto(rejoin);
 
-        a.bind(resolve);
+            a.bind(resolve);
+            a.load(Size::W, Reg::R7, Reg::FP, abi::BEST);
+            a.store(Size::W, Reg::FP, abi::BEST, -1);
+        }
         a.comment("the stage is decided");
         let (then, random, nth, counting) = (a.label(), a.label(), a.label(), a.label());
-        a.load(Size::W, Reg::R7, Reg::FP, abi::BEST);
         a.jump32(Cond::Eq, Reg::R7, -1, bail);
-        a.store(Size::W, Reg::FP, abi::BEST, -1);
-        nodes.address(a, Reg::R2);
-        a.load(Size::W, Reg::R7, Reg::R2, node::NO);
-        exits.address(a, Reg::R8);
-        a.load(Size::W, Reg::R1, Reg::R8, exit::KIND);
+        nodes.exit_address(a, Reg::R8);
+        a.load(Size::W, Reg::R1, Reg::R8, own(exit::KIND));
         a.jump32(Cond::Eq, Reg::R1, exit::THEN as i32, then);
         if counts {
             a.jump32(Cond::Eq, Reg::R1, exit::COUNT as i32, counting);
@@ -146,51 +157,51 @@ impl Emitter<'_> {
         if self.nth.is_some() {
             a.jump32(Cond::Eq, Reg::R1, exit::NTH as i32, nth);
         }
-        a.load(Size::W, Reg::R9, Reg::R8, exit::OTHER);
-        a.load(Size::W, Reg::R8, Reg::R8, exit::NEXT);
+        a.load(Size::W, Reg::R9, Reg::R8, own(exit::OTHER));
+        a.load(Size::W, Reg::R8, Reg::R8, own(exit::NEXT));
         a.goto(count);
 
         a.bind(random);
         let (no, yes) = (a.label(), a.label());
         a.call(Helper::GET_PRANDOM_U32);
         a.alu32(AluOp::And, Reg::R0, i32::MAX);
-        a.load(Size::W, Reg::R1, Reg::R8, exit::PARAMETER);
+        a.load(Size::W, Reg::R1, Reg::R8, own(exit::PARAMETER));
         a.jump32(Cond::Ge, Reg::R0, Reg::R1, no);
         a.goto(yes);
         if let Some(map) = self.nth {
             a.bind(nth);
             a.comment("every nth packet");
             let bytes = self.maps[map].contents().map_or(4, <[u8]>::len) as i32;
-            a.load(Size::W, Reg::R1, Reg::R8, exit::STATE);
+            a.load(Size::W, Reg::R1, Reg::R8, own(exit::STATE));
             a.alu64(AluOp::And, Reg::R1, bytes - 4);
             a.load_map_value(Reg::R2, map, 0);
             a.alu64(AluOp::Add, Reg::R2, Reg::R1);
             a.load(Size::W, Reg::R1, Reg::R2, 0);
-            a.load(Size::W, Reg::R3, Reg::R8, exit::PARAMETER);
+            a.load(Size::W, Reg::R3, Reg::R8, own(exit::PARAMETER));
             self.nth(no);
         }
         let a = &mut self.asm;
         a.bind(yes);
-        a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+        a.load(Size::W, Reg::R7, Reg::R8, own(exit::NEXT));
         a.goto(rejoin);
         a.bind(no);
-        a.load(Size::W, Reg::R7, Reg::R8, exit::OTHER);
+        a.load(Size::W, Reg::R7, Reg::R8, own(exit::OTHER));
         a.goto(rejoin);
 
         if counts {
             a.bind(counting);
             a.comment("count on the way");
-            a.load(Size::W, Reg::R1, Reg::R8, exit::OTHER);
+            a.load(Size::W, Reg::R1, Reg::R8, own(exit::OTHER));
             self.bump(Operand::Reg(Reg::R1));
             let a = &mut self.asm;
-            a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+            a.load(Size::W, Reg::R7, Reg::R8, own(exit::NEXT));
             a.goto(rejoin);
         }
         let a = &mut self.asm;
         a.bind(then);
         a.comment("changes of words");
         for write in 0..exit::WRITES as i16 {
-            let at = exit::WRITE + write * exit::WRITE_BYTES;
+            let at = own(exit::WRITE + write * exit::WRITE_BYTES);
             a.load(Size::W, Reg::R3, Reg::R8, at);
             key_address(a, layout);
             a.load(Size::W, Reg::R3, Reg::R4, layout.word(0));
@@ -201,7 +212,7 @@ impl Emitter<'_> {
             a.alu64(AluOp::Xor, Reg::R3, Reg::R1);
             a.store(Size::W, Reg::R4, layout.word(0), Reg::R3);
         }
-        a.load(Size::W, Reg::R7, Reg::R8, exit::NEXT);
+        a.load(Size::W, Reg::R7, Reg::R8, own(exit::NEXT));
 
         a.bind(rejoin);
         a.goto(next);
@@ -211,8 +222,8 @@ impl Emitter<'_> {
         a.goto(bail);
     }
 
-    /// The node table: nodes, exits (those that continue lists of changes too), padding, and "none".
-    fn node_records(&self, exits: usize) -> Vec<[u32; 8]> {
+    /// The table: nodes, exits (those that continue lists of changes too), padding, and "none".
+    fn records(&self) -> Vec<[u32; 8]> {
         let mut records: Vec<[u32; 8]> = Vec::new();
         for (index, node) in self.plan.walk.nodes.iter().enumerate() {
             let itself = self.reference(WalkRef::Node(index as u32));
@@ -232,11 +243,12 @@ impl Emitter<'_> {
                 }
             });
         }
-        for exit in 0..exits as u32 {
-            records.push([self.record_reference(exit), exit, 0, 0, 0, 0, 0, 0]);
-        }
         let none = [abi::NONE, 0, 0, 0, 0, 0, 0, 0];
-        records.resize((records.len() + 1).next_power_of_two(), none);
+        records.resize(self.exits_from(), none);
+        for (exit, record) in (0..).zip(self.exit_records()) {
+            records.extend([[self.record_reference(exit), 0, 0, 0, 0, 0, 0, 0], record]);
+        }
+        records.resize((records.len() + 1).next_power_of_two().max(2), none);
         records
     }
 
@@ -464,8 +476,17 @@ impl Records {
 
     /// `into` = address of the record that `r7` refers to. `r1` is lost.
     fn address(&self, a: &mut Asm, into: Reg) {
+        self.masked(a, into, self.mask);
+    }
+
+    /// The same for an exit, whose two records begin at an even number.
+    fn exit_address(&self, a: &mut Asm, into: Reg) {
+        self.masked(a, into, self.mask & !1);
+    }
+
+    fn masked(&self, a: &mut Asm, into: Reg, mask: i32) {
         a.mov64(Reg::R1, Reg::R7);
-        a.alu64(AluOp::And, Reg::R1, self.mask);
+        a.alu64(AluOp::And, Reg::R1, mask);
         a.alu64(AluOp::Lsh, Reg::R1, abi::RECORD_SHIFT);
         a.load_map_value(into, self.map, 0);
         a.alu64(AluOp::Add, into, Reg::R1);

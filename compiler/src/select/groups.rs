@@ -554,13 +554,14 @@ impl Groups {
                 }
             });
         }
-        let cells: Vec<u64> = self.rows.iter().map(|&cell| cell.into()).collect();
-        let rows = line.table(DataTable::new(&cells));
+        let largest = self.rows.iter().copied().max().unwrap_or(0);
+        let rows = line.table(DataTable::of(self.rows.iter().map(|&cell| cell.into()), largest.into()));
         let cell_bytes = line.width(rows);
         let service =
             self.services.as_ref().map(|told| told.write(line, &|class| u64::from(class) * cell_bytes));
-        let numbers: Vec<u64> = self.lists.iter().map(|&number| self.listed(number)).collect();
-        let lists = line.table(DataTable::new(&numbers));
+        let numbers = self.lists.iter().map(|&number| self.listed(number));
+        let largest = numbers.clone().max().unwrap_or(0);
+        let lists = line.table(DataTable::of(numbers, largest));
         let mut least: Option<Value> = None;
         for leaf in leaves {
             let row = if base_bits == 0 { leaf } else { line.with(AluKind::And, leaf, (1 << row_bits) - 1) };

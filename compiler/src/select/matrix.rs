@@ -123,7 +123,7 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
         let (left, right) = smallest(&partials)?;
         let right = partials.remove(right);
         let left = partials.remove(left);
-        let pair = builder.pair(&left, &right)?;
+        let pair = builder.pair(&left, &right, CELLS_MAX)?;
         partials.push(pair);
     }
     if partials.len() == 3 {
@@ -134,8 +134,9 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
             let nodes = builder.nodes.len();
             let least = orders.iter().map(|(cells, ..)| *cells).min().unwrap_or(usize::MAX);
             let first = size(&partials[a], &partials[b]);
+            let classes_max = CELLS_MAX.min(least.saturating_sub(first)) / partials[c].sets.len();
             if first < least
-                && let Some(pair) = builder.pair(&partials[a], &partials[b])
+                && let Some(pair) = builder.pair(&partials[a], &partials[b], classes_max)
             {
                 let cells = first + size(&pair, &partials[c]);
                 if cells < least && builder.afford_last(&pair, &partials[c]).is_some() {
@@ -246,14 +247,14 @@ impl Builder<'_> {
         Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
-    /// The table of two, if there is time for it.
-    fn pair(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
+    /// The table of two, if there is time for it and it gives at most so many classes.
+    fn pair(&mut self, left: &Partial, right: &Partial, classes_max: usize) -> Option<Partial> {
         self.afford(left.sets.len() * right.sets.len(), left.sets.words())?;
-        Some(self.paired(left, right))
+        self.paired(left, right, classes_max)
     }
 
-    /// The table of two.
-    fn paired(&mut self, left: &Partial, right: &Partial) -> Partial {
+    /// The table of two, if it gives at most so many classes.
+    fn paired(&mut self, left: &Partial, right: &Partial, classes_max: usize) -> Option<Partial> {
         let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
         let done = self.done(&columns);
         let mut sets = Sets::new(self.problem.entries.len());
@@ -263,6 +264,9 @@ impl Builder<'_> {
         let mut row = vec![0; words];
         let mut both: Vec<(u32, u64)> = Vec::new();
         for a in 0..height as u32 {
+            if sets.len() > classes_max {
+                return None;
+            }
             left.sets.write(a, &mut row);
             for b in 0..width as u32 {
                 both.clear();
@@ -287,8 +291,11 @@ impl Builder<'_> {
                 cells.push(class);
             }
         }
+        if sets.len() > classes_max {
+            return None;
+        }
         self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
-        Partial { node: self.nodes.len() - 1, sets, columns }
+        Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
     /// Whether there is time for the table of two that gives what is wanted.
@@ -303,7 +310,7 @@ impl Builder<'_> {
     /// The table of two that gives what is wanted, once that is known to be affordable.
     fn last(&mut self, left: &Partial, right: &Partial) -> Option<Partial> {
         if self.wanted == Wanted::All {
-            return Some(self.paired(left, right));
+            return self.paired(left, right, usize::MAX);
         }
         let exits = self.problem.exits.len();
         let mut sets = Sets::new(self.problem.entries.len());
@@ -381,8 +388,11 @@ impl Matrix {
         match &self.nodes[node] {
             Node::Column { field, runs } => look_up(line, *field, runs, map),
             Node::Pair { left, right, width, cells } => {
-                let cells: Vec<u64> = cells.iter().map(|&class| map(class)).collect();
-                let table = line.table(DataTable::new(&cells));
+                let classes = cells.iter().max().map_or(0, |&last| last + 1);
+                let values: Vec<u64> = (0..classes).map(map).collect();
+                let largest = values.iter().copied().max().unwrap_or(0);
+                let cells = cells.iter().map(|&class| values[class as usize]);
+                let table = line.table(DataTable::of(cells, largest));
                 let (bytes, width) = (line.width(table), *width as u64);
                 let left = self.node(line, *left, &|class| u64::from(class) * width * bytes);
                 let right = self.node(line, *right, &|class| u64::from(class) * bytes);

@@ -43,10 +43,18 @@ impl DataTable {
     /// A table of these elements, padded to a power of two with its last element, so that no reader sees a value that
     /// none of the elements has. The width is the least that holds all of them.
     pub fn new(elements: &[u64]) -> DataTable {
-        let (width, bytes) = DataTable::size(elements.len(), elements.iter().copied().max().unwrap_or(0));
+        DataTable::of(elements.iter().copied(), elements.iter().copied().max().unwrap_or(0))
+    }
+
+    /// The same, where it is known that no element is larger than `largest`.
+    pub fn of(
+        elements: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator + Clone,
+        largest: u64,
+    ) -> DataTable {
+        let (width, bytes) = DataTable::size(elements.len(), largest);
         let mut bytes = vec![0; bytes];
-        let last = elements.last().copied().unwrap_or(0);
-        let elements = elements.iter().copied().chain(std::iter::repeat(last));
+        let last = elements.clone().next_back().unwrap_or(0);
+        let elements = elements.chain(std::iter::repeat(last));
         match width {
             1 => bytes.iter_mut().zip(elements).for_each(|(byte, element)| *byte = element as u8),
             2 => fill(&mut bytes, elements.map(|element| (element as u16).to_le_bytes())),
