@@ -4,6 +4,7 @@ use polc_backend_ebpf::emit::{COUNTERS_MAP, Told};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
+use polc_ir::entities::Entry;
 use polc_ir::env::{Attach, Env, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::outcome::{Count, Ending, Outcome};
@@ -55,6 +56,19 @@ pub fn run(
     input: &Input,
     state: &mut State,
 ) -> Outcome {
+    run_noting(level, ruleset, compiled, env, input, state, &mut |_| ())
+}
+
+/// The same, and tells `note` each entry that the packet takes, at [`Level::Classifier`].
+pub fn run_noting(
+    level: Level,
+    ruleset: &Ruleset,
+    compiled: &Compiled,
+    env: &Env,
+    input: &Input,
+    state: &mut State,
+    note: &mut dyn FnMut(Entry),
+) -> Outcome {
     let place = &compiled.plan.place;
     if level == Level::Ruleset {
         return ruleset.eval(place, env, input, state);
@@ -73,7 +87,7 @@ pub fn run(
         field => view.get(field),
     };
     match level {
-        Level::Ruleset | Level::Classifier => compiled.classifier.eval(&given, state),
+        Level::Ruleset | Level::Classifier => compiled.classifier.eval_noting(&given, state, note),
         Level::Decision => compiled.decision.eval(&compiled.classifier, &given, state),
         Level::Plan | Level::Rbpf => compiled.plan.eval(&given, state),
     }

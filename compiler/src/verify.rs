@@ -8,19 +8,21 @@
 
 use std::collections::BTreeMap;
 
+use cranelift_entity::EntitySet;
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::emit::Told;
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
 use polc_ir::both::both;
 use polc_ir::diag::{Code, Diagnostic, Severity};
+use polc_ir::entities::Entry;
 use polc_ir::env::{Env, Input, Place};
 use polc_ir::outcome::{Outcome, Verdict};
 use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
 
 use crate::build;
-use crate::runner::{Level, Program, run};
+use crate::runner::{Level, Program, run_noting};
 use crate::select::Devices;
 use crate::session::Session;
 use crate::witness::{Effort, Witnesses};
@@ -66,6 +68,8 @@ pub struct Verified {
     pub verdicts: BTreeMap<&'static str, usize>,
     /// Entries of the classifier.
     pub entries: usize,
+    /// How many of them no packet took: nothing reaches them, or no packet was found that does.
+    pub not_taken: usize,
     /// The verifier's budget of each program; empty if nothing was emitted.
     pub budgets: Vec<Budget>,
     /// What compiling found.
@@ -93,6 +97,7 @@ pub fn verify(
         packets: 0,
         verdicts: BTreeMap::new(),
         entries: compiled.classifier.entries.len(),
+        not_taken: 0,
         budgets: Vec::new(),
         diagnostics: compiled.diagnostics.clone(),
         not_emitted: Vec::new(),
@@ -130,6 +135,8 @@ pub fn verify(
             progress(verified.packets, total);
         }
     }
+    verified.not_taken =
+        compiled.classifier.entries.keys().filter(|entry| !levels.taken.contains(*entry)).count();
     verified
 }
 
@@ -202,6 +209,8 @@ struct Levels<'a> {
     states: [State; Level::ABOVE.len()],
     /// Whether rules were left out for their number.
     bounded: bool,
+    /// Entries that packets took.
+    taken: EntitySet<Entry>,
 }
 
 impl<'a> Levels<'a> {
@@ -218,7 +227,7 @@ impl<'a> Levels<'a> {
         }
         let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
         let states = Level::ABOVE.map(|_| State::new(seed));
-        Levels { ruleset, compiled, env, devices, program, states, bounded }
+        Levels { ruleset, compiled, env, devices, program, states, bounded, taken: EntitySet::new() }
     }
 
     /// Runs a packet through the first of the levels above the object, `which`, and the program: what the rules make of
@@ -227,10 +236,14 @@ impl<'a> Levels<'a> {
         // Where the program sits, every packet comes or leaves by the one device.
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
+        let taken = &mut self.taken;
+        let mut note = |entry| _ = taken.insert(entry);
         let outcomes: Vec<Outcome> = which
             .iter()
             .zip(&mut self.states)
-            .map(|(&level, state)| run(level, self.ruleset, self.compiled, self.env, input, state))
+            .map(|(&level, state)| {
+                run_noting(level, self.ruleset, self.compiled, self.env, input, state, &mut note)
+            })
             .collect();
         // Beyond the bound on entries the rules could tell, and the object leaves it to the kernel.
         let reference = match outcomes.get(1) {

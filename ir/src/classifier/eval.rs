@@ -2,7 +2,7 @@
 
 use super::{Classifier, Exit};
 use crate::derived::DerivedData;
-use crate::entities::Derived;
+use crate::entities::{Derived, Entry, Stage};
 use crate::env::Fragments;
 use crate::field::Field;
 use crate::outcome::{Ending, Outcome, Verdict};
@@ -52,13 +52,25 @@ impl Classifier {
 
     /// What becomes of a packet with these fields.
     pub fn eval(&self, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
+        self.eval_noting(given, state, &mut |_| ())
+    }
+
+    /// The same, and tells `note` each entry that the packet takes.
+    pub fn eval_noting(
+        &self,
+        given: &dyn Fn(Field) -> u128,
+        state: &mut State,
+        note: &mut dyn FnMut(Entry),
+    ) -> Outcome {
         let mut fields = Fields::new(given);
         let ending = self.eval_with(&mut fields, state, |stage, fields| {
             let entries = &self.stages[stage].entries;
-            *entries
+            let taken = entries
                 .iter()
                 .find(|&&entry| self.entries[entry].cube.holds(|field| fields.get(field)))
-                .expect("a stage's last entry always holds")
+                .expect("a stage's last entry always holds");
+            note(*taken);
+            *taken
         });
         let counted = std::mem::take(&mut state.counted);
         Outcome { ending, mark: fields.get(Field::Mark) as u32, counted }
@@ -69,7 +81,7 @@ impl Classifier {
         &self,
         fields: &mut Fields<'_>,
         state: &mut State,
-        decide: impl Fn(crate::entities::Stage, &Fields<'_>) -> crate::entities::Entry,
+        mut decide: impl FnMut(Stage, &Fields<'_>) -> Entry,
     ) -> Ending {
         let mut stage = self.root;
         loop {

@@ -64,6 +64,7 @@ struct PlaceResult {
     packets: usize,
     verdicts: BTreeMap<&'static str, usize>,
     entries: usize,
+    not_taken: usize,
     insns: usize,
     processed: usize,
     pending_jumps: usize,
@@ -291,6 +292,13 @@ fn human(
                     counted(result.packets, "packet"),
                     verdicts.join(", ")
                 );
+                if result.not_taken > 0 {
+                    text += &format!(
+                        "  {} of {} were taken by none of them\n",
+                        result.not_taken,
+                        format_args!("{} entries", result.entries)
+                    );
+                }
             }
             Some(disagreement) => text += &disagreement_text(session, result, disagreement),
         }
@@ -376,6 +384,7 @@ fn place_result(result: &Verified, index: usize, outside: &mut Outside) -> Place
         packets: result.packets,
         verdicts: result.verdicts.clone(),
         entries: result.entries,
+        not_taken: result.not_taken,
         insns: sum(|budget| budget.insns),
         processed: sum(|budget| budget.processed),
         pending_jumps: result.budgets.iter().map(|budget| budget.pending_jumps).max().unwrap_or(0),
