@@ -30,13 +30,19 @@ pub(crate) fn read(
         if !json.is_empty() {
             match packet(json) {
                 Ok(input) => packets.push(input),
-                Err((code, message)) => {
-                    let at = start + (line.len() - line.trim_start().len()) as u32;
-                    findings.push(Diagnostic::error(
-                        code,
-                        message,
-                        Span::new(file, at, at + json.len() as u32),
-                    ));
+                Err(Wrong { code, message, at }) => {
+                    let begin = start + (line.len() - line.trim_start().len()) as u32;
+                    let span = match at {
+                        None => Span::new(file, begin, begin + json.len() as u32),
+                        Some(at) => {
+                            let rest = json.get(at..).unwrap_or_default();
+                            let quoted = rest.strip_prefix('"').and_then(|rest| rest.find('"'));
+                            let word = rest.find(|c: char| c.is_whitespace() || "\",:}".contains(c));
+                            let len = quoted.map(|at| at + 2).or(word).unwrap_or(rest.len());
+                            Span::new(file, begin + at as u32, begin + (at + len) as u32)
+                        }
+                    };
+                    findings.push(Diagnostic::error(code, message, span).with_hint(HINT));
                 }
             }
         }
@@ -45,20 +51,54 @@ pub(crate) fn read(
     Ok(packets)
 }
 
-fn packet(json: &str) -> Result<Input, (Code, String)> {
-    let value: serde_json::Value =
-        serde_json::from_str(json).map_err(|error| (BAD_LINE, error.to_string()))?;
+/// What a line may be.
+const HINT: &str = "write a JSON object a line, such as `{\"packet\": \"tcp 10.0.0.1:5000 > 10.0.0.2:22 in=eth0\"}` or \
+    `{\"proto\": \"tcp\", \"src\": \"10.0.0.1\", \"dst\": \"10.0.0.2\", \"dport\": 22}`";
+
+/// Why a line is no packet.
+struct Wrong {
+    code: Code,
+    message: String,
+    /// Where in the line, in bytes; `None`: all of it.
+    at: Option<usize>,
+}
+
+impl Wrong {
+    /// What is wrong with a line as JSON. Its position is not repeated in words.
+    fn json(json: &str, error: &serde_json::Error) -> Wrong {
+        let message = error.to_string();
+        let place = format!(" at line {} column {}", error.line(), error.column());
+        let message = message.strip_suffix(&place).unwrap_or(&message);
+        let message = if error.is_data() { message.to_string() } else { format!("not JSON: {message}") };
+        let mut at = error.column().saturating_sub(1);
+        if error.is_data() {
+            // What is no syntax error is told at the last byte of the name or value.
+            let before = json.get(..at).unwrap_or_default();
+            at = before
+                .rfind(|c: char| c.is_whitespace() || ",:{[".contains(c))
+                .map_or(at, |before| before + 1);
+        }
+        Wrong { code: BAD_LINE, message, at: Some(at) }
+    }
+}
+
+fn packet(json: &str) -> Result<Input, Wrong> {
+    let value: serde_json::Value = serde_json::from_str(json).map_err(|error| Wrong::json(json, &error))?;
     let spec = match value.get("packet") {
         Some(serde_json::Value::String(words)) => {
             if value.as_object().is_some_and(|object| object.len() > 1) {
-                return Err((
-                    BAD_LINE,
-                    "`packet` says everything; other fields can't stand beside it".into(),
-                ));
+                let message = "`packet` says everything; other fields can't stand beside it".into();
+                return Err(Wrong { code: BAD_LINE, message, at: None });
             }
-            text::parse(words).map_err(|error| (BAD_LINE, error.message))?
+            // With escapes in it, the text stands nowhere in the line as it is.
+            let begin = json.find(words.as_str());
+            text::parse(words).map_err(|error| Wrong {
+                code: BAD_LINE,
+                message: error.message,
+                at: begin.map(|begin| begin + error.at),
+            })?
         }
-        _ => serde_json::from_value::<PacketSpec>(value).map_err(|error| (BAD_LINE, error.to_string()))?,
+        _ => serde_json::from_str::<PacketSpec>(json).map_err(|error| Wrong::json(json, &error))?,
     };
-    spec.input().map_err(|message| (BAD_PACKET, message))
+    spec.input().map_err(|message| Wrong { code: BAD_PACKET, message, at: None })
 }
