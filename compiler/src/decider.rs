@@ -1,5 +1,7 @@
 //! Who decided a packet, in the user's terms: table, chain, number in the chain, line.
 
+use std::path::Path;
+
 use polc_backend_ebpf::emit::RuleLine;
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::outcome::{Decider, Ending};
@@ -58,13 +60,21 @@ pub fn rule_line(session: &Session, rule: Rule) -> RuleLine {
         _ => file.line_text(named.line).trim(),
     };
     RuleLine {
-        file: file.name().to_string(),
+        file: object_name(file.name()),
         line: named.line,
         text: text.to_string(),
         table: named.table,
         chain: named.chain,
         number: data.number,
     }
+}
+
+/// The name of a file in objects: as it was given, or its last part where that begins at the root. Where a file lies on
+/// the machine that compiles is nobody's business, and would make other bytes of the same rules.
+fn object_name(name: &str) -> String {
+    let path = Path::new(name);
+    let last = path.file_name().filter(|_| path.is_absolute());
+    last.map_or_else(|| name.to_string(), |last| last.to_string_lossy().into_owned())
 }
 
 /// A verdict and who gave it, for people: ``drop by filter INPUT rule 3, line 12: `-A INPUT -j DROP` ``.

@@ -22,6 +22,7 @@ mod members;
 pub mod netfilter;
 mod pipeline;
 pub mod place;
+pub mod reach;
 pub mod report;
 pub mod runner;
 pub mod save;

@@ -10,6 +10,7 @@ use polc_ir::ruleset::Ruleset;
 use crate::bound::bound;
 use crate::decide::decide;
 use crate::flatten::flatten;
+use crate::reach::Reach;
 use crate::select::{Devices, Prefer, select, structure};
 use crate::simplify::simplify;
 use crate::split::split;
@@ -25,6 +26,8 @@ pub struct Compiled {
     pub plan: Plan,
     /// What was found on the way.
     pub diagnostics: Vec<Diagnostic>,
+    /// How far packets get in the rules.
+    pub reach: Reach,
 }
 
 /// Compiles a rule set for a place, down to the plan.
@@ -49,6 +52,7 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let flat = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
+    let reach = Reach::new(ruleset, &flat);
     let mut classifier = simplify(split(flat));
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
     let structures = structure(&classifier, devices, prefer);
@@ -60,5 +64,5 @@ pub fn compile_with(
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
     let plan = select(&classifier, &decision, structures);
     assert_eq!(plan.verify(), Vec::<String>::new(), "select makes a well-formed plan");
-    Compiled { classifier, decision, plan, diagnostics }
+    Compiled { classifier, decision, plan, diagnostics, reach }
 }

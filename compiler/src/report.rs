@@ -208,7 +208,8 @@ impl Report {
         findings
     }
 
-    fn elsewhere(&self) -> Option<Diagnostic> {
+    /// A note of how many rules the place does not reach, if any.
+    pub fn elsewhere(&self) -> Option<Diagnostic> {
         let count = self.count(|status| *status == Status::Elsewhere);
         let (rules, chains) = if count == 1 { ("rule is", "a chain") } else { ("rules are", "chains") };
         (count > 0).then(|| {
@@ -264,9 +265,10 @@ struct Deferrals {
 impl Deferrals {
     fn new(ruleset: &Ruleset, scope: Scope<'_>) -> Deferrals {
         match scope {
-            Scope::At(place) => {
-                Deferrals { places: vec![(1, place.clone())], reached: SecondaryMap::with_default(1) }
-            }
+            Scope::At(place) => Deferrals {
+                places: vec![(place.path.iter().fold(0, |bits, hook| bits | bit(*hook)), place.clone())],
+                reached: hooks_reaching(ruleset),
+            },
             Scope::Everywhere { mode, local_addresses, connections } => {
                 let at = |hook| {
                     let attach = best_attach(hook);
@@ -369,11 +371,14 @@ mod tests {
         connections: Connections::Unknown,
     };
 
-    fn report(text: &str) -> Report {
+    fn session(text: &str) -> Session {
         let mut sources = SourceMap::new();
         let file = sources.add("rules.v4", text);
-        let session = Session::read(sources, file, &[], &ReadOptions::default());
-        Report::new(&session, EVERYWHERE)
+        Session::read(sources, file, &[], &ReadOptions::default())
+    }
+
+    fn report(text: &str) -> Report {
+        Report::new(&session(text), EVERYWHERE)
     }
 
     #[test]
@@ -433,6 +438,18 @@ mod tests {
         let jumps: String = (1..depth).map(|to| format!("-A c{} -j c{to}\n", to - 1)).collect();
         let deep = report(&format!("*filter\n{chains}-A INPUT -j c0\n{jumps}COMMIT\n"));
         assert_eq!((deep.rules(), deep.rejected()), (depth, 1));
+    }
+
+    #[test]
+    fn what_no_packet_of_the_place_comes_to_is_elsewhere() {
+        let text = "*filter\n:user - [0:0]\n-A INPUT -j user\n-A FORWARD -j DROP\n-A user -j DROP\nCOMMIT\n";
+        let session = session(text);
+        let place = place(&[Hook::Input], Attach::Xdp, Mode::Accelerate, false);
+        let report = Report::new(&session, Scope::At(&place));
+        assert_eq!((report.rules(), report.compiled(), report.deferred()), (3, 2, 1));
+        let notes = report.diagnostics(Mode::Accelerate);
+        assert_eq!(notes.len(), 1);
+        assert_eq!(notes[0].message, "1 rule is in a chain that no packet passes at this place");
     }
 
     #[test]

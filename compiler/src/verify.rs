@@ -22,6 +22,7 @@ use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
 
 use crate::build;
+use crate::reach::Reach;
 use crate::runner::{Level, Program, run_noting};
 use crate::select::Devices;
 use crate::session::Session;
@@ -74,6 +75,8 @@ pub struct Verified {
     pub budgets: Vec<Budget>,
     /// What compiling found.
     pub diagnostics: Vec<Diagnostic>,
+    /// How far packets get in the rules.
+    pub reach: Reach,
     /// What kept the program from being emitted; then the levels above it were verified alone.
     pub not_emitted: Vec<Diagnostic>,
     /// The first packet on which levels differ, if any.
@@ -100,6 +103,7 @@ pub fn verify(
         not_taken: 0,
         budgets: Vec::new(),
         diagnostics: compiled.diagnostics.clone(),
+        reach: compiled.reach.clone(),
         not_emitted: Vec::new(),
         disagreement: None,
     };

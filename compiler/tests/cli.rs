@@ -189,6 +189,12 @@ fn compiling_twice_gives_the_same_bytes_and_leaves_nothing_else() {
     }
     assert_eq!(fs::read(&one).expect("an object"), fs::read(&two).expect("an object"));
     assert_eq!(fs::read_dir(&scratch.0).expect("the folder").count(), 2);
+    // Nor does it matter where the rules lie.
+    let rules = scratch.file("good.v4.rules");
+    fs::copy(folder().join("input/good.v4.rules"), &rules).expect("copied");
+    let output = run(&mut polc(&["compile", &rules, "-o", &two]));
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(fs::read(&one).expect("an object"), fs::read(&two).expect("an object"));
     let dump = run(&mut polc(&["dump", &one]));
     let text = String::from_utf8(dump.stdout).expect("text");
     assert!(text.contains("-A INPUT -s 192.0.2.0/24 -j DROP @ good.v4.rules:"), "{text}");

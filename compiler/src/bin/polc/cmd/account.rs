@@ -2,6 +2,7 @@
 //! count as compiled what `compile` makes a program of.
 
 use polc::place::{attach_for, best_attach, place as place_of};
+use polc::reach::{Reach, never_reached};
 use polc::report::{Report, Scope};
 use polc::session::Session;
 use polc::verify::NOT_RUN;
@@ -114,6 +115,17 @@ pub(super) struct Account<'a> {
     bounded: Vec<Diagnostic>,
     /// The places so far, and whether there is a program.
     places: Vec<(&'a Place, bool)>,
+    /// How far packets get at those with a program.
+    reached: Vec<(&'a Place, &'a Reach)>,
+}
+
+/// What there is to say of a rule set.
+#[derive(Debug)]
+pub(super) struct Accounted {
+    pub report: Report,
+    /// Lines that count as compiled and that no program comes to.
+    pub never_reached: usize,
+    pub findings: Vec<Diagnostic>,
 }
 
 impl<'a> Account<'a> {
@@ -126,11 +138,18 @@ impl<'a> Account<'a> {
             findings: session.diagnostics.clone(),
             bounded: Vec::new(),
             places: Vec::new(),
+            reached: Vec::new(),
         }
     }
 
     /// Adds what compiling for a place found, and what kept it from becoming a program.
-    pub(super) fn add(&mut self, place: &'a Place, found: &[Diagnostic], not_emitted: &[Diagnostic]) {
+    pub(super) fn add(
+        &mut self,
+        place: &'a Place,
+        found: &[Diagnostic],
+        not_emitted: &[Diagnostic],
+        reach: &'a Reach,
+    ) {
         for finding in found {
             let mut finding = finding.clone();
             // Nothing may be deferred where there is nobody to defer to.
@@ -151,11 +170,14 @@ impl<'a> Account<'a> {
             self.findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
         }
         self.places.push((place, not_emitted.is_empty()));
+        if not_emitted.is_empty() {
+            self.reached.push((place, reach));
+        }
     }
 
     /// The counts and all findings, those about deferred rules once for each rule or once for each reason (`grouped`).
-    pub(super) fn finish(self, grouped: bool) -> (Report, Vec<Diagnostic>) {
-        let Account { session, judged, mut report, mut findings, bounded, places } = self;
+    pub(super) fn finish(self, grouped: bool) -> Accounted {
+        let Account { session, judged, mut report, mut findings, bounded, places, reached } = self;
         if !judged.is_named {
             report.defer_hooks(session, &hooks_without_program(&places), NO_PROGRAM);
         } else if places.iter().any(|(_, has_program)| !has_program) {
@@ -167,7 +189,9 @@ impl<'a> Account<'a> {
         });
         // The passes' findings say why already.
         report.defer_bounded(session, &bounded);
-        (report, findings)
+        let (lines, stops) = never_reached(session, &report, &reached);
+        findings.extend(stops);
+        Accounted { report, never_reached: lines.len(), findings }
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use polc::build::{Extras, object_with};
 use polc::place::{default_path, first_priority, place as place_of, refusal, whole_way};
+use polc::reach::never_reached;
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
@@ -255,6 +256,7 @@ impl Job<'_> {
             return Ok(None);
         }
         report.defer_bounded(session, &compiled.diagnostics);
+        show(output, &session.sources, &never_reached(session, &report, &[(&place, &compiled.reach)]).1);
         let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
         let half = CHECKED_PACKETS / 2;
         let ((object, spread), mut packets) = both(

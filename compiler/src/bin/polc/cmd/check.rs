@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polc::lint::lint;
 use polc::place::devices_of;
+use polc::reach::Reach;
 use polc::select::Devices;
 use polc::session::Session;
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::Place;
 use serde::Serialize;
 
-use super::account::{self, Account, Judged, family_number, sort};
+use super::account::{self, Account, Accounted, Judged, family_number, sort};
 use super::{FOUND, counted, show, worst};
 use crate::cli::{CheckArgs, ReportFormat};
 use crate::failure::Failure;
@@ -29,20 +30,22 @@ struct CheckResult<'a> {
     compiled: usize,
     deferred: usize,
     rejected: usize,
+    never_reached: usize,
     diagnostics: Vec<json::Finding<'a>>,
 }
 
 pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure> {
     let session = input::session(&args.file, &args.input)?;
     let judged = Judged::new(&session, args.attach, &args.place, &args.input)?;
-    let mut account = Account::new(&session, &judged);
     // A rule set that was read in part is another one than the user's, and not compiled.
-    if !session.has_errors() {
-        for (place, tried) in judged.places.iter().zip(try_all(&session, &judged.places, args)) {
-            account.add(place, &tried.found, &tried.not_emitted);
-        }
+    let places: &[Place] = if session.has_errors() { &[] } else { &judged.places };
+    let tried = try_all(&session, places, args);
+    let mut account = Account::new(&session, &judged);
+    for (place, tried) in places.iter().zip(&tried) {
+        account.add(place, &tried.found, &tried.not_emitted, &tried.reach);
     }
-    let (report, mut findings) = account.finish(args.format == ReportFormat::Human && !args.verbose);
+    let grouped = args.format == ReportFormat::Human && !args.verbose;
+    let Accounted { report, never_reached, mut findings } = account.finish(grouped);
     findings.extend(lint(&session));
     sort(&mut findings);
 
@@ -61,6 +64,7 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
                 compiled: report.compiled(),
                 deferred: report.deferred(),
                 rejected: report.rejected(),
+                never_reached,
                 diagnostics: json::findings(&session.sources, &findings),
             };
             output.json(&result)?;
@@ -78,6 +82,7 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
 struct Tried {
     found: Vec<Diagnostic>,
     not_emitted: Vec<Diagnostic>,
+    reach: Reach,
 }
 
 /// Compiles for each place, several at a time, and says what that found, in the places' order.
@@ -87,7 +92,7 @@ fn try_all(session: &Session, places: &[Place], args: &CheckArgs) -> Vec<Tried> 
     let attempt = |place: &Place| {
         let compiled = polc::compile(&session.ruleset, place, &env, &devices);
         let not_emitted = polc::build::object(session, &compiled).err().unwrap_or_default();
-        Tried { found: compiled.diagnostics, not_emitted }
+        Tried { found: compiled.diagnostics, not_emitted, reach: compiled.reach }
     };
     let next = AtomicUsize::new(0);
     let work = || -> Vec<(usize, Tried)> {

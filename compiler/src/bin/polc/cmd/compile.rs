@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use polc::build::{Extras, object_with};
 use polc::guard;
 use polc::place::whole_way;
+use polc::reach::never_reached;
 use polc::report::{Report, Scope};
 use polc::select::{longest_tenths_ns, stage_costs};
 use polc::session::Session;
@@ -39,6 +40,7 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
         return Ok(FOUND.into());
     }
     report.defer_bounded(&session, &compiled.diagnostics);
+    show(output, &session.sources, &never_reached(&session, &report, &[(&place, &compiled.reach)]).1);
     let mut emitted = String::new();
     for level in &args.emit {
         emitted += &match level {
@@ -107,8 +109,9 @@ fn cost_text(plan: &Plan) -> String {
 pub(super) fn accept(session: &Session, place: &Place, output: &Output) -> Option<Report> {
     let report = Report::new(session, Scope::At(place));
     let mut findings = session.diagnostics.clone();
-    if place.mode == Mode::Replace {
-        findings.extend(report.diagnostics(place.mode));
+    match place.mode {
+        Mode::Accelerate => findings.extend(report.elsewhere()),
+        Mode::Replace => findings.extend(report.diagnostics(place.mode)),
     }
     account::sort(&mut findings);
     show(output, &session.sources, &findings);

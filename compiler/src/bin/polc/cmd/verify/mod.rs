@@ -21,7 +21,7 @@ use polc_ir::hook::Hook;
 use polc_ir::outcome::{Count, Decider, Outcome};
 use serde::Serialize;
 
-use super::account::{self, Account, Judged, family_number, sort};
+use super::account::{self, Account, Accounted, Judged, family_number, sort};
 use super::compile::budget_text;
 use super::{FOUND, counted, place, show};
 use crate::cli::{TextFormat, VerifyArgs};
@@ -46,6 +46,7 @@ struct VerifyResult<'a> {
     compiled: usize,
     deferred: usize,
     rejected: usize,
+    never_reached: usize,
     packets: usize,
     agree: bool,
     places: Vec<PlaceResult>,
@@ -125,10 +126,10 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     let mut outside = Outside::ask(args, &session, &env, &devices, &verified)?;
     let mut account = Account::new(&session, &judged);
     for (place, result) in places.iter().zip(&verified) {
-        account.add(place, &result.diagnostics, &result.not_emitted);
+        account.add(place, &result.diagnostics, &result.not_emitted, &result.reach);
     }
     let grouped = args.format == TextFormat::Human && args.place.mode() == Mode::Accelerate;
-    let (report, mut findings) = account.finish(grouped);
+    let Accounted { report, never_reached, mut findings } = account.finish(grouped);
     sort(&mut findings);
 
     let agree = verified.iter().all(|result| result.disagreement.is_none()) && outside.agrees();
@@ -144,6 +145,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
                 compiled: report.compiled(),
                 deferred: report.deferred(),
                 rejected: report.rejected(),
+                never_reached,
                 packets: verified.iter().map(|result| result.packets).sum(),
                 agree,
                 places: verified

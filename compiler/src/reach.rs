@@ -1,0 +1,246 @@
+//! `reach`: how far packets get in a program.
+//!
+//! A rule that leaves every packet to the kernel, such as one about connections at the head of a chain, leaves nothing to
+//! the rules behind it. Each of those may be all that a program could evaluate, and none of them is in the program. Whoever
+//! compiled them wants to know.
+
+use std::collections::BTreeSet;
+
+use cranelift_entity::SecondaryMap;
+use polc_ir::classifier::{Classifier, Exit};
+use polc_ir::diag::{Code, Diagnostic};
+use polc_ir::entities::{Chain, Rule};
+use polc_ir::env::{Attach, Connections, Mode, Place};
+use polc_ir::outcome::{Decider, Ending, Verdict};
+use polc_ir::ruleset::deferral::rule_deferral;
+use polc_ir::ruleset::{Action, Ruleset};
+
+use crate::report::{Report, Status};
+use crate::session::Session;
+
+/// Code of the finding that every packet is left to the kernel before it comes to rules that are compiled.
+pub const NEVER_REACHED: Code = Code(303);
+
+/// How far packets get at one place.
+#[derive(Clone, Debug, Default)]
+pub struct Reach {
+    /// The rules that some packet is tried against.
+    tried: SecondaryMap<Rule, bool>,
+    /// Who leaves every packet to the kernel that gets as far: rules, or base chains of a table that translates.
+    stops: BTreeSet<Decider>,
+}
+
+impl Reach {
+    /// Works it out from what `flatten` made of the rules.
+    pub fn new(ruleset: &Ruleset, flat: &Classifier) -> Reach {
+        let mut reach = Reach::default();
+        for stage in flat.stages.values() {
+            let (Some((chain, from)), Some(&last)) = (stage.origin, stage.entries.last()) else { continue };
+            let rules = &ruleset.chains[chain].rules;
+            let last = &flat.entries[last];
+            // A stage runs down its chain to a rule that takes all packets, to where another goes on, or to the end.
+            let end = match (last.rule, &last.exit) {
+                (Some(rule), _) => rules.iter().position(|&own| own == rule).map(|at| at + 1),
+                (None, Exit::Then { stage, .. }) => match flat.stages[*stage].origin {
+                    Some((next, at)) if next == chain => Some(at as usize),
+                    _ => None,
+                },
+                (None, _) => None,
+            };
+            let from = from as usize;
+            let end = end.filter(|end| *end > from).unwrap_or(rules.len());
+            rules[from.min(end)..end].iter().for_each(|rule| reach.tried[*rule] = true);
+            if let Exit::End(Ending { verdict: Verdict::Defer, by }) = last.exit {
+                reach.stops.insert(by);
+            }
+        }
+        reach
+    }
+
+    /// Whether somebody lets nothing on that the rules behind could decide.
+    fn is_stop(&self, ruleset: &Ruleset, by: Decider) -> bool {
+        let Decider::Rule(rule) = by else { return true };
+        let rules = &ruleset.chains[ruleset.rules[rule].chain].rules;
+        let next = rules.iter().skip_while(|own| **own != rule).nth(1);
+        // Some packets get on where fragments don't.
+        next.is_none_or(|next| !self.tried[*next])
+    }
+}
+
+/// The lines that count as compiled and that no program comes to, because every packet is left to the kernel before; and
+/// a finding for each rule or chain that does so. `places` are those where the rules are judged.
+pub fn never_reached(
+    session: &Session,
+    report: &Report,
+    places: &[(&Place, &Reach)],
+) -> (BTreeSet<u32>, Vec<Diagnostic>) {
+    let ruleset = &session.ruleset;
+    let tried = |rule: &Rule| places.iter().any(|(_, reach)| reach.tried[*rule]);
+    let compiled = |line: &u32| report.lines.get(line) == Some(&Status::Compiled);
+    let passed_over: BTreeSet<u32> = session
+        .rules_by_line()
+        .into_iter()
+        .filter(|(line, rules)| compiled(line) && !rules.iter().any(tried))
+        .map(|(line, _)| line)
+        .collect();
+    let mut lines = BTreeSet::new();
+    let mut findings: Vec<Diagnostic> = Vec::new();
+    if passed_over.is_empty() {
+        return (lines, findings);
+    }
+    for (place, reach) in places {
+        let led_to = led_to(ruleset, place);
+        let behind: BTreeSet<u32> = led_to
+            .iter()
+            .filter(|rule| !reach.tried[**rule])
+            .map(|rule| session.line_of(*rule))
+            .filter(|line| passed_over.contains(line))
+            .collect();
+        let mut stops = reach.stops.iter().copied().filter(|by| reach.is_stop(ruleset, *by));
+        // A path has what its hooks alone have.
+        if behind.is_subset(&lines) {
+            continue;
+        }
+        let Some(first) = stops.next() else { continue };
+        let mut finding = finding(ruleset, place, first, behind.len());
+        for span in stops.filter_map(|by| Some(stop(ruleset, place, by)?.0)) {
+            finding = finding.with_label(span, "and those that come here");
+        }
+        lines.extend(behind);
+        findings.push(finding);
+    }
+    (lines, findings)
+}
+
+/// The rules that a place's chains lead to, but for those behind one that takes all packets whatever they are.
+fn led_to(ruleset: &Ruleset, place: &Place) -> BTreeSet<Rule> {
+    let mut rules = BTreeSet::new();
+    let mut known: SecondaryMap<Chain, bool> = SecondaryMap::new();
+    let mut pending = ruleset.path_chains(place);
+    while let Some(chain) = pending.pop() {
+        if std::mem::replace(&mut known[chain], true) {
+            continue;
+        }
+        for &rule in &ruleset.chains[chain].rules {
+            rules.insert(rule);
+            let data = &ruleset.rules[rule];
+            if let Action::Jump(to) | Action::Goto(to) = data.action {
+                pending.push(to);
+            }
+            let ends = data.action.ends() || matches!(data.action, Action::Goto(_) | Action::Return);
+            if ends && data.clauses.is_empty() {
+                break;
+            }
+        }
+    }
+    rules
+}
+
+/// Where somebody who leaves all packets to the kernel stands, and why.
+fn stop(ruleset: &Ruleset, place: &Place, by: Decider) -> Option<(polc_ir::source::Span, String)> {
+    match by {
+        Decider::Rule(rule) => {
+            let data = &ruleset.rules[rule];
+            Some(match rule_deferral(ruleset, place, data) {
+                Some((span, deferral)) => (span, deferral.to_string()),
+                None => (data.span, "an earlier rule may have decided them".into()),
+            })
+        }
+        Decider::Policy(chain) => {
+            Some((ruleset.chains[chain].span, "its table translates packets of some connections".into()))
+        }
+        Decider::Hotdrop(_) | Decider::Frame(_) | Decider::Nothing => None,
+    }
+}
+
+fn finding(ruleset: &Ruleset, place: &Place, by: Decider, count: usize) -> Diagnostic {
+    let (rules, are) = if count == 1 { ("rule", "is") } else { ("rules", "are") };
+    let message = format!(
+        "every packet that comes here is left to the kernel, and {count} compiled {rules} behind it {are} never reached"
+    );
+    let stop = stop(ruleset, place, by);
+    let finding = Diagnostic::warning(NEVER_REACHED, message, stop.as_ref().map(|(span, _)| *span));
+    let finding = match stop {
+        Some((_, why)) => finding.with_note(why),
+        None => finding,
+    };
+    finding.with_hint(hint(ruleset, place, by))
+}
+
+/// What lets packets on.
+fn hint(ruleset: &Ruleset, place: &Place, by: Decider) -> &'static str {
+    let arrives = matches!(place.attach, Some(Attach::Xdp | Attach::TcIngress));
+    match by {
+        Decider::Policy(_) => {
+            "a program on a hook of netfilter sits behind the translation: `--attach netfilter --hook HOOK`"
+        }
+        Decider::Rule(rule) if arrives && place.mode == Mode::Accelerate => {
+            let connections = Connections::LookedUp { expectations: false };
+            let asking = Place { connections, ..place.clone() };
+            match rule_deferral(ruleset, &asking, &ruleset.rules[rule]) {
+                None => "`--connections lookup` lets the program ask the kernel for connections",
+                Some(_) => BEFORE,
+            }
+        }
+        _ => BEFORE,
+    }
+}
+
+/// Where nothing can be given.
+const BEFORE: &str = "rules that stand before it are decided early: put there what drops the same packets";
+
+#[cfg(test)]
+mod tests {
+    use polc_ir::env::Env;
+    use polc_ir::hook::Hook;
+    use polc_ir::source::SourceMap;
+
+    use super::*;
+    use crate::flatten::flatten;
+    use crate::place::place;
+    use crate::report::Scope;
+    use crate::session::ReadOptions;
+
+    /// Lines that are never reached at XDP on this path, and where findings point.
+    fn lines(text: &str, path: &[Hook], connections: Connections) -> (Vec<u32>, Vec<u32>) {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text);
+        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        assert!(!session.has_errors(), "{:?}", session.diagnostics);
+        let place = Place { connections, ..place(path, Attach::Xdp, Mode::Accelerate, false) };
+        let report = Report::new(&session, Scope::At(&place));
+        let flat = flatten(&session.ruleset, &place, &Env::default(), &mut Vec::new());
+        let reach = Reach::new(&session.ruleset, &flat);
+        let (lines, findings) = never_reached(&session, &report, &[(&place, &reach)]);
+        let at = findings.iter().map(|finding| session.sources.line_column(finding.span.expect("text")).line);
+        (lines.into_iter().collect(), at.collect())
+    }
+
+    const STATE: &str = "*filter\n:user - [0:0]\n-A INPUT -s 10.0.0.1 -j DROP\n-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n\
+        -A INPUT -s 10.0.0.2 -j DROP\n-A INPUT -j user\n-A user -p tcp -j DROP\n-A FORWARD -j DROP\nCOMMIT\n";
+
+    #[test]
+    fn what_leaves_every_packet_to_the_kernel_hides_what_follows() {
+        let input = [Hook::Input];
+        assert_eq!(lines(STATE, &input, Connections::Unknown), (vec![5, 6, 7], vec![4]));
+        let asked = Connections::LookedUp { expectations: false };
+        assert_eq!(lines(STATE, &input, asked), (vec![], vec![]));
+        // Some packets get on: those that are not logged, and those that a rule may drop.
+        let some = "*filter\n-A INPUT -p udp -j LOG\n-A INPUT -m conntrack --ctstate INVALID -j DROP\n-A INPUT -j DROP\nCOMMIT\n";
+        assert_eq!(lines(some, &input, Connections::Unknown), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_chain_hides_what_only_its_end_leads_to() {
+        let text = "*filter\n:log - [0:0]\n-A INPUT -p tcp -j log\n-A INPUT -p udp -j DROP\n-A log -j LOG\n-A log -j DROP\nCOMMIT\n";
+        assert_eq!(lines(text, &[Hook::Input], Connections::Unknown), (vec![6], vec![5]));
+    }
+
+    #[test]
+    fn a_table_that_translates_hides_the_next_hook() {
+        let text = "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 8080\nCOMMIT\n\
+            *filter\n-A INPUT -s 10.0.0.1 -j DROP\nCOMMIT\n";
+        assert_eq!(lines(text, &[Hook::Prerouting, Hook::Input], Connections::Unknown), (vec![6], vec![2]));
+        assert_eq!(lines(text, &[Hook::Input], Connections::Unknown), (vec![], vec![]));
+    }
+}
