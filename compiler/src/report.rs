@@ -54,7 +54,7 @@ pub enum Status {
 }
 
 /// The account.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Each rule line (counted from 1) and what became of it.
     pub lines: BTreeMap<u32, Status>,

@@ -462,6 +462,31 @@ fn check_compile_and_verify_count_alike() {
     }
 }
 
+/// A path that begins behind hooks whose rules rewrite packets gets them, whoever is asked.
+#[test]
+fn a_named_place_is_the_same_to_every_command() {
+    let commands: [&[&str]; 5] = [
+        &["check", "--attach", "xdp", "--hook", "input"],
+        &["verify", "--attach", "xdp", "--hook", "input", "--random", "0"],
+        &["compile", "--attach", "xdp", "--hook", "input", "-o", "/dev/null"],
+        &["simulate", "--attach", "xdp", "--hook", "input", "--level", "rbpf", "--packets", "packets.jsonl"],
+        &["explain", "--attach", "xdp", "--hook", "input", "--packet", "udp 192.0.2.1:1 > 10.0.0.1:2"],
+    ];
+    for command in commands {
+        let output = run(&mut polc(&[command, &["open.v4.rules"]].concat()));
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{command:?}: {said}");
+        match command[0] {
+            "check" => assert!(said.contains("11 rules: 3 compiled, 8 deferred, 0 rejected"), "{said}"),
+            "verify" | "compile" => {
+                assert!(said.contains("11 rules: 3 compiled, 8 deferred, 0 rejected"), "{said}");
+                assert!(said.contains("xdp for prerouting, input"), "{said}");
+            }
+            _ => assert!(said.contains("prerouting, input"), "{said}"),
+        }
+    }
+}
+
 /// Commands that print something.
 const PRINTING: [&[&str]; 9] = [
     &["check", "good.v4.rules"],

@@ -1,6 +1,7 @@
 //! Where a rule set is judged, and the account of what is compiled there: what `check` and `verify` share, so that both
 //! count as compiled what `compile` makes a program of.
 
+use polc::guard;
 use polc::place::{attach_for, best_attach, place as place_of};
 use polc::reach::{Reach, never_reached};
 use polc::report::{Report, Scope};
@@ -30,11 +31,14 @@ pub(super) struct Judged {
     local_addresses: bool,
     /// What is asked of connections where packets arrive.
     connections: Connections,
+    /// The account by the rules alone.
+    report: Report,
 }
 
 impl Judged {
+    /// At a named place the rules get what `compile` puts in front of them.
     pub(super) fn new(
-        session: &Session,
+        session: &mut Session,
         attach: Option<AttachChoice>,
         args: &PlaceArgs,
         input: &InputArgs,
@@ -50,15 +54,20 @@ impl Judged {
             mode: args.mode(),
             local_addresses: !input.local.is_empty(),
             connections: Connections::Unknown,
+            report: Report::default(),
         };
         match named {
-            Some(attach) => judged.places.push(place::of(attach, args, input)?),
+            Some(attach) => judged.places.push(place::whole(session, place::of(attach, args, input)?)),
             None => {
                 if args.connections.is_some() {
                     judged.connections = args.connections(Attach::Xdp)?;
                 }
                 judged.places = judged.everywhere(session, args);
             }
+        }
+        judged.report = Report::new(session, judged.scope());
+        if named.is_some() {
+            judged.places.iter().for_each(|place| guard::leave_rewritten(&mut session.ruleset, place));
         }
         Ok(judged)
     }
@@ -134,7 +143,7 @@ impl<'a> Account<'a> {
         Account {
             session,
             judged,
-            report: Report::new(session, judged.scope()),
+            report: judged.report.clone(),
             findings: session.diagnostics.clone(),
             bounded: Vec::new(),
             places: Vec::new(),

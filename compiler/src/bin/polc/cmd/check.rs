@@ -35,8 +35,9 @@ struct CheckResult<'a> {
 }
 
 pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let session = input::session(&args.file, &args.input)?;
-    let judged = Judged::new(&session, args.attach, &args.place, &args.input)?;
+    let mut session = input::session(&args.file, &args.input)?;
+    let lints = lint(&session);
+    let judged = Judged::new(&mut session, args.attach, &args.place, &args.input)?;
     // A rule set that was read in part is another one than the user's, and not compiled.
     let places: &[Place] = if session.has_errors() { &[] } else { &judged.places };
     let tried = try_all(&session, places, args);
@@ -46,7 +47,7 @@ pub(super) fn run(args: &CheckArgs, output: &Output) -> Result<ExitCode, Failure
     }
     let grouped = args.format == ReportFormat::Human && !args.verbose;
     let Accounted { report, never_reached, mut findings } = account.finish(grouped);
-    findings.extend(lint(&session));
+    findings.extend(lints);
     sort(&mut findings);
 
     let name = session.sources.file(session.rules_file).name();

@@ -4,7 +4,6 @@ use std::process::ExitCode;
 
 use polc::build::{Extras, object_with};
 use polc::guard;
-use polc::place::whole_way;
 use polc::reach::never_reached;
 use polc::report::{Report, Scope};
 use polc::select::{longest_tenths_ns, stage_costs};
@@ -30,7 +29,7 @@ use crate::write;
 pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failure> {
     let mut session = input::session(&args.file, &args.input)?;
     let named = place::of(args.attach.into(), &args.place, &args.input)?;
-    let place = Place { path: whole_way(&session.ruleset, &named.path, args.attach.into()), ..named.clone() };
+    let place = place::whole(&session, named.clone());
     let devices = place::declared(&args.devices)?;
     let Some(mut report) = accept(&session, &place, output) else { return Ok(FOUND.into()) };
     guard::leave_rewritten(&mut session.ruleset, &place);

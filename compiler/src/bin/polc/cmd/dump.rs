@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use polc::guard;
 use polc_backend_ebpf::disasm::disassemble;
 use polc_backend_ebpf::object::Object;
 #[cfg(feature = "kernel")]
@@ -62,12 +63,13 @@ fn compiled(args: &DumpInput, output: &Output) -> Result<ExitCode, Failure> {
             return Ok(ExitCode::SUCCESS);
         }
     }
-    let session = input::session(file, &args.input)?;
-    let place = place::of(args.attach.into(), &args.place, &args.input)?;
+    let mut session = input::session(file, &args.input)?;
+    let place = place::whole(&session, place::of(args.attach.into(), &args.place, &args.input)?);
     let devices = place::declared(&args.devices)?;
     if accept(&session, &place, output).is_none() {
         return Ok(FOUND.into());
     }
+    guard::leave_rewritten(&mut session.ruleset, &place);
     let env = input::env(&args.input, session.family());
     let compiled = polc::compile(&session.ruleset, &place, &env, &devices);
     if refuse(&session, &compiled.diagnostics, place.mode, output) {

@@ -1,6 +1,7 @@
 //! From options to a place and its devices: what compile, verify, simulate, explain and dump share.
 
-use polc::place::{default_path, devices_of, place, refusal};
+use polc::guard;
+use polc::place::{default_path, devices_of, place, refusal, whole_way};
 use polc::select::Devices;
 use polc::session::Session;
 use polc_ir::env::{Attach, Device, Place};
@@ -21,6 +22,19 @@ pub(super) fn of(attach: Attach, place_args: &PlaceArgs, input: &InputArgs) -> R
     let connections = place_args.connections(attach)?;
     let counters = place_args.counters.into();
     Ok(Place { connections, counters, ..place(&path, attach, place_args.mode(), !input.local.is_empty()) })
+}
+
+/// A place with the hooks that packets pass before those that are named, where that matters.
+pub(super) fn whole(session: &Session, place: Place) -> Place {
+    let Some(attach) = place.attach else { return place };
+    Place { path: whole_way(&session.ruleset, &place.path, attach), ..place }
+}
+
+/// The place of a program as `compile` makes it; the rules get what it puts in front of them.
+pub(super) fn as_compiled(session: &mut Session, place: Place) -> Place {
+    let place = whole(session, place);
+    guard::leave_rewritten(&mut session.ruleset, &place);
+    place
 }
 
 /// The devices that options declare.

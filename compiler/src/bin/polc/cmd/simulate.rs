@@ -63,7 +63,7 @@ pub(super) fn run(args: &SimulateArgs, output: &Output) -> Result<ExitCode, Fail
         return Ok(FOUND.into());
     }
     let packets = packets(args, &mut session, output)?;
-    let place = simulated_place(args)?;
+    let place = place::as_compiled(&mut session, simulated_place(args)?);
     let env = input::env(&args.input, session.family());
     let devices = devices(args, &session, &packets.inputs)?;
     let Some(mut decide) = Decide::new(&session, args.level, place, env, &devices, output)? else {

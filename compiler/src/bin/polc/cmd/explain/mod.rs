@@ -22,7 +22,7 @@ use crate::output::Output;
 use crate::packets::list::{BAD_LINE, BAD_PACKET};
 
 pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let session = input::session(&args.file, &args.input)?;
+    let mut session = input::session(&args.file, &args.input)?;
     show(output, &session.sources, &session.diagnostics);
     if session.has_errors() {
         return Ok(FOUND.into());
@@ -35,7 +35,7 @@ pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failu
             return Err(Failure::Usage("the packet is not understood".into()));
         }
     };
-    let place = explained_place(args, &packet)?;
+    let place = place::as_compiled(&mut session, explained_place(args, &packet)?);
     let env = input::env(&args.input, session.family());
     output.result(&follow(&session, &place, &env, &packet))?;
     Ok(ExitCode::SUCCESS)

@@ -106,10 +106,15 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
     if args.kernel || args.netfilter {
         polc_loader::swap::may_change(&polc_loader::sys::Sys::new())?;
     }
-    let session = input::session(&args.file, &args.input)?;
+    let mut session = input::session(&args.file, &args.input)?;
+    // The kernel's packet filter gets the user's rules alone.
+    #[cfg(feature = "kernel")]
+    let as_read = args.netfilter.then(|| session.clone());
+    #[cfg(not(feature = "kernel"))]
+    let as_read: Option<Session> = None;
     let devices = place::all(&session, &args.devices)?;
     let env = input::env(&args.input, session.family());
-    let judged = Judged::new(&session, args.attach, &args.place, &args.input)?;
+    let judged = Judged::new(&mut session, args.attach, &args.place, &args.input)?;
     // A rule set that was read in part is another one than the user's.
     let places: &[Place] = if session.has_errors() { &[] } else { &judged.places };
     let bar = progress_bar();
@@ -123,7 +128,7 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
         }));
     }
     bar.finish_and_clear();
-    let mut outside = Outside::ask(args, &session, &env, &devices, &verified)?;
+    let mut outside = Outside::ask(args, &session, as_read.as_ref(), &env, &devices, &verified)?;
     let mut account = Account::new(&session, &judged);
     for (place, result) in places.iter().zip(&verified) {
         account.add(place, &result.diagnostics, &result.not_emitted, &result.reach);
@@ -180,6 +185,7 @@ impl Outside {
     fn ask(
         args: &VerifyArgs,
         session: &Session,
+        as_read: Option<&Session>,
         env: &polc_ir::env::Env,
         devices: &polc::select::Devices,
         verified: &[Verified],
@@ -191,7 +197,7 @@ impl Outside {
                 outside.kernel.push(kernel::verify(session, place, env, devices, args.seed, packets)?);
             }
         }
-        if args.netfilter && !session.has_errors() {
+        if let Some(session) = as_read.filter(|session| !session.has_errors()) {
             let mut sets = Vec::new();
             for path in &args.input.ipset {
                 sets.push(std::fs::read_to_string(path).map_err(|error| Failure::read(path, error))?);
@@ -239,6 +245,7 @@ impl Outside {
     fn ask(
         _: &VerifyArgs,
         _: &Session,
+        _: Option<&Session>,
         _: &polc_ir::env::Env,
         _: &polc::select::Devices,
         _: &[Verified],
