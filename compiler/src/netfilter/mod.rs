@@ -2,7 +2,8 @@
 //!
 //! The rule set is restored with iptables in a namespace of its own, the packets of `verify` go through, and for each
 //! the verdict and the mark are compared with those of [`Ruleset::eval`], and at the end every rule's and every
-//! policy's counters. What the kernel does around the rules is *observed*, not modelled: how far a packet came says
+//! policy's counters. What got through must not be dropped by a program that has it as it arrives, either.
+//! What the kernel does around the rules is *observed*, not modelled: how far a packet came says
 //! at which hook it was evaluated, so a packet that died in routing is only compared at PREROUTING.
 //!
 //! Left out are packets on which the rules' meaning says nothing (deferred: a limit, a search of the payload), and
@@ -14,7 +15,7 @@ mod packets;
 use std::collections::{BTreeMap, BTreeSet};
 
 use polc_ir::entities::Chain;
-use polc_ir::env::{Connection, Connections, Counting, Env, Fragments, Input, Mode, Place};
+use polc_ir::env::{Attach, Connection, Connections, Counting, Env, Fragments, Input, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::interval::Interval;
@@ -30,6 +31,7 @@ use polc_loader::netfilter::{
 use polc_loader::sys::Sys;
 
 use self::packets::hop;
+use crate::place::place as place_of;
 use crate::session::Session;
 
 pub use self::packets::{Sample, device_names, renumbered, samples};
@@ -134,6 +136,7 @@ pub fn compare(
         text: without_nat(&session.sources, session),
         env: env(&ruleset, comparison.route),
         state: State::new(0),
+        early: State::new(0),
         inputs: inputs.iter().filter_map(|name| DeviceName::new(name)).collect(),
         output: DeviceName::new(&output),
         uncounted: undeclared(session, tool),
@@ -220,6 +223,8 @@ struct Against {
     uncounted: BTreeSet<Chain>,
     env: Env,
     state: State,
+    /// That of programs which have packets as they arrive.
+    early: State,
     inputs: Vec<DeviceName>,
     output: Option<DeviceName>,
 }
@@ -350,6 +355,9 @@ impl Against {
             hop(self.ruleset.family, &mut input.frame);
         }
         let outcome = self.eval(hook, &input);
+        if passed && let Some(early) = self.dropped_early(hook, sample) {
+            return Judged::Differs(hook, early);
+        }
         match outcome.ending.verdict {
             Verdict::Defer => Judged::LeftOut("not decided by the rules alone"),
             Verdict::Accept if passed && passage.mark == outcome.mark => Judged::Same("accept"),
@@ -370,6 +378,15 @@ impl Against {
             outcome.ending.verdict = Verdict::Defer;
         }
         outcome
+    }
+
+    /// What a program that has the packet as it arrives would make of it, if that is to drop it.
+    fn dropped_early(&mut self, hook: Hook, sample: &Sample) -> Option<Outcome> {
+        [Attach::Xdp, Attach::TcIngress].into_iter().find_map(|attach| {
+            let place = place_of(&[Hook::Prerouting, hook], attach, Mode::Accelerate, true);
+            let outcome = self.ruleset.eval(&place, &self.env, &sample.input, &mut self.early);
+            (outcome.ending.verdict == Verdict::Drop).then_some(outcome)
+        })
     }
 
     /// Sends these alone, with all counters at zero first. They were judged before; here they are counted.
