@@ -71,7 +71,11 @@ const WHERE: &str = "Where the time goes: for a packet and 10 rules (acl1_10) th
                      checks beyond a parser, the key and the questions for fragments and for headers that are cut short, and \
                      62 search four columns and combine their classes. 4 ns have room for 65: with counters, for 12 that \
                      search. Larger sets search more, and add the tables of pairs: from 10,000 rules on these no longer lie \
-                     in the second-level cache, and each read of them that another waits for is some 10 ns.";
+                     in the second-level cache, and each read of them that another waits for is some 10 ns.\n\nOf the \
+                     time that 100,000 rules take to compile (acl1_100k, on one CPU of this machine 1.15 s) chains to stages \
+                     are 24 %, simplifying 14 %, the structures of the stages 38 %, slots of counters 7 %, the object 10 %. \
+                     Each goes through the 300,000 entries that the rules become, some 400 bytes each, and a fifth of all time goes \
+                     into the first touch of pages (`perf record`).";
 
 /// What one rule set costs.
 struct Row {
