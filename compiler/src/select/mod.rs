@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
+use polc_ir::both::both;
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
 use polc_ir::decision::Decision;
@@ -654,19 +655,21 @@ impl Selector<'_> {
         {
             return Some(groups);
         }
-        let by_matrix = (prefer != Prefer::Groups)
-            .then(|| {
-                let matrix = matrix(&problem)?;
-                write(stage, matrix.describe(), &problem.exits, Tables::new(), |line| {
-                    Some(matrix.write(line))
-                })
-            })
-            .flatten();
-        let small = |(_, tables): &(Shape, Tables)| tables.bytes() <= SMALL_BYTES;
-        if by_matrix.as_ref().is_some_and(|matrix| prefer == Prefer::Matrix || small(matrix)) {
-            return by_matrix;
-        }
-        match (by_matrix, by_groups()) {
+        let by_matrix = || {
+            let matrix = if prefer == Prefer::Groups { None } else { matrix(&problem) }?;
+            write(stage, matrix.describe(), &problem.exits, Tables::new(), |line| Some(matrix.write(line)))
+        };
+        let enough = |matrix: &(Shape, Tables)| prefer == Prefer::Matrix || matrix.1.bytes() <= SMALL_BYTES;
+        // Of many entries each takes long, and few matrices are so small that nothing else need be tried.
+        let (matrix, groups) = if problem.entries.len() >= LARGE_ENTRIES && prefer == Prefer::Cheapest {
+            both(by_matrix, by_groups)
+        } else {
+            let matrix = by_matrix();
+            let groups = if matrix.as_ref().is_some_and(enough) { None } else { by_groups() };
+            (matrix, groups)
+        };
+        match (matrix, groups) {
+            (Some(matrix), _) if enough(&matrix) => Some(matrix),
             (Some(matrix), Some(groups)) if matrix.0.modelled() <= groups.0.modelled() => Some(matrix),
             (matrix, groups) => groups.or(matrix),
         }

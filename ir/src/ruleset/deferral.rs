@@ -351,6 +351,16 @@ pub fn action_deferral(place: &Place, action: &Action) -> Option<Deferral> {
                 reason: "a program at a netfilter hook can't write a packet's mark",
             })
         }
+        // What it may call is listed in net/netfilter/nf_bpf_link.c and by who registers functions for
+        // `BPF_PROG_TYPE_NETFILTER` (as of Linux 6.18): nothing there sends a packet.
+        Action::Reject(_) if place.mode == Mode::Replace && place.attach == Some(Attach::Netfilter) => {
+            Some(Deferral::Opaque {
+                name: "REJECT".into(),
+                reason:
+                    "answers packets, for which the kernel gives a program at a netfilter hook no function"
+                        .into(),
+            })
+        }
         Action::Reject(_) if place.mode == Mode::Replace => Some(Deferral::Opaque {
             name: "REJECT".into(),
             reason: "answers packets, which no program here does yet".into(),
