@@ -23,7 +23,7 @@ pub fn deciding(ruleset: &Ruleset, mode: Mode) -> Ruleset {
                 ClauseKind::Opaque(opaque) => opaque.observable = false,
                 ClauseKind::Effect(test) => {
                     if let Some(kept) = kept(ruleset.effect_tests[*test].kind, mode) {
-                        clause.kind = ClauseKind::Opaque(kept);
+                        clause.kind = ClauseKind::Opaque(Box::new(kept));
                     }
                 }
                 ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Beyond(_) => {}
@@ -42,8 +42,8 @@ pub fn deciding(ruleset: &Ruleset, mode: Mode) -> Ruleset {
 fn tested(ruleset: &Ruleset) -> BTreeSet<Field> {
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
     let tests = clauses.flat_map(|clause| match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => tests.as_slice(),
-        ClauseKind::Beyond(test) => std::slice::from_ref(test),
+        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => &**tests,
+        ClauseKind::Beyond(test) => std::slice::from_ref(&**test),
         ClauseKind::Effect(_) | ClauseKind::Opaque(_) => &[],
     });
     tests.map(|test| test.field).collect()

@@ -418,7 +418,7 @@ impl Flattener<'_> {
                     }
                     ClauseKind::Hotdrop(tests) => {
                         let mut dropped = cubes.clone();
-                        for test in tests {
+                        for test in tests.iter() {
                             dropped = self.narrow(dropped, std::slice::from_ref(test));
                         }
                         if dropped.is_empty() {
@@ -435,7 +435,7 @@ impl Flattener<'_> {
                         emit(entries, dropped, rule, onward);
                     }
                     ClauseKind::Beyond(test) => {
-                        let beyond = self.narrow(cubes.clone(), std::slice::from_ref(test));
+                        let beyond = self.narrow(cubes.clone(), std::slice::from_ref(&**test));
                         emit(entries, beyond, rule, Onward::defer(rule));
                     }
                     ClauseKind::Effect(_) if unknown => {

@@ -121,7 +121,8 @@ fn add(ruleset: &mut Ruleset, chain: Chain, tests: Vec<Test>, action: Action) {
 /// Adds a rule for packets of which one test of each clause holds.
 fn add_any(ruleset: &mut Ruleset, chain: Chain, clauses: Vec<Vec<Test>>, action: Action) {
     let span = ruleset.chains[chain].span;
-    let clauses = clauses.into_iter().map(|tests| Clause { kind: ClauseKind::Any(tests), span }).collect();
+    let clauses =
+        clauses.into_iter().map(|tests| Clause { kind: ClauseKind::Any(tests.into()), span }).collect();
     let rule: Rule = ruleset.rules.push(RuleData {
         chain,
         number: GUARD_NUMBER,

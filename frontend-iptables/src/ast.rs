@@ -215,10 +215,10 @@ pub struct RuleAst {
     pub chain: ChainIndex,
     /// The counters before the rule or after `-c`.
     pub counters: Option<Counters>,
-    /// `-s`.
-    pub source: Option<Given<AddressMask>>,
+    /// `-s`; boxed, as many rules have none.
+    pub source: Option<Box<Given<AddressMask>>>,
     /// `-d`.
-    pub destination: Option<Given<AddressMask>>,
+    pub destination: Option<Box<Given<AddressMask>>>,
     /// `-i`.
     pub in_interface: Option<Given<Interface>>,
     /// `-o`.

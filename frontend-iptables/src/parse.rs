@@ -12,7 +12,8 @@ use polc_ir::limits;
 use polc_ir::source::{File, SourceMap, Span, bytes};
 
 use crate::ast::{
-    ChainAst, ChainIndex, Counters, Dump, Generator, Policy, RuleAst, TableAst, TargetAst, TargetVerdict,
+    ChainAst, ChainIndex, Counters, Dump, Generator, MatchAst, Policy, RuleAst, TableAst, TargetAst,
+    TargetVerdict,
 };
 use crate::codes;
 use crate::ext::{Fault, Shelf};
@@ -75,6 +76,8 @@ pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Du
             other_family: Vec::new(),
         },
         rules: 0,
+        matches: 0,
+        no_matches: Arc::default(),
     };
     let mut words = Vec::new();
     let mut lines = lexer::lines(source.text());
@@ -154,6 +157,9 @@ struct Parser<'a> {
     table: Option<OpenTable>,
     dump: Dump,
     rules: usize,
+    matches: usize,
+    /// What rules without matches share.
+    no_matches: Arc<[MatchAst]>,
 }
 
 impl Parser<'_> {
@@ -637,14 +643,21 @@ impl Parser<'_> {
             LineTarget::Extension(options) => TargetVerdict::Extension(Arc::new(options)),
         };
         let target = TargetAst { span: line.target_span, verdict };
-        let matches: Arc<[crate::ast::MatchAst]> = line.matches.into();
+        let matches: Arc<[MatchAst]> =
+            if line.matches.is_empty() { self.no_matches.clone() } else { line.matches.into() };
         let some =
             |list: &[_]| if list.is_empty() { vec![None] } else { list.iter().copied().map(Some).collect() };
         let (sources, destinations) = (some(&line.sources), some(&line.destinations));
         let copies = sources.len() * destinations.len();
         self.rules += copies;
+        self.matches += copies * matches.len();
         if self.rules > limits::RULES_MAX {
             return Err(Fault::new(codes::LIMIT, format!("more than {} rules", limits::RULES_MAX)).at(span));
+        }
+        if self.matches > limits::MATCHES_MAX {
+            return Err(
+                Fault::new(codes::LIMIT, format!("more than {} matches", limits::MATCHES_MAX)).at(span)
+            );
         }
         let mut rules = Vec::with_capacity(copies);
         for &source in &sources {
@@ -654,8 +667,8 @@ impl Parser<'_> {
                     copy: rules.len() as u32,
                     chain,
                     counters: counters.or(line.counters),
-                    source,
-                    destination,
+                    source: source.map(Box::new),
+                    destination: destination.map(Box::new),
                     in_interface: line.in_interface.clone(),
                     out_interface: line.out_interface.clone(),
                     protocol: line.protocol,
@@ -682,6 +695,7 @@ impl Parser<'_> {
             let note = Diagnostic::note(codes::TOO_MANY_DIAGNOSTICS, message, Span::new(self.file, 0, 0));
             self.diagnostics.push(codes::with_hint(note));
         }
+        self.dump.rule_lines.shrink_to_fit();
         (self.dump, self.diagnostics)
     }
 }

@@ -49,8 +49,8 @@ fn leads_to(rule: &RuleAst) -> Option<usize> {
 
 /// Whether no packet gets past the rule: it asks for nothing and decides.
 fn ends_chain(rule: &RuleAst, family: Family) -> bool {
-    let address = |given: &Option<crate::ast::Given<crate::value::AddressMask>>| {
-        given.is_some_and(|given| given.negated || given.value.prefix_length() != Some(0))
+    let address = |given: &Option<Box<crate::ast::Given<crate::value::AddressMask>>>| {
+        given.as_ref().is_some_and(|given| given.negated || given.value.prefix_length() != Some(0))
     };
     let asks = address(&rule.source)
         || address(&rule.destination)

@@ -52,8 +52,8 @@ fn table_text(table: &TableAst, counters: bool, out: &mut String) -> std::fmt::R
 
 /// What the rule asks of a packet as it is saved, `before` standing before each match.
 pub(crate) fn conditions(rule: &RuleAst, before: &str, out: &mut String) -> std::fmt::Result {
-    address('s', rule.source.as_ref(), out)?;
-    address('d', rule.destination.as_ref(), out)?;
+    address('s', rule.source.as_deref(), out)?;
+    address('d', rule.destination.as_deref(), out)?;
     device('i', rule.in_interface.as_ref(), out)?;
     device('o', rule.out_interface.as_ref(), out)?;
     if let Some(protocol) = rule.protocol.filter(|protocol| protocol.value != 0) {

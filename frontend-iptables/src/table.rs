@@ -214,8 +214,10 @@ impl OpenTable {
     /// The table as it is at its end.
     pub(crate) fn close(mut self) -> TableAst {
         for (chain, order) in self.ast.chains.iter_mut().zip(self.orders) {
-            chain.rules = order.iter().collect();
+            chain.rules.reserve_exact(order.len());
+            chain.rules.extend(order.iter());
         }
+        self.ast.rules.shrink_to_fit();
         self.ast
     }
 }

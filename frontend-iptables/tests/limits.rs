@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use polc_frontend_iptables::{ParseOptions, ipset, parse};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::limits::{
-    CHAIN_NAME_BYTES_MAX, CHAINS_MAX, DIAGNOSTICS_MAX, JUMP_DEPTH_MAX, LINE_BYTES_MAX, WORD_BYTES_MAX,
+    CHAIN_NAME_BYTES_MAX, CHAINS_MAX, DIAGNOSTICS_MAX, JUMP_DEPTH_MAX, LINE_BYTES_MAX, MATCHES_MAX,
+    RULES_MAX, WORD_BYTES_MAX,
 };
 use polc_ir::source::SourceMap;
 
@@ -67,6 +68,36 @@ fn chains() {
     assert_eq!(errors(&chains(CHAINS_MAX - 3)), Vec::<String>::new());
     let many = errors(&chains(CHAINS_MAX + 1));
     assert!(many[0].contains(&format!("more than {CHAINS_MAX} chains")), "{}", many[0]);
+}
+
+/// Most addresses that a word has room for.
+const ADDRESSES: usize = WORD_BYTES_MAX.div_ceil(2);
+
+fn addresses() -> String {
+    vec!["1"; ADDRESSES].join(",")
+}
+
+#[test]
+fn rules() {
+    let most = format!("-A INPUT -s {0} -d {0}\n", addresses()).repeat(RULES_MAX / ADDRESSES / ADDRESSES);
+    assert_eq!(errors(&table(&most)), Vec::<String>::new());
+    assert_eq!(
+        errors(&table(&format!("{most}-A INPUT -j DROP\n"))),
+        [format!("more than {RULES_MAX} rules")]
+    );
+}
+
+#[test]
+fn matches() {
+    const MATCHES: usize = 64;
+    let line = format!("-A INPUT -s {} -p tcp {}\n", addresses(), "-m tcp ".repeat(MATCHES));
+    let most = line.repeat(MATCHES_MAX / ADDRESSES / MATCHES);
+    assert_eq!(errors(&table(&most)), Vec::<String>::new());
+    // Rules without matches still fit.
+    assert_eq!(
+        errors(&table(&format!("{most}-A INPUT -j DROP\n-A INPUT -p tcp -m tcp\n"))),
+        [format!("more than {MATCHES_MAX} matches")]
+    );
 }
 
 #[test]

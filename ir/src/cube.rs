@@ -1,6 +1,8 @@
 //! Tests and cubes: the one kind of pure test, and conjunctions of it.
 
+use std::collections::HashSet;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::field::Field;
 use crate::hook::Family;
@@ -71,6 +73,24 @@ impl fmt::Display for Test {
 /// Tests that a cube has room for once it has any, and by how many the room grows.
 const FIRST_TESTS: usize = 4;
 const MORE_TESTS: usize = 2;
+
+/// Lists of tests of which each is kept once, however many rules have it.
+#[derive(Debug, Default)]
+pub struct TestLists {
+    lists: HashSet<Arc<[Test]>>,
+}
+
+impl TestLists {
+    /// The list of these tests.
+    pub fn list(&mut self, tests: &[Test]) -> Arc<[Test]> {
+        if let Some(known) = self.lists.get(tests) {
+            return known.clone();
+        }
+        let list: Arc<[Test]> = tests.into();
+        self.lists.insert(list.clone());
+        list
+    }
+}
 
 /// A conjunction of tests, at most one for each field and mask, sorted by them. Without tests it always holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

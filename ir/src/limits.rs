@@ -22,8 +22,13 @@ pub const WORDS_MAX: usize = 251;
 /// Most chains in one dump.
 pub const CHAINS_MAX: usize = 1 << 20;
 
-/// Most rules in one dump, after address lists are expanded.
-pub const RULES_MAX: usize = 4 << 20;
+/// Most rules in one dump, after address lists are expanded. What is read of a rule takes about 0.6 KB without matches and
+/// 2.5 KB with three, text, syntax and meaning together.
+pub const RULES_MAX: usize = 1 << 19;
+
+/// Most matches in one dump, those of each rule that an address list makes counted: one line can make a quarter of a
+/// million rules of a hundred matches. A match takes about 0.5 KB.
+pub const MATCHES_MAX: usize = 2 << 20;
 
 /// Most diagnostics kept for one file; the rest are counted in one closing note.
 pub const DIAGNOSTICS_MAX: usize = 1_000;

@@ -6,14 +6,15 @@ use super::cover::Covers;
 use super::{CONFLICTING, action_name};
 use crate::session::Session;
 
-pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
+pub(super) fn find(session: &Session, covers: &Covers) -> impl Iterator<Item = Diagnostic> {
     let ruleset = &session.ruleset;
-    let covered = ruleset.rules.iter().filter_map(|(rule, data)| Some((rule, data, covers.cover(rule)?)));
+    let covered =
+        ruleset.rules.iter().filter_map(move |(rule, data)| Some((rule, data, covers.cover(rule)?)));
     covered
-        .filter(|&(rule, data, by)| {
+        .filter(move |&(rule, data, by)| {
             data.action != ruleset.rules[by].action && covers.condition(by).equals(covers.condition(rule))
         })
-        .map(|(_, data, by)| {
+        .map(move |(_, data, by)| {
             let first = &ruleset.rules[by];
             let (now, before) = (action_name(ruleset, &data.action), action_name(ruleset, &first.action));
             let message = format!(
@@ -24,5 +25,4 @@ pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
                 .with_label(first.span, "the same conditions")
                 .with_hint("keep the one that is meant")
         })
-        .collect()
 }

@@ -6,22 +6,20 @@ use polc_ir::ruleset::Ruleset;
 use super::CONTRADICTORY;
 use super::cover::Covers;
 
-pub(super) fn find(ruleset: &Ruleset, covers: &Covers) -> Vec<Diagnostic> {
+pub(super) fn find(ruleset: &Ruleset, covers: &Covers) -> impl Iterator<Item = Diagnostic> {
     let contradictions =
-        ruleset.rules.keys().filter_map(|rule| Some((rule, covers.condition(rule).contradiction()?)));
-    contradictions
-        .map(|(_, (first, second))| {
-            let finding = if first == second {
-                Diagnostic::warning(CONTRADICTORY, "the rule never matches: no packet satisfies this", second)
-            } else {
-                Diagnostic::warning(
-                    CONTRADICTORY,
-                    "the rule never matches: this contradicts an earlier condition",
-                    second,
-                )
-                .with_label(first, "no packet satisfies both")
-            };
-            finding.with_hint("remove the rule, or the condition that is not meant")
-        })
-        .collect()
+        ruleset.rules.keys().filter_map(move |rule| Some((rule, covers.condition(rule).contradiction()?)));
+    contradictions.map(|(_, (first, second))| {
+        let finding = if first == second {
+            Diagnostic::warning(CONTRADICTORY, "the rule never matches: no packet satisfies this", second)
+        } else {
+            Diagnostic::warning(
+                CONTRADICTORY,
+                "the rule never matches: this contradicts an earlier condition",
+                second,
+            )
+            .with_label(first, "no packet satisfies both")
+        };
+        finding.with_hint("remove the rule, or the condition that is not meant")
+    })
 }

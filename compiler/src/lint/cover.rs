@@ -9,9 +9,10 @@
 //! rules with a range or a list somewhere, of which there are few, are kept in a bounded list that is scanned.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use cranelift_entity::SecondaryMap;
-use polc_ir::cube::{Cube, Test};
+use polc_ir::cube::{Cube, Test, TestLists};
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::ruleset::{Action, ClauseKind, RuleData, Ruleset};
 use polc_ir::source::Span;
@@ -28,7 +29,7 @@ const SUBSET_CONJUNCTS_MAX: usize = 8;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Condition {
     /// Each a disjunction of tests, sorted.
-    conjuncts: Vec<Vec<Test>>,
+    conjuncts: Vec<Arc<[Test]>>,
     /// Whether the condition holds exactly where all conjuncts do. Not so with clauses that nothing here evaluates.
     exact: bool,
     /// Two clauses that no packet satisfies together, or one twice.
@@ -36,14 +37,14 @@ pub(super) struct Condition {
 }
 
 impl Condition {
-    fn new(ruleset: &Ruleset, rule: &RuleData) -> Condition {
+    fn new(ruleset: &Ruleset, rule: &RuleData, lists: &mut TestLists) -> Condition {
         let family = ruleset.family;
         let mut cube = Cube::all();
         let mut single: Vec<(&Test, Span)> = Vec::new();
         let mut condition = Condition { exact: true, ..Condition::default() };
         for clause in &rule.clauses {
             match &clause.kind {
-                ClauseKind::Any(tests) => match tests.as_slice() {
+                ClauseKind::Any(tests) => match &**tests {
                     [test] => {
                         if condition.contradiction.is_none() && !cube.and(test, family) {
                             let other = single
@@ -61,7 +62,7 @@ impl Condition {
                     tests => {
                         let mut tests = tests.to_vec();
                         tests.sort_unstable();
-                        condition.conjuncts.push(tests);
+                        condition.conjuncts.push(lists.list(&tests));
                     }
                 },
                 // The packet goes no further whether a hotdrop or the rule's action takes it.
@@ -71,9 +72,11 @@ impl Condition {
                 ClauseKind::Effect(_) | ClauseKind::Opaque(_) => condition.exact = false,
             }
         }
-        condition.conjuncts.extend(cube.tests().iter().map(|test| vec![test.clone()]));
+        let singles = cube.tests().iter().map(|test| lists.list(std::slice::from_ref(test)));
+        condition.conjuncts.extend(singles);
         condition.conjuncts.sort_unstable();
         condition.conjuncts.dedup();
+        condition.conjuncts.shrink_to_fit();
         condition
     }
 
@@ -142,8 +145,9 @@ impl Covers {
             barrier: SecondaryMap::new(),
             ends: SecondaryMap::new(),
         };
+        let mut lists = TestLists::default();
         for (rule, data) in &ruleset.rules {
-            covers.conditions[rule] = Condition::new(ruleset, data);
+            covers.conditions[rule] = Condition::new(ruleset, data, &mut lists);
         }
         covers.find_ends(ruleset);
         for (chain, data) in &ruleset.chains {
@@ -220,9 +224,9 @@ impl Covers {
     }
 
     fn chain(&mut self, ruleset: &Ruleset, chain: Chain, rules: &[Rule]) {
-        let mut exact: HashMap<&[Vec<Test>], Rule> = HashMap::new();
+        let mut exact: HashMap<&[Arc<[Test]>], Rule> = HashMap::new();
         let mut wide: Vec<Rule> = Vec::new();
-        let mut subset: Vec<Vec<Test>> = Vec::new();
+        let mut subset: Vec<Arc<[Test]>> = Vec::new();
         for &rule in rules {
             let condition = &self.conditions[rule];
             if condition.contradiction.is_none() {
@@ -249,9 +253,9 @@ impl Covers {
 fn find(
     conditions: &SecondaryMap<Rule, Condition>,
     condition: &Condition,
-    exact: &HashMap<&[Vec<Test>], Rule>,
+    exact: &HashMap<&[Arc<[Test]>], Rule>,
     wide: &[Rule],
-    subset: &mut Vec<Vec<Test>>,
+    subset: &mut Vec<Arc<[Test]>>,
 ) -> Option<Rule> {
     let count = condition.conjuncts.len();
     if count <= SUBSET_CONJUNCTS_MAX {

@@ -8,14 +8,14 @@ use polc_ir::set::SetContents;
 
 use super::EMPTY_SET;
 
-pub(super) fn find(ruleset: &Ruleset) -> Vec<Diagnostic> {
+pub(super) fn find(ruleset: &Ruleset) -> impl Iterator<Item = Diagnostic> {
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
-    clauses.filter_map(|clause| asks_empty(ruleset, clause)).collect()
+    clauses.filter_map(move |clause| asks_empty(ruleset, clause))
 }
 
 fn asks_empty(ruleset: &Ruleset, clause: &Clause) -> Option<Diagnostic> {
     let ClauseKind::Any(tests) = &clause.kind else { return None };
-    let [test] = tests.as_slice() else { return None };
+    let [test] = &**tests else { return None };
     let Field::Derived(derived) = test.field else { return None };
     let DerivedData::Member { set, .. } = ruleset.derived[derived] else { return None };
     let data = &ruleset.sets[set];

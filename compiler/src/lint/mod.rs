@@ -14,9 +14,12 @@ mod shadowed;
 mod unreachable;
 mod unused_chain;
 
+use std::collections::BTreeMap;
+
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::limits;
 use polc_ir::ruleset::{Action, Ruleset};
+use polc_ir::source::Span;
 
 use crate::session::Session;
 use cover::Covers;
@@ -54,23 +57,44 @@ pub const ALL: &[(Code, &str, &str)] = &[
 pub fn lint(session: &Session) -> Vec<Diagnostic> {
     let ruleset = &session.ruleset;
     let covers = Covers::new(ruleset);
-    let mut findings = Vec::new();
-    findings.extend(contradictory::find(ruleset, &covers));
-    findings.extend(empty_set::find(ruleset));
-    findings.extend(unused_chain::find(ruleset));
-    findings.extend(unreachable::find(ruleset, &covers));
-    findings.extend(shadowed::find(session, &covers));
-    findings.extend(conflicting::find(session, &covers));
-    findings.extend(redundant::find(session, &covers));
-    findings.sort_by_key(|finding| (finding.span.map(|span| (span.file, span.start)), finding.code));
-    // The rules that a line's address lists make are one rule to the user.
-    findings.dedup_by_key(|finding| (finding.span, finding.code));
-    if findings.len() > limits::DIAGNOSTICS_MAX {
-        let rest = findings.len() - limits::DIAGNOSTICS_MAX;
-        findings.truncate(limits::DIAGNOSTICS_MAX);
-        findings.push(Diagnostic::note(TOO_MANY, format!("{rest} more findings are not shown"), None));
+    let mut shown = Shown::default();
+    contradictory::find(ruleset, &covers).for_each(|finding| shown.add(finding));
+    empty_set::find(ruleset).for_each(|finding| shown.add(finding));
+    unused_chain::find(ruleset).for_each(|finding| shown.add(finding));
+    unreachable::find(ruleset, &covers).for_each(|finding| shown.add(finding));
+    shadowed::find(session, &covers).for_each(|finding| shown.add(finding));
+    conflicting::find(session, &covers).for_each(|finding| shown.add(finding));
+    redundant::find(session, &covers).for_each(|finding| shown.add(finding));
+    let mut findings: Vec<Diagnostic> = shown.findings.into_values().collect();
+    if shown.more > 0 {
+        let message = format!("{} more findings are not shown", shown.more);
+        findings.push(Diagnostic::note(TOO_MANY, message, None));
     }
     findings
+}
+
+/// The findings that come first in the text, and how many more there are. The rules that a line's address lists make are
+/// one rule to the user.
+#[derive(Default)]
+struct Shown {
+    findings: BTreeMap<(Option<Span>, Code), Diagnostic>,
+    more: usize,
+    last: Option<(Option<Span>, Code)>,
+}
+
+impl Shown {
+    fn add(&mut self, finding: Diagnostic) {
+        let key = (finding.span, finding.code);
+        if self.last == Some(key) || self.findings.contains_key(&key) {
+            return;
+        }
+        self.last = Some(key);
+        self.findings.insert(key, finding);
+        if self.findings.len() > limits::DIAGNOSTICS_MAX {
+            self.findings.pop_last();
+            self.more += 1;
+        }
+    }
 }
 
 /// Whether no packet that matches a rule with this action is looked at by a later rule of the same chain.
@@ -223,5 +247,19 @@ mod tests {
         let start = std::time::Instant::now();
         assert_eq!(findings(&lines.join("\n")), []);
         assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn findings_past_the_bound_are_counted() {
+        let rules = "-A INPUT -p tcp -j ACCEPT\n".repeat(2 * limits::DIAGNOSTICS_MAX);
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules", format!("*filter\n{rules}COMMIT\n"));
+        let found = lint(&Session::read(sources, file, &[], &ReadOptions::default()));
+        assert_eq!(found.len(), limits::DIAGNOSTICS_MAX + 1);
+        let (rest, shown) = found.split_last().expect("there are findings");
+        // The second rule is shadowed by the first, which is redundant for the second's sake.
+        assert_eq!((shown[0].code, shown[1].code), (REDUNDANT, SHADOWED));
+        assert!(shown.is_sorted_by_key(|finding| finding.span));
+        assert!(rest.message.starts_with(&format!("{} more", limits::DIAGNOSTICS_MAX)), "{}", rest.message);
     }
 }

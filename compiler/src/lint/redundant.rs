@@ -5,6 +5,7 @@
 //! whatever the rule says (hotdrop); so a rule with such a match is redundant only if the next one drops the same.
 
 use polc_ir::diag::Diagnostic;
+use polc_ir::entities::Rule;
 use polc_ir::ruleset::{Action, Clause, ClauseKind, RuleData};
 
 use super::cover::Covers;
@@ -14,57 +15,49 @@ use crate::session::Session;
 /// How many of the following rules are looked at.
 const LOOKED_AT_MAX: usize = 64;
 
-pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
-    let ruleset = &session.ruleset;
-    let mut findings = Vec::new();
-    for (chain, data) in &ruleset.chains {
+pub(super) fn find(session: &Session, covers: &Covers) -> impl Iterator<Item = Diagnostic> {
+    session.ruleset.chains.iter().flat_map(move |(chain, data)| {
         let end = match covers.barrier(chain) {
             Some(barrier) => data.rules.iter().position(|&rule| rule == barrier).map_or(0, |at| at + 1),
             None => data.rules.len(),
         };
         let rules = &data.rules[..end];
-        for (at, &rule) in rules.iter().enumerate() {
-            let this = &ruleset.rules[rule];
-            let condition = covers.condition(rule);
-            let plain =
-                matches!(this.action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Return);
-            if !plain || !is_pure(this) || covers.cover(rule).is_some() || condition.contradiction().is_some()
-            {
-                continue;
-            }
-            let next = rules.get(at + 1).map(|&next| &ruleset.rules[next]);
-            if next.is_none_or(|next| !drops_unread_as(next, this)) {
-                continue;
-            }
-            for &later in rules[at + 1..].iter().take(LOOKED_AT_MAX) {
-                let other = &ruleset.rules[later];
-                if other.action == this.action
-                    && other.span != this.span
-                    && covers.condition(later).covers(condition)
-                {
-                    findings.push(
-                        Diagnostic::warning(
-                            REDUNDANT,
-                            format!(
-                                "without this rule, line {} decides its packets in the same way",
-                                session.line_of(later)
-                            ),
-                            this.span,
-                        )
-                        .with_label(other.span, "the same verdict for these packets and more")
-                        .with_hint("remove the rule, unless its counters are wanted"),
-                    );
-                    break;
-                }
-                // Another verdict, or a change that can be seen, for packets of this rule's.
-                let harmless = other.action == this.action && ends_chain(&other.action) && is_pure(other);
-                if !harmless && !covers.condition(later).excludes(condition) {
-                    break;
-                }
-            }
+        (0..end).filter_map(move |at| redundant(session, covers, &rules[at..]))
+    })
+}
+
+/// What is said of the first of these rules of a chain, if one behind it makes it redundant.
+fn redundant(session: &Session, covers: &Covers, rules: &[Rule]) -> Option<Diagnostic> {
+    let ruleset = &session.ruleset;
+    let (&rule, behind) = rules.split_first()?;
+    let this = &ruleset.rules[rule];
+    let condition = covers.condition(rule);
+    let plain = matches!(this.action, Action::Accept | Action::Drop | Action::Reject(_) | Action::Return);
+    if !plain || !is_pure(this) || covers.cover(rule).is_some() || condition.contradiction().is_some() {
+        return None;
+    }
+    if !drops_unread_as(&ruleset.rules[*behind.first()?], this) {
+        return None;
+    }
+    for &later in behind.iter().take(LOOKED_AT_MAX) {
+        let other = &ruleset.rules[later];
+        if other.action == this.action && other.span != this.span && covers.condition(later).covers(condition)
+        {
+            let line = session.line_of(later);
+            let message = format!("without this rule, line {line} decides its packets in the same way");
+            return Some(
+                Diagnostic::warning(REDUNDANT, message, this.span)
+                    .with_label(other.span, "the same verdict for these packets and more")
+                    .with_hint("remove the rule, unless its counters are wanted"),
+            );
+        }
+        // Another verdict, or a change that can be seen, for packets of this rule's.
+        let harmless = other.action == this.action && ends_chain(&other.action) && is_pure(other);
+        if !harmless && !covers.condition(later).excludes(condition) {
+            return None;
         }
     }
-    findings
+    None
 }
 
 /// Whether a rule drops every packet that `rule` would have dropped because it can't be read: for each of its drops it has

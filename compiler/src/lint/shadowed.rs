@@ -6,16 +6,17 @@ use super::cover::Covers;
 use super::{SHADOWED, action_name};
 use crate::session::Session;
 
-pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
+pub(super) fn find(session: &Session, covers: &Covers) -> impl Iterator<Item = Diagnostic> {
     let ruleset = &session.ruleset;
-    let covered = ruleset.rules.iter().filter_map(|(rule, data)| Some((rule, data, covers.cover(rule)?)));
+    let covered =
+        ruleset.rules.iter().filter_map(move |(rule, data)| Some((rule, data, covers.cover(rule)?)));
     covered
-        .filter(|&(rule, data, by)| {
+        .filter(move |&(rule, data, by)| {
             data.action == ruleset.rules[by].action || !covers.condition(by).equals(covers.condition(rule))
         })
         // Two rules of one line's address lists repeat each other harmlessly.
-        .filter(|(_, data, by)| data.span != ruleset.rules[*by].span)
-        .map(|(_, data, by)| {
+        .filter(move |(_, data, by)| data.span != ruleset.rules[*by].span)
+        .map(move |(_, data, by)| {
             let other = &ruleset.rules[by];
             let line = session.line_of(by);
             let name = action_name(ruleset, &other.action);
@@ -27,5 +28,4 @@ pub(super) fn find(session: &Session, covers: &Covers) -> Vec<Diagnostic> {
             .with_label(other.span, format!("takes every packet that the later rule could match: {name}"))
             .with_hint("remove the rule, or move it before the one that shadows it")
         })
-        .collect()
 }

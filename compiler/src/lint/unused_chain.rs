@@ -8,7 +8,7 @@ use polc_ir::source::Span;
 
 use super::UNUSED_CHAIN;
 
-pub(super) fn find(ruleset: &Ruleset) -> Vec<Diagnostic> {
+pub(super) fn find(ruleset: &Ruleset) -> impl Iterator<Item = Diagnostic> {
     let mut used: SecondaryMap<Chain, bool> = SecondaryMap::new();
     let mut pending: Vec<Chain> =
         ruleset.chains.iter().filter(|(_, data)| data.base.is_some()).map(|(chain, _)| chain).collect();
@@ -28,18 +28,13 @@ pub(super) fn find(ruleset: &Ruleset) -> Vec<Diagnostic> {
             mention[next].get_or_insert(rule.action_span);
         }
     }
-    let unused = ruleset.chains.iter().filter(|(chain, data)| !used[*chain] && data.base.is_none());
-    unused
-        .map(|(chain, data)| {
-            let finding = Diagnostic::warning(
-                UNUSED_CHAIN,
-                format!("no packet reaches chain `{}`", data.name),
-                data.span,
-            );
-            match mention[chain] {
-                None => finding.with_hint("remove the chain, or jump to it"),
-                Some(span) => finding.with_label(span, "only chains that are unused themselves come here"),
-            }
-        })
-        .collect()
+    let unused = ruleset.chains.iter().filter(move |(chain, data)| !used[*chain] && data.base.is_none());
+    unused.map(move |(chain, data)| {
+        let finding =
+            Diagnostic::warning(UNUSED_CHAIN, format!("no packet reaches chain `{}`", data.name), data.span);
+        match mention[chain] {
+            None => finding.with_hint("remove the chain, or jump to it"),
+            Some(span) => finding.with_label(span, "only chains that are unused themselves come here"),
+        }
+    })
 }

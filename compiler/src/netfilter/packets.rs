@@ -102,7 +102,7 @@ pub fn renumbered(family: Family, samples: &[Sample]) -> Vec<Sample> {
 pub fn device_names(ruleset: &Ruleset, field: Field) -> Vec<String> {
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
     let tests = clauses.filter_map(|clause| match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => Some(tests),
+        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => Some(&**tests),
         ClauseKind::Effect(_) | ClauseKind::Opaque(_) | ClauseKind::Beyond(_) => None,
     });
     let mut names = Vec::new();

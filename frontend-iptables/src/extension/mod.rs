@@ -358,6 +358,7 @@ impl Entry {
             finish(&mut parsed, context)
                 .map_err(|message| Fault::new(codes::CONFLICTING_OPTIONS, message))?;
         }
+        parsed.given.shrink_to_fit();
         Ok(parsed)
     }
 }

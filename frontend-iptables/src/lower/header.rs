@@ -9,7 +9,6 @@ use polc_ir::cube::Test;
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Semantics};
 use polc_ir::interval::IntervalSet;
-use polc_ir::ruleset::ClauseKind;
 use polc_ir::source::bytes;
 
 use super::Body;
@@ -18,8 +17,8 @@ use crate::value::{AddressMask, Interface};
 
 /// Adds the clauses of a rule's own options.
 pub(super) fn lower(ast: &RuleAst, body: &mut Body<'_>) {
-    address(Field::SrcAddr, ast.source.as_ref(), body);
-    address(Field::DstAddr, ast.destination.as_ref(), body);
+    address(Field::SrcAddr, ast.source.as_deref(), body);
+    address(Field::DstAddr, ast.destination.as_deref(), body);
     device(Field::InDevice, ast.in_interface.as_ref(), body);
     device(Field::OutDevice, ast.out_interface.as_ref(), body);
     if let Some(protocol) = ast.protocol.filter(|protocol| protocol.value != 0) {
@@ -64,7 +63,7 @@ fn nft_protocol(protocol: u16, negated: bool, body: &mut Body<'_>) {
             body.require_unless(true, authenticated);
             body.require(equal);
         }
-        (false, true) => body.push(ClauseKind::Any(vec![authenticated, equal.negated(Family::V6)])),
+        (false, true) => body.require_any(&[authenticated, equal.negated(Family::V6)]),
     }
 }
 

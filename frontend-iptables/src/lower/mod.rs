@@ -13,7 +13,7 @@ pub(crate) mod transport;
 
 use std::collections::BTreeSet;
 
-use polc_ir::cube::Test;
+use polc_ir::cube::{Test, TestLists};
 use polc_ir::derived::{BEYOND, DerivedData};
 use polc_ir::entities::{Chain, Rule, Set};
 use polc_ir::field::Field;
@@ -39,8 +39,9 @@ pub fn lower(dump: &Dump, sets: &[ipset::Sets], semantics: Semantics) -> Ruleset
     for file in sets {
         ipset::lower(file, dump.family, &mut ruleset);
     }
+    let mut lists = TestLists::default();
     for table in &dump.tables {
-        lower_table(table, &mut ruleset);
+        lower_table(table, &mut ruleset, &mut lists);
     }
     let changed = ruleset.rules.values().filter_map(|rule| match &rule.action {
         Action::Effect { sets, .. } => Some(sets),
@@ -59,7 +60,7 @@ pub fn lower(dump: &Dump, sets: &[ipset::Sets], semantics: Semantics) -> Ruleset
     ruleset
 }
 
-fn lower_table(ast: &TableAst, ruleset: &mut Ruleset) {
+fn lower_table(ast: &TableAst, ruleset: &mut Ruleset, lists: &mut TestLists) {
     let table = ruleset.tables.push(TableData { kind: ast.kind, span: ast.span, chains: Vec::new() });
     let chains: Vec<Option<Chain>> = ast
         .chains
@@ -68,13 +69,14 @@ fn lower_table(ast: &TableAst, ruleset: &mut Ruleset) {
         .collect();
     ruleset.tables[table].chains = chains.iter().copied().flatten().collect();
 
+    ruleset.rules.reserve(ast.rules.len());
     // Rules are numbered in source order, which `-I` makes another order than the chain's.
     let rules: Vec<Option<Rule>> = ast
         .rules
         .iter()
         .map(|rule| {
             let chain = chains[rule.chain.0 as usize]?;
-            Some(Lowering { ruleset, chains: &chains }.rule(rule, chain))
+            Some(Lowering { ruleset, lists, chains: &chains }.rule(rule, chain))
         })
         .collect();
     for (chain, ast) in chains.iter().zip(&ast.chains) {
@@ -109,6 +111,7 @@ fn counters(ast: Option<ast::Counters>) -> Counters {
 /// What lowering one rule needs at hand.
 struct Lowering<'a> {
     ruleset: &'a mut Ruleset,
+    lists: &'a mut TestLists,
     /// The IR's chain for each of the table's.
     chains: &'a [Option<Chain>],
 }
@@ -118,6 +121,7 @@ impl Lowering<'_> {
         let mut body = Body {
             rule: Rule::from_u32(self.ruleset.rules.len() as u32),
             ruleset: self.ruleset,
+            lists: self.lists,
             clauses: Vec::new(),
             span: ast.span,
         };
@@ -128,7 +132,8 @@ impl Lowering<'_> {
                 lower(&one.options, &mut body);
             }
         }
-        let clauses = body.clauses;
+        let mut clauses = body.clauses;
+        clauses.shrink_to_fit();
         let action = targets::lower(&ast.target.verdict, self.chains);
         self.ruleset.rules.push(RuleData {
             chain,
@@ -145,6 +150,7 @@ impl Lowering<'_> {
 /// The clauses of the rule being lowered.
 pub struct Body<'a> {
     pub(crate) ruleset: &'a mut Ruleset,
+    lists: &'a mut TestLists,
     rule: Rule,
     clauses: Vec<Clause>,
     /// The text that clauses added now come from.
@@ -166,7 +172,13 @@ impl Body<'_> {
 
     /// The rule matches only if the test holds.
     pub(crate) fn require(&mut self, test: Test) {
-        self.push(ClauseKind::Any(vec![test]));
+        self.require_any(&[test]);
+    }
+
+    /// The rule matches only if one of the tests holds.
+    pub(crate) fn require_any(&mut self, tests: &[Test]) {
+        let tests = self.lists.list(tests);
+        self.push(ClauseKind::Any(tests));
     }
 
     /// The rule matches only if the test holds, or with `negated` doesn't.
@@ -183,11 +195,12 @@ impl Body<'_> {
 
     /// The rule never matches.
     pub(crate) fn never(&mut self) {
-        self.push(ClauseKind::Any(Vec::new()));
+        self.require_any(&[]);
     }
 
     /// The packet is dropped here if all the tests hold.
     pub(crate) fn hotdrop(&mut self, tests: Vec<Test>) {
+        let tests = self.lists.list(&tests);
         self.push(ClauseKind::Hotdrop(tests));
     }
 
@@ -197,7 +210,7 @@ impl Body<'_> {
         let family = self.family();
         let field = Field::Derived(self.ruleset.derive(data));
         self.hotdrop(vec![Test::new(field, family, IntervalSet::point(2))]);
-        self.push(ClauseKind::Beyond(Test::new(field, family, IntervalSet::point(BEYOND.into()))));
+        self.push(ClauseKind::Beyond(Box::new(Test::new(field, family, IntervalSet::point(BEYOND.into())))));
         self.require_values(field, negated, IntervalSet::point(1));
     }
 
@@ -209,12 +222,20 @@ impl Body<'_> {
 
     /// A condition that only the kernel can evaluate, without trace.
     pub(crate) fn opaque(&mut self, name: &str, reason: &str) {
-        self.push(ClauseKind::Opaque(Opaque { name: name.into(), reason: reason.into(), observable: false }));
+        self.push(ClauseKind::Opaque(Box::new(Opaque {
+            name: name.into(),
+            reason: reason.into(),
+            observable: false,
+        })));
     }
 
     /// A condition that only the kernel can evaluate, and whose evaluation can be observed.
     pub(crate) fn observable(&mut self, name: &str, reason: &str) {
-        self.push(ClauseKind::Opaque(Opaque { name: name.into(), reason: reason.into(), observable: true }));
+        self.push(ClauseKind::Opaque(Box::new(Opaque {
+            name: name.into(),
+            reason: reason.into(),
+            observable: true,
+        })));
     }
 
     /// The set of this name; one without known contents if no file declares it.

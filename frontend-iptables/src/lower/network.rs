@@ -83,7 +83,11 @@ pub(crate) fn ipv6_headers(mask: u8, soft: bool, negated: bool, body: &mut Body<
     const FIELD: Field = Field::ExtHeaderMask;
     let bits = u128::from(mask);
     let (cut, beyond) = (u128::from(EXT_HEADERS_CUT), u128::from(EXT_HEADERS_BEYOND));
-    body.push(ClauseKind::Beyond(Test { field: FIELD, mask: beyond, values: IntervalSet::point(beyond) }));
+    body.push(ClauseKind::Beyond(Box::new(Test {
+        field: FIELD,
+        mask: beyond,
+        values: IntervalSet::point(beyond),
+    })));
     body.require(Test { field: FIELD, mask: cut, values: IntervalSet::point(0) });
     let asked = |value| Test {
         field: FIELD,

@@ -138,7 +138,7 @@ pub(crate) fn multiport(
             let family = body.family();
             let either =
                 [Field::SrcPort, Field::DstPort].map(|field| Test::new(field, family, values.clone()));
-            body.push(polc_ir::ruleset::ClauseKind::Any(either.into()));
+            body.require_any(&either);
         }
     }
 }
@@ -156,7 +156,7 @@ pub(crate) fn icmp(kind: Option<u8>, codes: (u8, u8), negated: bool, body: &mut 
     let kind = Test::new(Field::IcmpType, family, IntervalSet::point(kind.into()));
     let code = Test::new(Field::IcmpCode, family, IntervalSet::range(codes.0.into(), codes.1.into()));
     if negated {
-        body.push(polc_ir::ruleset::ClauseKind::Any(vec![kind.negated(family), code.negated(family)]));
+        body.require_any(&[kind.negated(family), code.negated(family)]);
     } else {
         body.require(kind);
         body.require(code);

@@ -268,7 +268,7 @@ pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragmen
             Some(deferral) => ClauseAbility::Unknown(deferral),
             None => ClauseAbility::Known,
         },
-        ClauseKind::Beyond(test) => match fields_of(std::slice::from_ref(test)) {
+        ClauseKind::Beyond(test) => match fields_of(std::slice::from_ref(&**test)) {
             Some(deferral) => ClauseAbility::Unknown(deferral),
             None => ClauseAbility::Known,
         },

@@ -11,6 +11,8 @@ mod print;
 
 pub use eval::{Behind, Event, Truth};
 
+use std::sync::Arc;
+
 use cranelift_entity::PrimaryMap;
 use serde::{Deserialize, Serialize};
 
@@ -127,21 +129,22 @@ pub struct Clause {
     pub span: Span,
 }
 
-/// What a clause asks.
+/// What a clause asks. Clauses take most of a rule set's memory, so tests are shared ([`crate::cube::TestLists`]) and
+/// what is rare is boxed.
 #[derive(Clone, Debug)]
 pub enum ClauseKind {
     /// Holds if any of the tests does (mostly there is exactly one).
-    Any(Vec<Test>),
+    Any(Arc<[Test]>),
     /// Drops the packet here, whatever the rule's action is, if all the tests hold; holds otherwise. This is
     /// x_tables' hotdrop (include/linux/netfilter/x_tables.h, `struct xt_action_param`).
-    Hotdrop(Vec<Test>),
+    Hotdrop(Arc<[Test]>),
     /// Leaves the packet to the kernel if the test holds; holds otherwise. The test is of a derived field that was not
     /// searched to its end, because the packet holds more than the bounds of [`crate::limits`] allow.
-    Beyond(Test),
+    Beyond(Box<Test>),
     /// Holds if the stateful or random test does. Evaluated only if every earlier clause held.
     Effect(EffectTest),
     /// A condition that needs what no level here has. Its truth is unknown to everything but the kernel.
-    Opaque(Opaque),
+    Opaque(Box<Opaque>),
 }
 
 /// A match or target that can't be evaluated here, by name.

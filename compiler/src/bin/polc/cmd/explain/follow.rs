@@ -137,7 +137,7 @@ impl Way<'_> {
     /// Goes on as if a rule did not match, whose trial began after so many events.
     fn never(&mut self, rule: Rule, trial: usize) {
         let span = self.ruleset.rules[rule].action_span;
-        self.ruleset.rules[rule].clauses = vec![Clause { span, kind: ClauseKind::Any(Vec::new()) }];
+        self.ruleset.rules[rule].clauses = vec![Clause { span, kind: ClauseKind::Any(Default::default()) }];
         self.jumps.retain(|(jump, _)| *jump != rule);
         self.resume(rule, trial);
     }
