@@ -52,7 +52,9 @@ pub fn bound(
             }
         }
     }
-    let Some(&first) = deep.first() else { return false };
+    if deep.is_empty() {
+        return false;
+    }
     // What only deep stages led to is out of reach now, and takes no room.
     let cut: Vec<Stage> = classifier
         .stages
@@ -77,12 +79,14 @@ pub fn bound(
         });
         classifier.stages[stage].entries = vec![entry];
     }
-    let span = classifier.stages[first]
-        .origin
-        .and_then(|(chain, skipped)| ruleset.chains[chain].rules.get(skipped as usize))
-        .map(|&rule| ruleset.rules[rule].span);
+    // Ways through the rules differ in the turns they take; the first rule that one of them does not come to is told.
+    let spans = deep.iter().filter_map(|&stage| {
+        let (chain, skipped) = classifier.stages[stage].origin?;
+        ruleset.chains[chain].rules.get(skipped as usize).map(|&rule| ruleset.rules[rule].span)
+    });
+    let span = spans.min_by_key(|span| (span.file, span.start));
     let message = format!(
-        "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; those that get as far as this rule are left to the kernel"
+        "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; from this rule on such packets are left to the kernel"
     );
     diagnostics.push(
         Diagnostic::warning(TOO_DEEP, message, span)
