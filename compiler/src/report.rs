@@ -26,7 +26,7 @@ use crate::session::Session;
 pub const DEFERRED: Code = Code(301);
 
 /// Code of the warning that fragments are dropped which rules can't decide.
-pub const FRAGMENTS: Code = Code(303);
+pub const FRAGMENTS: Code = Code(305);
 
 /// Code of the note that says how many rules a place does not reach.
 pub const ELSEWHERE: Code = Code(302);

@@ -202,3 +202,24 @@ fn every_bound_is_kept_and_tested() {
     wrong.extend(gone.map(|(name, _)| format!("{name} is no bound any more")));
     nothing(&wrong);
 }
+
+/// A code stands for one thing.
+#[test]
+fn codes_are_given_once() {
+    let mut given: Vec<(String, String)> = Vec::new();
+    for source in sources() {
+        let code = source.code();
+        for (at, word) in code.match_indices("Code(") {
+            let digits = code[at + word.len()..].chars().take_while(char::is_ascii_digit);
+            let number: String = digits.collect();
+            if !number.is_empty() {
+                given.push((number, source.path.clone()));
+            }
+        }
+    }
+    given.sort();
+    assert!(given.len() > 30, "only {} codes", given.len());
+    let twice = given.windows(2).filter(|pair| pair[0].0 == pair[1].0);
+    let twice = twice.map(|pair| format!("{} in {} and {}", pair[0].0, pair[0].1, pair[1].1));
+    nothing(&twice.collect::<Vec<_>>());
+}
