@@ -445,7 +445,7 @@ impl Flattener<'_> {
                     ClauseKind::Effect(test) => {
                         let holds = self.stage(Key { clause: index + 1, unknown, ..key });
                         let fails = self.go_on(next);
-                        let fails = self.as_stage(fails);
+                        let fails = self.as_stage(fails, key.fragment);
                         let (yes, no) =
                             if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
                         let exit = Exit::Test { test: *test, yes, no };
@@ -537,7 +537,7 @@ impl Flattener<'_> {
             Action::Write(write) => {
                 ends = true;
                 let onward = self.go_on(next);
-                let stage = self.as_stage(onward);
+                let stage = self.as_stage(onward, key.fragment);
                 Onward { counts: Vec::new(), exit: Exit::Then { writes: vec![*write], stage } }
             }
             Action::Effect { .. } | Action::Steal(_) => Onward::defer(rule),
@@ -550,10 +550,16 @@ impl Flattener<'_> {
     }
 
     /// A stage that goes on at once.
-    fn as_stage(&mut self, onward: Onward) -> Stage {
+    fn as_stage(&mut self, onward: Onward, fragment: bool) -> Stage {
         match onward.exit {
             Exit::Then { ref writes, stage } if writes.is_empty() && onward.counts.is_empty() => stage,
-            _ => self.add(vec![Entry::rest(onward)], None),
+            _ => {
+                let mut entry = Entry::rest(onward);
+                if drops_undecided(self.place, fragment) {
+                    entry.drop_undecided();
+                }
+                self.add(vec![entry], None)
+            }
         }
     }
 
@@ -625,7 +631,7 @@ impl Flattener<'_> {
                         let stage = self.add(entries, None);
                         next = Onward::go(stage);
                     }
-                    root = self.as_stage(next);
+                    root = self.as_stage(next, false);
                 }
                 DerivedData::AddressType { of, .. } => {
                     let entry = |(range, kind): (Interval, u8)| {
