@@ -313,13 +313,14 @@ impl Flattener<'_> {
     fn accept(&mut self, key: Key, by: Decider, passed: bool) -> Onward {
         let chain = self.chains[key.base];
         let Key { doubt, fragment, supposed, .. } = key;
+        let undecided = if drops_undecided(self.place, fragment) { Verdict::Drop } else { Verdict::Defer };
         let next = self.ruleset.next_base(&self.chains, key.base, passed);
         match self.start(next).map(|start| Key { doubt, fragment, supposed, ..start }) {
-            None => Onward::end(if key.doubt { Verdict::Defer } else { Verdict::Accept }, by),
+            None => Onward::end(if key.doubt { undecided } else { Verdict::Accept }, by),
             Some(next) => match self.ruleset.behind(chain, self.place, fragment) {
                 Behind::Known => self.go_on(next),
                 Behind::IfAbsent => self.go_on(Key { supposed: true, ..next }),
-                Behind::Unknown => Onward::end(Verdict::Defer, Decider::Policy(chain)),
+                Behind::Unknown => Onward::end(undecided, Decider::Policy(chain)),
             },
         }
     }
