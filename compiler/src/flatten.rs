@@ -446,7 +446,7 @@ impl Flattener<'_> {
                     ClauseKind::Effect(test) => {
                         let holds = self.stage(Key { clause: index + 1, unknown, ..key });
                         let fails = self.go_on(next);
-                        let fails = self.as_stage(fails, key.fragment);
+                        let fails = self.as_stage(fails);
                         let (yes, no) =
                             if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
                         let exit = Exit::Test { test: *test, yes, no };
@@ -538,7 +538,7 @@ impl Flattener<'_> {
             Action::Write(write) => {
                 ends = true;
                 let onward = self.go_on(next);
-                let stage = self.as_stage(onward, key.fragment);
+                let stage = self.as_stage(onward);
                 Onward { counts: Vec::new(), exit: Exit::Then { writes: vec![*write], stage } }
             }
             Action::Effect { .. } | Action::Steal(_) => Onward::defer(rule),
@@ -551,16 +551,10 @@ impl Flattener<'_> {
     }
 
     /// A stage that goes on at once.
-    fn as_stage(&mut self, onward: Onward, fragment: bool) -> Stage {
+    fn as_stage(&mut self, onward: Onward) -> Stage {
         match onward.exit {
             Exit::Then { ref writes, stage } if writes.is_empty() && onward.counts.is_empty() => stage,
-            _ => {
-                let mut entry = Entry::rest(onward);
-                if drops_undecided(self.place, fragment) {
-                    entry.drop_undecided();
-                }
-                self.add(vec![entry], None)
-            }
+            _ => self.add(vec![Entry::rest(onward)], None),
         }
     }
 
@@ -632,7 +626,7 @@ impl Flattener<'_> {
                         let stage = self.add(entries, None);
                         next = Onward::go(stage);
                     }
-                    root = self.as_stage(next, false);
+                    root = self.as_stage(next);
                 }
                 DerivedData::AddressType { of, .. } => {
                     let entry = |(range, kind): (Interval, u8)| {
