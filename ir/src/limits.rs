@@ -52,6 +52,10 @@ pub const ENTRIES_PER_RULE_MAX: usize = 8;
 /// Entries any classifier may have, however few its rules.
 pub const ENTRIES_BASE: usize = 65_536;
 
+/// Most entries of a classifier, however many its rules. An entry takes some 700 bytes while it is compiled, so that is
+/// a gigabyte and a half.
+pub const ENTRIES_MAX: usize = 2 << 20;
+
 /// Most instructions of one emitted program. A jump reaches 32,767 instructions either way, and rbpf's
 /// interpreter can't follow longer ones.
 pub const PROGRAM_INSNS_MAX: usize = 32_767;
