@@ -98,7 +98,7 @@ fn read(name: &str, text: &str, sets: &[String], semantics: Semantics) -> Sessio
     )
 }
 
-/// Numbers of the lines that replace mode does not compile, or whose outcome depends on packets before or on chance.
+/// Numbers of the lines that replace mode does not compile for packets that arrive, or whose outcome depends on packets before or on chance.
 fn unfit(session: &Session, attach: Attach) -> Vec<u32> {
     let report = Report::new(session, Scope::At(&arriving(attach)));
     let by_line = session.rules_by_line();
@@ -108,9 +108,10 @@ fn unfit(session: &Session, attach: Attach) -> Vec<u32> {
         clauses.any(|clause| matches!(clause.kind, ClauseKind::Effect(_)))
     };
     let unfit = report.lines.iter().filter(|(line, status)| match status {
-        Status::Deferred { .. } | Status::Rejected => true,
+        // What no arriving packet comes to may still make the kernel track connections.
+        Status::Deferred { .. } | Status::Rejected | Status::Elsewhere => true,
         Status::Compiled => stateful(line),
-        Status::Elsewhere | Status::OtherFamily => false,
+        Status::OtherFamily => false,
     });
     unfit.map(|(line, _)| *line).collect()
 }
