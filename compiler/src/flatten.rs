@@ -20,7 +20,7 @@ use polc_ir::entities::{Chain, Derived, Rule, Stage};
 use polc_ir::env::{Connections, Env, Fragments, Place};
 use polc_ir::field::Field;
 use polc_ir::interval::{Interval, IntervalSet};
-use polc_ir::limits::{ENTRIES_BASE, ENTRIES_MAX, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
+use polc_ir::limits::{CLASSIFIER_ENTRIES_MAX, ENTRIES_BASE, ENTRIES_PER_RULE_MAX, RULE_CUBES_MAX};
 use polc_ir::outcome::{Count, Decider, Ending, Verdict};
 use polc_ir::ruleset::deferral::{
     ClauseAbility, SUPPOSED_STATE, clause_ability, drops_undecided, is_handed_over, supposes,
@@ -51,7 +51,7 @@ pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Ve
         queue: Vec::new(),
         built: Vec::new(),
         entries: 0,
-        entries_max: ENTRIES_MAX.min(ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len()),
+        entries_max: CLASSIFIER_ENTRIES_MAX.min(ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len()),
         many_cubes: BTreeSet::new(),
         tested: Vec::new(),
         sets: Members::default(),

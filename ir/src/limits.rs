@@ -54,7 +54,7 @@ pub const ENTRIES_BASE: usize = 65_536;
 
 /// Most entries of a classifier, however many its rules. An entry takes some 700 bytes while it is compiled, so that is
 /// a gigabyte and a half.
-pub const ENTRIES_MAX: usize = 2 << 20;
+pub const CLASSIFIER_ENTRIES_MAX: usize = 2 << 20;
 
 /// Most instructions of one emitted program. A jump reaches 32,767 instructions either way, and rbpf's
 /// interpreter can't follow longer ones.

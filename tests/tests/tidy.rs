@@ -28,7 +28,7 @@ const NAMES_LOADER: &[&str] = &["compiler/src/bin/", "compiler/src/netfilter"];
 /// Bounds whose edge no test reaches, and why.
 const UNREACHED: &[(&str, &str)] = &[
     ("BTF_BYTES_MAX", "a program of the largest size, every line of the longest kept, stays below it"),
-    ("ENTRIES_MAX", "only a quarter of a million rules get there, in more than a gigabyte"),
+    ("CLASSIFIER_ENTRIES_MAX", "only a quarter of a million rules get there, in more than a gigabyte"),
     ("SET_CELLS_MAX", "only sets of millions of elements get there: 2.6 million if the set is live"),
     ("VERIFIER_LOG_BYTES_MAX", "the kernel's verifier would have to write 16 MiB about one program"),
     ("WALK_TURNS_CAUTIOUS", "turns are counted cautiously, so no rule set is known to lie at the edge"),
