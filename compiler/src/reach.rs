@@ -21,6 +21,9 @@ use crate::session::Session;
 /// Code of the finding that every packet is left to the kernel before it comes to rules that are compiled.
 pub const NEVER_REACHED: Code = Code(303);
 
+/// Rules beside the first that a finding points at.
+const STOPS_SHOWN: usize = 8;
+
 /// How far packets get at one place.
 #[derive(Clone, Debug, Default)]
 pub struct Reach {
@@ -103,8 +106,13 @@ pub fn never_reached(
         }
         let Some(first) = stops.next() else { continue };
         let mut finding = finding(ruleset, place, first, behind.len());
-        for span in stops.filter_map(|by| Some(stop(ruleset, place, by)?.0)) {
+        let mut others = stops.filter_map(|by| Some(stop(ruleset, place, by)?.0));
+        for span in others.by_ref().take(STOPS_SHOWN) {
             finding = finding.with_label(span, "and those that come here");
+        }
+        let more = others.count();
+        if more > 0 {
+            finding = finding.with_note(format!("and those that come to {more} more rules"));
         }
         lines.extend(behind);
         findings.push(finding);

@@ -26,7 +26,7 @@ use crate::reach::Reach;
 use crate::runner::{Level, Program, run_noting};
 use crate::select::Devices;
 use crate::session::Session;
-use crate::witness::{Effort, Witnesses};
+use crate::witness::{Effort, Witnesses, hidden};
 use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
@@ -69,7 +69,8 @@ pub struct Verified {
     pub verdicts: BTreeMap<&'static str, usize>,
     /// Entries of the classifier.
     pub entries: usize,
-    /// How many of them no packet took: nothing reaches them, or no packet was found that does.
+    /// How many of them no packet took, leaving out those behind earlier ones of their stage that take all of theirs:
+    /// nothing reaches them, or no packet was found that does.
     pub not_taken: usize,
     /// The verifier's budget of each program; empty if nothing was emitted.
     pub budgets: Vec<Budget>,
@@ -123,24 +124,30 @@ pub fn verify(
         }
     }
     let entries = verified.entries.max(1);
-    let witnesses =
+    let mut witnesses =
         Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::THOROUGH, seed);
     let total = (witnesses.enough() + random).min((WORK_MAX / entries).max(PACKETS_MIN));
     let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
-    for mut input in witnesses.take(total) {
+    let mut show = |levels: &mut Levels<'_>, mut input: Input| {
         let (reference, differing) = levels.run(&mut input, &Level::ABOVE);
         verified.packets += 1;
         *verified.verdicts.entry(reference.ending.verdict.word()).or_default() += 1;
-        if let Some(levels) = differing {
-            verified.disagreement = Some(Disagreement { input, levels });
-            break;
-        }
         if verified.packets.is_multiple_of(256) {
-            progress(verified.packets, total);
+            progress(verified.packets.min(total), total);
+        }
+        verified.disagreement = differing.map(|levels| Disagreement { input, levels });
+        verified.disagreement.is_none()
+    };
+    let mut agree = witnesses.by_ref().take(total).all(|input| show(&mut levels, input));
+    // Then those that no packet came to while packets for others were made, and that some packet may come to.
+    let hidden = hidden(&compiled.classifier, |entry| !levels.taken.contains(entry));
+    let entries = || compiled.classifier.entries.keys().filter(|entry| !hidden.contains(*entry));
+    for entry in entries() {
+        if agree && !levels.taken.contains(entry) {
+            agree = show(&mut levels, witnesses.towards(entry));
         }
     }
-    verified.not_taken =
-        compiled.classifier.entries.keys().filter(|entry| !levels.taken.contains(*entry)).count();
+    verified.not_taken = entries().filter(|entry| !levels.taken.contains(*entry)).count();
     verified
 }
 

@@ -13,6 +13,7 @@ mod cells;
 mod directed;
 mod elements;
 mod frame;
+mod hidden;
 mod odd;
 mod probe;
 mod random;
@@ -24,6 +25,7 @@ use std::borrow::Cow;
 
 use polc_ir::classifier::Classifier;
 use polc_ir::cube::Cube;
+use polc_ir::entities::Entry;
 use polc_ir::env::{Attach, Device, Input};
 use polc_ir::field::Field;
 use polc_ir::interval::max_value;
@@ -33,6 +35,7 @@ pub use cells::Effort;
 use cells::{Aim, Compared, compare};
 use directed::{Directed, surroundings};
 use frame::Wanted;
+pub(crate) use hidden::hidden;
 use probe::Probes;
 
 /// Of so many packets, half are directed, one is odd and one mixed.
@@ -119,6 +122,11 @@ impl<'a> Witnesses<'a> {
             .as_ref()
             .map_or(0, |compared| compared.differences.len() + compared.boundaries.len());
         first + ROUNDS * (2 * self.directed.len()).max(TURN * ODD_FRAMES)
+    }
+
+    /// A packet that takes an entry, or gets as near as it came.
+    pub fn towards(&mut self, entry: Entry) -> Input {
+        self.directed.towards(entry, &self.classifier.entries[entry].cube, &mut self.random)
     }
 
     fn mixed(&mut self) -> Input {
@@ -212,7 +220,6 @@ mod tests {
     use std::collections::BTreeSet;
 
     use polc_frontend_iptables::{ParseOptions, lower, parse};
-    use polc_ir::entities::Entry;
     use polc_ir::env::{Env, Mode};
     use polc_ir::hook::{Hook, Semantics};
     use polc_ir::packet::View;
