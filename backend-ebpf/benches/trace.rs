@@ -3,16 +3,14 @@
 //! The same rules with reports and without are test-run by the kernel in turns, so that whatever else the machine does
 //! meets both alike; of each the best of many runs counts.
 
-#[path = "../tests/common/mod.rs"]
-mod common;
-
 use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
-use common::plans::{all, eq, linear, load, object, plan, traced};
 use polc_ir::env::Attach;
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
+use polc_tests::programs;
+use polc_tests::programs::plans::{all, eq, linear, load, object, plan, traced};
 
 /// Runs of one program at a time.
 const REPEAT: u32 = 200_000;
@@ -20,7 +18,7 @@ const REPEAT: u32 = 200_000;
 const TURNS: usize = 100;
 
 fn main() {
-    if !common::kernel::may_run("the cost of tracing that is off") {
+    if !polc_tests::kernel::may_run("the cost of tracing that is off") {
         return;
     }
     // At tc: an XDP program that is not attached makes every call wait for its dispatcher.
@@ -42,7 +40,7 @@ fn main() {
 
 /// How long all runs take. What the kernel says of it is rounded to whole nanoseconds a run.
 fn run(program: &mut aya::Ebpf) -> Duration {
-    let frame = common::packet(80, 1);
+    let frame = programs::packet(80, 1);
     let mut options = TestRunOptions::new();
     options.data_in = Some(&frame);
     options.repeat = REPEAT;

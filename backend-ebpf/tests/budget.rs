@@ -1,9 +1,6 @@
 //! The cost model against the verifier itself.
 
-mod common;
-
 use aya::programs::Xdp;
-use common::kernel::may_run;
 use polc_backend_ebpf::asm::{Asm, Code, PROGRAM_TOO_LONG};
 use polc_backend_ebpf::budget::{Budget, STACK_TOO_LARGE, TOO_COMPLEX, TOO_MANY_PENDING};
 use polc_backend_ebpf::insn::{AluOp, Cond, Helper, Reg, Size, Width};
@@ -13,6 +10,8 @@ use polc_ir::entities::Map;
 use polc_ir::limits::{
     PROGRAM_INSNS_MAX, STACK_BYTES_MAX, VERIFIER_PENDING_JUMPS_MAX, VERIFIER_PROCESSED_MAX,
 };
+use polc_tests::kernel::may_run;
+use polc_tests::programs::map;
 
 /// Copies 12 words of the packet to the stack, as every program does before it decides. Ends with `r6` the context.
 fn emit_key(a: &mut Asm) {
@@ -236,7 +235,7 @@ fn estimates_bound_what_the_verifier_does() {
     if !may_run("estimates_bound_what_the_verifier_does") {
         return;
     }
-    let (table, counts) = (common::map(0), common::map(1));
+    let (table, counts) = (map(0), map(1));
     let shapes: [(&str, Asm); 20] = [
         ("linear 2x1", linear(2, 1)),
         ("linear 10x1", linear(10, 1)),

@@ -10,10 +10,8 @@ use polc_ir::limits::{DCCP_OPTIONS_MAX, IPV6_EXT_HEADERS_MAX, SCTP_CHUNKS_MAX};
 use polc_ir::outcome::{Decider, FrameKind};
 use polc_ir::packet::View;
 
-mod common;
-
-use common::frames::{Dice, ethernet, ipv4};
-use common::plans::{Pair, all, eq, linear, plan, rule};
+use polc_tests::programs::frames::{Dice, ethernet, ipv4};
+use polc_tests::programs::plans::{Pair, all, eq, linear, plan, rule};
 
 /// Makes packets of the protocols that are searched.
 trait Packets {
@@ -29,7 +27,7 @@ impl Packets for Dice {
         let many = if self.one_in(4) { most - 8 + self.below(16) } else { self.below(6) };
         for _ in 0..many {
             match self.below(if many > 6 { 120 } else { 8 }) {
-                0 => options.extend([self.next() as u8, 2]),
+                0 => options.extend([self.number() as u8, 2]),
                 2.. => options.push(self.pick(&[1, 1, 1, 0])),
                 1 => options.extend([self.pick(&[32, 38, 44]), self.pick(&[0, 2, 3, 4, 200]), 5]),
             }
@@ -39,7 +37,7 @@ impl Packets for Dice {
         let own = 3 + usize::from(long) + usize::from(derived::DCCP_TYPE_WORDS[usize::from(kind)]);
         let words = own + options.len().div_ceil(4);
         let mut header = vec![0; 12];
-        header[4] = if self.one_in(6) { self.next() as u8 } else { words as u8 };
+        header[4] = if self.one_in(6) { self.number() as u8 } else { words as u8 };
         header[8] = kind << 1 | long;
         header.resize(own * 4, 9);
         header.extend(options);
@@ -171,7 +169,7 @@ fn chain(dice: &mut Dice) -> Vec<u8> {
                         2 => header.extend([1, 0]),
                         3 => header.extend([1, 1, 0]),
                         4 => header.extend([5, dice.pick(&[2, 2, 3]), 0, 0]),
-                        _ => header.extend([dice.next() as u8, dice.pick(&[0, 1, 4, 60])]),
+                        _ => header.extend([dice.number() as u8, dice.pick(&[0, 1, 4, 60])]),
                     }
                 }
                 header.truncate(8 * (units + 1));

@@ -1,10 +1,5 @@
 //! Emitted programs do what their plans say, and the check VM and the kernel agree on every frame.
 
-mod common;
-
-use common::frames::{Dice, ethernet, ipv4, tcp};
-use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
-use common::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule};
 use polc_backend_ebpf::vm::Context;
 use polc_ir::derived::{self, DerivedData, U32Op, U32Program, U32Test};
 use polc_ir::entities::{Derived, Stage};
@@ -19,6 +14,9 @@ use polc_ir::plan::{
     WalkRef, WordWrite,
 };
 use polc_ir::ruleset::EffectTestKind;
+use polc_tests::kernel::{BpfFs, TempDir, VethPair, has_tools, may_run, run};
+use polc_tests::programs::frames::{Dice, ethernet, ipv4, tcp};
+use polc_tests::programs::plans::{FIRST, Pair, all, eq, linear, object, plan, range, rule, try_object};
 
 const ATTACHES: [Attach; 3] = [Attach::Xdp, Attach::TcIngress, Attach::TcEgress];
 
@@ -128,7 +126,7 @@ fn turns_are_those_of_one_way() {
 #[test]
 fn a_walk_that_is_too_deep_is_refused() {
     let plan = chain(Attach::Xdp, TESTS_MAX + 1);
-    let diagnostics = common::plans::try_object(&plan).unwrap_err();
+    let diagnostics = try_object(&plan).unwrap_err();
     assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::WALK_TOO_DEEP);
 }
 
@@ -191,13 +189,13 @@ impl Frames for Dice {
                 0 => options.push(1),
                 1 => options.extend([2, 4, 5, 0xb4]),
                 2 => options.extend([8, 10, 0, 0, 0, 1, 0, 0, 0, 2]),
-                _ => options.extend([self.next() as u8, self.below(6) as u8, 0, 0]),
+                _ => options.extend([self.number() as u8, self.below(6) as u8, 0, 0]),
             }
         }
         options.resize(options.len().next_multiple_of(4), 0);
         let mut header = tcp(self.pick(&[22, 80, 1024]), self.pick(&[22, 80, 443]), &options);
         if self.one_in(8) {
-            header[12] = self.next() as u8;
+            header[12] = self.number() as u8;
         }
         header
     }
@@ -224,7 +222,7 @@ impl Frames for Dice {
         };
         if self.one_in(6) {
             let at = self.below(packet.len().min(48));
-            packet[at] = self.next() as u8;
+            packet[at] = self.number() as u8;
         }
         if self.one_in(8) {
             packet.truncate(self.below(packet.len()));
@@ -267,7 +265,7 @@ impl Frames for Dice {
             let mut header = match kind {
                 44 => {
                     let bits: u16 = self.pick(&[0, 1, 8, 0x321, 6]);
-                    [vec![0, self.next() as u8], bits.to_be_bytes().to_vec(), vec![0, 0, 0, 9]].concat()
+                    [vec![0, self.number() as u8], bits.to_be_bytes().to_vec(), vec![0, 0, 0, 9]].concat()
                 }
                 51 => [vec![0, 2], self.bytes(14)].concat(),
                 _ => {
@@ -448,9 +446,9 @@ fn devices_are_looked_up_by_number() {
         assert_eq!(pair.decides(&frame), Decider::Rule(rule(2)));
         plan.devices.fixed_in = None;
         plan.devices.devices.push((device(DEVICE_NUMBER_MAX, "far"), 1));
-        common::plans::try_object(&plan).expect("its number is the largest");
+        try_object(&plan).expect("its number is the largest");
         plan.devices.devices.push((device(DEVICE_NUMBER_MAX + 1, "farther"), 1));
-        let diagnostics = common::plans::try_object(&plan).unwrap_err();
+        let diagnostics = try_object(&plan).unwrap_err();
         assert_eq!(diagnostics[0].code, polc_backend_ebpf::emit::DEVICE_NUMBER);
     }
 }
@@ -556,14 +554,14 @@ fn every_loader_takes_an_emitted_object() {
     if !may_run(NAME) || !has_tools(NAME, &["bpftool", "ip", "tc", "mount", "nsenter"]) {
         return;
     }
-    let (dir, fs, ns) = (TempDir::new("emit"), BpfFs::new("emit-fs"), NetNs::new("emit"));
+    let (dir, fs, ns) = (TempDir::new("emit"), BpfFs::new("emit-fs"), VethPair::new("emit"));
     let xdp = object(&with_everything(Attach::Xdp)).write().expect("writes");
     let tc_bytes = object(&with_everything(Attach::TcIngress)).write().expect("writes");
     let (xdp, tc_file) = (dir.file("xdp.o", &xdp), dir.file("tc.o", &tc_bytes));
     for (file, pin) in [(&xdp, "one"), (&tc_file, "two")] {
         let pin = fs.join(pin);
-        run("bpftool", &["prog", "load", file, &pin]);
-        let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]);
+        run("bpftool", &["prog", "load", file, &pin]).expect("it runs");
+        let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]).expect("it runs");
         assert!(dump.contains("; -A INPUT rule rule1 [file:rules.v4 line_num:4"), "{dump}");
     }
     ns.run("ip", &["link", "set", "dev", "in0", "xdp", "obj", &xdp, "sec", "xdp"]);

@@ -1,12 +1,10 @@
 //! The same file loads unchanged through aya, bpftool (libbpf), `ip` and `tc`, and then decides packets.
 
-mod common;
-
 use aya::maps::{Array, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
-use common::kernel::{BpfFs, NetNs, TempDir, has_tools, may_run, run};
-use common::{actions, looks_up_connections, packet, sample_with_tables};
 use polc_backend_ebpf::object::ProgramKind;
+use polc_tests::kernel::{BpfFs, TempDir, VethPair, has_tools, may_run, run};
+use polc_tests::programs::{FRAME_KINDS, actions, looks_up_connections, packet, sample_with_tables};
 
 /// Packets and whether the sample drops them.
 const CASES: [(u16, bool); 4] = [(22, true), (80, false), (445, true), (53, false)];
@@ -26,7 +24,7 @@ fn aya_loads_the_object() {
     if !may_run("aya_loads_the_object") {
         return;
     }
-    let bytes = sample_with_tables(&common::FRAME_KINDS).write().expect("writes");
+    let bytes = sample_with_tables(&FRAME_KINDS).write().expect("writes");
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya parses and makes the maps");
     let xdp: &mut Xdp = ebpf.program_mut("sample_xdp").expect("named").try_into().expect("XDP");
     xdp.load().expect("the verifier accepts the XDP program");
@@ -60,7 +58,7 @@ fn bpftool_verdict(dir: &TempDir, which: &[&str], port: u16) -> u32 {
     let mut args = vec!["prog", "run"];
     args.extend_from_slice(which);
     args.extend_from_slice(&["data_in", &file, "repeat", "1"]);
-    let text = run("bpftool", &args);
+    let text = run("bpftool", &args).expect("it runs");
     let value = text.split("Return value: ").nth(1).and_then(|rest| rest.split([',', ' ', '\n']).next());
     value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no return value in: {text}"))
 }
@@ -80,16 +78,16 @@ fn bpftool_loads_the_object_and_shows_the_rules() {
         return;
     }
     let (dir, fs) = (TempDir::new("bpftool"), BpfFs::new("bpftool-fs"));
-    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
+    let file = dir.file("x.o", &sample_with_tables(&FRAME_KINDS).write().expect("writes"));
     let pins = fs.join("all");
-    let said = run("bpftool", &["prog", "loadall", &file, &pins]);
+    let said = run("bpftool", &["prog", "loadall", &file, &pins]).expect("it runs");
     // libbpf remarks on sections it doesn't know, and has nothing to complain about.
     let complaints: Vec<&str> = said.lines().filter(|line| !line.ends_with("polc.manifest")).collect();
     assert_eq!(complaints, [""; 0]);
     for (name, kind) in [("sample_xdp", ProgramKind::Xdp), ("sample_tc", ProgramKind::Classifier)] {
         let pin = format!("{pins}/{name}");
         check_with_bpftool(&dir, &["pinned", &pin], kind);
-        let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]);
+        let dump = run("bpftool", &["prog", "dump", "xlated", "pinned", &pin, "linum"]).expect("it runs");
         assert!(dump.contains("; -A INPUT -p tcp --dport 22 -j DROP [file:rules.v4 line_num:4"), "{dump}");
     }
 }
@@ -100,8 +98,8 @@ fn ip_loads_the_object() {
     if !may_run(NAME) || !has_tools(NAME, &["bpftool", "ip", "nsenter"]) {
         return;
     }
-    let (dir, ns) = (TempDir::new("ip"), NetNs::new("ip"));
-    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
+    let (dir, ns) = (TempDir::new("ip"), VethPair::new("ip"));
+    let file = dir.file("x.o", &sample_with_tables(&FRAME_KINDS).write().expect("writes"));
     let said = ns.run("ip", &["link", "set", "dev", "in0", "xdp", "obj", &file, "sec", "xdp"]);
     assert_eq!(said, "", "nothing to complain about");
     let shown = ns.run("ip", &["link", "show", "dev", "in0"]);
@@ -115,8 +113,8 @@ fn tc_loads_the_object() {
     if !may_run(NAME) || !has_tools(NAME, &["bpftool", "ip", "tc", "nsenter"]) {
         return;
     }
-    let (dir, ns) = (TempDir::new("tc"), NetNs::new("tc"));
-    let file = dir.file("x.o", &sample_with_tables(&common::FRAME_KINDS).write().expect("writes"));
+    let (dir, ns) = (TempDir::new("tc"), VethPair::new("tc"));
+    let file = dir.file("x.o", &sample_with_tables(&FRAME_KINDS).write().expect("writes"));
     ns.run("tc", &["qdisc", "add", "dev", "in0", "clsact"]);
     let filter = ["filter", "add", "dev", "in0", "ingress", "bpf", "da", "obj", &file, "sec", "classifier"];
     assert_eq!(ns.run("tc", &filter), "", "nothing to complain about");
@@ -137,10 +135,10 @@ fn bpftool_resolves_kernel_functions() {
         return;
     }
     let (dir, fs) = (TempDir::new("functions"), BpfFs::new("functions-pins"));
-    for kind in common::FRAME_KINDS {
+    for kind in FRAME_KINDS {
         let object = dir.file("lookup.o", &looks_up_connections(kind).write().expect("writes"));
         let pin = fs.join(kind.section());
-        run("bpftool", &["prog", "load", &object, &pin]);
+        run("bpftool", &["prog", "load", &object, &pin]).expect("it runs");
         assert_eq!(bpftool_verdict(&dir, &["pinned", &pin], 53), actions(kind).drop as u32);
     }
 }

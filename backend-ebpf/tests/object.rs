@@ -1,8 +1,5 @@
 //! Objects survive the way through their file, the file is always the same, and damaged files are refused by name.
 
-mod common;
-
-use common::{looks_up_connections, sample, without_comments};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::{Counted, Manifest};
@@ -10,10 +7,11 @@ use polc_backend_ebpf::object::{
     BSS, DataSection, MapDef, MapKind, Object, ObjectError, Program, ProgramKind,
 };
 use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
+use polc_tests::programs::{FRAME_KINDS, looks_up_connections, sample, without_comments};
 
 #[test]
 fn read_gives_back_what_was_written() {
-    for kinds in [&common::FRAME_KINDS[..], &[ProgramKind::Xdp], &[ProgramKind::Classifier]] {
+    for kinds in [&FRAME_KINDS[..], &[ProgramKind::Xdp], &[ProgramKind::Classifier]] {
         let object = sample(kinds);
         let bytes = object.write().expect("writes");
         assert_eq!(bytes, object.write().expect("writes"), "the same bytes each time");
@@ -160,7 +158,7 @@ fn limits_hold_at_their_edges() {
 
 #[test]
 fn damaged_files_are_refused_without_a_panic() {
-    let bytes = sample(&common::FRAME_KINDS).write().expect("writes");
+    let bytes = sample(&FRAME_KINDS).write().expect("writes");
     assert!(matches!(Object::read(b""), Err(ObjectError::Elf(_))));
     assert!(matches!(Object::read(b"#!/bin/sh\n"), Err(ObjectError::Elf(_))));
     for length in 0..bytes.len() {

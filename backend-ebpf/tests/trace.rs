@@ -1,14 +1,10 @@
 //! Reports of packets: the same records from the check VM and the kernel, filters that let through what they say, and a
 //! count of everything that was not reported.
 
-mod common;
-
 use std::net::IpAddr;
 
 use aya::maps::{Array, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
-use common::kernel::may_run;
-use common::plans::{FIRST, all, eq, linear, load, plan, range, traced};
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::object::{Object, ProgramKind};
 use polc_backend_ebpf::trace::{
@@ -20,6 +16,8 @@ use polc_ir::env::Attach;
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
 use polc_ir::plan::{Plan, PlanExit, Target, WordWrite};
+use polc_tests::kernel::may_run;
+use polc_tests::programs::plans::{FIRST, all, eq, linear, load, plan, range, traced};
 
 /// Slots of the test plans, padded as the map of wanted slots is.
 const SLOTS: usize = 16;

@@ -1,12 +1,8 @@
 //! The check VM gives what the kernel gives: instructions, helpers, contexts, maps. Every program here writes what it
 //! saw into the data section `.data.out`, runs in the VM, and, as root, in the kernel too.
 
-mod common;
-
 use aya::maps::{Array, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
-use common::kernel::may_run;
-use common::{TUPLE, actions, looks_up_connections, packet, sample};
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::{AluOp, ByteOrder, Cond, Helper, Insn, Operand, Reg, Size, Width};
 use polc_backend_ebpf::manifest::Manifest;
@@ -14,6 +10,8 @@ use polc_backend_ebpf::object::{DataSection, MapDef, MapKind, MapType, Object, P
 use polc_backend_ebpf::vm::{Connection, Context, Input, RunResult, Vm, VmError};
 use polc_ir::entities::Map;
 use polc_ir::limits::{VM_MAP_BYTES_MAX, VM_PACKET_BYTES_MAX};
+use polc_tests::kernel::may_run;
+use polc_tests::programs::{FRAME_KINDS, TUPLE, actions, looks_up_connections, packet, sample};
 
 const OUT_BYTES: usize = 256;
 
@@ -137,9 +135,9 @@ fn input(packet: &[u8]) -> Input<'_> {
 
 #[test]
 fn sample_decides_and_counts() {
-    let object = sample(&common::FRAME_KINDS);
+    let object = sample(&FRAME_KINDS);
     let mut vm = Vm::new(&object).expect("links");
-    for (index, kind) in common::FRAME_KINDS.into_iter().enumerate() {
+    for (index, kind) in FRAME_KINDS.into_iter().enumerate() {
         let actions = actions(kind);
         for (port, action) in
             [(22, actions.drop), (80, actions.pass), (445, actions.drop), (23, actions.drop)]
@@ -297,7 +295,7 @@ fn array_and_hash_maps() {
 fn packet_bytes_are_copied() {
     // offset, length; what follows is the helper's result and the 8 bytes it wrote to.
     const CASES: [(i32, i32); 7] = [(0, 8), (52, 8), (53, 8), (60, 1), (59, 1), (70_000, 4), (-1, 4)];
-    for kind in common::FRAME_KINDS {
+    for kind in FRAME_KINDS {
         let object = with_out(kind, |a, _, out| {
             a.mov64(Reg::R6, Reg::R1);
             for (index, (offset, length)) in CASES.into_iter().enumerate() {
@@ -571,7 +569,7 @@ fn what_the_vm_lacks_is_refused() {
 /// Damaged instructions are refused, fault, or run to an end; the VM itself never panics, hangs or leaves its memory.
 #[test]
 fn damaged_programs_do_no_harm() {
-    let (object, packet) = (sample(&common::FRAME_KINDS), packet(22, 1));
+    let (object, packet) = (sample(&FRAME_KINDS), packet(22, 1));
     let mut c = Choices(0x5eed);
     let (mut refused, mut faulted, mut ran) = (0, 0, 0);
     for _ in 0..20_000 {
@@ -760,7 +758,7 @@ fn random_programs_agree_with_the_kernel() {
 
 #[test]
 fn connections_are_found_and_given_back() {
-    for kind in common::FRAME_KINDS {
+    for kind in FRAME_KINDS {
         let mut vm = Vm::new(&looks_up_connections(kind)).expect("links");
         let packet = packet(53, 7);
         let mut run = |connections: &[Connection]| {

@@ -197,3 +197,37 @@ impl Drop for Namespace {
         _ = Command::new("ip").args(["netns", "del", &self.0]).status();
     }
 }
+
+/// A network namespace with a veth pair, `in0` and `out0`, that nobody enters.
+#[derive(Debug)]
+pub struct VethPair(String);
+
+impl VethPair {
+    /// Makes it.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn new(name: &str) -> VethPair {
+        let namespace = VethPair(format!("polc-{name}-{}", std::process::id()));
+        run("ip", &["netns", "add", &namespace.0]).expect("a namespace");
+        namespace.run("ip", &["link", "add", "in0", "type", "veth", "peer", "name", "out0"]);
+        namespace
+    }
+
+    /// Runs a command inside; its standard output and error. `ip netns exec` would mount another /sys.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn run(&self, command: &str, args: &[&str]) -> String {
+        let net = format!("--net=/run/netns/{}", self.0);
+        let mut all = vec![net.as_str(), command];
+        all.extend_from_slice(args);
+        run("nsenter", &all).expect("it runs")
+    }
+}
+
+impl Drop for VethPair {
+    fn drop(&mut self) {
+        _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}

@@ -9,5 +9,6 @@ pub mod fuzz;
 pub mod generate;
 pub mod kernel;
 pub mod levels;
+pub mod programs;
 pub mod services;
 pub mod stateless;

@@ -1,7 +1,5 @@
 //! Plans built by hand, and programs emitted from them, run in the check VM and in the kernel at once.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
-
 use aya::maps::PerCpuArray;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use cranelift_entity::PrimaryMap;
@@ -19,14 +17,15 @@ use polc_ir::plan::{
 };
 
 /// Frame endings come first in the plans built here; rules' endings start at this slot.
-pub(crate) const FIRST: u32 = 7;
+pub const FIRST: u32 = 7;
 
-pub(crate) fn rule(number: u32) -> Rule {
+/// The rule of this number.
+pub fn rule(number: u32) -> Rule {
     Rule::from_u32(number)
 }
 
 /// A plan with these fields in its key and `rules` endings of rules, which drop and accept in turn.
-pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32) -> Plan {
+pub fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32) -> Plan {
     let frame = |verdict, kind| Ending { verdict, by: Decider::Frame(kind) };
     let mut endings = vec![
         frame(Verdict::Accept, FrameKind::Runt),
@@ -81,20 +80,23 @@ pub(crate) fn plan(family: Family, attach: Attach, fields: &[Field], rules: u32)
     }
 }
 
-pub(crate) fn range(word: u8, lo: u32, hi: u32) -> WordTest {
+/// A test that a word lies in a range.
+pub fn range(word: u8, lo: u32, hi: u32) -> WordTest {
     WordTest { word, mask: u32::MAX, lo, hi }
 }
 
-pub(crate) fn eq(word: u8, value: u32) -> WordTest {
+/// A test that a word has one value.
+pub fn eq(word: u8, value: u32) -> WordTest {
     range(word, value, value)
 }
 
-pub(crate) fn all(tests: &[WordTest]) -> LinearTest {
+/// A condition that all tests hold.
+pub fn all(tests: &[WordTest]) -> LinearTest {
     LinearTest { any: vec![tests.to_vec()] }
 }
 
 /// Adds a step of entries: rule `i` ends in slot `FIRST + i`.
-pub(crate) fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
+pub fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
     let entries = entries
         .into_iter()
         .enumerate()
@@ -108,16 +110,24 @@ pub(crate) fn linear(plan: &mut Plan, entries: Vec<Vec<LinearTest>>) {
     plan.root = PlanTarget::Step(step);
 }
 
-pub(crate) fn object(plan: &Plan) -> Object {
+/// The object of a plan.
+///
+/// # Panics
+/// If it is not emitted.
+pub fn object(plan: &Plan) -> Object {
     try_object(plan).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
 }
 
 /// With reports of packets.
-pub(crate) fn traced(plan: &Plan) -> Object {
+pub fn traced(plan: &Plan) -> Object {
     object_of(plan, true).unwrap_or_else(|diagnostics| panic!("{diagnostics:#?}"))
 }
 
-pub(crate) fn try_object(plan: &Plan) -> Result<Object, Vec<polc_ir::diag::Diagnostic>> {
+/// The object of a plan.
+///
+/// # Errors
+/// Why it is not emitted.
+pub fn try_object(plan: &Plan) -> Result<Object, Vec<polc_ir::diag::Diagnostic>> {
     object_of(plan, false)
 }
 
@@ -145,38 +155,43 @@ fn object_of(plan: &Plan, trace: bool) -> Result<Object, Vec<polc_ir::diag::Diag
 }
 
 /// One program in the check VM and, as root, in the kernel.
-pub(crate) struct Pair {
-    pub(crate) plan: Plan,
+pub struct Pair {
+    /// The plan.
+    pub plan: Plan,
     vm: Vm,
     kernel: Option<aya::Ebpf>,
     kind: ProgramKind,
     slots: usize,
     /// The mark that the last packet left with.
-    pub(crate) mark: u32,
+    pub mark: u32,
 }
 
 /// Packets and bytes of one slot.
 type Counts = Vec<[u64; 2]>;
 
 impl Pair {
-    pub(crate) fn new(name: &str, plan: Plan) -> Pair {
+    /// A plan's program in the check VM, and in the kernel where the test may load it.
+    ///
+    /// # Panics
+    /// If either refuses it.
+    pub fn new(name: &str, plan: Plan) -> Pair {
         let object = object(&plan);
         let vm = Vm::new(&object).expect("the VM links it");
         let kind = object.programs[0].kind;
         let slots = plan.traces.len();
-        let kernel = super::kernel::may_run(&format!("{name} in the kernel")).then(|| load(&object));
+        let kernel = crate::kernel::may_run(&format!("{name} in the kernel")).then(|| load(&object));
         Pair { plan, vm, kernel, kind, slots, mark: 0 }
     }
 
     /// Only in the VM, for contexts that the kernel's test run does not give.
-    pub(crate) fn vm_only(plan: Plan) -> Pair {
+    pub fn vm_only(plan: Plan) -> Pair {
         let object = object(&plan);
         let vm = Vm::new(&object).expect("the VM links it");
         Pair { slots: plan.traces.len(), plan, vm, kernel: None, kind: object.programs[0].kind, mark: 0 }
     }
 
     /// In the VM, with only the first bytes of the frame in the part that can be read directly.
-    pub(crate) fn run_partly(&mut self, frame: &[u8], linear: usize) -> Ending {
+    pub fn run_partly(&mut self, frame: &[u8], linear: usize) -> Ending {
         let before = self.vm_counts();
         let input = Input { packet: frame, linear: Some(linear), ..Input::default() };
         let returned = self.vm.run(0, &input).expect("runs").return_value;
@@ -188,7 +203,7 @@ impl Pair {
     }
 
     /// The ending of a frame, on which VM and kernel agree, and the bytes that were counted.
-    pub(crate) fn run_counted(&mut self, frame: &[u8], context: &Context) -> (Result<Ending, String>, u64) {
+    pub fn run_counted(&mut self, frame: &[u8], context: &Context) -> (Result<Ending, String>, u64) {
         let attach = self.plan.place.attach.unwrap();
         let mut context = context.clone();
         let before = self.vm_counts();
@@ -228,12 +243,16 @@ impl Pair {
         (ending.map(|(ending, _)| ending), bytes)
     }
 
-    pub(crate) fn run(&mut self, frame: &[u8], context: &Context) -> Ending {
+    /// What both say of a frame.
+    ///
+    /// # Panics
+    /// If they differ.
+    pub fn run(&mut self, frame: &[u8], context: &Context) -> Ending {
         self.run_counted(frame, context).0.unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// The rule that decided a frame, or the kind of frame it is.
-    pub(crate) fn decides(&mut self, frame: &[u8]) -> Decider {
+    pub fn decides(&mut self, frame: &[u8]) -> Decider {
         self.run(frame, &Context { ingress_ifindex: 1, ifindex: 1, ..Context::default() }).by
     }
 
@@ -298,7 +317,7 @@ impl Pair {
     }
 
     /// What the verifier processed, if the program is in the kernel.
-    pub(crate) fn verified(&mut self) -> Option<u32> {
+    pub fn verified(&mut self) -> Option<u32> {
         let program = self.kernel.as_mut()?.program_mut("main").expect("named");
         program.info().expect("info").verified_instruction_count()
     }
@@ -312,7 +331,11 @@ fn grown(before: &Counts, after: &Counts) -> Counts {
     before.iter().zip(after).map(|(b, a)| [a[0] - b[0], a[1] - b[1]]).collect()
 }
 
-pub(crate) fn load(object: &Object) -> aya::Ebpf {
+/// An object in the kernel.
+///
+/// # Panics
+/// If it is refused.
+pub fn load(object: &Object) -> aya::Ebpf {
     let bytes = object.write().expect("writes");
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya loads it");
     for program in &object.programs {

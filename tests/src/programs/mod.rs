@@ -1,11 +1,8 @@
-//! A small but real object that several tests share: it counts packets for each protocol in a per-CPU array, drops
+//! Programs that tests of the back end share. The one here is small but real: it counts packets for each protocol in a per-CPU array, drops
 //! the ports listed in a data section, and remembers the last source address in two others.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
-
-pub(crate) mod frames;
-pub(crate) mod kernel;
-pub(crate) mod plans;
+pub mod frames;
+pub mod plans;
 
 use cranelift_entity::EntityRef;
 use polc_backend_ebpf::asm::{Asm, Code};
@@ -16,18 +13,21 @@ use polc_backend_ebpf::object::{BSS, DataSection, MapDef, Object, Program, Progr
 use polc_ir::entities::Map;
 
 /// Dropped ports in network order, then one that is compared and never there.
-pub(crate) const PORTS: [u16; 4] = [22, 23, 445, 0xffff];
+pub const PORTS: [u16; 4] = [22, 23, 445, 0xffff];
 
 /// The kinds of programs that see frames, which every loader knows.
-pub(crate) const FRAME_KINDS: [ProgramKind; 2] = [ProgramKind::Xdp, ProgramKind::Classifier];
+pub const FRAME_KINDS: [ProgramKind; 2] = [ProgramKind::Xdp, ProgramKind::Classifier];
 
 /// What programs return.
-pub(crate) struct Actions {
-    pub(crate) pass: i32,
-    pub(crate) drop: i32,
+pub struct Actions {
+    /// To let a packet on.
+    pub pass: i32,
+    /// To drop it.
+    pub drop: i32,
 }
 
-pub(crate) fn actions(kind: ProgramKind) -> Actions {
+/// What programs of this kind return.
+pub fn actions(kind: ProgramKind) -> Actions {
     match kind {
         ProgramKind::Xdp => Actions { pass: 2, drop: 1 },
         ProgramKind::Classifier => Actions { pass: 0, drop: 2 },
@@ -36,7 +36,7 @@ pub(crate) fn actions(kind: ProgramKind) -> Actions {
 }
 
 /// Offsets of `data` and `data_end` in the context.
-pub(crate) fn packet_pointers(kind: ProgramKind) -> (i16, i16) {
+pub fn packet_pointers(kind: ProgramKind) -> (i16, i16) {
     match kind {
         ProgramKind::Xdp => (0, 4),
         ProgramKind::Classifier => (76, 80),
@@ -45,7 +45,7 @@ pub(crate) fn packet_pointers(kind: ProgramKind) -> (i16, i16) {
 }
 
 /// The object with one program of each of `kinds`.
-pub(crate) fn sample(kinds: &[ProgramKind]) -> Object {
+pub fn sample(kinds: &[ProgramKind]) -> Object {
     let manifest = Manifest {
         polc: "0.1.0".to_string(),
         counters: vec![CounterSlot {
@@ -76,7 +76,7 @@ pub(crate) fn sample(kinds: &[ProgramKind]) -> Object {
 }
 
 /// The sample with a table of 4 MB, as large policies have it.
-pub(crate) fn sample_with_tables(kinds: &[ProgramKind]) -> Object {
+pub fn sample_with_tables(kinds: &[ProgramKind]) -> Object {
     let mut object = sample(kinds);
     let bytes = (0..4u32 << 20).map(|at| (at ^ at >> 8) as u8).collect();
     object.maps.push(MapDef::data("table", DataSection::Data, bytes));
@@ -142,7 +142,7 @@ fn code(kind: ProgramKind, ports: Map, last: [Map; 2], counts: Map) -> Code {
 }
 
 /// A UDP packet to `port` from 192.0.2.`last`, 60 bytes long.
-pub(crate) fn packet(port: u16, last: u8) -> Vec<u8> {
+pub fn packet(port: u16, last: u8) -> Vec<u8> {
     let mut packet = vec![0; 60];
     packet[12] = 8;
     packet[14] = 0x45;
@@ -156,22 +156,22 @@ pub(crate) fn packet(port: u16, last: u8) -> Vec<u8> {
 }
 
 /// The object without what files don't hold.
-pub(crate) fn without_comments(mut object: Object) -> Object {
+pub fn without_comments(mut object: Object) -> Object {
     object.programs.iter_mut().for_each(|program| program.code.comments.clear());
     object
 }
 
 /// The map numbered `index`.
-pub(crate) fn map(index: usize) -> Map {
+pub fn map(index: usize) -> Map {
     Map::new(index)
 }
 
 /// `bpf_sock_tuple` of UDP from 192.0.2.1:1000 to 192.0.2.2:53.
-pub(crate) const TUPLE: [u8; 12] = [192, 0, 2, 1, 192, 0, 2, 2, 3, 232, 0, 53];
+pub const TUPLE: [u8; 12] = [192, 0, 2, 1, 192, 0, 2, 2, 3, 232, 0, 53];
 
 /// A program that asks the kernel for the connection of [`TUPLE`]. It passes packets if there is one, and drops them if
 /// there is none; what else goes wrong it returns as the error's number.
-pub(crate) fn looks_up_connections(kind: ProgramKind) -> Object {
+pub fn looks_up_connections(kind: ProgramKind) -> Object {
     let actions = actions(kind);
     let (tuple, opts) = (-16, -32);
     let mut a = Asm::new();
