@@ -13,7 +13,7 @@ use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::emit::Told;
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
-use polc_ir::both::both;
+use polc_ir::at_once::both;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::Entry;
 use polc_ir::env::{Env, Input, Place};

@@ -14,7 +14,7 @@
 //! reference evaluators. It does no I/O, runs no passes, and knows neither iptables' nor Kubernetes' syntax, nor eBPF.
 //! Start with `ruleset::Ruleset`, whose `eval` defines what everything else has to equal.
 
-pub mod both;
+pub mod at_once;
 pub mod classifier;
 pub mod cube;
 pub mod decision;

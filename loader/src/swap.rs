@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
-use polc_ir::both::both;
+use polc_ir::at_once::both;
 use polc_ir::env::{Attach, Mode};
 
 use crate::attach::{self, How};

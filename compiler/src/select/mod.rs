@@ -4,11 +4,8 @@
 //! (`matrix`) all whose tables stay small, grouped classes (`groups`) any number of entries that ask for few different
 //! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
 //! and everything behind it.
-
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use cranelift_entity::{PrimaryMap, SecondaryMap};
-use polc_ir::both::both;
+use polc_ir::at_once::{both, each};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
 use polc_ir::decision::Decision;
@@ -589,24 +586,8 @@ impl Selector<'_> {
         if stages.len() < 2 || matches!(prefer, Prefer::Walk | Prefer::Linear) {
             return Vec::new();
         }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(stages.len());
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut found = Vec::new();
-            while let Some(&stage) = stages.get(next.fetch_add(1, Ordering::Relaxed)) {
-                found.push((stage, self.lookup(stage, busy[stage], prefer)));
-            }
-            found
-        };
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let own = work();
-            let others = others.into_iter().flat_map(|thread| match thread.join() {
-                Ok(found) => found,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
-            own.into_iter().chain(others).collect()
-        })
+        let lookups = each(&stages, |&stage| self.lookup(stage, busy[stage], prefer));
+        stages.into_iter().zip(lookups).collect()
     }
 
     /// Whether a stage only tells rare packets from others: a branch for them is foreseen.

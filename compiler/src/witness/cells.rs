@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use polc_ir::both::both;
+use polc_ir::at_once::both;
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::{Cube, Test};
 use polc_ir::entities::{Entry, Step, Value};

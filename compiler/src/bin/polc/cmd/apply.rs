@@ -20,7 +20,7 @@ use polc_backend_ebpf::emit::{Told, return_code};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
 use polc_frontend_iptables::print;
-use polc_ir::both::both;
+use polc_ir::at_once::both;
 use polc_ir::env::{Attach, Connections, Counting, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};

@@ -1,13 +1,13 @@
 //! `polc check`: read, compile without keeping a program, account, lint.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polc::lint::lint;
 use polc::place::devices_of;
 use polc::reach::Reach;
 use polc::select::Devices;
 use polc::session::Session;
+use polc_ir::at_once::each;
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::Place;
 use serde::Serialize;
@@ -95,25 +95,7 @@ fn try_all(session: &Session, places: &[Place], args: &CheckArgs) -> Vec<Tried> 
         let not_emitted = polc::build::object(session, &compiled).err().unwrap_or_default();
         Tried { found: compiled.diagnostics, not_emitted, reach: compiled.reach }
     };
-    let next = AtomicUsize::new(0);
-    let work = || -> Vec<(usize, Tried)> {
-        std::iter::from_fn(|| {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            Some((index, attempt(places.get(index)?)))
-        })
-        .collect()
-    };
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(places.len());
-    let mut tried = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
-        let mut tried = work();
-        for other in others {
-            tried.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-        tried
-    });
-    tried.sort_unstable_by_key(|(index, _)| *index);
-    tried.into_iter().map(|(_, tried)| tried).collect()
+    each(places, attempt)
 }
 
 fn summary(findings: &[Diagnostic]) -> String {
