@@ -89,16 +89,26 @@ impl Polc {
         if output.status.success() { Ok((said, ms)) } else { Err(format!("polc {}: {said}", args.join(" "))) }
     }
 
-    /// The times of commands, run in turn `rounds` times.
-    fn times(&self, commands: &[&[&str]], rounds: usize) -> Result<Times, String> {
-        let mut times = Vec::new();
+    /// The times of commands, run in turn `rounds` times, each behind a process that does nothing.
+    fn times(&self, commands: &[&[&str]], rounds: usize) -> Result<Compared, String> {
+        let (mut whole, mut over) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             for args in commands {
-                times.push(self.run(args)?.1);
+                let idle = self.run(&["--version"])?.1;
+                let ms = self.run(args)?.1;
+                whole.push(ms);
+                over.push(ms - idle);
             }
         }
-        Ok(Times::of(times))
+        Ok(Compared { whole: Times::of(whole), over: Times::of(over) })
     }
+}
+
+/// The times of processes.
+struct Compared {
+    whole: Times,
+    /// What they took longer than the ones before them, which did nothing.
+    over: Times,
 }
 
 /// The milliseconds that a remark of polc's gives before ` ms` and `what`.
@@ -130,7 +140,7 @@ fn measure(context: &Context, section: &mut Section) -> Result<(), String> {
     run(&["ip", "link", "set", DEVICE, "up"])?;
     let rounds = context.options.rounds;
     let polc = Polc::new()?;
-    let idle = polc.times(&[&["--version"]], 4 * rounds)?;
+    let idle = polc.times(&[&["--version"]], 4 * rounds)?.whole;
     section.text(format!(
         "Milliseconds of whole processes; `polc --version` takes {:.2} at least and {:.2} in the median.",
         idle.least(),
@@ -140,9 +150,8 @@ fn measure(context: &Context, section: &mut Section) -> Result<(), String> {
     let mut table =
         Table::new(&["what", "least, ms", "median, ms", "median without the process, ms", "goal"]);
     for (what, times, goal) in [set(&polc, rounds)?, save(context, &polc)?] {
-        let [least, median] = times.cells();
-        let without = format!("{:.2}", times.median() - idle.median());
-        table.row(vec![what, least, median, without, goal.to_string()]);
+        let [least, median] = times.whole.cells();
+        table.row(vec![what, least, median, format!("{:.2}", times.over.median()), goal.to_string()]);
     }
     section.table(table);
     section.text(
@@ -216,7 +225,7 @@ fn applies(context: &Context, polc: &Polc, idle: f64) -> Result<Table, String> {
 }
 
 /// One address of a large set, added and deleted.
-fn set(polc: &Polc, rounds: usize) -> Result<(String, Times, &'static str), String> {
+fn set(polc: &Polc, rounds: usize) -> Result<(String, Compared, &'static str), String> {
     let mut random = Random::new(1);
     let mut addresses = BTreeSet::new();
     while addresses.len() < ADDRESSES {
@@ -238,18 +247,18 @@ fn set(polc: &Polc, rounds: usize) -> Result<(String, Times, &'static str), Stri
         return Err("changing a set loaded a program".into());
     }
     polc.run(&["flush"])?;
-    progress(&format!("  set: {:?}", times.cells()));
+    progress(&format!("  set: {:?}", times.whole.cells()));
     Ok((format!("`set add` and `del`, one of {ADDRESSES} addresses"), times, "1"))
 }
 
 /// The counters of a large rule set.
-fn save(context: &Context, polc: &Polc) -> Result<(String, Times, &'static str), String> {
+fn save(context: &Context, polc: &Polc) -> Result<(String, Compared, &'static str), String> {
     let name = generator::sets().next().ok_or("there are generators")?;
     let set = generator::generate(name, SAVED_RULES, context.options.seed).ok_or("no such generator")?;
     polc.files.file("many.v4", set.iptables_text("FORWARD").as_bytes());
     polc.run(&["apply", "many.v4", "--replace", "--dev", DEVICE])?;
     let times = polc.times(&[&["save", "-c"]], context.options.rounds)?;
     polc.run(&["flush"])?;
-    progress(&format!("  save: {:?}", times.cells()));
+    progress(&format!("  save: {:?}", times.whole.cells()));
     Ok((format!("`save -c` of {SAVED_RULES} rules"), times, "50"))
 }

@@ -2,7 +2,7 @@
 //!
 //! Each way keeps one promise: at any moment, and after a crash at any moment, a packet meets the old program or the new
 //! one. Links that can be updated are swapped by compare-and-swap; filters are replaced in place by the kernel; netfilter
-//! links take no other program, so what they lead to is exchanged ([`crate::dispatch`]).
+//! links take no other program, so what they lead to is exchanged, at several hooks at once ([`crate::dispatch`]).
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -55,7 +55,7 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             (Some(link), Some(place)) => {
                 let link = sys.link_info(&link).map_err(ask())?.id;
                 match dispatch::is_linked(sys, slot, link)? {
-                    true => dispatch::current(sys, &place).map_err(ask()),
+                    true => dispatch::current(sys, slot, &place),
                     false => Ok(None),
                 }
             }
@@ -167,12 +167,48 @@ pub fn first(
             clsact::set_filter(sys, device.ifindex, is_egress(slot), priority, program, false).map_err(fail)
         }
         (Via::Dispatch { .. }, _) => {
-            dispatch::attach(sys, slot, program, state.generations[&generation].mode, state.via)
+            at_hooks(sys, &[AtHook { slot, state, from: None, to: Some(generation) }])
         }
     }
 }
 
-/// The map that says which program a hook goes on with, if it is there.
+/// A change of what packets meet at a netfilter hook.
+#[derive(Clone, Copy, Debug)]
+pub struct AtHook<'a> {
+    /// The hook's slot.
+    pub slot: &'a Slot,
+    /// Its state.
+    pub state: &'a SlotState,
+    /// The generation that is attached; none if nothing is.
+    pub from: Option<u32>,
+    /// The one to be attached; none to let every packet on.
+    pub to: Option<u32>,
+}
+
+/// Makes changes at hooks of one family, all of them at once.
+///
+/// # Errors
+/// [`Error::Replaced`] if another program is at one of them by now, or the call that failed. None was made.
+pub fn at_hooks(sys: &Sys, changes: &[AtHook<'_>]) -> Result<(), Error> {
+    let mut new = Vec::new();
+    for change in changes {
+        let AtHook { slot, state, from, to } = *change;
+        match (from, to) {
+            (None, Some(to)) => dispatch::attach(sys, slot, state.generations[&to].mode, state.via)?,
+            _ => match current(sys, slot, state)? {
+                Some(by) if state.generation_of(by) != from => {
+                    return Err(Error::Replaced { place: slot.name.to_string(), by });
+                }
+                Some(_) => {}
+                None => return Err(Error::NotApplied(slot.name.to_string())),
+            },
+        }
+        new.push((slot, to.map(|to| program(sys, slot, to)).transpose()?));
+    }
+    dispatch::exchange(sys, &new)
+}
+
+/// The map of the programs that a hook goes on with, if it is there.
 pub(crate) fn place(sys: &Sys, slot: &Slot) -> Result<Option<Map>, Error> {
     let pin = slot.dispatch();
     let wrong = |error: io::Error| Error::Pin { path: pin.clone(), why: format!("is no map: {error}") };
@@ -201,16 +237,7 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
                 _ => Error::Call { what: format!("replace the program {}", slot.name), source },
             })
         }
-        Via::Dispatch { .. } => {
-            let place = place(sys, slot)?.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
-            let fail = || Error::call(format!("replace the program {}", slot.name));
-            let now = dispatch::current(sys, &place).map_err(fail())?;
-            let by = now.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
-            if state.generation_of(by) != Some(from) {
-                return Err(Error::Replaced { place: slot.name.to_string(), by });
-            }
-            dispatch::put(sys, &place, &new).map_err(fail())
-        }
+        Via::Dispatch { .. } => at_hooks(sys, &[AtHook { slot, state, from: Some(from), to: Some(to) }]),
         Via::Clsact { priority } => {
             clsact::set_filter(sys, state.ifindex, is_egress(slot), priority, &new, true)
                 .map_err(Error::call(format!("replace the program {}", slot.name)))

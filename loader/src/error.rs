@@ -287,7 +287,9 @@ impl Error {
             Error::NoDevice(_) => "`ip link` lists the devices of this network namespace".into(),
             Error::DeviceGone(_) => "what was attached to it went with it; apply again once it is back".into(),
             Error::MtuTooLarge { device, .. } => {
-                format!("lower it (`ip link set {device} mtu 1500`), or use --generic or --attach tc-ingress")
+                format!(
+                    "lower it (`ip link set {device} mtu 1500`, and of a veth device that of its peer), or use --generic or --attach tc-ingress"
+                )
             }
             Error::NoNativeXdp { .. } => "use --generic (slower) or --attach tc-ingress".into(),
             Error::Occupied { may_chain: true, .. } => {
@@ -380,7 +382,9 @@ impl fmt::Display for Error {
             Error::NoDevice(name) => write!(f, "there is no device `{name}`"),
             Error::DeviceGone(name) => write!(f, "the device `{name}` is gone"),
             Error::MtuTooLarge { device, mtu, source } => {
-                write!(f, "the driver of `{device}` runs no XDP program with an MTU of {mtu}: {source}")
+                let peer =
+                    if source.raw_os_error() == Some(libc::ERANGE) { ", or that of its peer" } else { "" };
+                write!(f, "the driver of `{device}` runs no XDP program with an MTU of {mtu}{peer}: {source}")
             }
             Error::NoNativeXdp { device, source } => {
                 write!(f, "the driver of `{device}` runs no XDP program: {source}")

@@ -25,7 +25,7 @@ pub struct Held {
     token: String,
     state: SlotState,
     link: Option<OwnedFd>,
-    /// At a netfilter hook, the map that says which program it goes on with.
+    /// At a netfilter hook, the map of the programs that it goes on with.
     place: Option<Map>,
     old: Option<OwnedFd>,
 }
@@ -65,7 +65,7 @@ impl Held {
         let lock = self.slot.lock(sys, true);
         if !self.waits(sys) {
             // Of a slot that was flushed, the lock made the directory anew.
-            let _ = sys.remove_dir(self.slot.pins());
+            self.slot.remove_locked(sys);
             self.store.tidy(sys);
             return Ok(());
         }
@@ -91,7 +91,7 @@ impl Held {
         let gone = || Error::NotApplied(slot.name.to_string());
         let put = match state.via {
             Via::Link => sys.link_update(self.link.as_ref().ok_or_else(gone)?, old, None),
-            Via::Dispatch { .. } => dispatch::put(sys, self.place.as_ref().ok_or_else(gone)?, old),
+            Via::Dispatch { .. } => dispatch::put_everywhere(sys, self.place.as_ref().ok_or_else(gone)?, old),
             Via::Clsact { priority } => {
                 let egress = slot.name.attach == Attach::TcEgress;
                 clsact::set_filter(sys, state.ifindex, egress, priority, old, true)

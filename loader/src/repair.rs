@@ -4,15 +4,12 @@
 //! else goes. What is kept about the slot may be damaged or lost: then the note beside the pins tells, or the pins do.
 
 use std::borrow::Cow;
-use std::os::fd::AsFd as _;
 
 use polc_backend_ebpf::manifest::Manifest;
 
-use crate::attach::{self, How};
+use crate::attach::{self, AtHook};
 use crate::carry;
-use crate::coexist::Order;
 use crate::error::Error;
-use crate::net;
 use crate::state::{Confirm, Generation, Intent, LOST, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Slot, Store};
 use crate::sys::{LinkKind, Sys};
@@ -56,9 +53,6 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
         }
     };
     let mut current = attached(sys, slot, &state)?;
-    if is_left(sys, slot, &state, current)? {
-        current = Some(make(sys, slot, &state)?);
-    }
     let mut unconfirmed = None;
     if let Some(now) = current {
         match keep_or_go_back(sys, slot, &mut state, now)? {
@@ -76,6 +70,7 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
     if lost {
         slot.write(sys, &state)?;
     }
+    count_on(sys, slot, &mut state, current)?;
     if unconfirmed.is_none() {
         let from = state.intent.as_ref().and_then(|intent| intent.from);
         if !state.generations[&current].settled {
@@ -84,73 +79,6 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
         prune(sys, slot, &mut state, current)?;
     }
     Ok(Some(Repaired { state, current, unconfirmed }))
-}
-
-/// Whether a change was not made though one that goes with it was: who was to make both was killed in between. Of one
-/// whose time for a confirmation is over, the other goes back.
-fn is_left(sys: &Sys, slot: &Slot, state: &SlotState, current: Option<u32>) -> Result<bool, Error> {
-    let Some(Intent { from, to: Some(_), confirm, with }) = &state.intent else { return Ok(false) };
-    if with.is_empty() || current != *from {
-        return Ok(false);
-    }
-    if let Some(confirm) = confirm
-        && sys.uptime_ms().map_err(Error::call("read the clock"))? >= confirm.deadline_ms
-    {
-        return Ok(false);
-    }
-    for (name, generation) in with {
-        let other = slot.other(name);
-        // What can't be read, or is another's by now, was made by nobody.
-        let state = match other.read(sys) {
-            Ok(Some(state)) => Some(state),
-            _ => other.noted(sys)?,
-        };
-        if let Some(state) = state
-            && let Ok(Some(now)) = attached(sys, &other, &state)
-            && now >= *generation
-        {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Makes the change that a state says is about to be made; the generation attached then.
-fn make(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<u32, Error> {
-    let intent = state.intent.as_ref().and_then(|intent| Some((intent.from, intent.to?)));
-    let (from, to) = intent.ok_or_else(|| Error::NotApplied(slot.name.to_string()))?;
-    match from {
-        Some(from) => attach::swap(sys, slot, state, to, from)?,
-        None => {
-            let program = attach::program(sys, slot, to)?;
-            let device = match &slot.name.device {
-                Some(name) => net::find(&net::devices(sys)?, name)?.clone(),
-                None => net::Device::default(),
-            };
-            let how = How { device: &device, generic: device.xdp_is_generic, order: Order::Last };
-            attach::first(sys, slot, state, to, program.as_fd(), how)?;
-        }
-    }
-    Ok(to)
-}
-
-/// Makes a change of a slot's that was left when one that goes with it had been made. Whether there was one.
-///
-/// # Errors
-/// [`Error::Locked`] if a polc is at it, or what kept it from being made.
-pub fn make_left(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
-    let slot = store.slot(name);
-    let Some(state) = slot.read(sys)? else { return Ok(false) };
-    if state.intent.as_ref().is_none_or(|intent| intent.with.is_empty()) {
-        return Ok(false);
-    }
-    let _lock = slot.lock(sys, false)?;
-    let current = attached(sys, &slot, &state)?;
-    if !is_left(sys, &slot, &state, current)? {
-        return Ok(false);
-    }
-    repair(sys, &slot)?;
-    Ok(true)
 }
 
 /// What became of a change that has to be confirmed.
@@ -163,7 +91,7 @@ enum Confirmation {
     Overdue,
 }
 
-/// Takes the change to the generation attached back if it had to be confirmed by now.
+/// Takes the change to the generation attached back if it had to be confirmed by now, and with it those at other hooks.
 fn keep_or_go_back(
     sys: &Sys,
     slot: &Slot,
@@ -171,12 +99,49 @@ fn keep_or_go_back(
     current: u32,
 ) -> Result<Confirmation, Error> {
     let Some(confirm) = state.unconfirmed(current).cloned() else { return Ok(Confirmation::NotNeeded) };
+    let with = in_force_with(sys, slot, state)?;
+    if with.iter().any(|other| other.confirmed) {
+        // Confirmed at one of its hooks, it is at all of them: who was confirming it was killed in between.
+        if let Some(intent) = &mut state.intent {
+            intent.confirm = None;
+        }
+        return Ok(Confirmation::NotNeeded);
+    }
     if sys.uptime_ms().map_err(Error::call("read the clock"))? < confirm.deadline_ms {
         return Ok(Confirmation::Awaited(confirm));
     }
     let from = state.intent.as_ref().and_then(|intent| intent.from);
-    go_back(sys, slot, state, from, Some(current))?;
+    go_back(sys, slot, state, from, current, &with)?;
     Ok(Confirmation::Overdue)
+}
+
+/// A slot that was changed together with another, and has not gone back.
+pub(crate) struct Other {
+    slot: Slot,
+    state: SlotState,
+    current: u32,
+    /// Whether that change, if not a later one, was confirmed.
+    confirmed: bool,
+}
+
+/// The slots that were changed together with a slot and have not gone back. Those that can't be read see to themselves.
+fn in_force_with(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Vec<Other>, Error> {
+    let mut found = Vec::new();
+    for (name, generation) in state.intent.iter().flat_map(|intent| &intent.with) {
+        let slot = slot.other(name);
+        let state = match slot.read(sys) {
+            Ok(Some(state)) => Some(state),
+            _ => slot.noted(sys)?,
+        };
+        if let Some(state) = state
+            && let Ok(Some(current)) = attached(sys, &slot, &state)
+            && current >= *generation
+        {
+            let confirmed = current > *generation || state.unconfirmed(current).is_none();
+            found.push(Other { slot, state, current, confirmed });
+        }
+    }
+    Ok(found)
 }
 
 /// Takes a change back whose time is over, as the process that was to do it did not. Whether it did.
@@ -250,28 +215,43 @@ pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error>
     Ok(Some(state))
 }
 
-/// Takes a change back: generation `from` in place of `to`, or nothing.
+/// Takes a change back: generation `from` in place of `to`, or nothing; and with it unconfirmed ones at other hooks.
 pub(crate) fn go_back(
     sys: &Sys,
     slot: &Slot,
-    state: &mut SlotState,
+    state: &SlotState,
     from: Option<u32>,
-    to: Option<u32>,
+    to: u32,
+    with: &[Other],
 ) -> Result<(), Error> {
-    match (from, to) {
-        (Some(from), Some(to)) => {
-            attach::swap(sys, slot, state, from, to)?;
-            // What the new rules counted meanwhile is not lost on the old ones.
-            if let Ok(counted) = carry::own(sys, slot, to)
-                && let Ok(manifest) = carry::manifest(sys, slot, from)
-                && let Some(generation) = state.generations.get_mut(&from)
-            {
-                carry::add(&mut generation.carried, &manifest, &counted);
-            }
-            Ok(())
-        }
-        _ => attach::detach(sys, slot, state),
+    if matches!(state.via, Via::Dispatch { .. }) {
+        let mut changes = vec![AtHook { slot, state, from: Some(to), to: from }];
+        changes.extend(with.iter().map(|Other { slot, state, current, .. }| {
+            let from = state.intent.as_ref().and_then(|intent| intent.from);
+            AtHook { slot, state, from: Some(*current), to: from }
+        }));
+        attach::at_hooks(sys, &changes)?;
+    } else if let Some(from) = from {
+        attach::swap(sys, slot, state, from, to)?;
     }
+    if from.is_some() { Ok(()) } else { attach::detach(sys, slot, state) }
+}
+
+/// Keeps what the rules of a change that was taken back counted meanwhile: it is not lost on the old ones.
+fn count_on(sys: &Sys, slot: &Slot, state: &mut SlotState, current: u32) -> Result<(), Error> {
+    let Some(Intent { from: Some(from), to: Some(to), .. }) = state.intent else { return Ok(()) };
+    if from != current || !state.generations.contains_key(&to) {
+        return Ok(());
+    }
+    // The program may still be deciding a packet.
+    sys.wait_for_runs().map_err(Error::call("wait for the program to end"))?;
+    if let Ok(counted) = carry::own(sys, slot, to)
+        && let Ok(manifest) = carry::manifest(sys, slot, from)
+        && let Some(generation) = state.generations.get_mut(&from)
+    {
+        carry::add(&mut generation.carried, &manifest, &counted);
+    }
+    Ok(())
 }
 
 /// Makes the counters of generation `to` go on where those of `from` ended. `manifest` is that of `to`, if it is known.

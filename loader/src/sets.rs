@@ -12,14 +12,14 @@ use crate::attach;
 use crate::error::Error;
 use crate::repair::{Repaired, repair};
 use crate::state::SlotName;
-use crate::store::{Lock, Slot, Store as StateStore};
+use crate::store::{Locks, Slot, Store as StateStore, lock_all};
 use crate::sys::{Map, MapWords, Sys};
 
 /// Name of the file among a generation's that says which sets have tables: [`SetManifest`]s as JSON. The object says the
 /// same, and may be a hundred times as large.
 pub const SETS_FILE: &str = "sets.json";
 
-/// The sets of a slot's policy. The slot is locked as long as this lives.
+/// The sets of a slot's policy.
 #[derive(Debug)]
 pub struct LiveSets {
     /// The slot.
@@ -30,17 +30,29 @@ pub struct LiveSets {
     pub sets: Vec<SetManifest>,
     slot: Slot,
     generation: u32,
-    _lock: Lock,
 }
 
 impl LiveSets {
-    /// The sets of the policy that is attached at a slot; `None` if none is.
+    /// The sets of the policies that are attached at slots, which are locked as long as the locks live.
     ///
     /// # Errors
-    /// What is kept about the slot can't be read, or the kernel refuses.
-    pub fn open(sys: &Sys, store: &StateStore, name: &SlotName) -> Result<Option<LiveSets>, Error> {
-        let slot = store.slot(name);
-        let lock = slot.lock(sys, true)?;
+    /// What is kept about a slot can't be read, or the kernel refuses.
+    pub fn open_all(
+        sys: &Sys,
+        store: &StateStore,
+        names: &[SlotName],
+    ) -> Result<(Vec<LiveSets>, Locks), Error> {
+        let slots: Vec<Slot> = names.iter().map(|name| store.slot(name)).collect();
+        let locks = lock_all(sys, &slots, true)?;
+        let mut found = Vec::new();
+        for slot in slots {
+            found.extend(LiveSets::open(sys, store, slot)?);
+        }
+        Ok((found, locks))
+    }
+
+    /// The sets of the policy that is attached at a locked slot; `None` if none is.
+    fn open(sys: &Sys, store: &StateStore, slot: Slot) -> Result<Option<LiveSets>, Error> {
         let Some(Repaired { state, current, .. }) = repair(sys, &slot)? else {
             slot.remove(sys)?;
             store.tidy(sys);
@@ -53,7 +65,7 @@ impl LiveSets {
             None => Vec::new(),
         };
         let mode = state.generations.get(&current).and_then(|generation| generation.mode);
-        Ok(Some(LiveSets { name: name.clone(), mode, sets, slot, generation: current, _lock: lock }))
+        Ok(Some(LiveSets { name: slot.name.clone(), mode, sets, slot, generation: current }))
     }
 
     /// The table of a set.

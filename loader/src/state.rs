@@ -132,8 +132,8 @@ pub struct Intent {
     pub to: Option<u32>,
     /// When to go back unless confirmed; none if the change needs no confirmation.
     pub confirm: Option<Confirm>,
-    /// The slots that change together with this one, and to which generations: once packets meet one of those, this
-    /// change is to be made as well.
+    /// The slots at other hooks that change at once with this one, and to which generations: such changes are confirmed,
+    /// and go back, together.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub with: Vec<(SlotName, u32)>,
 }

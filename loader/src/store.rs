@@ -4,9 +4,10 @@
 //! BPFFS/polc/NETNS/eth0-xdp-4/                the slot's pins; who changes the slot has the directory locked
 //! BPFFS/polc/NETNS/eth0-xdp-4/note            a symbolic link whose text is the state, in short
 //! BPFFS/polc/NETNS/eth0-xdp-4/link            the link, the same for all generations
-//! BPFFS/polc/NETNS/input-netfilter-4/dispatch the map that says which generation's program a hook goes on with
+//! BPFFS/polc/NETNS/input-netfilter-4/dispatch the map of the programs that a hook goes on with
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/prog      a generation's program
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/map_NAME  and its maps
+//! BPFFS/polc/NETNS/hooks-4/                   what netfilter hooks share; who changes one has the directory locked
 //! BPFFS/polc/NETNS/clsact-2/                  says that polc made the qdisc of device 2
 //! STATE/NETNS/eth0-xdp-4/state.json           the slot's state
 //! STATE/NETNS/eth0-xdp-4/gen-7/object.o       a generation's object, and what its maker wants kept
@@ -22,6 +23,9 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+
+use polc_ir::env::Attach;
+use polc_ir::hook::Family;
 
 use crate::error::Error;
 use crate::state::{SlotName, SlotState};
@@ -39,6 +43,7 @@ const STATE_FILE: &str = "state.json";
 const NOTE: &str = "note";
 const NEW_NOTE: &str = "note-new";
 const QDISC_MARK: &str = "clsact-";
+const HOOKS: &str = "hooks-";
 
 /// The two directories that everything is kept under, for one network namespace.
 #[derive(Clone, Debug)]
@@ -165,6 +170,15 @@ impl Store {
 
     /// Removes the store's directories if they are empty.
     pub fn tidy(&self, sys: &Sys) {
+        // One that was locked is left by who was killed before removing it.
+        let names = sys.list(&self.pins).unwrap_or_default();
+        for hooks in names.iter().filter(|name| name.starts_with(HOOKS)).map(|name| self.pins.join(name)) {
+            if sys.list(&hooks).is_ok_and(|pins| pins.is_empty())
+                && let Ok(_lock) = sys.lock_directory(&hooks, false)
+            {
+                let _ = sys.remove_dir(&hooks);
+            }
+        }
         // Whoever finds them in use leaves them.
         for path in [&self.pins, &self.state] {
             let _ = sys.remove_dir(path);
@@ -189,12 +203,50 @@ pub struct Lock {
 }
 
 impl Slot {
-    /// Keeps every other polc from changing the slot until the result is dropped.
+    /// Keeps every other polc from changing the slot until the result is dropped. Slots at hooks of one family have a lock
+    /// in common: who needs several takes [`lock_all`].
     ///
     /// # Errors
     /// [`Error::Locked`] if another has it, and `wait` is not given.
     pub fn lock(&self, sys: &Sys, wait: bool) -> Result<Lock, Error> {
-        lock(sys, &self.pins, wait)
+        lock(sys, &self.locked(), wait)
+    }
+
+    /// The directory that who changes the slot has locked.
+    fn locked(&self) -> PathBuf {
+        if self.name.attach == Attach::Netfilter { self.hooks() } else { self.pins.clone() }
+    }
+
+    /// Removes the directory that was locked, if nothing is in it.
+    pub(crate) fn remove_locked(&self, sys: &Sys) {
+        let _ = sys.remove_dir(&self.locked());
+    }
+
+    /// The directory of what the hooks of the slot's family share.
+    fn hooks(&self) -> PathBuf {
+        let family = if self.name.family == Family::V4 { 4 } else { 6 };
+        self.pins.with_file_name(format!("{HOOKS}{family}"))
+    }
+
+    /// The pin of the word that says which of their programs packets meet at all hooks of the slot's family.
+    pub(crate) fn hooks_word(&self) -> PathBuf {
+        self.hooks().join("word")
+    }
+
+    /// The pin of the program that stands for none at a hook.
+    pub(crate) fn hooks_none(&self) -> PathBuf {
+        self.hooks().join("none")
+    }
+
+    /// The slots at other hooks of the family that have pins.
+    pub(crate) fn at_other_hooks(&self, sys: &Sys) -> Result<Vec<Slot>, Error> {
+        let all = self.pins.parent().expect("a slot is in a store");
+        let names = sys.list(all).map_err(Error::disk(all))?;
+        let beside = |name: &SlotName| {
+            (name.attach, name.family) == (Attach::Netfilter, self.name.family) && *name != self.name
+        };
+        let names = names.iter().filter_map(|name| SlotName::of_directory(name)).filter(beside);
+        Ok(names.map(|name| self.other(&name)).collect())
     }
 
     /// Keeps every other polc from adding and removing qdiscs of the network namespace until the result is dropped;
@@ -252,7 +304,7 @@ impl Slot {
         self.generation_pins(generation).join("prog")
     }
 
-    /// The pin of the map that holds the current program of a netfilter hook.
+    /// The pin of the map that holds the programs of a netfilter hook.
     pub fn dispatch(&self) -> PathBuf {
         self.pins.join("dispatch")
     }
@@ -362,8 +414,34 @@ impl Slot {
     /// [`Error::Disk`].
     pub fn remove(&self, sys: &Sys) -> Result<(), Error> {
         let cleared = self.clear(sys);
-        cleared.and(sys.remove_dir(&self.pins).map_err(Error::disk(&self.pins)))
+        let last = self.name.attach == Attach::Netfilter && self.at_other_hooks(sys)?.is_empty();
+        let hooks = self.hooks();
+        if last {
+            remove_pins(sys, &hooks)?;
+        }
+        cleared.and(sys.remove_dir(&self.pins).map_err(Error::disk(&self.pins)))?;
+        if last {
+            sys.remove_dir(&hooks).map_err(Error::disk(&hooks))?;
+        }
+        Ok(())
     }
+}
+
+/// Locks of several slots.
+pub type Locks = Vec<Lock>;
+
+/// Keeps every other polc from changing any of these slots until the result is dropped.
+///
+/// # Errors
+/// [`Error::Locked`] if another has one, and `wait` is not given.
+pub fn lock_all<'a>(
+    sys: &Sys,
+    slots: impl IntoIterator<Item = &'a Slot>,
+    wait: bool,
+) -> Result<Locks, Error> {
+    // In order, so that two that wait don't wait for each other.
+    let directories: BTreeSet<PathBuf> = slots.into_iter().map(Slot::locked).collect();
+    directories.iter().map(|directory| lock(sys, directory, wait)).collect()
 }
 
 /// Locks a directory, which is made if it is not there.
@@ -393,9 +471,6 @@ fn remove_pins(sys: &Sys, path: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-
-    use polc_ir::env::Attach;
-    use polc_ir::hook::Family;
 
     use super::*;
     use crate::state::{Generation, Intent, STATE_VERSION, Via};

@@ -4,8 +4,8 @@
 //! what is about to happen; swap; tidy. Only the swap changes what packets meet, and it is one call of the kernel's. Up
 //! to it a crash leaves the old policy, after it the new one, and what else is left over is for [`repair`], which every
 //! change begins with: it asks the kernel which generation is attached and removes the others. Changes of several slots
-//! take each step for all of them before the next, and if a swap fails, those made before it are taken back. Each says
-//! which others go with it, so that after a crash between two swaps the next polc makes those that are left.
+//! take each step for all of them before the next. Those at netfilter hooks of one family are made by one store, so there
+//! the step is one, too; others are swapped one after the other, and if one fails, those made before it are taken back.
 //!
 //! Counters are not copied between maps, which would race with the programs: a new generation remembers what its
 //! predecessors counted for the same rules ([`crate::carry`]).
@@ -17,16 +17,17 @@ use polc_backend_ebpf::emit::COUNTERS_MAP;
 use polc_backend_ebpf::object::Object;
 use polc_ir::at_once::both;
 use polc_ir::env::{Attach, Mode};
+use polc_ir::hook::Family;
 
-use crate::attach::{self, How};
+use crate::attach::{self, AtHook, How};
 use crate::coexist::{self, Order};
 use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
-use crate::repair::{Repaired, attached, go_back, make_left, prune, recall, repair, settle};
+use crate::repair::{Repaired, attached, go_back, prune, recall, repair, settle};
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
-use crate::store::{Lock, Slot, Store};
+use crate::store::{Locks, Slot, Store, lock_all};
 use crate::sys::{Sys, TestRun};
 
 /// Name of a generation's object among its files.
@@ -134,11 +135,9 @@ pub fn apply_all(
 ) -> Result<Vec<Applied>, Error> {
     may_change(sys)?;
     store.prepare(sys)?;
-    for name in store.names(sys)?.iter().filter(|name| requests.iter().all(|request| request.slot != *name)) {
-        // A slot that can't be made whole is for whoever changes it to hear of.
-        let _ = make_left(sys, store, name);
-    }
-    let mut changes = Changes { locked: Vec::new(), installed: Vec::new(), made: 0 };
+    let slots: Vec<Slot> = requests.iter().map(|request| store.slot(request.slot)).collect();
+    let locks = lock_all(sys, &slots, false)?;
+    let mut changes = Changes { slots, installed: Vec::new(), _locks: locks };
     match changes.make(sys, store, requests, watch) {
         Ok(()) => Ok(changes.end(sys, requests)),
         Err(error) => Err(changes.take_back(sys, store, error)),
@@ -155,10 +154,9 @@ pub fn may_change(sys: &Sys) -> Result<(), Error> {
 
 /// Changes of several slots, each as far as it has come.
 struct Changes {
-    locked: Vec<(Slot, Lock)>,
+    slots: Vec<Slot>,
     installed: Vec<Change>,
-    /// How many of `installed` packets meet.
-    made: usize,
+    _locks: Locks,
 }
 
 /// A change that is written down.
@@ -170,6 +168,8 @@ struct Change {
     device: net::Device,
     /// How long the kernel took to load it.
     load_time: Duration,
+    /// Whether packets meet it.
+    made: bool,
     /// When packets began to meet it, and how long the call took.
     attached: (Instant, Duration),
 }
@@ -182,25 +182,45 @@ impl Changes {
         requests: &[Request<'_>],
         watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        for request in requests {
-            let slot = store.slot(request.slot);
-            let lock = slot.lock(sys, false)?;
-            self.locked.push((slot, lock));
-        }
         let mut begun = Vec::new();
-        for (request, (slot, _)) in requests.iter().zip(&self.locked) {
+        for (request, slot) in requests.iter().zip(&self.slots) {
             begun.push(Change::begin(sys, store, slot, request)?);
         }
         let all: Vec<(SlotName, u32)> =
             begun.iter().map(|change| (change.slot.name.clone(), change.to)).collect();
         for (request, mut change) in requests.iter().zip(begun) {
-            let with = all.iter().filter(|(name, _)| *name != change.slot.name).cloned().collect();
+            let with = all.iter().filter(|(name, _)| at_once(name, &change.slot.name)).cloned().collect();
             change.install(sys, request, with, watch)?;
             self.installed.push(change);
         }
         for (request, change) in requests.iter().zip(&mut self.installed) {
-            change.swap(sys, request)?;
-            self.made += 1;
+            if change.slot.name.attach != Attach::Netfilter {
+                change.swap(sys, request)?;
+            }
+        }
+        for family in [Family::V4, Family::V6] {
+            self.swap_at_hooks(sys, family)?;
+        }
+        Ok(())
+    }
+
+    /// Changes what packets meet at the hooks of a family.
+    fn swap_at_hooks(&mut self, sys: &Sys, family: Family) -> Result<(), Error> {
+        let is_one = |change: &&mut Change| {
+            (change.slot.name.attach, change.slot.name.family) == (Attach::Netfilter, family)
+        };
+        let mut at_hooks: Vec<&mut Change> = self.installed.iter_mut().filter(is_one).collect();
+        let began = Instant::now();
+        let changes: Vec<AtHook<'_>> = at_hooks
+            .iter()
+            .map(|change| {
+                let Change { slot, state, from, to, .. } = &**change;
+                AtHook { slot, state, from: *from, to: Some(*to) }
+            })
+            .collect();
+        attach::at_hooks(sys, &changes)?;
+        for change in &mut at_hooks {
+            (change.made, change.attached) = (true, (Instant::now(), began.elapsed()));
         }
         Ok(())
     }
@@ -230,14 +250,14 @@ impl Changes {
     }
 
     /// Takes back what was made and clears what was begun; the failure to report.
-    fn take_back(mut self, sys: &Sys, store: &Store, error: Error) -> Error {
+    fn take_back(self, sys: &Sys, store: &Store, error: Error) -> Error {
         let mut in_force = Vec::new();
-        for Change { slot, state, from, to, .. } in self.installed[..self.made].iter_mut().rev() {
-            if go_back(sys, slot, state, *from, Some(*to)).is_err() {
+        for Change { slot, state, from, to, .. } in self.installed.iter().rev().filter(|change| change.made) {
+            if go_back(sys, slot, state, *from, *to, &[]).is_err() {
                 in_force.push(slot.name.to_string());
             }
         }
-        for (slot, _) in &self.locked {
+        for slot in &self.slots {
             // What is attached tells what is left over. If even that fails, the next polc has another try.
             if repair(sys, slot).is_ok_and(|left| left.is_none()) {
                 let _ = slot.remove(sys);
@@ -272,7 +292,8 @@ impl Change {
         let present = slot.generations_present(sys)?;
         let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
         let attached = (Instant::now(), Duration::ZERO);
-        Ok(Change { slot: slot.clone(), state, from, to, device, load_time: Duration::ZERO, attached })
+        let load_time = Duration::ZERO;
+        Ok(Change { slot: slot.clone(), state, from, to, device, load_time, made: false, attached })
     }
 
     /// Makes everything ready, and writes down what is about to happen, and in which other slots.
@@ -289,9 +310,9 @@ impl Change {
         Ok(())
     }
 
-    /// Changes what packets meet.
+    /// Changes what packets meet at a device.
     fn swap(&mut self, sys: &Sys, request: &Request<'_>) -> Result<(), Error> {
-        let Change { slot, state, from, to, device, attached, .. } = self;
+        let Change { slot, state, from, to, device, made, attached, .. } = self;
         let began = Instant::now();
         match *from {
             Some(from) => attach::swap(sys, slot, state, *to, from)?,
@@ -301,9 +322,16 @@ impl Change {
                 attach::first(sys, slot, state, *to, program.as_fd(), how)?;
             }
         }
-        *attached = (Instant::now(), began.elapsed());
+        (*made, *attached) = (true, (Instant::now(), began.elapsed()));
         Ok(())
     }
+}
+
+/// Whether what packets meet changes at two slots at once.
+fn at_once(one: &SlotName, other: &SlotName) -> bool {
+    (one.attach, one.family) == (Attach::Netfilter, other.family)
+        && other.attach == one.attach
+        && one != other
 }
 
 /// Refuses to change how a policy is attached, or where among a hook's functions it is: that takes a new link, and until

@@ -25,7 +25,6 @@ use polc_ir::hook::{Family, Hook};
 use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
 use polc_loader::held::Held;
-use polc_loader::repair;
 use polc_loader::state::{SlotName, Via};
 use polc_loader::store::Store;
 use polc_loader::swap::{self, Request};
@@ -439,7 +438,12 @@ impl Several<'_> {
     }
 
     fn apply(&self, sys: &Sys, policy: usize) -> Result<(), Error> {
-        let request = |slot| request(slot, &self.objects[policy], Way::Netfilter, None);
+        self.apply_for(sys, policy, None)
+    }
+
+    /// The same, to be confirmed.
+    fn apply_for(&self, sys: &Sys, policy: usize, confirm: Option<Duration>) -> Result<(), Error> {
+        let request = |slot| request(slot, &self.objects[policy], Way::Netfilter, confirm);
         let requests = self.slots.each_ref().map(request);
         swap::apply_all(sys, self.store, &requests, &mut |_, _| Ok(())).map(|_| ())
     }
@@ -451,6 +455,34 @@ impl Several<'_> {
             let state = slot.read(&sys).expect("it can be read")?;
             attach::current(&sys, &slot, &state).expect("asked")
         })
+    }
+
+    fn each(&self, act: impl FnMut(&SlotName) -> Result<(), Error>) -> Result<(), Error> {
+        self.slots.iter().try_for_each(act)
+    }
+
+    /// What a process that watches a slot's change does in the end.
+    fn go_back(&self, sys: &Sys, name: &SlotName) -> Result<(), Error> {
+        let state = self.store.slot(name).read(&Sys::new())?.expect("there");
+        let Some(confirm) = state.intent.and_then(|intent| intent.confirm) else { return Ok(()) };
+        Held::new(&Sys::new(), self.store, name, &confirm.token)?.go_back(sys)
+    }
+
+    fn waits_no_more(&self, name: &SlotName) -> bool {
+        let state = self.store.slot(name).read(&Sys::new()).expect("readable").expect("there");
+        state.intent.is_none_or(|intent| intent.confirm.is_none())
+    }
+
+    /// Makes the time for a confirmation be over.
+    fn let_time_pass(&self) {
+        for name in &self.slots {
+            let slot = self.store.slot(name);
+            let mut state = slot.read(&Sys::new()).expect("readable").expect("there");
+            if let Some(confirm) = state.intent.as_mut().and_then(|intent| intent.confirm.as_mut()) {
+                confirm.deadline_ms = 0;
+                slot.write(&Sys::new(), &state).expect("written");
+            }
+        }
     }
 
     fn flush(&self) {
@@ -500,23 +532,33 @@ fn of_several_changes_all_are_made_or_none() {
     }
 }
 
-/// A policy's changes at several hooks, of which some were made when the process ended: the next polc makes the others.
+/// Wherever the process ends, policies that stand at several hooks have all been changed, or none has.
 #[test]
-fn changes_left_by_one_killed_between_two_are_made_by_the_next() {
-    const NAME: &str = "changes_left_by_one_killed_between_two_are_made_by_the_next";
+fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
+    const NAME: &str = "killed_at_any_call_it_leaves_all_hooks_old_or_all_new";
     if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
         return;
     }
     let (bpffs, state, _namespace) = bench("between");
     let store = Store::new(Path::new(&bpffs.join("")), state.path()).expect("the namespace is known");
     let several = Several::new(&store);
-    // Between two changes are more calls than are left out.
-    let step = if std::env::var_os("POLC_LONG").is_some() { 1 } else { 3 };
-    for first in [true, false] {
-        let (mut tried, mut made) = (0, 0);
+    let ready = |result: Result<(), Error>| result.expect("nothing fails here");
+    let unconfirmed = |policy, within| several.apply_for(&Sys::new(), policy, Some(within));
+    let step = if std::env::var_os("POLC_LONG").is_some() { 1 } else { 5 };
+    for operation in [Operation::First, Operation::Swap, Operation::Confirm, Operation::GoBack] {
+        let mut tried = 0;
         for number in (1..=CALLS_MAX).step_by(step) {
-            if !first {
-                several.apply(&Sys::new(), 0).expect("nothing fails here");
+            if operation != Operation::First {
+                ready(several.apply(&Sys::new(), 0));
+            }
+            let old = several.attached();
+            match operation {
+                Operation::Confirm => ready(unconfirmed(1, Duration::from_secs(600))),
+                Operation::GoBack => {
+                    ready(unconfirmed(1, Duration::from_millis(1)));
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                _ => {}
             }
             let before = several.attached();
             let calls = Arc::new(AtomicUsize::new(0));
@@ -526,25 +568,41 @@ fn changes_left_by_one_killed_between_two_are_made_by_the_next() {
                 true => Ok(()),
                 false => Err(io::Error::from_raw_os_error(5)),
             });
-            let result = several.apply(&sys, 1);
-            let left = several.attached();
-            for slot in &several.slots {
-                let is_left = repair::make_left(&Sys::new(), &store, slot);
-                made += usize::from(is_left.unwrap_or_else(|error| panic!("call {number}: {error}")));
-            }
+            let result = match operation {
+                Operation::Confirm => several.each(|slot| swap::confirm(&sys, &store, slot).map(|_| ())),
+                Operation::GoBack => several.each(|slot| several.go_back(&sys, slot)),
+                _ => several.apply(&sys, 1),
+            };
             let now = several.attached();
-            let is_new = now.iter().zip(before).all(|(now, before)| now.is_some() && *now != before);
-            assert!(is_new || now == before, "call {number}: {before:?}, left {left:?}, then {now:?}");
-            assert!(result.is_err() || is_new);
-            several.apply(&Sys::new(), 0).expect("nothing fails here");
+            let changed = now.iter().zip(before).filter(|(now, before)| *now != before).count();
+            assert!([0, 2].contains(&changed), "{operation:?}, call {number}: {before:?}, now {now:?}");
+            if operation == Operation::GoBack && changed == 2 {
+                assert_eq!(now, old, "call {number}");
+            }
+            if operation == Operation::Confirm {
+                // Confirmed at one hook, it stays at both, though the other's time be over.
+                let confirmed = several.slots.each_ref().map(|slot| several.waits_no_more(slot));
+                several.let_time_pass();
+                ready(several.each(|slot| swap::confirm(&Sys::new(), &store, slot).map(|_| ())));
+                let expected = if confirmed.contains(&true) { before } else { old };
+                assert_eq!(several.attached(), expected, "call {number}: {confirmed:?}");
+            } else {
+                _ = several.each(|slot| swap::confirm(&Sys::new(), &store, slot).map(|_| ()));
+                let expected = if operation == Operation::GoBack { old } else { now };
+                assert_eq!(several.attached(), expected, "{operation:?}, call {number}: after the next polc");
+            }
+            ready(several.apply(&Sys::new(), 0));
             several.flush();
+            let left = fs::read_dir(bpffs.join("polc")).map_or(0, |left| left.count());
+            assert_eq!(left, 0, "{operation:?}, call {number}: pins are left");
             if calls.load(Ordering::Relaxed) < number {
+                ready(result);
                 break;
             }
             tried += 1;
         }
-        eprintln!("first {first}: killed at {tried} calls, {made} changes made afterwards");
-        assert!(tried > 20 && made > 0, "{tried} {made}");
+        eprintln!("{operation:?} at two hooks: killed at {tried} calls");
+        assert!(tried > 20, "{operation:?}: {tried}");
     }
 }
 

@@ -202,6 +202,20 @@ fn pins_that_are_something_else_are_told_and_removed() {
     assert!(host.says(&["status", "--sample", "0"], 3).contains("[E0812]"));
     host.says(&["flush"], 0);
     assert!(!slot.pins().exists());
+    // What hooks share.
+    let shared = slot.pins().with_file_name("hooks-4");
+    for (pin, other) in [("word", slot.program(1)), ("word", slot.dispatch()), ("none", slot.dispatch())] {
+        host.says(&apply, 0);
+        fs::remove_file(shared.join(pin)).expect("it is there");
+        let said = host.says(&["status", "--sample", "0"], 3);
+        assert!(said.contains("[E0812]") && said.contains("it is not there"), "{said}");
+        fs::hard_link(&other, shared.join(pin)).expect("a pin");
+        let said = host.says(&["status", "--sample", "0"], 3);
+        assert!(said.contains("[E0812]") && said.contains("it is something else"), "{said}");
+        host.says(&apply, 3);
+        host.says(&["flush"], 0);
+        assert!(!slot.pins().exists() && !shared.exists());
+    }
     host.says(&apply, 0);
     host.says(&["flush"], 0);
 }

@@ -846,10 +846,19 @@ impl Sys {
 
     /// Whether a descriptor is that of a link: asked about something else, the kernel tells of that in other words.
     pub fn is_link(&self, link: impl AsFd) -> io::Result<bool> {
+        self.tells_of(link, "link_type:")
+    }
+
+    /// Whether a descriptor is that of a program.
+    pub fn is_program(&self, program: impl AsFd) -> io::Result<bool> {
+        self.tells_of(program, "prog_type:")
+    }
+
+    fn tells_of(&self, descriptor: impl AsFd, what: &str) -> io::Result<bool> {
         self.enter("fdinfo")?;
-        let number = link.as_fd().as_raw_fd();
+        let number = descriptor.as_fd().as_raw_fd();
         let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
-        Ok(text.lines().any(|line| line.starts_with("link_type:")))
+        Ok(text.lines().any(|line| line.starts_with(what)))
     }
 
     /// What the kernel says about a link.

@@ -41,17 +41,11 @@ pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure
     Ok(names.into_iter().filter(|slot| is_asked_for(slot, args)).collect())
 }
 
-/// Takes changes back that had to be confirmed by now, where the process that was to do it did not live to, and makes
-/// those that one killed between two hooks left.
+/// Takes changes back that had to be confirmed by now, where the process that was to do it did not live to.
 pub(super) fn take_back_overdue(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<(), Failure> {
     let store = store(&args.store)?;
     for slot in slots(sys, args)? {
-        // What can't be made or taken back is told by whoever looks at it.
-        if let Ok(true) = repair::make_left(sys, &store, &slot) {
-            output.remark(&format!(
-                "{slot}: the last change of several was cut short, so it was made here too\n"
-            ));
-        }
+        // What can't be taken back is told by whoever looks at it.
         if let Ok(true) = repair::take_back_overdue(sys, &store, &slot) {
             output
                 .remark(&format!("{slot}: nobody confirmed the last change in time, so it was taken back\n"));
@@ -128,6 +122,7 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
             Err(error) => failed.push(Failure::at(&slot, error)),
         }
     }
+    store.tidy(&sys);
     all_well(failed, output)
 }
 

@@ -18,6 +18,7 @@ use polc_ir::ruleset::Ruleset;
 use polc_ir::set::{DimensionKind, Pattern, SetContents, SetData, patterns};
 use polc_ir::source::SourceMap;
 use polc_loader::sets::{LiveSets, LiveTable, read};
+use polc_loader::store::Locks;
 use polc_loader::sys::{Map, Sys};
 
 use super::{FOUND, live, show};
@@ -48,21 +49,18 @@ struct Found {
     map: Map,
 }
 
-/// The policies that options name, with their sets.
-fn policies(sys: &Sys, args: &SlotArgs) -> Result<Vec<LiveSets>, Failure> {
-    let store = live::store(&args.store)?;
-    let mut found = Vec::new();
-    for name in live::slots(sys, args)? {
-        found.extend(LiveSets::open(sys, &store, &name)?);
-    }
-    if found.is_empty() { Err(live::nothing(args)) } else { Ok(found) }
+/// The policies that options name, with their sets. Nobody else changes them as long as the locks live.
+fn policies(sys: &Sys, args: &SlotArgs) -> Result<(Vec<LiveSets>, Locks), Failure> {
+    let found = LiveSets::open_all(sys, &live::store(&args.store)?, &live::slots(sys, args)?)?;
+    if found.0.is_empty() { Err(live::nothing(args)) } else { Ok(found) }
 }
 
 /// The tables of the set of that name.
-fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<Vec<Found>, Failure> {
+fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<(Vec<Found>, Locks), Failure> {
     let mut found = Vec::new();
     let mut accelerates = false;
-    for sets in policies(sys, args)? {
+    let (policies, locks) = policies(sys, args)?;
+    for sets in policies {
         accelerates |= sets.mode != Some(Mode::Replace);
         let manifest = sets.sets.iter().find(|set| set.name == name && set.live).cloned();
         if let Some(manifest) = manifest {
@@ -71,7 +69,7 @@ fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<Vec<Found>, Failure> {
         }
     }
     match (found.is_empty(), accelerates) {
-        (false, _) => Ok(found),
+        (false, _) => Ok((found, locks)),
         (true, true) => Err(Failure::Usage(format!(
             "in accelerate mode the kernel's own set `{name}` decides: change it with ipset, then `polc apply` the rules and sets again"
         ))),
@@ -154,7 +152,7 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         return Err(Failure::Usage("an element is needed after the set".into()));
     }
     let sys = Sys::new();
-    let found = find(&sys, &args.slots, name)?;
+    let (found, _locks) = find(&sys, &args.slots, name)?;
     let mut tables = Vec::new();
     for found in &found {
         let Some(asked) = element(&found.manifest, found.sets.name.family, words, output)? else {
@@ -250,8 +248,11 @@ fn holds(shape: &SetShape, table: &LiveTable<'_>, asked: &Asked) -> bool {
 
 fn list(args: &SetListArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let policies = match &args.set {
-        Some(name) => find(&sys, &args.slots, name)?.into_iter().map(|found| found.sets).collect(),
+    let (policies, _locks) = match &args.set {
+        Some(name) => {
+            let (found, locks) = find(&sys, &args.slots, name)?;
+            (found.into_iter().map(|found| found.sets).collect(), locks)
+        }
         None => policies(&sys, &args.slots)?,
     };
     let several = policies.len() > 1;
