@@ -6,8 +6,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::io::{Read, Seek};
 
 use cranelift_entity::{EntityRef, PrimaryMap};
+use object::ReadCache;
 use polc_ir::diag::Code as DiagCode;
 use polc_ir::entities::Map;
 use polc_ir::limits::{BPF_NAME_BYTES_MAX, OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
@@ -360,9 +362,9 @@ impl Object {
     }
 
     /// The same without what is in the data maps, which are all zeros: for whoever asks about an object that the kernel
-    /// has loaded.
-    pub fn read_outline(bytes: &[u8]) -> Result<Object, ObjectError> {
-        let object = elf::read::read(bytes, elf::read::Contents::Lengths)?;
+    /// has loaded. Only what it takes is read of the file.
+    pub fn read_outline(file: impl Read + Seek) -> Result<Object, ObjectError> {
+        let object = elf::read::read(&ReadCache::new(file), elf::read::Contents::Lengths)?;
         object.verify()?;
         Ok(object)
     }

@@ -1,5 +1,7 @@
 //! Objects survive the way through their file, the file is always the same, and damaged files are refused by name.
 
+use std::io::Cursor;
+
 use polc_backend_ebpf::asm::Asm;
 use polc_backend_ebpf::insn::Reg;
 use polc_backend_ebpf::manifest::{Counted, Manifest};
@@ -54,7 +56,8 @@ fn what_slots_repeat_is_written_once() {
 #[test]
 fn outlines_have_no_contents() {
     let object = sample(&[ProgramKind::Xdp]);
-    let outline = Object::read_outline(&object.write().expect("writes")).expect("reads");
+    let bytes = object.write().expect("writes");
+    let outline = Object::read_outline(Cursor::new(&bytes)).expect("reads");
     let mut expected = without_comments(object.clone());
     for map in expected.maps.values_mut() {
         if let MapKind::Data { contents, .. } = &mut map.kind {
@@ -163,6 +166,7 @@ fn damaged_files_are_refused_without_a_panic() {
     assert!(matches!(Object::read(b"#!/bin/sh\n"), Err(ObjectError::Elf(_))));
     for length in 0..bytes.len() {
         assert!(Object::read(&bytes[..length]).is_err(), "cut to {length} bytes");
+        assert!(Object::read_outline(Cursor::new(&bytes[..length])).is_err(), "cut to {length} bytes");
     }
     let mut machine = bytes.clone();
     machine[18] = 62; // EM_X86_64

@@ -149,6 +149,17 @@ impl Report {
         }
     }
 
+    /// Makes this the account of what is put at its place and at another's, each with a program of its own: a line is
+    /// compiled if it is wherever one of them is reached by its packets.
+    pub fn join(&mut self, other: &Report) {
+        for (line, status) in &other.lines {
+            let own = self.lines.entry(*line).or_insert(Status::Elsewhere);
+            if *own == Status::Elsewhere || *own == Status::Compiled && *status != Status::Elsewhere {
+                *own = status.clone();
+            }
+        }
+    }
+
     /// How many rule lines there are.
     pub fn rules(&self) -> usize {
         self.lines.len()
@@ -175,8 +186,8 @@ impl Report {
         self.lines.values().filter(|status| which(status)).count()
     }
 
-    /// A finding for each deferred line: a warning, or an error in replace mode. One note for all lines that the place
-    /// does not reach.
+    /// A finding for each deferred line: a warning, or an error in replace mode. Lines that the place does not reach are
+    /// [`Report::elsewhere`]'s.
     pub fn diagnostics(&self, mode: Mode) -> Vec<Diagnostic> {
         let severity = if mode == Mode::Replace { Severity::Error } else { Severity::Warning };
         let deferred = self.lines.values().filter_map(|status| match status {
@@ -204,7 +215,6 @@ impl Report {
             })
             .collect();
         findings.extend(self.fragments.clone());
-        findings.extend(self.elsewhere());
         findings
     }
 
@@ -241,7 +251,6 @@ impl Report {
                 Some(if others.is_empty() { finding } else { finding.with_note(same_for(others)) })
             })
             .chain(self.fragments.clone())
-            .chain(self.elsewhere())
             .collect()
     }
 }
@@ -391,6 +400,27 @@ mod tests {
         assert_eq!((report.compiled(), report.deferred(), report.rejected()), (1, 1, 3));
     }
 
+    /// What becomes of a line that two programs meet is what becomes of it at worst.
+    #[test]
+    fn accounts_of_several_places_join() {
+        let session = session(
+            "*filter\n:OWN - [0:0]\n-A INPUT -j OWN\n-A FORWARD -j OWN\n-A OUTPUT -j DROP\n\
+             -A OWN -m mac --mac-source 02:00:00:00:00:01 -j DROP\n-A INPUT --nosuch\nCOMMIT\n",
+        );
+        let at =
+            |hook, attach| Report::new(&session, Scope::At(&place(&[hook], attach, Mode::Accelerate, false)));
+        let (input, forward) = (at(Hook::Input, Attach::TcIngress), at(Hook::Forward, Attach::Netfilter));
+        assert_eq!((input.compiled(), input.deferred(), input.rejected()), (2, 2, 1));
+        assert_eq!((forward.compiled(), forward.deferred(), forward.rejected()), (1, 3, 1));
+        for (one, other) in [(&input, &forward), (&forward, &input)] {
+            let mut both = one.clone();
+            both.join(other);
+            // OUTPUT's is elsewhere, and OWN's compiled at one of the two only.
+            assert_eq!((both.compiled(), both.deferred(), both.rejected()), (2, 2, 1));
+            assert!(both.elsewhere().is_some_and(|note| note.message.starts_with("1 rule is")));
+        }
+    }
+
     #[test]
     fn lines_count_however_they_are_spelled() {
         let report = report(
@@ -447,9 +477,9 @@ mod tests {
         let place = place(&[Hook::Input], Attach::Xdp, Mode::Accelerate, false);
         let report = Report::new(&session, Scope::At(&place));
         assert_eq!((report.rules(), report.compiled(), report.deferred()), (3, 2, 1));
-        let notes = report.diagnostics(Mode::Accelerate);
-        assert_eq!(notes.len(), 1);
-        assert_eq!(notes[0].message, "1 rule is in a chain that no packet passes at this place");
+        assert_eq!(report.diagnostics(Mode::Accelerate), []);
+        let note = report.elsewhere().map(|note| note.message);
+        assert_eq!(note.as_deref(), Some("1 rule is in a chain that no packet passes at this place"));
     }
 
     #[test]

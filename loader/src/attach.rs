@@ -195,13 +195,14 @@ pub fn at_hooks(sys: &Sys, changes: &[AtHook<'_>]) -> Result<(), Error> {
         let AtHook { slot, state, from, to } = *change;
         match (from, to) {
             (None, Some(to)) => dispatch::attach(sys, slot, state.generations[&to].mode, state.via)?,
-            _ => match current(sys, slot, state)? {
-                Some(by) if state.generation_of(by) != from => {
+            _ => {
+                let not_applied = || Error::NotApplied(slot.name.to_string());
+                let places = place(sys, slot)?.ok_or_else(not_applied)?;
+                let by = dispatch::current(sys, slot, &places)?.ok_or_else(not_applied)?;
+                if state.generation_of(by) != from {
                     return Err(Error::Replaced { place: slot.name.to_string(), by });
                 }
-                Some(_) => {}
-                None => return Err(Error::NotApplied(slot.name.to_string())),
-            },
+            }
         }
         new.push((slot, to.map(|to| program(sys, slot, to)).transpose()?));
     }

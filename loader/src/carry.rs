@@ -89,10 +89,10 @@ pub(crate) fn manifest(sys: &Sys, slot: &Slot, generation: u32) -> Result<Manife
 /// The object of a generation, without what is in its data maps.
 pub(crate) fn object(sys: &Sys, slot: &Slot, generation: u32) -> Result<Object, Error> {
     let path = slot.generation_files(generation).join(OBJECT_FILE);
-    let bytes = sys.read(&path).map_err(Error::disk(&path))?;
+    let file = sys.open(&path).map_err(Error::disk(&path))?;
     let corrupt = |why: String| Error::Corrupt { path: path.clone(), why };
-    let bytes = bytes.ok_or_else(|| corrupt("it is not there".to_string()))?;
-    Object::read_outline(&bytes).map_err(|error| corrupt(error.to_string()))
+    let file = file.ok_or_else(|| corrupt("it is not there".to_string()))?;
+    Object::read_outline(file).map_err(|error| corrupt(error.to_string()))
 }
 
 /// What a generation's own program counted.

@@ -6,11 +6,11 @@ use cranelift_entity::{EntityRef, PrimaryMap, packed_option::PackedOption};
 use object::elf::{R_BPF_64_32, R_BPF_64_64};
 use object::read::elf::ElfFile64;
 use object::{
-    Architecture, Endianness, LittleEndian, Object as _, ObjectKind, ObjectSection, ObjectSymbol,
+    Architecture, Endianness, LittleEndian, Object as _, ObjectKind, ObjectSection, ObjectSymbol, ReadRef,
     RelocationFlags, RelocationTarget, SectionIndex, SymbolKind,
 };
 use polc_ir::entities::Map;
-use polc_ir::limits::OBJECT_BSS_BYTES_MAX;
+use polc_ir::limits::{OBJECT_BSS_BYTES_MAX, OBJECT_DATA_BYTES_MAX};
 
 use super::{
     BTF, BTF_EXT, EXTERN_CALL, LICENSE, LINE_INFO_BYTES, LINE_SHIFT, MANIFEST, MAP_ATTRIBUTES, MAPS, Notes,
@@ -22,7 +22,7 @@ use crate::insn::{Insn, Reg};
 use crate::kernel_api::{KernelFunction, KernelItem};
 use crate::object::{DataSection, MapDef, MapKind, MapType, Object, ObjectError, Program, ProgramKind};
 
-type ElfFile<'a> = ElfFile64<'a, LittleEndian>;
+type ElfFile<'a, R> = ElfFile64<'a, LittleEndian, R>;
 
 fn elf_error(error: object::Error) -> ObjectError {
     ObjectError::Elf(error.to_string())
@@ -42,8 +42,8 @@ pub(crate) enum Contents {
 }
 
 /// Takes a file apart. The result still has to be verified.
-pub(crate) fn read(bytes: &[u8], of_data: Contents) -> Result<Object, ObjectError> {
-    let elf: ElfFile<'_> = ElfFile64::parse(bytes).map_err(elf_error)?;
+pub(crate) fn read<'a>(file: impl ReadRef<'a>, of_data: Contents) -> Result<Object, ObjectError> {
+    let elf: ElfFile<'a, _> = ElfFile64::parse(file).map_err(elf_error)?;
     if elf.architecture() != Architecture::Bpf || elf.endianness() != Endianness::Little {
         return Err(ObjectError::Machine);
     }
@@ -71,7 +71,7 @@ pub(crate) fn read(bytes: &[u8], of_data: Contents) -> Result<Object, ObjectErro
     Ok(Object { programs, maps, manifest, license: license.to_string() })
 }
 
-fn contents<'a>(elf: &ElfFile<'a>, name: &'static str) -> Result<&'a [u8], ObjectError> {
+fn contents<'a>(elf: &ElfFile<'a, impl ReadRef<'a>>, name: &'static str) -> Result<&'a [u8], ObjectError> {
     let section = elf.section_by_name(name).ok_or(ObjectError::MissingSection(name))?;
     section.data().map_err(elf_error)
 }
@@ -89,7 +89,11 @@ struct FoundMaps {
 }
 
 impl FoundMaps {
-    fn read(elf: &ElfFile<'_>, types: &Btf<'_>, of_data: Contents) -> Result<FoundMaps, ObjectError> {
+    fn read<'a>(
+        elf: &ElfFile<'a, impl ReadRef<'a>>,
+        types: &Btf<'_>,
+        of_data: Contents,
+    ) -> Result<FoundMaps, ObjectError> {
         let mut found = FoundMaps::default();
         for section in elf.sections() {
             let name = section.name().map_err(elf_error)?;
@@ -103,13 +107,13 @@ impl FoundMaps {
                         }
                         vec![0; section.size() as usize]
                     }
-                    _ => {
-                        let data = section.data().map_err(elf_error)?;
-                        match of_data {
-                            Contents::Bytes => data.to_vec(),
-                            Contents::Lengths => vec![0; data.len()],
+                    _ => match of_data {
+                        Contents::Bytes => section.data().map_err(elf_error)?.to_vec(),
+                        Contents::Lengths if section.size() <= OBJECT_DATA_BYTES_MAX as u64 => {
+                            vec![0; section.size() as usize]
                         }
-                    }
+                        Contents::Lengths => return Err(bad_section(name, "more than polc ever writes")),
+                    },
                 };
                 found.insert(MapDef::data(map, kind, contents), (section.index().0, None))?;
             }
@@ -217,8 +221,8 @@ fn read_lines<'a>(types: &Btf<'a>, ext: &[u8]) -> Result<Lines<'a>, ObjectError>
     Ok(sections)
 }
 
-fn read_program(
-    elf: &ElfFile<'_>,
+fn read_program<'a>(
+    elf: &ElfFile<'a, impl ReadRef<'a>>,
     note: &ProgramNotes,
     places: &Places,
     lines: &Lines<'_>,

@@ -107,6 +107,32 @@ fn what_an_option_asks_for_in_vain_is_refused() {
     host.says(&["flush"], 0);
 }
 
+/// Hooks have a program each, and are one policy to who applies it.
+#[test]
+fn hooks_are_told_of_together() {
+    let Some(host) = Host::new("fault-hooks") else { return };
+    let rules = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n-A INPUT -p tcp --dport 1 -j DROP\n\
+                 -A OUTPUT -p udp --dport 2 -j DROP\nCOMMIT\n";
+    host.files.file("hooks.v4", rules.as_bytes());
+    let apply = ["apply", "hooks.v4", "--replace", "--attach", "netfilter"];
+    for args in [&[&apply[..], &["--dry-run"]].concat()[..], &apply] {
+        let said = host.says(args, 0);
+        let account = "2 rules: 2 compiled, 0 deferred, 0 rejected";
+        assert!(said.matches(account).count() == 1 && !said.contains("N0302"), "{said}");
+    }
+    let said = host.says(&[&apply[..], &["--hook", "forward"]].concat(), 0);
+    assert!(
+        said.contains("2 rules: 0 compiled, 2 deferred") && said.contains("note[N0302]: 2 rules"),
+        "{said}"
+    );
+    let said = host.says(&["flush"], 0);
+    assert_eq!(said.matches("removed at netfilter").count(), 3, "{said}");
+    host.files.file("none.v4", b"*nat\n:POSTROUTING ACCEPT [0:0]\nCOMMIT\n");
+    let said = host.says(&["apply", "none.v4", "--attach", "netfilter", "--hook", "output"], 0);
+    assert!(said.contains("0 rules"), "{said}");
+    host.says(&["flush"], 0);
+}
+
 #[test]
 fn pins_that_would_be_hidden_or_end_with_the_command_are_refused() {
     let Some(host) = Host::new("fault-bpffs") else { return };

@@ -141,6 +141,16 @@ impl Sys {
         }
     }
 
+    /// A file to be read in parts; `None` if there is none.
+    pub fn open(&self, path: &Path) -> io::Result<Option<File>> {
+        self.enter("open")?;
+        match File::open(path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The names in a directory, sorted; none if it isn't there.
     pub fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         self.enter("readdir")?;

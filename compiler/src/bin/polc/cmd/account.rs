@@ -196,6 +196,7 @@ impl<'a> Account<'a> {
             true => report.grouped_diagnostics(judged.mode),
             false => report.diagnostics(judged.mode),
         });
+        findings.extend(report.elsewhere());
         // The passes' findings say why already.
         report.defer_bounded(session, &bounded);
         let (lines, stops) = never_reached(session, &report, &reached);

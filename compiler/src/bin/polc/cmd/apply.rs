@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use polc::build::{Extras, object_with};
 use polc::place::{default_path, first_priority, place as place_of, refusal, whole_way};
 use polc::reach::never_reached;
+use polc::report::Report;
 use polc::runner::Program;
 use polc::select::Devices;
 use polc::session::Session;
@@ -35,7 +36,7 @@ use polc_loader::swap::{self, Applied, Check, Request, apply_all, check};
 use polc_loader::sys::Sys;
 use polc_loader::{Error, dispatch, load, net};
 
-use super::compile::{accept, refuse};
+use super::compile::{accept_part, refuse};
 use super::host::{self, Surroundings};
 use super::test_run::{Setup, as_tested};
 use super::{FOUND, account, counted, live, place, show};
@@ -90,8 +91,9 @@ struct Part {
     slot: SlotName,
     object: Object,
     checks: Vec<Check>,
-    /// How many of its rules are compiled, and for where.
-    account: String,
+    place: Place,
+    /// What becomes of the rules there.
+    report: Report,
     hook_order: dispatch::Order,
 }
 
@@ -143,20 +145,34 @@ impl Job<'_> {
                 None => return Ok(FOUND.into()),
             }
         }
+        if parts.is_empty() {
+            let name = session.sources.file(session.rules_file).name();
+            return Err(Failure::Input(format!("no rule of `{name}` is on a hook, so nothing is applied")));
+        }
         let compiled_in = began.elapsed();
+        let report = parts.iter().map(|part| &part.report).cloned().reduce(|mut all, report| {
+            all.join(&report);
+            all
+        });
+        let report = report.unwrap_or_default();
+        show(output, &session.sources, report.elsewhere().as_slice());
+        let places: Vec<String> = parts.iter().map(|part| place::describe(&part.place)).collect();
+        let account = format!("{} at {}", account::text(&report), places.join(", at "));
         if self.dry_run {
+            output.remark(&format!("{account}\n"));
             for part in &parts {
                 let loaded = load::load(&sys, &part.object)?;
                 check(&sys, &loaded, &part.checks)?;
                 output.remark(&format!(
-                    "{}; loaded and tested with {}, nothing attached\n",
-                    part.account,
-                    counted(part.checks.len(), "packet")
+                    "loaded and tested with {} {}, nothing attached\n",
+                    counted(part.checks.len(), "packet"),
+                    part.slot
                 ));
             }
             return Ok(ExitCode::SUCCESS);
         }
         let done = self.put_in_force(&sys, &session, &parts, &sets, &surroundings)?;
+        output.remark(&format!("{account}\n"));
         for (part, applied) in parts.iter().zip(&done) {
             output.remark(&self.said(part, applied, began, compiled_in));
         }
@@ -165,7 +181,7 @@ impl Job<'_> {
 
     /// What is told of a part in force.
     fn said(&self, part: &Part, applied: &Applied, began: Instant, compiled_in: Duration) -> String {
-        let mut text = format!("{}\n", part.account);
+        let mut text = String::new();
         let _ = writeln!(
             text,
             "in force {} as program {} ({}), in {:.1} ms: {:.1} ms to compile and verify, {:.1} ms of the kernel's to load, {:.1} ms of the kernel's to attach",
@@ -235,7 +251,9 @@ impl Job<'_> {
         let counters = self.place.map_or(Counting::Exact, |place| place.counters.into());
         let way = whole_way(&session.ruleset, path, attach);
         let place = Place { connections, counters, ..place_of(&way, attach, self.mode, true) };
-        let Some(mut report) = accept(session, &place, output) else { return Ok(None) };
+        let Some(mut report) = accept_part(session, &place, output) else { return Ok(None) };
+        // Other parts need not tell it again.
+        session.diagnostics.clear();
         guard::leave_rewritten(&mut session.ruleset, &place);
         // At a netfilter hook packet sockets have seen the packet already, and the kernel has routed it.
         if attach != Attach::Netfilter {
@@ -294,9 +312,8 @@ impl Job<'_> {
             hook: if netfilter { path.first().copied() } else { None },
             family: session.family(),
         };
-        let account = format!("{} at {}", account::text(&report), place::describe(&place));
         let hook_order = self.hook_order(session, &place)?;
-        Ok(Some(Part { slot, object, checks, account, hook_order }))
+        Ok(Some(Part { slot, object, checks, place, report, hook_order }))
     }
 
     /// Where a netfilter program goes among its hook's functions.

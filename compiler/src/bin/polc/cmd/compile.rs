@@ -106,11 +106,17 @@ fn cost_text(plan: &Plan) -> String {
 
 /// Shows what reading and the account found; `None` if the rule set can't be compiled as asked.
 pub(super) fn accept(session: &Session, place: &Place, output: &Output) -> Option<Report> {
+    let report = accept_part(session, place, output)?;
+    show(output, &session.sources, report.elsewhere().as_slice());
+    Some(report)
+}
+
+/// The same where other places have programs, too: rules that this one does not reach are not told of.
+pub(super) fn accept_part(session: &Session, place: &Place, output: &Output) -> Option<Report> {
     let report = Report::new(session, Scope::At(place));
     let mut findings = session.diagnostics.clone();
-    match place.mode {
-        Mode::Accelerate => findings.extend(report.elsewhere()),
-        Mode::Replace => findings.extend(report.diagnostics(place.mode)),
+    if place.mode == Mode::Replace {
+        findings.extend(report.diagnostics(place.mode));
     }
     account::sort(&mut findings);
     show(output, &session.sources, &findings);
