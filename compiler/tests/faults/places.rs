@@ -127,6 +127,19 @@ fn hooks_are_told_of_together() {
     );
     let said = host.says(&["flush"], 0);
     assert_eq!(said.matches("removed at netfilter").count(), 3, "{said}");
+    // Each hook counts what comes to it, and of rules that several come to one begins with what they counted.
+    let saved = "*filter\n:INPUT ACCEPT [5:500]\n:FORWARD DROP [6:600]\n:OUTPUT ACCEPT [0:0]\n:OWN - [0:0]\n\
+                 [7:700] -A INPUT -j OWN\n[8:800] -A FORWARD -j OWN\n[9:900] -A OWN -p tcp -j DROP\nCOMMIT\n";
+    host.says_of(&["restore", "-c", "--attach", "netfilter"], saved, 0);
+    let said = host.says(&["save", "-c"], 0);
+    let (header, rules) = said.split_at(said.find("*filter").expect("rules"));
+    assert_eq!(rules, saved);
+    assert!(header.contains("netfilter input for IPv4, at netfilter forward for IPv4, at"), "{header}");
+    host.says_of(&["restore", "-c", "--attach", "netfilter"], &said, 0);
+    assert!(host.says(&["save", "-c"], 0).ends_with(saved));
+    // Another rule set at one of them is printed by itself.
+    host.says(&[&apply[..], &["--hook", "forward"]].concat(), 0);
+    assert_eq!(host.says(&["save"], 0).matches("# Generated").count(), 2);
     host.files.file("none.v4", b"*nat\n:POSTROUTING ACCEPT [0:0]\nCOMMIT\n");
     let said = host.says(&["apply", "none.v4", "--attach", "netfilter", "--hook", "output"], 0);
     assert!(said.contains("0 rules"), "{said}");

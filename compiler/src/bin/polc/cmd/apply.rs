@@ -3,6 +3,7 @@
 //! Everything that may fail is done before anything is changed: read, compile, verify under rbpf, load, run the loaded
 //! program on the same packets, decide the user's canaries. The swap is the last step.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -358,8 +359,13 @@ impl Job<'_> {
             .iter()
             .map(|files| files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect())
             .collect();
-        let initial = |part: &Part| if self.counters { initial(session, &part.object) } else { Vec::new() };
-        let initial: Vec<Vec<(u64, u64)>> = parts.iter().map(initial).collect();
+        // Of a rule that several programs count, one starts with what it counted.
+        let mut given = BTreeSet::new();
+        let mut initial = |part: &Part| match self.counters {
+            true => initial(session, &part.object, &mut given),
+            false => Vec::new(),
+        };
+        let initial: Vec<Vec<(u64, u64)>> = parts.iter().map(&mut initial).collect();
         let requests: Vec<Request<'_>> = parts
             .iter()
             .enumerate()
@@ -601,10 +607,17 @@ fn returned(program: &mut Program, compiled: &Compiled, input: &Input) -> Result
     })
 }
 
-/// The counters that the dump gives, by the manifest's `counted`.
-fn initial(session: &Session, object: &Object) -> Vec<(u64, u64)> {
+/// The counters that the dump gives, by the manifest's `counted`, but for those of rules in `given`, which grows.
+fn initial(
+    session: &Session,
+    object: &Object,
+    given: &mut BTreeSet<(String, String, Option<u32>)>,
+) -> Vec<(u64, u64)> {
     let ruleset = &session.ruleset;
-    let of = |counted: &polc_backend_ebpf::manifest::Counted| {
+    let mut of = |counted: &polc_backend_ebpf::manifest::Counted| {
+        if !given.insert((counted.table.clone(), counted.chain.clone(), counted.rule)) {
+            return None;
+        }
         let (_, chain) = ruleset.chains.iter().find(|(_, chain)| {
             chain.name == counted.chain && ruleset.tables[chain.table].kind.to_string() == counted.table
         })?;
