@@ -500,6 +500,29 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
     Ok(())
 }
 
+/// Makes packets meet none of the policies at hooks of a family, at all of them at once, before each is taken away.
+///
+/// # Errors
+/// Nothing was changed.
+pub fn withdraw(sys: &Sys, store: &Store, names: &[SlotName], family: Family) -> Result<(), Error> {
+    may_change(sys)?;
+    let at_hooks = names.iter().filter(|name| (name.attach, name.family) == (Attach::Netfilter, family));
+    let slots: Vec<Slot> = at_hooks.map(|name| store.slot(name)).collect();
+    let _locks = lock_all(sys, &slots, false)?;
+    let mut found = Vec::new();
+    for slot in &slots {
+        // Of what is damaged or lost nothing is left but to detach it.
+        if let Ok(Some(state)) = slot.read(sys)
+            && let Ok(Some(from)) = attached(sys, slot, &state)
+        {
+            found.push((slot, state, from));
+        }
+    }
+    let changes: Vec<AtHook<'_>> =
+        found.iter().map(|(slot, state, from)| AtHook { slot, state, from: Some(*from), to: None }).collect();
+    attach::at_hooks(sys, &changes)
+}
+
 /// Takes a slot's policy away: what is attached, its pins and its files. Whether there was one.
 ///
 /// # Errors

@@ -545,7 +545,9 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
     let ready = |result: Result<(), Error>| result.expect("nothing fails here");
     let unconfirmed = |policy, within| several.apply_for(&Sys::new(), policy, Some(within));
     let step = if std::env::var_os("POLC_LONG").is_some() { 1 } else { 5 };
-    for operation in [Operation::First, Operation::Swap, Operation::Confirm, Operation::GoBack] {
+    for operation in
+        [Operation::First, Operation::Swap, Operation::Confirm, Operation::GoBack, Operation::Flush]
+    {
         let mut tried = 0;
         for number in (1..=CALLS_MAX).step_by(step) {
             if operation != Operation::First {
@@ -571,6 +573,8 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
             let result = match operation {
                 Operation::Confirm => several.each(|slot| swap::confirm(&sys, &store, slot).map(|_| ())),
                 Operation::GoBack => several.each(|slot| several.go_back(&sys, slot)),
+                Operation::Flush => swap::withdraw(&sys, &store, &several.slots, Family::V4)
+                    .and_then(|()| several.each(|slot| swap::flush(&sys, &store, slot).map(|_| ()))),
                 _ => several.apply(&sys, 1),
             };
             let now = several.attached();

@@ -4,6 +4,7 @@ use std::io::Read as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use polc_ir::hook::Family;
 use polc_loader::Error;
 use polc_loader::gone;
 use polc_loader::held::Held;
@@ -113,8 +114,13 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
         ));
         return Ok(ExitCode::SUCCESS);
     }
+    let slots = slots(&sys, &args.slots)?;
+    for family in [Family::V4, Family::V6] {
+        // Those that it fails for are taken away one after the other, which tells why.
+        let _ = swap::withdraw(&sys, &store, &slots, family);
+    }
     let mut failed = Vec::new();
-    for slot in slots(&sys, &args.slots)? {
+    for slot in slots {
         match swap::flush(&sys, &store, &slot) {
             Ok(true) => output.remark(&format!("removed {slot}\n")),
             Ok(false) => {}
