@@ -97,6 +97,18 @@ const REFUSED: &[(&str, &str)] = &[
     ("create c hash:foo", "hash:foo"),
     ("create c hash:ip\ncreate c hash:ip", "c"),
     ("create c hash:ip netmask 0", "0"),
+    ("create c hash:ip\nadd c 0.0.0.0", "0.0.0.0"),
+    ("create c hash:ip,port family inet6\nadd c ::,80", "::"),
+    ("create c hash:ip netmask 24\nadd c 0.0.0.7", "0.0.0.7"),
+    ("create c hash:ip\nadd c 1.1.1.0/0", "1.1.1.0/0"),
+    ("create c hash:ip netmask 24\nadd c 1.1.1.1\nadd c 1.1.1.2", "1.1.1.2"),
+    ("create c hash:ip bitmask 255.0.255.0\nadd c 1.1.1.1\nadd c 1.2.1.1", "1.2.1.1"),
+    ("create c bitmap:ip range 10.0.0.0/15", "create c bitmap:ip range 10.0.0.0/15"),
+    ("create c hash:net,iface\nadd c 10.0.0.0/8,", ""),
+    (
+        "create c bitmap:ip,mac range 10.0.0.0/16\nadd c 10.0.0.1,02:00:00:00:00:01\nadd c 10.0.0.1,02:00:00:00:00:02",
+        "10.0.0.1,02:00:00:00:00:02",
+    ),
     ("add c 1.1.1.1", "c"),
     ("create l list:set\nadd l x", "x"),
     ("destroy", "destroy"),
@@ -141,6 +153,27 @@ fn what_exists_is_given_anew_where_it_may() {
         assert_eq!(diagnostics.len(), 1, "{wrong}");
         assert_eq!(diagnostics[0].severity, Severity::Error, "{wrong}");
     }
+}
+
+/// One Ethernet address an address, and it is the last (ip_set_bitmap_ipmac.c).
+#[test]
+fn another_ethernet_address_takes_the_place_of_the_first() {
+    let (_, sets, _) = read(
+        "create a bitmap:ip,mac range 10.0.0.0/16\nadd a 10.0.0.1,02:00:00:00:00:01\n\
+         add -exist a 10.0.0.1,02:00:00:00:00:02\n",
+    );
+    let printed = ipset::print(&sets);
+    assert!(printed.ends_with("\nadd a 10.0.0.1,02:00:00:00:00:02\n"), "{printed}");
+    assert_eq!(printed.lines().count(), 2, "{printed}");
+}
+
+#[test]
+fn a_list_may_be_created_before_what_it_gets() {
+    let (_, sets, _) = read("create l list:set\ncreate e hash:ip\nadd l e\nadd e 1.2.3.4\n");
+    let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+    ipset::lower(&sets, Family::V4, &mut ruleset);
+    let SetContents::Sets(members) = &ruleset.sets[Set::from_u32(0)].contents else { panic!("no list") };
+    assert_eq!(members[..], [Set::from_u32(1)]);
 }
 
 #[test]

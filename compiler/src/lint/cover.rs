@@ -4,16 +4,20 @@
 //! from one of the other's; that is sufficient, not necessary, so a finding is certain and a miss is possible.
 //! Conjuncts of one test each are first merged by field, as [`Cube`] does.
 //!
+//! Rules change packets on their way through a chain (marks, TOS, the elements of sets): a rule that tests what was changed
+//! in between covers none.
+//!
 //! To find a covering rule among tens of thousands, two ways are combined. Rules are indexed by their whole condition,
 //! and a rule looks up each subset of its own conjuncts: that finds every cover that is made of the same conjuncts. And
 //! rules with a range or a list somewhere, of which there are few, are kept in a bounded list that is scanned.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use cranelift_entity::SecondaryMap;
 use polc_ir::cube::{Cube, Test, TestLists};
 use polc_ir::entities::{Chain, Rule};
+use polc_ir::field::Field;
 use polc_ir::ruleset::{Action, ClauseKind, RuleData, Ruleset};
 use polc_ir::source::Span;
 
@@ -110,6 +114,14 @@ impl Condition {
         })
     }
 
+    /// Whether no packet for which the test holds satisfies it. Certain if true.
+    pub(super) fn excludes_test(&self, test: &Test) -> bool {
+        let of_field = |own: &Test| (own.field, own.mask) == (test.field, test.mask);
+        self.conjuncts
+            .iter()
+            .any(|tests| tests.iter().all(|own| of_field(own) && !own.values.intersects(&test.values)))
+    }
+
     /// Whether every packet satisfies it.
     pub(super) fn is_always(&self) -> bool {
         self.exact && self.conjuncts.is_empty()
@@ -127,6 +139,45 @@ impl Condition {
     }
 }
 
+/// What a packet may not have any more what it had before.
+#[derive(Clone, Debug, Default)]
+struct Changes {
+    fields: BTreeSet<Field>,
+    /// What follows from fields or from sets' elements: membership, what programs read.
+    derived: bool,
+}
+
+impl Changes {
+    fn add(&mut self, other: &Changes) {
+        self.fields.extend(&other.fields);
+        self.derived |= other.derived;
+    }
+}
+
+/// Where in a chain each field was last changed: behind so many rules.
+#[derive(Default)]
+struct Changed {
+    fields: BTreeMap<Field, usize>,
+    derived: usize,
+}
+
+impl Changed {
+    fn note(&mut self, changes: &Changes, behind: usize) {
+        self.fields.extend(changes.fields.iter().map(|&field| (field, behind)));
+        if changes.derived {
+            self.derived = behind;
+        }
+    }
+
+    /// Whether all that a condition tests is as it was at this place of the chain.
+    fn none_of(&self, condition: &Condition, at: usize) -> bool {
+        condition.conjuncts.iter().flat_map(|tests| tests.iter()).all(|test| match test.field {
+            Field::Derived(_) => self.derived <= at,
+            field => self.fields.get(&field).is_none_or(|&changed| changed <= at),
+        })
+    }
+}
+
 /// The conditions of all rules, and the nearest earlier rule that covers each.
 #[derive(Debug)]
 pub(super) struct Covers {
@@ -135,6 +186,8 @@ pub(super) struct Covers {
     barrier: SecondaryMap<Chain, Option<Rule>>,
     /// Chains that no packet comes back from.
     ends: SecondaryMap<Chain, bool>,
+    /// What a packet may have otherwise behind a chain.
+    changes: SecondaryMap<Chain, Changes>,
 }
 
 impl Covers {
@@ -144,12 +197,13 @@ impl Covers {
             cover: SecondaryMap::new(),
             barrier: SecondaryMap::new(),
             ends: SecondaryMap::new(),
+            changes: SecondaryMap::new(),
         };
         let mut lists = TestLists::default();
         for (rule, data) in &ruleset.rules {
             covers.conditions[rule] = Condition::new(ruleset, data, &mut lists);
         }
-        covers.find_ends(ruleset);
+        covers.follow_chains(ruleset);
         for (chain, data) in &ruleset.chains {
             covers.chain(ruleset, chain, &data.rules);
         }
@@ -172,8 +226,9 @@ impl Covers {
         self.barrier[chain]
     }
 
-    /// Which chains decide every packet: callees first. Jumps lead in no circle, which reading refuses.
-    fn find_ends(&mut self, ruleset: &Ruleset) {
+    /// Which chains decide every packet, and what they change: callees first. Jumps lead in no circle, which reading
+    /// refuses.
+    fn follow_chains(&mut self, ruleset: &Ruleset) {
         let mut known: SecondaryMap<Chain, bool> = SecondaryMap::new();
         for root in ruleset.chains.keys() {
             let mut pending = vec![root];
@@ -191,10 +246,30 @@ impl Covers {
                 pending.extend(callees.filter(|callee| !known[*callee]));
                 if pending.len() == waiting {
                     self.ends[chain] = self.decides_all(ruleset, chain);
+                    let mut changes = Changes::default();
+                    for &rule in &ruleset.chains[chain].rules {
+                        self.add_changes(&ruleset.rules[rule].action, &mut changes);
+                    }
+                    self.changes[chain] = changes;
                     known[chain] = true;
                 }
             }
         }
+    }
+
+    /// Adds what an action changes, given what chains do.
+    fn add_changes(&self, action: &Action, changes: &mut Changes) {
+        let written = match action {
+            Action::Jump(to) | Action::Goto(to) => return changes.add(&self.changes[*to]),
+            Action::Write(write) => std::slice::from_ref(&write.field),
+            Action::Effect { writes, sets, .. } => {
+                changes.derived |= !sets.is_empty();
+                writes
+            }
+            _ => return,
+        };
+        changes.derived |= !written.is_empty();
+        changes.fields.extend(written);
     }
 
     /// Whether no packet comes back from a chain, given those that it leads to.
@@ -224,54 +299,71 @@ impl Covers {
     }
 
     fn chain(&mut self, ruleset: &Ruleset, chain: Chain, rules: &[Rule]) {
-        let mut exact: HashMap<&[Arc<[Test]>], Rule> = HashMap::new();
-        let mut wide: Vec<Rule> = Vec::new();
+        let mut before = Before { exact: HashMap::new(), wide: Vec::new(), changed: Changed::default() };
         let mut subset: Vec<Arc<[Test]>> = Vec::new();
-        for &rule in rules {
+        for (at, &rule) in rules.iter().enumerate() {
             let condition = &self.conditions[rule];
-            if condition.contradiction.is_none() {
-                self.cover[rule] = find(&self.conditions, condition, &exact, &wide, &mut subset);
-            }
-            if !condition.exact
-                || condition.contradiction.is_some()
-                || !self.lets_none_on(&ruleset.rules[rule].action)
-            {
+            let action = &ruleset.rules[rule].action;
+            if condition.contradiction.is_some() {
                 continue;
             }
-            if condition.is_always() {
-                self.barrier[chain] = Some(rule);
-                return;
+            self.cover[rule] = before.find(&self.conditions, condition, &mut subset);
+            if condition.exact && self.lets_none_on(action) {
+                if condition.is_always() {
+                    self.barrier[chain] = Some(rule);
+                    return;
+                }
+                before.add(&self.conditions, at, rule);
             }
-            exact.entry(&condition.conjuncts).or_insert(rule);
-            if condition.is_wide() {
-                wide.push(rule);
-            }
+            let mut changes = Changes::default();
+            self.add_changes(action, &mut changes);
+            before.changed.note(&changes, at + 1);
         }
     }
 }
 
-fn find(
-    conditions: &SecondaryMap<Rule, Condition>,
-    condition: &Condition,
-    exact: &HashMap<&[Arc<[Test]>], Rule>,
-    wide: &[Rule],
-    subset: &mut Vec<Arc<[Test]>>,
-) -> Option<Rule> {
-    let count = condition.conjuncts.len();
-    if count <= SUBSET_CONJUNCTS_MAX {
-        // From the whole condition down, so that a rule with the same condition is found first.
-        for chosen in (1u32..1 << count).rev() {
-            subset.clear();
-            let members = condition.conjuncts.iter().enumerate().filter(|(at, _)| chosen >> at & 1 == 1);
-            subset.extend(members.map(|(_, conjunct)| conjunct.clone()));
-            if let Some(&found) = exact.get(subset.as_slice()) {
-                return Some(found);
-            }
+/// The rules of a chain that let none of their packets on, up to some place.
+struct Before<'a> {
+    /// By their conditions; with each its place.
+    exact: HashMap<&'a [Arc<[Test]>], (usize, Rule)>,
+    /// Those with wide conditions.
+    wide: Vec<(usize, Rule)>,
+    changed: Changed,
+}
+
+impl<'a> Before<'a> {
+    fn add(&mut self, conditions: &'a SecondaryMap<Rule, Condition>, at: usize, rule: Rule) {
+        let condition = &conditions[rule];
+        let first = self.exact.entry(&condition.conjuncts).or_insert((at, rule));
+        if !self.changed.none_of(condition, first.0) {
+            *first = (at, rule);
+        }
+        if condition.is_wide() {
+            self.wide.push((at, rule));
         }
     }
-    wide.iter()
-        .rev()
-        .take(WIDE_RULES_COMPARED_MAX)
-        .find(|&&before| conditions[before].covers(condition))
-        .copied()
+
+    /// A rule that every packet of the condition would have matched.
+    fn find(
+        &self,
+        conditions: &SecondaryMap<Rule, Condition>,
+        condition: &Condition,
+        subset: &mut Vec<Arc<[Test]>>,
+    ) -> Option<Rule> {
+        let holds = |&&(at, rule): &&(usize, Rule)| self.changed.none_of(&conditions[rule], at);
+        let count = condition.conjuncts.len();
+        if count <= SUBSET_CONJUNCTS_MAX {
+            // From the whole condition down, so that a rule with the same condition is found first.
+            for chosen in (1u32..1 << count).rev() {
+                subset.clear();
+                let members = condition.conjuncts.iter().enumerate().filter(|(at, _)| chosen >> at & 1 == 1);
+                subset.extend(members.map(|(_, conjunct)| conjunct.clone()));
+                if let Some((_, found)) = self.exact.get(subset.as_slice()).filter(holds) {
+                    return Some(*found);
+                }
+            }
+        }
+        let compared = self.wide.iter().rev().take(WIDE_RULES_COMPARED_MAX).filter(holds);
+        compared.map(|(_, rule)| *rule).find(|&rule| conditions[rule].covers(condition))
+    }
 }

@@ -20,7 +20,8 @@ fn asks_empty(ruleset: &Ruleset, clause: &Clause) -> Option<Diagnostic> {
     let DerivedData::Member { set, .. } = ruleset.derived[derived] else { return None };
     let data = &ruleset.sets[set];
     let empty = match &data.contents {
-        SetContents::Elements(elements) => elements.is_empty(),
+        SetContents::Elements(elements) => elements.is_empty() && !data.changed,
+        // What rules add to a list goes to a set in it: to an empty one, nowhere.
         SetContents::Sets(members) => members.is_empty(),
         SetContents::Unknown => false,
     };

@@ -125,9 +125,15 @@ mod tests {
 
     /// Findings as `code line`, for a filter table with these lines from line 2 on.
     fn findings(lines: &str) -> Vec<(u16, u32)> {
+        findings_in("filter", "", lines)
+    }
+
+    /// The same for any table, with ipset files' text.
+    fn findings_in(table: &str, sets: &str, lines: &str) -> Vec<(u16, u32)> {
         let mut sources = SourceMap::new();
-        let file = sources.add("rules.v4", format!("*filter\n{lines}\nCOMMIT\n"));
-        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        let file = sources.add("rules.v4", format!("*{table}\n{lines}\nCOMMIT\n"));
+        let sets = sources.add("sets", sets);
+        let session = Session::read(sources, file, &[sets], &ReadOptions::default());
         assert!(!session.has_errors(), "{:?}", session.diagnostics);
         lint(&session)
             .into_iter()
@@ -208,6 +214,64 @@ mod tests {
         // The second sees no packets from elsewhere, so the first is not redundant; the second itself is.
         let narrow = "-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 20:30 -j ACCEPT";
         assert_eq!(findings(&format!("{first}\n{narrow}\n{wider}")), [(404, 3)]);
+    }
+
+    #[test]
+    fn a_rule_before_one_that_drops_what_it_can_not_read_is_not_redundant() {
+        // Without the first rule, the second drops a TCP packet of four bytes.
+        let first = "-A INPUT -s 10.0.0.1 -j ACCEPT";
+        let last = "-A INPUT -s 10.0.0.0/8 -j ACCEPT";
+        let between = "-p tcp -m tcp --dport 22 -j ACCEPT";
+        assert_eq!(findings(&format!("{first}\n-A INPUT {between}\n{last}")), []);
+        assert_eq!(findings(&format!("{first}\n-A INPUT -s 11.0.0.0/8 {between}\n{last}")), [(404, 2)]);
+        // The rule itself drops it, or all.
+        assert_eq!(
+            findings(&format!("{first}\n-A INPUT {between}\n{last}").replace("ACCEPT", "DROP")),
+            [(404, 2)]
+        );
+        let same = "-A INPUT -s 10.0.0.1 -p tcp -m tcp --dport 23 -j ACCEPT";
+        let wide = "-A INPUT -p tcp -m tcp --dport 20:23 -j ACCEPT";
+        assert_eq!(findings(&format!("{same}\n{wide}")), [(404, 2)]);
+    }
+
+    #[test]
+    fn what_changes_in_between_covers_nothing() {
+        let third = |table: &str, sets: &str, test: &str, change: &str| {
+            let tests = |verdict: &str| format!("-A PREROUTING {test} -j {verdict}");
+            let lines = format!("{}\n{change}\n{}", tests("ACCEPT"), tests("RETURN"));
+            findings_in(table, sets, &lines)
+        };
+        for (test, change) in [
+            ("-m mark --mark 0x1", "-A PREROUTING -p tcp -j MARK --set-xmark 0x1/0xffffffff"),
+            (
+                "-m mark --mark 0x1",
+                ":m - [0:0]\n-A PREROUTING -p tcp -j m\n-A m -j MARK --set-xmark 0x1/0xffffffff",
+            ),
+            ("-m tos --tos 0x10/0xff", "-A PREROUTING -p udp -j TOS --set-tos 0x10/0xff"),
+            ("-m ttl --ttl-eq 5", "-A PREROUTING -j TTL --ttl-dec 1"),
+            ("-m connmark --mark 0x5", "-A PREROUTING -p tcp -j CONNMARK --set-xmark 0x5/0xffffffff"),
+            ("-m u32 --u32 \"5&0xff=1\"", "-A PREROUTING -j TTL --ttl-dec 1"),
+        ] {
+            assert_eq!(third("mangle", "", test, change), [], "{test}");
+        }
+        let untracked = "-m conntrack --ctstate UNTRACKED";
+        assert_eq!(third("raw", "", untracked, "-A PREROUTING -p tcp -j CT --notrack"), []);
+        assert_eq!(third("raw", "", untracked, "-A PREROUTING -p tcp -j NOTRACK"), []);
+        let set = "create b hash:ip\nadd b 1.1.1.1";
+        let added = "-A PREROUTING -p tcp -j SET --add-set b src";
+        assert_eq!(third("raw", set, "-m set --match-set b src", added), []);
+        // What changes something else covers.
+        let other = "-A PREROUTING -p tcp -j MARK --set-xmark 0x1/0xffffffff";
+        assert_eq!(third("mangle", "", "-m ttl --ttl-eq 5", other), [(407, 4)]);
+        assert_eq!(third("mangle", "", "-m ttl --ttl-eq 5", "-A PREROUTING -p tcp -j LOG"), [(407, 4)]);
+    }
+
+    #[test]
+    fn a_set_that_rules_fill_is_not_empty() {
+        let rules = "-A INPUT -m set --match-set s src -j ACCEPT\n";
+        assert_eq!(findings_in("filter", "create s hash:ip", rules), [(405, 2)]);
+        let fill = "-A INPUT -p tcp -m tcp --dport 1 -j SET --add-set s src";
+        assert_eq!(findings_in("filter", "create s hash:ip", &format!("{rules}{fill}")), []);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use polc_ir::diag::Diagnostic;
 use polc_ir::entities::Rule;
 use polc_ir::ruleset::{Action, Clause, ClauseKind, RuleData};
 
-use super::cover::Covers;
+use super::cover::{Condition, Covers};
 use super::{REDUNDANT, ends_chain};
 use crate::session::Session;
 
@@ -41,6 +41,10 @@ fn redundant(session: &Session, covers: &Covers, rules: &[Rule]) -> Option<Diagn
     }
     for &later in behind.iter().take(LOOKED_AT_MAX) {
         let other = &ruleset.rules[later];
+        // It may drop what this rule lets by unread.
+        if this.action != Action::Drop && !drops_no_more(other, this, condition) {
+            return None;
+        }
         if other.action == this.action && other.span != this.span && covers.condition(later).covers(condition)
         {
             let line = session.line_of(later);
@@ -77,6 +81,24 @@ fn drops_unread_as(next: &RuleData, rule: &RuleData) -> bool {
             has(&next.clauses[same..=same], drop)
                 && next.clauses[..same].iter().all(|before| has(&rule.clauses[..at], before))
         })
+    })
+}
+
+/// Whether a rule behind drops none of the packets that a rule matches because it can't read them: each of its drops
+/// stands behind a condition that they do not satisfy, or is one that the rule itself has.
+fn drops_no_more(other: &RuleData, rule: &RuleData, condition: &Condition) -> bool {
+    let excluded = |clauses: &[Clause]| {
+        clauses.iter().any(|clause| match &clause.kind {
+            ClauseKind::Any(tests) => tests.iter().all(|test| condition.excludes_test(test)),
+            _ => false,
+        })
+    };
+    other.clauses.iter().enumerate().all(|(at, clause)| match &clause.kind {
+        ClauseKind::Hotdrop(drop) => {
+            let same = |own: &Clause| matches!(&own.kind, ClauseKind::Hotdrop(own) if own == drop);
+            rule.clauses.iter().any(same) || excluded(&other.clauses[..at])
+        }
+        _ => true,
     })
 }
 

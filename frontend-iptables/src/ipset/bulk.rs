@@ -90,7 +90,7 @@ impl Job<'_> {
         let mut rest = stretch.clone();
         for line in lexer::lines(&self.text[stretch.clone()]) {
             let Some(element) = self.line(line.text, stretch.start + line.start as usize) else { break };
-            hashes.push(self.hasher.hash_one(&element.parts[..]));
+            hashes.push(self.hasher.hash_one(self.cx.kind.key(&element.parts)));
             elements.push(element);
             rest.start = stretch.start + line.end();
         }

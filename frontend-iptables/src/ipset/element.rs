@@ -63,11 +63,24 @@ pub enum AddressForm {
 pub(super) struct PartContext {
     pub(super) kind: &'static SetKind,
     pub(super) family: Family,
+    /// What of hosts' addresses the set stores.
+    mask: Option<IpAddr>,
 }
 
 impl PartContext {
     pub(super) fn of(set: &SetAst) -> PartContext {
-        PartContext { kind: set.kind, family: set.family.unwrap_or(Family::V4) }
+        let family = set.family.unwrap_or(Family::V4);
+        let ones = match family {
+            Family::V4 => IpAddr::from(Ipv4Addr::BROADCAST),
+            Family::V6 => IpAddr::from(Ipv6Addr::from_bits(u128::MAX)),
+        };
+        let netmask = set.options.netmask.map(|length| prefix_ends(ones, length).0);
+        PartContext { kind: set.kind, family, mask: netmask.or(set.options.bitmask) }
+    }
+
+    /// That of an option of `create`.
+    pub(super) fn of_option(kind: &'static SetKind, family: Family) -> PartContext {
+        PartContext { kind, family, mask: None }
     }
 }
 
@@ -158,6 +171,9 @@ pub(super) fn part(text: &str, dimension: Dimension, cx: &PartContext) -> Result
                 Some(name) => (name, true),
                 None => (text, false),
             };
+            if name.is_empty() {
+                return Err("the device is missing".into());
+            }
             if name.len() > INTERFACE_BYTES_MAX {
                 return Err(format!("device name `{name}` is longer than {INTERFACE_BYTES_MAX} bytes"));
             }
@@ -220,10 +236,30 @@ fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part,
     if dimension == Dimension::Net && form == AddressForm::Prefix(0) && !cx.kind.zero_prefix {
         return Err(format!("`{text}`: a {} can't hold a prefix of length 0", cx.kind.name));
     }
+    if dimension == Dimension::Host && form == AddressForm::Prefix(0) {
+        return Err(format!("`{text}`: a {} can't hold all addresses", cx.kind.name));
+    }
     if last < first {
         return Err(format!("range `{text}` runs backwards"));
     }
+    // One host's address is stored under the mask; of several, lowering takes care.
+    let (first, last) = match cx.mask {
+        Some(mask) if dimension == Dimension::Host && single => (and(first, mask), and(last, mask)),
+        _ => (first, last),
+    };
+    if dimension == Dimension::Host && cx.kind.refuses_null && first.is_unspecified() {
+        return Err(format!("`{text}`: a {} can't hold the address {first}", cx.kind.name));
+    }
     Ok(Part::Address { first, last, form })
+}
+
+/// An address under a mask of its family.
+fn and(address: IpAddr, mask: IpAddr) -> IpAddr {
+    match (address, mask) {
+        (IpAddr::V4(address), IpAddr::V4(mask)) => (address & mask).into(),
+        (IpAddr::V6(address), IpAddr::V6(mask)) => (address & mask).into(),
+        _ => address,
+    }
 }
 
 /// `address`, `address/length` or `address-address`.

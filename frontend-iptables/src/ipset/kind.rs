@@ -3,6 +3,8 @@
 //! One table, from ipset 7.17 (lib/ipset_*.c, the highest revision of each type). The order of a set's options is the
 //! one in which ipset saves them.
 
+use super::element::Part;
+
 /// A set type.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SetKind {
@@ -16,6 +18,8 @@ pub struct SetKind {
     pub nomatch: bool,
     /// Whether a prefix of length 0 is an element.
     pub(super) zero_prefix: bool,
+    /// Whether the kernel refuses the address of all zeros (net/netfilter/ipset/ip_set_hash_ip.c, ip_set_hash_ipport.c).
+    pub(super) refuses_null: bool,
 }
 
 /// What an element has in one dimension.
@@ -68,11 +72,11 @@ const fn hash(
     dimensions: &'static [Dimension],
     create: &'static [&'static str],
 ) -> SetKind {
-    SetKind { name, dimensions, create, nomatch: false, zero_prefix: true }
+    SetKind { name, dimensions, create, nomatch: false, zero_prefix: true, refuses_null: false }
 }
 
 const fn net(name: &'static str, dimensions: &'static [Dimension], zero_prefix: bool) -> SetKind {
-    SetKind { name, dimensions, create: HASH, nomatch: true, zero_prefix }
+    SetKind { name, dimensions, create: HASH, nomatch: true, zero_prefix, refuses_null: false }
 }
 
 use Dimension::{Device, Host, Mac, Mark, Net, Port, Set, SingleHost, TcpUdpPort};
@@ -82,10 +86,13 @@ pub(super) static KINDS: &[SetKind] = &[
     hash("bitmap:ip", &[Host], &["range", "netmask", "timeout", "counters", "comment", "skbinfo"]),
     hash("bitmap:ip,mac", &[SingleHost, Mac], &["range", "timeout", "counters", "comment", "skbinfo"]),
     hash("bitmap:port", &[TcpUdpPort], &["range", "timeout", "counters", "comment", "skbinfo"]),
-    hash("hash:ip", &[Host], hash_options!([] ["netmask", "bitmask"])),
+    SetKind { refuses_null: true, ..hash("hash:ip", &[Host], hash_options!([] ["netmask", "bitmask"])) },
     hash("hash:ip,mac", &[Host, Mac], HASH),
     hash("hash:ip,mark", &[Host, Mark], hash_options!(["markmask"][])),
-    hash("hash:ip,port", &[Host, Port], hash_options!(then ["netmask", "bitmask"])),
+    SetKind {
+        refuses_null: true,
+        ..hash("hash:ip,port", &[Host, Port], hash_options!(then ["netmask", "bitmask"]))
+    },
     hash("hash:ip,port,ip", &[Host, Port, SingleHost], HASH),
     net("hash:ip,port,net", &[Host, Port, Net], false),
     hash(
@@ -135,6 +142,12 @@ impl SetKind {
     /// Whether its elements have addresses.
     pub fn has_addresses(&self) -> bool {
         self.dimensions.iter().any(|it| matches!(it, Host | SingleHost | Net))
+    }
+
+    /// The parts that tell an element from others: a `bitmap:ip,mac` has one Ethernet address for each address
+    /// (net/netfilter/ipset/ip_set_bitmap_ipmac.c), other types tell by all.
+    pub(super) fn key<'p>(&self, parts: &'p [Part]) -> &'p [Part] {
+        if self.dimensions == [SingleHost, Mac] { &parts[..1] } else { parts }
     }
 
     /// Whether it is a bitmap, which has a range and IPv4 addresses only.

@@ -25,15 +25,11 @@ use crate::value::prefix_length;
 /// say are added with unknown contents; parsing has warned of them.
 pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
     let mut by_name: HashMap<&str, Set> = HashMap::new();
+    let mut lists: Vec<(Set, &SetAst)> = Vec::new();
     let of_family = |set: &&SetAst| set.family.is_none_or(|own| own == family);
     for ast in sets.iter().filter(of_family) {
         let (dimensions, contents) = if is_list(ast) {
-            // Members of the other family hold nothing of this one.
-            let members = ast.elements.iter().filter_map(|element| match element.parts.first() {
-                Some(Part::Set(name)) => by_name.get(&**name).copied(),
-                _ => None,
-            });
-            (Vec::new(), SetContents::Sets(members.collect()))
+            (Vec::new(), SetContents::Sets(Vec::new()))
         } else {
             match elements(ast) {
                 Some(elements) => (
@@ -57,7 +53,20 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
             create: print::create_line(ast),
             span: ast.span,
         };
-        by_name.insert(&ast.name, ruleset.sets.push(data));
+        let set = ruleset.sets.push(data);
+        by_name.insert(&ast.name, set);
+        if is_list(ast) {
+            lists.push((set, ast));
+        }
+    }
+    // A list may be created before what it gets.
+    for (list, ast) in lists {
+        // Members of the other family hold nothing of this one.
+        let members = ast.elements.iter().filter_map(|element| match element.parts.first() {
+            Some(Part::Set(name)) => by_name.get(&**name).copied(),
+            _ => None,
+        });
+        ruleset.sets[list].contents = SetContents::Sets(members.collect());
     }
 }
 

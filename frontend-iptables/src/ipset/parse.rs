@@ -283,10 +283,21 @@ impl Parser {
         if kind.is_bitmap() && options.addresses.is_none() && options.ports.is_none() {
             return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
         }
-        let with_addresses = kind.has_addresses().then_some(family);
+        let set = SetAst {
+            name: name.text.to_string(),
+            span: line,
+            kind,
+            family: kind.has_addresses().then_some(family),
+            options,
+            elements: Vec::new(),
+        };
+        if kind.is_bitmap() && set.elements_max() > BITMAP_ELEMENTS_MAX {
+            let message = format!("a {} has room for {BITMAP_ELEMENTS_MAX} elements", kind.name);
+            return Err((codes::SET_OPTION, message, line));
+        }
         if let Some(existing) = existing {
-            let set = &self.sets[existing];
-            if set.kind == kind && set.family == with_addresses && set.options.holds_as(&options) {
+            let known = &self.sets[existing];
+            if known.kind == kind && known.family == set.family && known.options.holds_as(&set.options) {
                 self.given_again(line);
                 return Ok(());
             }
@@ -295,17 +306,10 @@ impl Parser {
         }
         self.by_name.insert(name.text.to_string(), self.sets.len());
         // Those who make a large set say so, and a file can't have more elements than lines.
-        let room = options.elements_max.map_or(0, |max| self.lines.min(max as usize));
+        let room = set.options.elements_max.map_or(0, |max| self.lines.min(max as usize));
         self.lines -= room;
-        self.seen.push(Seen::default());
-        self.sets.push(SetAst {
-            name: name.text.to_string(),
-            span: line,
-            kind,
-            family: with_addresses,
-            options,
-            elements: Vec::with_capacity(room),
-        });
+        self.seen.push(Seen::new(kind));
+        self.sets.push(SetAst { elements: Vec::with_capacity(room), ..set });
         Ok(())
     }
 
@@ -318,7 +322,7 @@ impl Parser {
         let index = last.map_or_else(|| self.find(name), Ok)?;
         self.last = Some(index);
         let parts = parts(element, &PartContext::of(&self.sets[index]))?;
-        let hash = self.seen[index].hasher.hash_one(&parts[..]);
+        let hash = self.seen[index].hash(&parts);
         self.take(index, parts, hash, element, rest, may_exist)
     }
 
@@ -404,9 +408,9 @@ fn is_list(set: &SetAst) -> bool {
     set.kind.dimensions == [Dimension::Set]
 }
 
-/// What a set holds: its elements by their parts.
-#[derive(Default)]
+/// What a set holds: its elements by the parts that tell them apart.
 struct Seen {
+    kind: &'static SetKind,
     /// Places among the elements: of the first so many.
     table: HashTable<u32>,
     indexed: usize,
@@ -421,6 +425,21 @@ struct Seen {
 pub(super) const LINE_BYTES: usize = 14;
 
 impl Seen {
+    fn new(kind: &'static SetKind) -> Seen {
+        Seen {
+            kind,
+            table: HashTable::new(),
+            indexed: 0,
+            hasher: DefaultHashBuilder::default(),
+            moving: HashSet::new(),
+            with_extra: false,
+        }
+    }
+
+    fn hash(&self, parts: &[Part]) -> u64 {
+        self.hasher.hash_one(self.kind.key(parts))
+    }
+
     fn clear(&mut self) {
         self.table.clear();
         self.indexed = 0;
@@ -433,7 +452,8 @@ impl Seen {
             return elements.iter().position(|element| *element.parts == *parts);
         }
         self.index(elements);
-        let found = self.table.find(hash, |at| *elements[*at as usize].parts == *parts);
+        let key = self.kind.key(parts);
+        let found = self.table.find(hash, |at| self.kind.key(&elements[*at as usize].parts) == key);
         found.map(|at| *at as usize)
     }
 
@@ -454,7 +474,7 @@ impl Seen {
     fn insert_all(&mut self, elements: &[ElementAst], before: usize, hashes: Vec<u64>) -> bool {
         if hashes.len() >= before {
             let mut all = hashes;
-            all.extend(elements[..before].iter().map(|element| self.hasher.hash_one(&element.parts[..])));
+            all.extend(elements[..before].iter().map(|element| self.hash(&element.parts)));
             all.sort_unstable();
             return all.array_windows().all(|[a, b]| a != b);
         }
@@ -474,7 +494,7 @@ impl Seen {
     /// Brings the table up to date.
     fn index(&mut self, elements: &[ElementAst]) {
         for at in self.indexed..elements.len() {
-            let hash = self.hasher.hash_one(&elements[at].parts[..]);
+            let hash = self.hash(&elements[at].parts);
             self.put(elements, &elements[at].parts, hash, at);
         }
         self.indexed = elements.len();
@@ -482,10 +502,11 @@ impl Seen {
 
     /// Puts the element of a place into the table; false if one like it is there.
     fn put(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64, at: usize) -> bool {
+        let key = |parts| self.kind.key(parts);
         let entry = self.table.entry(
             hash,
-            |at| *elements[*at as usize].parts == *parts,
-            |at| self.hasher.hash_one(&elements[*at as usize].parts[..]),
+            |at| key(&elements[*at as usize].parts) == key(parts),
+            |at| self.hasher.hash_one(key(&elements[*at as usize].parts)),
         );
         match entry {
             Entry::Occupied(_) => false,
@@ -559,7 +580,11 @@ fn family(kind: &SetKind, words: &[&Word<'_>]) -> Result<Family, Fault> {
 /// Options that old versions had and that have no effect any more.
 const IGNORED: &[&str] = &["probes", "resize", "gc"];
 
-fn create_options(kind: &SetKind, family: Family, words: &[&Word<'_>]) -> Result<CreateOptions, Fault> {
+fn create_options(
+    kind: &'static SetKind,
+    family: Family,
+    words: &[&Word<'_>],
+) -> Result<CreateOptions, Fault> {
     let mut options = CreateOptions::default();
     let mut from_to: [Option<&Word<'_>>; 2] = [None, None];
     let mut words = words.iter();
@@ -630,10 +655,7 @@ fn create_options(kind: &SetKind, family: Family, words: &[&Word<'_>]) -> Result
                             Some(mask.ok_or_else(|| (codes::SET_VALUE, message(), value.span))?);
                     }
                     _ if kind.dimensions == [Dimension::TcpUdpPort] => {
-                        let cx = PartContext {
-                            kind: SetKind::find(kind.name).unwrap_or(&super::kind::KINDS[0]),
-                            family,
-                        };
+                        let cx = PartContext::of_option(kind, family);
                         let part = element::part(&value.text, Dimension::TcpUdpPort, &cx);
                         if let Part::Port { first, last, .. } =
                             part.map_err(|it| (codes::SET_VALUE, it, value.span))?
@@ -663,6 +685,9 @@ fn create_options(kind: &SetKind, family: Family, words: &[&Word<'_>]) -> Result
     }
     Ok(options)
 }
+
+/// Most elements of a bitmap (net/netfilter/ipset/ip_set_bitmap.h, `IPSET_BITMAP_MAX_RANGE`, and one).
+const BITMAP_ELEMENTS_MAX: usize = 1 << 16;
 
 /// Longest timeout, in seconds: it is kept in milliseconds in 31 bits.
 const TIMEOUT_MAX: u64 = (u32::MAX as u64 >> 1) / 1_000;
