@@ -167,6 +167,24 @@ fn another_ethernet_address_takes_the_place_of_the_first() {
     assert_eq!(printed.lines().count(), 2, "{printed}");
 }
 
+/// The kernel's look-up ends at the longest prefix that has an element of any device (ip_set_hash_netiface.c).
+#[test]
+fn prefixes_of_other_devices_are_not_looked_behind() {
+    let can_be_said = |elements: &[&str]| {
+        let text: String = elements.iter().map(|element| format!("add s {element}\n")).collect();
+        let (_, sets, diagnostics) = read(&format!("create s hash:net,iface\n{text}"));
+        let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+        ipset::lower(&sets, Family::V4, &mut ruleset);
+        let said = ruleset.sets[Set::from_u32(0)].contents != SetContents::Unknown;
+        assert_eq!(diagnostics.is_empty(), said, "{diagnostics:?}");
+        said
+    };
+    assert!(can_be_said(&["10.0.0.0/8,eth0", "11.1.0.0/16,eth9"]));
+    assert!(can_be_said(&["10.0.0.0/8,eth0", "10.1.0.0/16,eth0", "10.1.0.0/16,eth9"]));
+    assert!(!can_be_said(&["10.0.0.0/8,eth0", "10.1.0.0/16,eth9"]));
+    assert!(!can_be_said(&["0.0.0.0/0,eth0", "10.0.0.0/8,eth0", "10.1.0.0-10.1.2.9,eth9"]));
+}
+
 #[test]
 fn a_list_may_be_created_before_what_it_gets() {
     let (_, sets, _) = read("create l list:set\ncreate e hash:ip\nadd l e\nadd e 1.2.3.4\n");

@@ -60,7 +60,8 @@ pub enum Field {
     /// short, so that no test holds; [`EXT_HEADERS_BEYOND`] alone if there are more than
     /// [`crate::limits::IPV6_EXT_HEADERS_MAX`]. 0 for IPv4.
     ExtHeaderMask,
-    /// Length in bytes from the network header on, as xt_length sees it: IPv4 total length; IPv6 payload length + 40.
+    /// Length in bytes from the network header on, as xt_length sees it: IPv4 total length; IPv6 payload length + 40, or
+    /// where that length is 0 and a hop-by-hop header follows, as many bytes as there are (`skb->len`, since Linux 6.3).
     Length,
     /// IPv4 type of service or IPv6 traffic class: the six bits of DSCP, then the two of ECN.
     Tos,

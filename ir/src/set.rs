@@ -3,6 +3,7 @@
 mod elements;
 pub mod port;
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::ops::Range;
 
@@ -98,6 +99,8 @@ pub struct SetData {
     pub changed: bool,
     /// Its elements change while a program runs.
     pub live: bool,
+    /// Why they can't, if so.
+    pub fixed: Option<&'static str>,
     /// What is in it.
     pub contents: SetContents,
     /// The line that creates it, as `ipset save` writes it; empty for sets that are only mentioned.
@@ -228,6 +231,28 @@ impl Index {
             Some(elements[at].1)
         })
     }
+}
+
+/// A prefix of one device, and a shorter prefix around it that has a device of which the longer has no element: then a
+/// `hash:net,iface` is not what its elements say one by one. The kernel's look-up ends at the first prefix that has an
+/// element of any device (net/netfilter/ipset/ip_set_hash_netiface.c, `hash_netiface4_data_equal` counts them in `multi`,
+/// and `mtype_test_cidrs` of ip_set_hash_gen.h goes on while there are none).
+///
+/// Elements are prefixes of addresses of `width` bits, each a value, a length and a device; gives the number of one that
+/// stands in the way of a shorter one.
+pub fn hides_shorter(elements: &[(u128, u8, DeviceName)], width: u8) -> Option<usize> {
+    let mut devices: HashMap<(u128, u8), BTreeSet<DeviceName>> = HashMap::new();
+    for &(value, length, device) in elements {
+        devices.entry((value, length)).or_default().insert(device);
+    }
+    let lengths: BTreeSet<u8> = elements.iter().map(|&(_, length, _)| length).collect();
+    elements.iter().position(|&(value, length, _)| {
+        let own = &devices[&(value, length)];
+        lengths.range(..length).any(|&shorter| {
+            let host = max_value(width - shorter);
+            devices.get(&(value & !host, shorter)).is_some_and(|others| !others.is_subset(own))
+        })
+    })
 }
 
 /// A set's elements as cubes over the packet's fields, in the kernel's order of look-up, each with its `nomatch`. For

@@ -13,6 +13,7 @@ use polc_ir::outcome::Verdict;
 use polc_ir::packet::text;
 use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
+use polc_ir::state::State;
 use polc_tests::levels::{Levels, target};
 
 use Hook::{Forward, Input, Output, Postrouting, Prerouting};
@@ -29,12 +30,16 @@ fn says(table: &str, rules: &str, sets: &str, path: &[Hook], mode: Mode, cases: 
 }
 
 fn read(dump: &str, sets: &str) -> Ruleset {
+    read_as(Semantics::Legacy, dump, sets)
+}
+
+fn read_as(semantics: Semantics, dump: &str, sets: &str) -> Ruleset {
     let mut sources = SourceMap::new();
     let file = sources.add("rules", dump);
     let (dump, found) = parse(&sources, file, &ParseOptions::default());
     assert!(found.is_empty(), "{found:?}");
     let file = sources.add("sets", sets);
-    lower(&dump, &[ipset::parse(&sources, file).0], Semantics::Legacy)
+    lower(&dump, &[ipset::parse(&sources, file).0], semantics)
 }
 
 fn say(ruleset: &Ruleset, place: &Place, cases: &[(&str, Verdict)]) {
@@ -178,4 +183,26 @@ fn what_leaves_was_decided_before_it_was_rewritten() {
         leave_rewritten(&mut ruleset, &place);
         say(&ruleset, &place, &[("udp 203.0.113.1:53 > 198.51.100.1:40000", Defer)]);
     }
+}
+
+/// iptables-nft compares one source and one destination port in one go (iptables/nft.c, `add_nft_tcpudp`).
+#[test]
+fn nft_negates_two_ports_together() {
+    let said = |semantics, ports: &str| {
+        let rules = format!("-A INPUT -p udp -m udp {ports} -j ACCEPT");
+        let ruleset = read_as(semantics, &format!("*filter\n:INPUT DROP [0:0]\n{rules}\nCOMMIT\n"), "");
+        let place = place(&[Input], Attach::TcIngress, Replace, false);
+        [(1000, 22), (1000, 6), (5, 22), (5, 6)].map(|(from, to)| {
+            let packet = format!("udp 192.0.2.1:{from} > 198.51.100.1:{to}");
+            let input = text::parse(&packet).expect("a packet").input().expect("a packet");
+            let verdict = ruleset.eval(&place, &Env::default(), &input, &mut State::new(1)).ending.verdict;
+            say(&ruleset, &place, &[(&packet, verdict)]);
+            verdict == Accept
+        })
+    };
+    let both = "! --sport 1000 ! --dport 22";
+    assert_eq!(said(Semantics::Nft, both), [false, true, true, true]);
+    assert_eq!(said(Semantics::Legacy, both), [false, false, false, true]);
+    assert_eq!(said(Semantics::Nft, "! --sport 1000:1001 ! --dport 22"), [false, false, false, true]);
+    assert_eq!(said(Semantics::Nft, "--sport 1000 ! --dport 22"), [false, true, false, false]);
 }

@@ -47,7 +47,7 @@ impl Emitter<'_> {
         a.mov64(Reg::R3, Reg::R4);
         a.bind(trimmed);
         a.store(Size::W, Reg::FP, abi::LENGTH, Reg::R3);
-        self.store_field(Field::Length, Reg::R4);
+        self.store_field(Field::Length, Reg::R3);
         for (field, offset) in [(Field::SrcAddr, 8), (Field::DstAddr, 24)] {
             if let Some(slot) = self.slot(field) {
                 for word in (0..4).filter(|word| self.is_read(slot.word + word)).collect::<Vec<_>>() {

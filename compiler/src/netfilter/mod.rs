@@ -21,7 +21,7 @@ use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::interval::Interval;
 use polc_ir::outcome::{Decider, FrameKind, Outcome, Verdict};
 use polc_ir::packet::View;
-use polc_ir::ruleset::{Action, Counters, Event, Policy, Ruleset, Truth};
+use polc_ir::ruleset::{Action, Counters, Event, Policy, Ruleset, Truth, Write};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_loader::netfilter::{
@@ -30,7 +30,7 @@ use polc_loader::netfilter::{
 };
 use polc_loader::sys::Sys;
 
-use self::packets::hop;
+use self::packets::{hop, rewrite};
 use crate::place::place as place_of;
 use crate::session::Session;
 
@@ -297,7 +297,7 @@ impl Against {
         let connection = connection(passage);
         let mut input = Input { connection: Some(connection), ..sample.input.clone() };
         let hook = Hook::Prerouting;
-        let outcome = self.eval(hook, &input);
+        let (outcome, writes) = self.eval(hook, &input);
         if let Decider::Frame(kind) = outcome.ending.by {
             return match kind {
                 // The kernel has no such bound, and goes on to its rules.
@@ -350,11 +350,12 @@ impl Against {
             return Judged::Same("routing");
         };
         input.mark = outcome.mark;
+        writes.into_iter().for_each(|write| rewrite(self.ruleset.family, &mut input.frame, write));
         if hook == Hook::Forward {
             input.out_device = self.output;
             hop(self.ruleset.family, &mut input.frame);
         }
-        let outcome = self.eval(hook, &input);
+        let (outcome, _) = self.eval(hook, &input);
         if passed && let Some(early) = self.dropped_early(hook, sample) {
             return Judged::Differs(hook, early);
         }
@@ -366,18 +367,28 @@ impl Against {
         }
     }
 
-    /// What the rules say at a hook; deferred as soon as a clause's truth is not known, since then what is counted
-    /// isn't either.
-    fn eval(&mut self, hook: Hook, input: &Input) -> Outcome {
+    /// What the rules say at a hook, and what they change; deferred as soon as a clause's truth is not known, since then
+    /// what is counted isn't either.
+    fn eval(&mut self, hook: Hook, input: &Input) -> (Outcome, Vec<Write>) {
         let mut known = true;
-        let mut trace =
-            |event| known &= !matches!(event, Event::Clause(_, _, Truth::Unknown) | Event::Possible(_));
+        let mut writes = Vec::new();
+        let rules = &self.ruleset.rules;
+        let mut trace = |event| match event {
+            Event::Clause(_, _, Truth::Unknown) | Event::Possible(_) => known = false,
+            Event::Matched(rule) => match &rules[rule].action {
+                Action::Write(write) => writes.push(*write),
+                // The hop count less one is no such change.
+                Action::Effect { writes, .. } => known &= !writes.contains(&Field::Ttl),
+                _ => {}
+            },
+            _ => {}
+        };
         let mut outcome =
             self.ruleset.eval_traced(&place(&[hook]), &self.env, input, &mut self.state, &mut trace);
         if !known {
             outcome.ending.verdict = Verdict::Defer;
         }
-        outcome
+        (outcome, writes)
     }
 
     /// What a program that has the packet as it arrives would make of it, if that is to drop it.

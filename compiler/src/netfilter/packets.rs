@@ -6,7 +6,7 @@
 use polc_ir::env::{Device, Env, Input};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook};
-use polc_ir::ruleset::{ClauseKind, Ruleset};
+use polc_ir::ruleset::{ClauseKind, Ruleset, Write};
 use polc_loader::netfilter::{FRAMES_MAX, Frame};
 
 use super::place;
@@ -183,5 +183,25 @@ pub(super) fn hop(family: Family, frame: &mut [u8]) {
             checksum(packet);
         }
         Family::V6 => packet[7] = packet[7].wrapping_sub(1),
+    }
+}
+
+/// Changes the frame's header as rules did.
+pub(super) fn rewrite(family: Family, frame: &mut [u8], write: Write) {
+    let Some(network) = network_offset(family, frame) else { return };
+    let packet = &mut frame[network..];
+    match (write.field, family) {
+        (Field::Tos, Family::V4) => packet[1] = write.apply(packet[1].into()) as u8,
+        (Field::Tos, Family::V6) => {
+            let tos = write.apply((packet[0] << 4 | packet[1] >> 4).into()) as u8;
+            packet[0] = packet[0] & 0xf0 | tos >> 4;
+            packet[1] = packet[1] & 0x0f | tos << 4;
+        }
+        (Field::Ttl, Family::V4) => packet[8] = write.apply(packet[8].into()) as u8,
+        (Field::Ttl, Family::V6) => packet[7] = write.apply(packet[7].into()) as u8,
+        _ => return,
+    }
+    if family == Family::V4 {
+        checksum(packet);
     }
 }

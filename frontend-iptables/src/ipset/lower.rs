@@ -12,7 +12,9 @@ use polc_ir::field::DeviceName;
 use polc_ir::hook::Family;
 use polc_ir::interval::Interval;
 use polc_ir::ruleset::Ruleset;
-use polc_ir::set::{DIMENSIONS_MAX, DimensionKind, DimensionValue, ElementList, SetContents, SetData};
+use polc_ir::set::{
+    DIMENSIONS_MAX, DimensionKind, DimensionValue, ElementList, SetContents, SetData, hides_shorter,
+};
 use polc_ir::source::Span;
 use smallvec::SmallVec;
 
@@ -49,6 +51,7 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
             expires: ast.options.timeout.is_some(),
             changed: false,
             live: false,
+            fixed: fixed(ast),
             contents,
             create: print::create_line(ast),
             span: ast.span,
@@ -70,6 +73,15 @@ pub fn lower(sets: &Sets, family: Family, ruleset: &mut Ruleset) {
     }
 }
 
+/// Why a program's table of the set can't change by single elements, if so.
+fn fixed(set: &SetAst) -> Option<&'static str> {
+    match set.kind.dimensions {
+        [Dimension::SingleHost, Dimension::Mac] => Some("an address has one Ethernet address in it"),
+        [Dimension::Net, Dimension::Device] => Some("a prefix of one device hides shorter ones of others"),
+        _ => None,
+    }
+}
+
 fn is_list(set: &SetAst) -> bool {
     set.kind.dimensions == [Dimension::Set]
 }
@@ -88,8 +100,8 @@ fn dimension_kind(dimension: &Dimension) -> Option<DimensionKind> {
 
 /// Whether the IR can say what is in a set; if not, why, and where.
 pub(super) fn can_say(set: &SetAst) -> Result<(), (String, Span)> {
-    let bits = set.options.bitmask;
-    if !set.elements.is_empty() && bits.is_some_and(|mask| prefix_length(mask).is_none()) {
+    let bitmask = set.options.bitmask;
+    if !set.elements.is_empty() && bitmask.is_some_and(|mask| prefix_length(mask).is_none()) {
         return Err(("its `bitmask` is not a prefix".into(), set.elements[0].span));
     }
     // Elements of all other types are as long as they are, and have no devices.
@@ -110,7 +122,35 @@ pub(super) fn can_say(set: &SetAst) -> Result<(), (String, Span)> {
             return Err((why.into(), element.span));
         }
     }
+    if set.kind.dimensions == [Dimension::Net, Dimension::Device]
+        && let Some(element) = hiding(set)
+    {
+        let why = "it keeps shorter prefixes of other devices from being looked at";
+        return Err((why.into(), element.span));
+    }
     Ok(())
+}
+
+/// An element of a `hash:net,iface` that hides others.
+fn hiding(set: &SetAst) -> Option<&ElementAst> {
+    let mut elements = Vec::new();
+    let mut of = Vec::new();
+    for element in &set.elements {
+        let [Part::Address { first, last, form }, Part::Device { name, .. }] = &element.parts[..] else {
+            continue;
+        };
+        let Some(device) = DeviceName::new(name) else { continue };
+        let prefixes = match form {
+            AddressForm::Prefix(length) => vec![(*first, *length)],
+            AddressForm::Range => prefixes(*first, *last),
+        };
+        for (address, length) in prefixes {
+            elements.push((bits(address), length, device));
+            of.push(element);
+        }
+    }
+    let width = set.family.unwrap_or(Family::V4).address_bits();
+    hides_shorter(&elements, width).map(|at| of[at])
 }
 
 /// The elements of a set in the kernel's order of look-up, none for a list; `None` if the IR can't say them.
@@ -221,11 +261,14 @@ fn add(
 
 /// Both ends are of one family, and parsing refuses ranges that run backwards.
 fn interval((first, last): (IpAddr, IpAddr)) -> Interval {
-    let bits = |address| match address {
+    between(bits(first), bits(last))
+}
+
+fn bits(address: IpAddr) -> u128 {
+    match address {
         IpAddr::V4(address) => u128::from(address.to_bits()),
         IpAddr::V6(address) => address.to_bits(),
-    };
-    between(bits(first), bits(last))
+    }
 }
 
 fn between(first: u128, last: u128) -> Interval {

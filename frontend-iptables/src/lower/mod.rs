@@ -253,6 +253,7 @@ impl Body<'_> {
             expires: false,
             changed: false,
             live: false,
+            fixed: None,
             contents: SetContents::Unknown,
             create: String::new(),
             span: self.span,

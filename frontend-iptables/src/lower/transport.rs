@@ -87,10 +87,21 @@ fn any_port(asked: Asked<PortRange>) -> bool {
     asked.is_none_or(|(range, negated)| range == PortRange::ALL && !negated)
 }
 
-/// nft's payload expressions for ports: each loads its own two bytes. A range over all ports isn't translated, and
+/// nft's payload expressions for ports: each loads its own two bytes, but one source and one destination port are compared
+/// in one go, so that negating both means a packet that has not both. A range over all ports isn't translated, and
 /// neither is its negation, so that a rule which asks for no port at all matches them all (iptables 1.8.9,
 /// iptables/nft.c, `add_nft_tcpudp`).
 fn native_ports(source: Asked<PortRange>, destination: Asked<PortRange>, body: &mut Body<'_>) {
+    let is_one = |range: PortRange| range.first == range.last && range.first != 0;
+    if let (Some((from, true)), Some((to, true))) = (source, destination)
+        && is_one(from)
+        && is_one(to)
+    {
+        guards::bytes_or_no_match(4, body);
+        let family = body.family();
+        let other = |end, range| Test::new(Field::port(end), family, ports(range)).negated(family);
+        return body.require_any(&[other(End::Src, from), other(End::Dst, to)]);
+    }
     for (end, asked) in [(End::Src, source), (End::Dst, destination)] {
         let Some((range, negated)) = asked else { continue };
         if range == PortRange::ALL {

@@ -111,7 +111,7 @@ impl<'a> View<'a> {
             fragment: false,
             frag_offset: 0,
             ext_headers: 0,
-            length: payload as u32 + 40,
+            length: packet.len() as u32,
             state: 0,
         };
         view.extension_headers()?;

@@ -380,9 +380,8 @@ mod tests {
     use crate::field::Field;
     use crate::packet::View;
 
-    fn field(text: &str, family: Family, field: Field) -> u128 {
-        let input = parse(text).expect("it parses").input().expect("it is a packet");
-        let place = Place {
+    fn place() -> Place {
+        Place {
             path: vec![],
             attach: None,
             mode: Mode::Accelerate,
@@ -390,8 +389,27 @@ mod tests {
             connections: Connections::Given,
             local_addresses: true,
             counters: Counting::Exact,
-        };
-        View::new(family, &place, &input).expect("it reaches the rules").get(field)
+        }
+    }
+
+    fn field(text: &str, family: Family, field: Field) -> u128 {
+        let input = parse(text).expect("it parses").input().expect("it is a packet");
+        View::new(family, &place(), &input).expect("it reaches the rules").get(field)
+    }
+
+    /// net/ipv6/ip6_input.c, `ip6_rcv_core`, does not cut such a packet, and xt_length asks for the bytes that there are.
+    #[test]
+    fn a_hop_by_hop_header_behind_no_length_leaves_the_length_of_the_frame() {
+        let mut input =
+            parse("udp fe80::1:1 > fe80::2:2 len=60").expect("it parses").input().expect("a packet");
+        let (length, next) = (14 + 4, 14 + 6);
+        input.frame[length..length + 2].fill(0);
+        input.frame[next] = 0;
+        input.frame[14 + 40..14 + 48].copy_from_slice(&[59, 0, 1, 4, 0, 0, 0, 0]);
+        assert_eq!(
+            View::new(Family::V6, &place(), &input).expect("it reaches the rules").get(Field::Length),
+            60
+        );
     }
 
     #[test]

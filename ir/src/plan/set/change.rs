@@ -187,6 +187,7 @@ mod tests {
             elements_max: 65_536,
             expires: false,
             changed: false,
+            fixed: None,
             live,
             contents: SetContents::Elements(elements.into()),
             create: String::new(),

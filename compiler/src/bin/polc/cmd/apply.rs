@@ -267,7 +267,7 @@ impl Job<'_> {
         }
         // In accelerate mode the kernel's own sets decide, and what they hold may change without polc.
         for set in session.ruleset.sets.values_mut() {
-            set.live = self.mode == Mode::Replace;
+            set.live = self.mode == Mode::Replace && set.fixed.is_none();
         }
         let names = self.names(devices, attach)?;
         let compiled = polc::compile(&session.ruleset, &place, &env, &names);
