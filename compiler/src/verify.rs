@@ -26,11 +26,14 @@ use crate::reach::Reach;
 use crate::runner::{Level, Program, run_noting};
 use crate::select::Devices;
 use crate::session::Session;
-use crate::witness::{Effort, Witnesses, hidden};
+use crate::witness::{Aimed, Effort, Witnesses, hidden};
 use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
 pub const NOT_RUN: Code = Code(531);
+
+/// Code of a table that is not what its set's elements are.
+pub const WRONG_TABLE: Code = Code(532);
 
 /// Bound on packets times entries, since the reference levels look at entries one by one.
 const WORK_MAX: usize = 400_000_000;
@@ -123,10 +126,22 @@ pub fn verify(
             }
         }
     }
+    // Levels from the plan on look up the same tables, and packets are not made for each of a million elements.
+    for (&set, table) in &compiled.plan.set_tables {
+        let data = &ruleset.sets[set];
+        if let Some(pattern) = table.difference(data, ruleset.family) {
+            let message =
+                format!("the table of set `{}` is not what its elements are: {pattern:?}", data.name);
+            verified.not_emitted.push(Diagnostic::error(WRONG_TABLE, message, Some(data.span)));
+        }
+    }
     let entries = verified.entries.max(1);
     let mut witnesses =
         Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::THOROUGH, seed);
-    let total = (witnesses.enough() + random).min((WORK_MAX / entries).max(PACKETS_MIN));
+    let most = (WORK_MAX / entries).max(PACKETS_MIN);
+    let aimed = Aimed::new(&session.ruleset, &compiled.classifier, env, &devices.declared, seed);
+    let (own, made) = (aimed.most().min(most), (witnesses.enough() + random).min(most));
+    let total = own + made;
     let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
     let mut show = |levels: &mut Levels<'_>, mut input: Input| {
         let (reference, differing) = levels.run(&mut input, &Level::ABOVE);
@@ -138,7 +153,8 @@ pub fn verify(
         verified.disagreement = differing.map(|levels| Disagreement { input, levels });
         verified.disagreement.is_none()
     };
-    let mut agree = witnesses.by_ref().take(total).all(|input| show(&mut levels, input));
+    let aimed = Aimed::new(&session.ruleset, &compiled.classifier, env, &devices.declared, seed).take(total);
+    let mut agree = aimed.chain(witnesses.by_ref().take(total)).all(|input| show(&mut levels, input));
     // Then those that no packet came to while packets for others were made, and that some packet may come to.
     let hidden = hidden(&compiled.classifier, |entry| !levels.taken.contains(entry));
     let entries = || compiled.classifier.entries.keys().filter(|entry| !hidden.contains(*entry));

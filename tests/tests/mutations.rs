@@ -11,17 +11,18 @@ use polc::Compiled;
 use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
-use polc::witness::{Effort, Random, Witnesses};
+use polc::witness::{Aimed, Effort, Random, Witnesses};
 use polc_backend_ebpf::emit::emit;
 use polc_backend_ebpf::insn::decode_all;
 use polc_backend_ebpf::object::Object;
 use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
-use polc_ir::entities::{Data, Step, Value};
+use polc_ir::entities::{Chain, Data, Step, Value};
 use polc_ir::env::{Attach, Device, Env, Input, Mode};
 use polc_ir::hook::{Hook, Semantics};
+use polc_ir::interval::Interval;
 use polc_ir::outcome::Outcome;
 use polc_ir::plan::{Op, Operand, Plan, PlanExit, StepData, WalkNode, WalkRef, WordTest};
-use polc_ir::ruleset::Ruleset;
+use polc_ir::ruleset::{Action, ClauseKind, Ruleset};
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
 use polc_tests::corpus;
@@ -317,6 +318,111 @@ fn mutants_of_code_are_caught() {
         }
     }
     finish("code", &tally);
+}
+
+/// What the passes above the plan lose: the rule set that is compiled is not the one that is verified. A rule is gone, a
+/// clause, a range of a list; a bound is one off, two rules have changed places, one ends in something else.
+#[test]
+fn mutants_of_rules_are_caught() {
+    let mut tally = Tally::default();
+    let mut random = Random::new(42);
+    for case in cases(Prefer::Walk) {
+        let given = Devices { declared: case.devices.clone(), ..Devices::default() };
+        let place = &case.compiled.plan.place;
+        for _ in 0..5 {
+            let mut mutant = case.ruleset.clone();
+            let Some(what) = other_rule(&mut mutant, &case.ruleset.path_chains(place), &mut random) else {
+                continue;
+            };
+            let compiled = polc::compile_with(&mutant, place, &case.env, &given, Prefer::Walk);
+            let tells = |input: &Input, seed| {
+                let of = |level, rules: &Ruleset| {
+                    run(level, rules, &compiled, &case.env, input, &mut State::new(seed))
+                };
+                of(Level::Ruleset, &case.ruleset) != of(Level::Classifier, &mutant)
+            };
+            let witnesses = |compiled: &Compiled, seed| -> Vec<Input> {
+                let (classifier, plan) = (&compiled.classifier, &compiled.plan);
+                let made = Witnesses::of_plan(classifier, plan, &case.devices, Effort::THOROUGH, seed);
+                let enough = made.enough();
+                Aimed::new(&case.ruleset, classifier, &case.env, &case.devices, seed)
+                    .chain(made.take(enough))
+                    .collect()
+            };
+            if witnesses(&compiled, 1).iter().any(|input| tells(input, 1)) {
+                tally.caught += 1;
+            } else if (2..2 + JUDGING as u64)
+                .any(|seed| witnesses(&case.compiled, seed).iter().any(|input| tells(input, seed)))
+            {
+                tally.missed.push(format!("{}: {what}", case.name));
+            } else {
+                tally.same += 1;
+            }
+        }
+    }
+    finish("rules", &tally);
+}
+
+/// Changes one thing about a rule of these chains or those they lead to. What.
+fn other_rule(ruleset: &mut Ruleset, path: &[Chain], random: &mut Random) -> Option<String> {
+    let mut chains = path.to_vec();
+    let mut at = 0;
+    while at < chains.len() {
+        for &rule in &ruleset.chains[chains[at]].rules {
+            if let Action::Jump(to) | Action::Goto(to) = ruleset.rules[rule].action
+                && !chains.contains(&to)
+            {
+                chains.push(to);
+            }
+        }
+        at += 1;
+    }
+    chains.retain(|chain| !ruleset.chains[*chain].rules.is_empty());
+    let chain = chains[random.below(chains.len().max(1)).min(chains.len().checked_sub(1)?)];
+    let count = ruleset.chains[chain].rules.len();
+    let at = random.below(count);
+    let rule = ruleset.chains[chain].rules[at];
+    let what = match random.below(5) {
+        0 => {
+            ruleset.chains[chain].rules.remove(at);
+            "is lost"
+        }
+        1 if at + 1 < count => {
+            ruleset.chains[chain].rules.swap(at, at + 1);
+            "comes later"
+        }
+        2 if ruleset.rules[rule].action.ends() => {
+            let action = &mut ruleset.rules[rule].action;
+            *action = if *action == Action::Accept { Action::Drop } else { Action::Accept };
+            "ends otherwise"
+        }
+        3 if !ruleset.rules[rule].clauses.is_empty() => {
+            let clause = random.below(ruleset.rules[rule].clauses.len());
+            ruleset.rules[rule].clauses.remove(clause);
+            "lacks a clause"
+        }
+        _ => {
+            let clauses = &mut ruleset.rules[rule].clauses;
+            let clause = random.below(clauses.len().max(1));
+            let ClauseKind::Any(tests) = &mut clauses.get_mut(clause)?.kind else { return None };
+            let mut changed = tests.to_vec();
+            let test = random.below(changed.len().max(1));
+            let values = &mut changed.get_mut(test)?.values;
+            let mut intervals = values.intervals().to_vec();
+            let which = random.below(intervals.len().max(1));
+            let interval = *intervals.get(which)?;
+            if random.below(2) == 0 && intervals.len() > 1 {
+                intervals.remove(which);
+            } else {
+                intervals[which] = Interval::new(interval.lo(), interval.hi().checked_sub(1)?)
+                    .unwrap_or(Interval::point(interval.lo() ^ 1));
+            }
+            *values = intervals.into_iter().collect();
+            *tests = changed.into();
+            "has another range"
+        }
+    };
+    Some(format!("rule {} of {} {what}", at + 1, ruleset.chains[chain].name))
 }
 
 /// Changes one thing of one instruction that is neither a call nor the second half of another. What it was and is.

@@ -14,7 +14,7 @@ use polc_ir::derived::DerivedData;
 use polc_ir::entities::{Derived, Entry, Stage};
 use polc_ir::env::{Attach, Connection, Connections, Device, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
-use polc_ir::hook::Hook;
+use polc_ir::hook::{Family, Hook};
 use polc_ir::interval::{Interval, IntervalSet, max_value};
 use polc_ir::ruleset::Write;
 
@@ -58,7 +58,7 @@ struct Target {
 
 /// Where a value is taken from its interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Choice {
+pub(super) enum Choice {
     Lo,
     Hi,
     Any,
@@ -482,24 +482,34 @@ impl<'a> Directed<'a> {
         None
     }
 
-    /// A value of the field that the demands allow, if one is found.
     fn pick(&self, demands: &Cube, field: Field, choice: Choice, random: &mut Random) -> u128 {
-        let top = max_value(field.bits(self.frames.family));
-        let tests: Vec<&Test> = demands.tests().iter().filter(|test| test.field == field).collect();
-        let mut value = 0;
-        for attempt in 0..PICKS_MAX {
-            let choice = if attempt == 0 { choice } else { Choice::Any };
-            value = random.next_u128() & top;
-            // The whole field first, then what masks ask for.
-            for test in tests.iter().rev() {
-                value = value & !test.mask | in_values(test, choice, random) & test.mask;
-            }
-            if tests.iter().all(|test| test.holds(value)) {
-                break;
-            }
-        }
-        value
+        pick(self.frames.family, demands, field, choice, random)
     }
+}
+
+/// A value of the field that the demands allow, if one is found.
+pub(super) fn pick(
+    family: Family,
+    demands: &Cube,
+    field: Field,
+    choice: Choice,
+    random: &mut Random,
+) -> u128 {
+    let top = max_value(field.bits(family));
+    let tests: Vec<&Test> = demands.tests().iter().filter(|test| test.field == field).collect();
+    let mut value = 0;
+    for attempt in 0..PICKS_MAX {
+        let choice = if attempt == 0 { choice } else { Choice::Any };
+        value = random.next_u128() & top;
+        // The whole field first, then what masks ask for.
+        for test in tests.iter().rev() {
+            value = value & !test.mask | in_values(test, choice, random) & test.mask;
+        }
+        if tests.iter().all(|test| test.holds(value)) {
+            break;
+        }
+    }
+    value
 }
 
 /// How far an input came along a way.

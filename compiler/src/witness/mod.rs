@@ -6,8 +6,8 @@
 //! it and one just beside it. The others take turns: *odd* ones (`odd`) are cut, tagged,
 //! fragmented or bent in each of some hundred ways, because rules meet packets they did not foresee; *mixed* ones have
 //! fields of several entries, since a packet passes several stages. Around directed packets a plan is *probed* (`probe`);
-//! before the first, its steps are compared with their stages, *cell* by cell (`cells`). The sequence depends on the seed
-//! alone.
+//! before the first, its steps are compared with their stages, *cell* by cell (`cells`). Others are aimed at the rules
+//! themselves (`rules`), should the classifier not be what they say. The sequences depend on the seed alone.
 
 mod cells;
 mod directed;
@@ -17,9 +17,11 @@ mod hidden;
 mod odd;
 mod probe;
 mod random;
+mod rules;
 
 pub use odd::ODD_FRAMES;
 pub use random::Random;
+pub use rules::Aimed;
 
 use std::borrow::Cow;
 

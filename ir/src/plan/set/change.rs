@@ -170,6 +170,7 @@ fn free(
 
 #[cfg(test)]
 mod tests {
+    use super::super::HEADER_WORDS;
     use super::super::{SLOTS, build, shape};
     use super::*;
     use crate::hook::Family;
@@ -288,8 +289,13 @@ mod tests {
             let elements: Vec<Element> = elements.into_iter().map(|(_, element)| element).collect();
             let set = data(&[DimensionKind::Net], elements.clone(), live);
             let shape = shape(&set, Family::V4).unwrap();
-            let table = build(&set, Family::V4, &shape);
+            let mut table = build(&set, Family::V4, &shape);
             assert_eq!(table.verify("t"), Vec::<String>::new());
+            assert_eq!(table.difference(&set, Family::V4), None);
+            let cell = (HEADER_WORDS..table.words.len()).rev().find(|at| table.words[*at] != 0).unwrap();
+            let lost = std::mem::take(&mut table.words[cell]);
+            assert!(table.difference(&set, Family::V4).is_some(), "{lost:x}");
+            table.words[cell] = lost;
             let mut all = Vec::new();
             for element in &elements {
                 patterns(&set, Family::V4, element, &mut |pattern| all.push(pattern));

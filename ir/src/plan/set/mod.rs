@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 pub use build::{Shaped, build, shape};
 
 use crate::hook::Family;
-use crate::set::{DIMENSIONS_MAX, DimensionKind, Pattern, SetData};
+use crate::set::{DIMENSIONS_MAX, DimensionKind, Pattern, SetContents, SetData, patterns_of};
 
 /// Bits of a number that a cell tells apart.
 pub const CELL_BITS: u8 = 5;
@@ -411,6 +411,23 @@ impl SetShape {
 }
 
 impl SetTable {
+    /// A pattern that only one of the table and the set's elements has, if there is any. All are compared.
+    pub fn difference(&self, data: &SetData, family: Family) -> Option<Pattern> {
+        let SetContents::Elements(elements) = &data.contents else { return None };
+        let name = |pattern: &Pattern| (pattern.values, pattern.lengths);
+        let (mut wanted, mut has) = (Vec::new(), Vec::new());
+        patterns_of(data, family, elements, 0..elements.len(), &mut |pattern| wanted.push(pattern));
+        self.shape.decode(self.words.as_slice(), &mut |pattern| has.push(pattern));
+        // Of equal ones the first counts.
+        wanted.sort_by_key(name);
+        wanted.dedup_by_key(|pattern| name(pattern));
+        has.sort_unstable_by_key(name);
+        let differs = wanted.iter().zip(&has).find(|(wanted, has)| wanted != has);
+        let differs = differs.map(|(wanted, has)| wanted.min(has));
+        let more = || wanted.get(has.len()).or(has.get(wanted.len()));
+        differs.or_else(more).copied()
+    }
+
     /// The table's bytes, as programs read them.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(8 * self.words.len());

@@ -6,7 +6,7 @@ use polc::place::{attach_for, best_attach, place as place_of};
 use polc::reach::{Reach, never_reached};
 use polc::report::{Report, Scope};
 use polc::session::Session;
-use polc::verify::NOT_RUN;
+use polc::verify::{NOT_RUN, WRONG_TABLE};
 use polc_backend_ebpf::emit::GENERATOR_FAULT;
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::{Attach, Connections, Mode, Place};
@@ -173,7 +173,7 @@ impl<'a> Account<'a> {
         }
         for finding in not_emitted {
             let excused =
-                self.judged.may_defer() && finding.code != GENERATOR_FAULT && finding.code != NOT_RUN;
+                self.judged.may_defer() && ![GENERATOR_FAULT, NOT_RUN, WRONG_TABLE].contains(&finding.code);
             let severity = if excused { Severity::Warning } else { finding.severity };
             let note = format!("no program is made at {}", place::describe(place));
             self.findings.push(Diagnostic { severity, ..finding.clone().with_note(note) });
