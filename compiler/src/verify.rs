@@ -264,7 +264,11 @@ impl<'a> Levels<'a> {
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
         let taken = &mut self.taken;
-        let mut note = |entry| _ = taken.insert(entry);
+        let mut last = None;
+        let mut note = |entry| {
+            taken.insert(entry);
+            last = Some(entry);
+        };
         let outcomes: Vec<Outcome> = which
             .iter()
             .zip(&mut self.states)
@@ -272,9 +276,12 @@ impl<'a> Levels<'a> {
                 run_noting(level, self.ruleset, self.compiled, self.env, input, state, &mut note)
             })
             .collect();
-        // Beyond the bound on entries the rules could tell, and the object leaves it to the kernel.
+        // Beyond a bound the rules could tell, and the object leaves it to the kernel: at a stage that does nothing else.
+        let classifier = &self.compiled.classifier;
+        let beyond = self.bounded
+            && last.is_some_and(|last| classifier.stages[classifier.entries[last].stage].entries == [last]);
         let reference = match outcomes.get(1) {
-            Some(classified) if self.bounded && classified.ending.verdict == Verdict::Defer => classified,
+            Some(classified) if beyond && classified.ending.verdict == Verdict::Defer => classified,
             _ => &outcomes[0],
         };
         let plan = &self.compiled.plan;

@@ -38,9 +38,9 @@ pub(super) fn ipv6_header(test: &Ipv6HeaderTest, packet: &[u8]) -> u32 {
         Ipv6HeaderTest::Frag { .. } => frag(test, header),
         Ipv6HeaderTest::Options { destination, len, len_negate, options } => {
             let kind = if *destination { kind::DESTINATION } else { kind::HOP_BY_HOP };
-            whole(kind, header).and_then(|header| {
-                let length = len.is_none_or(|len| (len as usize == header.len()) != *len_negate);
-                options_in_order(options, &header[2..]).map(|found| found && length)
+            whole(kind, header).map(|header| {
+                len.is_none_or(|len| (len as usize == header.len()) != *len_negate)
+                    && options_in_order(options, &header[2..])
             })
         }
         Ipv6HeaderTest::Rt { .. } => whole(kind::ROUTING, header).map(|header| rt(test, header)),
@@ -94,26 +94,23 @@ fn frag(test: &Ipv6HeaderTest, header: &[u8]) -> Option<bool> {
     )
 }
 
-/// `hbh_mt6`: the options that a header starts with. An option that reaches beyond the header is a hotdrop, a header
-/// that ends between options before all were seen is not.
-fn options_in_order(asked: &[(u8, Option<u8>)], mut rest: &[u8]) -> Option<bool> {
-    for &(kind, len) in asked {
-        let Some(&found) = rest.first() else { return Some(false) };
-        if found != kind {
-            return Some(false);
-        }
-        let takes = if kind == 0 {
-            1
-        } else {
-            let has = *rest.get(1)?;
-            if len.is_some_and(|len| len != has) {
-                return Some(false);
-            }
-            usize::from(has) + 2
+/// `hbh_mt6`: the options that a header starts with. Nothing is behind an option that reaches beyond the header; of the
+/// last one that is asked for, nobody looks where it ends.
+fn options_in_order(asked: &[(u8, Option<u8>)], mut rest: &[u8]) -> bool {
+    let Some(last) = asked.len().checked_sub(1) else { return true };
+    for (at, &(kind, len)) in asked.iter().enumerate() {
+        let takes = match *rest {
+            [found, ..] if found != kind => return false,
+            [0, ..] => 1,
+            [_, has, ..] if len.is_none_or(|len| len == has) => usize::from(has) + 2,
+            _ => return false,
         };
-        rest = rest.get(takes..)?;
+        match rest.get(takes..) {
+            Some(behind) => rest = behind,
+            None => return at == last,
+        }
     }
-    Some(true)
+    true
 }
 
 /// `rt_mt6`, of a whole header: its length, type, segments left, and for type 0 a reserved word and the addresses
@@ -245,11 +242,12 @@ mod tests {
             "too few"
         );
         let long = packet(&[(0, &[0, 5, 9, 0, 0, 0, 0])], 6);
-        assert_eq!(ipv6_header(&test(&[(5, None)], None), &long), HOTDROP, "an option beyond the header");
+        assert_eq!(ipv6_header(&test(&[(5, None)], None), &long), HOLDS, "nobody looks where the last ends");
+        assert_eq!(ipv6_header(&test(&[(5, None), (0, None)], None), &long), FAILS, "beyond the header");
         assert_eq!(ipv6_header(&test(&[(5, Some(2))], None), &long), FAILS, "compared before");
-        assert_eq!(ipv6_header(&test(&[(5, None)], Some(99)), &long), HOTDROP, "the length is asked last");
+        assert_eq!(ipv6_header(&test(&[(5, None)], Some(99)), &long), FAILS, "another length");
         let end = packet(&[(0, &[0, 1, 3, 0, 0, 0, 7])], 6);
-        assert_eq!(ipv6_header(&test(&[(1, None), (7, None)], None), &end), HOTDROP, "no room for a length");
+        assert_eq!(ipv6_header(&test(&[(1, None), (7, None)], None), &end), FAILS, "no room for a length");
         assert_eq!(
             ipv6_header(&test(&[], None), &packet(&[(0, &[1, 5, 2, 0, 0, 0, 0])], 6)),
             HOTDROP,

@@ -148,7 +148,7 @@ impl Emitter<'_> {
             }
             Ipv6HeaderTest::Options { len, len_negate, options, .. } => {
                 self.whole_header(hotdrop);
-                self.options(options, fails, hotdrop);
+                self.options(options, fails);
                 if let Some(len) = len {
                     self.asm.load(Size::W, Reg::R1, Reg::FP, LENGTH);
                     self.equal(*len, *len_negate, fails);
@@ -216,10 +216,10 @@ impl Emitter<'_> {
     }
 
     /// The options that the header starts with (`hbh_mt6`): `r7` where the next is, `r8` bytes left of the header.
-    fn options(&mut self, options: &[(u8, Option<u8>)], fails: Label, hotdrop: Label) {
+    fn options(&mut self, options: &[(u8, Option<u8>)], fails: Label) {
         self.asm.alu64(AluOp::Add, Reg::R7, 2);
         self.asm.alu64(AluOp::Sub, Reg::R8, 2);
-        for &(kind, len) in options {
+        for (at, &(kind, len)) in options.iter().enumerate() {
             self.asm.comment(format!("option {kind}"));
             self.asm.jump64(Cond::Eq, Reg::R8, 0, fails);
             self.asm.mov64(Reg::R2, Reg::R7);
@@ -231,7 +231,7 @@ impl Emitter<'_> {
                 self.asm.alu64(AluOp::Sub, Reg::R8, 1);
                 continue;
             }
-            self.asm.jump64(Cond::Lt, Reg::R8, 2, hotdrop);
+            self.asm.jump64(Cond::Lt, Reg::R8, 2, fails);
             self.asm.mov64(Reg::R2, Reg::R7);
             self.asm.alu64(AluOp::Add, Reg::R2, 1);
             self.copy_bytes(1, 0);
@@ -240,8 +240,11 @@ impl Emitter<'_> {
             if let Some(len) = len {
                 a.jump32(Cond::Ne, Reg::R1, i32::from(len), fails);
             }
+            if at + 1 == options.len() {
+                break;
+            }
             a.alu64(AluOp::Add, Reg::R1, 2);
-            a.jump64(Cond::Gt, Reg::R1, Reg::R8, hotdrop);
+            a.jump64(Cond::Gt, Reg::R1, Reg::R8, fails);
             a.alu64(AluOp::Add, Reg::R7, Reg::R1);
             a.alu64(AluOp::Sub, Reg::R8, Reg::R1);
         }
