@@ -272,12 +272,14 @@ fn a_program_is_suspended_while_the_kernel_has_other_rules() {
     let said = host.says(&["watch", "--once"], 1);
     assert!(said.contains("suspended") && said.contains("--dport 5000"), "{said}");
     assert!(arrives());
+    let suspended = || host.says(&["status", "--sample", "0"], 0).contains("suspended: every packet");
+    assert!(suspended());
     let close = [&["-D"], &open[1..]].concat();
     kernel::run("iptables-legacy", &close).expect("the rule is gone");
     assert!(!arrives(), "the kernel's rules drop it");
     let said = host.says(&["watch", "--once"], 0);
     assert!(said.contains("goes on"), "{said}");
-    assert!(!arrives());
+    assert!(!arrives() && !suspended());
     // Somebody who watches sees it within the interval, and the time that reading takes.
     let interval = Duration::from_millis(100);
     let mut watcher = Command::new(env!("CARGO_BIN_EXE_polc"))

@@ -6,7 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use polc_backend_ebpf::emit::COUNTERS_MAP;
+use polc_backend_ebpf::emit::{COUNTERS_MAP, SUSPEND_MAP};
 use polc_backend_ebpf::object::{MapType, Object};
 use polc_ir::source::bytes::to_text;
 
@@ -79,6 +79,17 @@ impl Open {
         TraceMaps::of(&self.object.manifest, |name| self.map(name))
             .map(|maps| crate::events::is_on(sys, maps))
             .transpose()
+    }
+
+    /// Whether the program leaves every packet to the kernel at the moment; `None` if it can't be told to.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn is_suspended(&self, sys: &Sys) -> Result<Option<bool>, Error> {
+        let Some(map) = self.map(SUSPEND_MAP) else { return Ok(None) };
+        let word =
+            sys.map_lookup(map, &[0; 4]).map_err(Error::call("ask whether the program is suspended"))?;
+        Ok(Some(word.is_some_and(|word| word.iter().any(|byte| *byte != 0))))
     }
 
     /// Packets and bytes of each of the manifest's counter slots, as the attached program counted them.

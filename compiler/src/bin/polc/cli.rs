@@ -259,7 +259,7 @@ pub(crate) enum AttachChoice {
     TcIngress,
     /// tc or tcx egress.
     TcEgress,
-    /// A netfilter hook: the one that --hook names.
+    /// Netfilter's own hook, named by --hook; apply and restore take all that have rules, unless it is given.
     Netfilter,
 }
 

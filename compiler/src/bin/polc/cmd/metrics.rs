@@ -177,6 +177,8 @@ impl Scrape {
         damaged.samples.push((Labels::new(), unread as u64));
         let mut applied =
             gauge("polc_policy_applied_timestamp_seconds", "When the policy was applied, since 1970");
+        let mut suspended =
+            gauge("polc_policy_suspended", "1 while every packet is left to the kernel's own rules");
         let mut insns =
             gauge("polc_program_instructions", "Instructions of the program, as the verifier left them");
         let mut jited = gauge("polc_program_machine_code_bytes", "Machine code of the program");
@@ -211,6 +213,9 @@ impl Scrape {
                 ("program_tag", &status::tag(policy)),
             ]));
             applied.samples.push((place.clone(), policy.generation.applied));
+            if let Some(is_suspended) = policy.is_suspended(sys)? {
+                suspended.samples.push((place.clone(), u64::from(is_suspended)));
+            }
             insns.samples.push((place.clone(), u64::from(program.xlated_bytes / 8)));
             jited.samples.push((place.clone(), u64::from(program.jited_bytes)));
             let verdicts = counters::by_verdict(&policy.object.manifest, &counters::by_slot(sys, policy)?);
@@ -252,6 +257,7 @@ impl Scrape {
             count,
             damaged,
             applied,
+            suspended,
             insns,
             jited,
             packets,

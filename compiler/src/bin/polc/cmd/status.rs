@@ -42,6 +42,8 @@ struct Policy {
     machine_code_bytes: u32,
     /// Whether packets are being reported to `polc trace`; none if the program can't.
     reports: Option<bool>,
+    /// Whether `polc watch` makes it leave every packet to the kernel; none if that can't be.
+    suspended: Option<bool>,
     /// Milliseconds until it goes back unless confirmed.
     goes_back_in_ms: Option<u64>,
     rules: usize,
@@ -171,6 +173,7 @@ fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<&'static str, Rate>) ->
         instructions: policy.program.xlated_bytes / 8,
         machine_code_bytes: policy.program.jited_bytes,
         reports: policy.reports(sys)?,
+        suspended: policy.is_suspended(sys)?,
         goes_back_in_ms,
         rules: rules.count(),
         maps: maps.collect(),
@@ -209,6 +212,9 @@ fn human(policy: &Policy, open: &Open) -> String {
         counted(policy.instructions as usize, "instruction"),
         policy.machine_code_bytes,
     );
+    if policy.suspended == Some(true) {
+        text += "  suspended: every packet is left to the kernel's own rules; `polc watch --once` says why\n";
+    }
     if let Some(left) = policy.goes_back_in_ms {
         let _ = writeln!(text, "  goes back in {:.0} s unless confirmed", left as f64 / 1e3);
     }
