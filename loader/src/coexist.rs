@@ -13,6 +13,9 @@ use crate::error::Error;
 use crate::net::Device;
 use crate::sys::{LinkKind, QueryPoint, Sys};
 
+/// Kinds of devices that take packets from the device they are on by the packets' addresses.
+const TAKERS: [&str; 4] = ["macvlan", "macvtap", "ipvlan", "ipvtap"];
+
 /// Where polc's program goes if others are at the same attach point.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
@@ -58,10 +61,18 @@ pub fn netfilter(sys: &Sys, family: Family, hook: Hook, priority: i32) -> Vec<St
 }
 
 /// Refuses a device whose packets rules see as another's: bridges, bonds, teams and VRFs take the packets of their ports
-/// over before IP sees them. `mode` is not asked: it would be wrong in both.
+/// over before IP sees them, macvlans and ipvlans theirs from the device that they are on. `mode` is not asked: it would
+/// be wrong in both.
 pub fn refuse_lower(device: &Device, devices: &[Device]) -> Result<(), Error> {
-    let Some(master) = device.master else { return Ok(()) };
-    let upper = devices.iter().find(|upper| upper.ifindex == master);
+    let takes = |upper: &&Device| {
+        upper.lower == Some(device.ifindex)
+            && upper.kind.as_deref().is_some_and(|kind| TAKERS.contains(&kind))
+    };
+    let upper = match device.master {
+        Some(master) => devices.iter().find(|upper| upper.ifindex == master),
+        None => devices.iter().find(takes),
+    };
+    let Some(master) = device.master.or(upper.map(|upper| upper.ifindex)) else { return Ok(()) };
     Err(Error::LowerDevice {
         device: device.name.clone(),
         upper: upper.map_or_else(|| format!("device {master}"), |upper| upper.name.clone()),

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use polc_ir::diag::Code;
@@ -111,6 +112,13 @@ pub enum Error {
         upper: String,
         /// What that is: `bridge`, `bond`.
         kind: String,
+    },
+    /// Which packets are for the host depends on routing rules.
+    LocalByPolicy {
+        /// Addresses that are local for some packets, the first and the last.
+        addresses: (IpAddr, IpAddr),
+        /// The routing table that says so.
+        table: u32,
     },
     /// A map does not fit what memory or limits allow.
     MapMemory {
@@ -244,6 +252,7 @@ impl Error {
             Error::Occupied { .. } => 807,
             Error::LowerDevice { .. } => 808,
             Error::MapMemory { .. } => 809,
+            Error::LocalByPolicy { .. } => 830,
             Error::Verifier(_) => 810,
             Error::NoProgram(_) => 811,
             Error::Pin { .. } => 812,
@@ -317,6 +326,9 @@ impl Error {
                 "if nobody needs it, `tc qdisc del dev {device} ingress`; a kernel with tcx (6.6) needs neither"
             ),
             Error::HalfDone { .. } => "`polc status` shows what is in force; apply again, or `polc flush`".into(),
+            Error::LocalByPolicy { .. } => {
+                "attach behind routing (`--attach netfilter`), or say what is local with `--local ADDR`".into()
+            }
             Error::LowerDevice { upper, .. } => format!("apply to `{upper}` with --attach tc-ingress"),
             Error::MapMemory { source, .. } if source.raw_os_error() == Some(libc::EPERM) => {
                 "before Linux 5.11 raise the limit on locked memory (`ulimit -l unlimited`); later ones refuse for lack of CAP_BPF in the first user namespace, or by a security module"
@@ -427,6 +439,10 @@ impl fmt::Display for Error {
             Error::OtherDevice { place, applied, named } => write!(
                 f,
                 "the policy {place} is on device number {applied}, and the name is now that of number {named}"
+            ),
+            Error::LocalByPolicy { addresses: (first, last), table } => write!(
+                f,
+                "routing rules lead packets to table {table}, which calls {first} to {last} local: before routing nothing tells which packets are INPUT's"
             ),
             Error::LowerDevice { device, upper, kind } => {
                 write!(

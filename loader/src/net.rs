@@ -16,20 +16,27 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_GETRULE: u16 = 34;
+const RTM_NEWRULE: u16 = 32;
 const LINK_HEADER_BYTES: usize = 16;
 const ROUTE_HEADER_BYTES: usize = 12;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_PROG_ID: u16 = 4;
 const IFLA_XDP_MODE_IDS: [u16; 3] = [5, IFLA_XDP_SKB_PROG_ID, 7];
 const IFLA_XDP_SKB_PROG_ID: u16 = 6;
+const RULE_HEADER_BYTES: usize = 12;
 const RTA_DST: u16 = 1;
-const RT_TABLE_LOCAL: u8 = 255;
+const RTA_TABLE: u16 = 15;
+const FRA_TABLE: u16 = 15;
+const RT_TABLE_LOCAL: u32 = 255;
 const RTN_LOCAL: u8 = 2;
 const RTN_BROADCAST: u8 = 3;
 const AF_INET: u8 = 2;
@@ -48,6 +55,8 @@ pub struct Device {
     pub mtu: u32,
     /// The device it is part of.
     pub master: Option<u32>,
+    /// The device of this namespace that it is on.
+    pub lower: Option<u32>,
     /// What kind of device it is, where the kernel says: `bridge`, `bond`, `veth`.
     pub kind: Option<String>,
     /// Its hardware address.
@@ -65,6 +74,8 @@ pub struct Addresses {
     pub local: Vec<Interval>,
     /// Broadcast addresses, ascending.
     pub broadcast: Vec<Interval>,
+    /// Addresses that another table calls local, with its number, where routing rules (`ip rule`) lead to that table.
+    pub by_policy: Option<(Interval, u32)>,
 }
 
 /// All devices of the network namespace, by ascending number.
@@ -89,29 +100,33 @@ pub fn find<'d>(devices: &'d [Device], name: &str) -> Result<&'d Device, Error> 
     devices.iter().find(|device| device.name == name).ok_or_else(|| Error::NoDevice(name.to_string()))
 }
 
-/// The host's own addresses, as its local routing table has them: that is what decides between INPUT and FORWARD. Other
-/// tables may call addresses local for packets of some marks only. Some addresses are what they are whatever the table
+/// The host's own addresses, as its local routing table has them: that is what decides between INPUT and FORWARD unless
+/// routing rules lead some packets to other tables that call more addresses local, as transparent proxies have it. Some addresses are what they are whatever the table
 /// says (net/ipv4/fib_frontend.c, `__inet_dev_addr_type`; net/ipv6/addrconf_core.c, `__ipv6_addr_type`).
 pub fn addresses(sys: &Sys, family: Family) -> Result<Addresses, Error> {
-    let mut body = vec![0; ROUTE_HEADER_BYTES];
-    body[0] = match family {
-        Family::V4 => AF_INET,
-        Family::V6 => AF_INET6,
-    };
-    let request = NetlinkRequest { kind: RTM_GETROUTE, flags: NetlinkRequest::DUMP, body };
-    let answers = match sys.netlink(&request) {
-        // A kernel without IPv6 has no such addresses.
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Vec::new(),
-        answers => answers.map_err(Error::call("list the host's addresses"))?,
-    };
     let mut found = Addresses::default();
-    for answer in answers.iter().filter(|answer| answer.kind == RTM_NEWROUTE) {
-        let Some((kind, interval)) = route(&answer.body, family) else { continue };
-        match kind {
-            RTN_LOCAL => found.local.push(interval),
-            RTN_BROADCAST => found.broadcast.push(interval),
+    let mut others = Vec::new();
+    let routes = dump(sys, RTM_GETROUTE, ROUTE_HEADER_BYTES, family)
+        .map_err(Error::call("list the host's addresses"))?;
+    for body in routes.iter().filter(|(kind, _)| *kind == RTM_NEWROUTE).map(|(_, body)| body) {
+        let Some((kind, table, interval)) = route(body, family) else { continue };
+        match (kind, table) {
+            (RTN_LOCAL, RT_TABLE_LOCAL) => found.local.push(interval),
+            (RTN_BROADCAST, RT_TABLE_LOCAL) => found.broadcast.push(interval),
+            (RTN_LOCAL, _) => others.push((interval, table)),
             _ => {}
         }
+    }
+    others.retain(|(other, _)| !found.local.iter().any(|local| local.intersect(*other) == Some(*other)));
+    if !others.is_empty() {
+        let rules = dump(sys, RTM_GETRULE, RULE_HEADER_BYTES, family)
+            .map_err(Error::call("list the routing rules"))?;
+        let tables: Vec<u32> = rules
+            .iter()
+            .filter(|(kind, _)| *kind == RTM_NEWRULE)
+            .filter_map(|(_, body)| table(body, 4, FRA_TABLE))
+            .collect();
+        found.by_policy = others.into_iter().find(|(_, table)| tables.contains(table));
     }
     let unicast = match family {
         // Beside 0.0.0.0, multicast (224.0.0.0/4) and 255.255.255.255.
@@ -137,12 +152,15 @@ pub fn addresses(sys: &Sys, family: Family) -> Result<Addresses, Error> {
 fn device(body: &[u8]) -> Option<Device> {
     let ifindex = u32_at(body, 4)?;
     let mut device = Device { ifindex, ..Device::default() };
+    let mut in_other = false;
     for (kind, value) in attributes(body.get(LINK_HEADER_BYTES..)?) {
         match kind {
             IFLA_ADDRESS => device.address = value.to_vec(),
             IFLA_IFNAME => device.name = text(value),
             IFLA_MTU => device.mtu = u32_at(value, 0)?,
             IFLA_MASTER => device.master = u32_at(value, 0),
+            IFLA_LINK => device.lower = u32_at(value, 0).filter(|lower| *lower != ifindex),
+            IFLA_LINK_NETNSID => in_other = true,
             IFLA_LINKINFO => {
                 device.kind =
                     attributes(value).find(|(kind, _)| *kind == IFLA_INFO_KIND).map(|(_, v)| text(v));
@@ -162,15 +180,36 @@ fn device(body: &[u8]) -> Option<Device> {
             _ => {}
         }
     }
+    // The number is one of another namespace's.
+    device.lower = device.lower.filter(|_| !in_other);
     Some(device)
 }
 
-/// Type of a route of the local table, and the addresses it is about.
-fn route(body: &[u8], family: Family) -> Option<(u8, Interval)> {
-    let (length, table, kind) = (*body.get(1)?, *body.get(4)?, *body.get(7)?);
-    if table != RT_TABLE_LOCAL {
-        return None;
+/// What the kernel has of a kind and family: types and bodies of its answers.
+fn dump(sys: &Sys, kind: u16, header: usize, family: Family) -> io::Result<Vec<(u16, Vec<u8>)>> {
+    let mut body = vec![0; header];
+    body[0] = match family {
+        Family::V4 => AF_INET,
+        Family::V6 => AF_INET6,
+    };
+    match sys.netlink(&NetlinkRequest { kind, flags: NetlinkRequest::DUMP, body }) {
+        // A kernel without IPv6, or without routing rules, has none.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(Vec::new()),
+        answers => Ok(answers?.into_iter().map(|answer| (answer.kind, answer.body)).collect()),
     }
+}
+
+/// The table of a route or routing rule: an attribute, or where there is none a byte of the header.
+fn table(body: &[u8], at: usize, attribute: u16) -> Option<u32> {
+    // Both headers are of the same length.
+    let wide = attributes(body.get(ROUTE_HEADER_BYTES..)?).find(|(kind, _)| *kind == attribute);
+    wide.map_or_else(|| body.get(at).map(|&table| table.into()), |(_, value)| u32_at(value, 0))
+}
+
+/// Type and table of a route, and the addresses it is about.
+fn route(body: &[u8], family: Family) -> Option<(u8, u32, Interval)> {
+    let (length, kind) = (*body.get(1)?, *body.get(7)?);
+    let table = table(body, 4, RTA_TABLE)?;
     let bits = family.address_bits();
     let destination = attributes(body.get(ROUTE_HEADER_BYTES..)?).find(|(kind, _)| *kind == RTA_DST);
     let first = match destination.map(|(_, value)| value) {
@@ -179,7 +218,7 @@ fn route(body: &[u8], family: Family) -> Option<(u8, Interval)> {
     };
     let host_bits = u32::from(bits.checked_sub(length)?);
     let span = 1u128.checked_shl(host_bits).map_or(u128::MAX, |size| size - 1);
-    Some((kind, Interval::new(first & !span, first | span)?))
+    Some((kind, table, Interval::new(first & !span, first | span)?))
 }
 
 /// The attributes in a message: type, without flags, and value.

@@ -7,7 +7,7 @@ use std::process::Command;
 use polc_loader::sys::{ProgramType, Sys};
 use polc_tests::kernel;
 
-use crate::host::{APPLY, Host, programs, theirs};
+use crate::host::{APPLY, Host, ip, programs, theirs};
 
 fn tc(args: &str) -> String {
     kernel::run("tc", &args.split(' ').collect::<Vec<_>>()).expect("tc")
@@ -234,4 +234,23 @@ fn capabilities_do_where_root_does() {
     let (code, said) = run(enough, &APPLY);
     assert_eq!(code, Some(3), "{said}");
     assert!(said.contains("[E0814]") && said.contains("that this user may write"), "{said}");
+}
+
+#[test]
+fn packets_that_other_rules_see_are_nobodys() {
+    let Some(host) = Host::new("fault-routing") else { return };
+    let apply = |more: &[&str], code| host.says(&[&APPLY, more].concat(), code);
+    // macvlans take packets from the device they are on, by their own Ethernet addresses.
+    ip("link add mv0 link eth0 type macvlan");
+    assert!(apply(&[], 3).contains("`eth0` is part of the macvlan `mv0`"));
+    ip("link del mv0");
+    // As transparent proxies have it: for some marks all addresses are local.
+    ip("route add local default dev lo table 300");
+    apply(&[], 0);
+    ip("rule add fwmark 1 lookup 300");
+    let said = apply(&[], 3);
+    assert!(said.contains("table 300, which calls 0.0.0.0 to 255.255.255.255 local"), "{said}");
+    apply(&["--local", "192.0.2.1"], 0);
+    host.says(&["flush"], 0);
+    host.says(&["apply", "rules.v4", "--replace", "--attach", "netfilter"], 0);
 }

@@ -237,7 +237,7 @@ impl Job<'_> {
         output: &Output,
     ) -> Result<Option<Part>, Failure> {
         let Live { sys, devices, device, surroundings } = *live;
-        let env = self.env(sys, session.family())?;
+        let env = self.env(sys, session.family(), attach, path)?;
         let accelerates = self.mode == Mode::Accelerate;
         let connections = match self.place {
             Some(place) if place.connections.is_some() => place.connections(attach)?,
@@ -487,13 +487,22 @@ impl Job<'_> {
         })
     }
 
-    /// The host's addresses: those the user gives, else the kernel's.
-    fn env(&self, sys: &Sys, family: Family) -> Result<Env, Failure> {
+    /// The host's addresses: those the user gives, else the kernel's. Before routing they have to tell INPUT's packets.
+    fn env(&self, sys: &Sys, family: Family, attach: Attach, path: &[Hook]) -> Result<Env, Failure> {
         let given = input::env(&self.options.input, family);
         if given.local.is_some() {
             return Ok(given);
         }
         let found = net::addresses(sys, family)?;
+        let early = matches!(attach, Attach::Xdp | Attach::TcIngress);
+        if early
+            && path.iter().any(|hook| matches!(hook, Hook::Input | Hook::Forward))
+            && let Some((addresses, table)) = found.by_policy
+        {
+            let address = |value| net::address(value, family);
+            let addresses = (address(addresses.lo()), address(addresses.hi()));
+            return Err(Error::LocalByPolicy { addresses, table }.into());
+        }
         Ok(Env { local: Some(found.local), broadcast: found.broadcast, ..given })
     }
 
