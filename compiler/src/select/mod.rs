@@ -82,8 +82,11 @@ const RARE_ENTRIES_MAX: usize = 16;
 
 /// Entries from which on a stage's look-up is worth a thread, and how many stages may have theirs found ahead: of more,
 /// most will not be decided by code.
+const AHEAD_ENTRIES: usize = 48;
+const AHEAD_STAGES_MAX: usize = 16;
+
+/// Entries from which on both structures that may decide a stage are tried at once.
 const LARGE_ENTRIES: usize = 256;
-const LARGE_STAGES_MAX: usize = 16;
 
 /// Entries of a stage that tells rare packets from others.
 const GUARD_ENTRIES_MAX: usize = 8;
@@ -218,7 +221,7 @@ fn busy(classifier: &Classifier) -> SecondaryMap<Stage, bool> {
 /// Whether a test holds for rare packets alone: fragments, and those whose transport header is cut short.
 fn is_rare(test: &Test) -> bool {
     match test.field {
-        Field::Fragment => !test.holds(0),
+        Field::Fragment | Field::FragOffset => !test.holds(0),
         Field::L4Len => !test.holds(u16::MAX.into()),
         _ => false,
     }
@@ -580,9 +583,9 @@ impl Selector<'_> {
         busy: &SecondaryMap<Stage, bool>,
         prefer: Prefer,
     ) -> Vec<(Stage, Option<(Shape, Tables)>)> {
-        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= LARGE_ENTRIES;
+        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= AHEAD_ENTRIES;
         let stages: Vec<Stage> =
-            self.classifier.stages.keys().rev().filter(large).take(LARGE_STAGES_MAX).collect();
+            self.classifier.stages.keys().rev().filter(large).take(AHEAD_STAGES_MAX).collect();
         if stages.len() < 2 || matches!(prefer, Prefer::Walk | Prefer::Linear) {
             return Vec::new();
         }
@@ -597,13 +600,21 @@ impl Selector<'_> {
             self.classifier.entries[*entry].cube.tests().iter().all(|test| fields.contains(&test.field))
         };
         entries.len() <= GUARD_ENTRIES_MAX
-            && entries.first().is_some_and(|first| asks(first, &[Field::Fragment, Field::L4Len]))
-            && entries.iter().all(|entry| asks(entry, &[Field::Fragment, Field::L4Len, Field::Proto]))
+            && entries
+                .first()
+                .is_some_and(|first| asks(first, &[Field::Fragment, Field::FragOffset, Field::L4Len]))
+            && entries
+                .iter()
+                .all(|entry| asks(entry, &[Field::Fragment, Field::FragOffset, Field::L4Len, Field::Proto]))
     }
 
     /// A stage as comparisons, if they are few.
     fn linear(&self, stage: Stage) -> Option<Shape> {
         let classifier = self.classifier;
+        // Each counts for one at least.
+        if classifier.stages[stage].entries.len() > LINEAR_TESTS_MAX {
+            return None;
+        }
         let mut entries = Vec::new();
         let mut total = 0;
         for &entry in &classifier.stages[stage].entries {
