@@ -137,17 +137,11 @@ impl Sets {
         self.sets.get(set)
     }
 
-    /// The set of a number as a bit set.
-    pub(super) fn write(&self, set: u32, into: &mut [u64]) {
-        into.fill(0);
-        for &(at, word) in self.get(set) {
-            into[at as usize] = word;
-        }
-    }
-
     /// The number of a set.
     pub(super) fn intern(&mut self, set: &Sparse) -> u32 {
-        let hash = set.iter().fold(0, |hash, &(at, word)| mix(hash, word.rotate_left(at)));
+        let hash = set.iter().fold(0u64, |hash, &(at, word)| {
+            (hash.rotate_left(5) ^ word.rotate_left(at)).wrapping_mul(0xd6e8_feb8_6659_fd93)
+        });
         self.sets.intern(set, hash)
     }
 }
@@ -159,9 +153,46 @@ pub(super) fn sparse(set: &[u64]) -> impl Iterator<Item = (u32, u64)> {
 
 /// The numbers in a set, ascending.
 pub(super) fn numbers(set: &Sparse) -> impl Iterator<Item = usize> {
-    set.iter().flat_map(|&(at, word)| {
-        let bits = std::iter::successors(Some(word), |bits| Some(bits & bits.wrapping_sub(1)));
-        bits.take_while(|&bits| bits != 0).map(move |bits| 64 * at as usize + bits.trailing_zeros() as usize)
+    set.iter().flat_map(|&(at, word)| numbers_of(at, word))
+}
+
+/// The numbers of the word at a place of a bit set, ascending.
+pub(super) fn numbers_of(at: u32, word: u64) -> impl Iterator<Item = usize> {
+    let bits = std::iter::successors(Some(word), |bits| Some(bits & bits.wrapping_sub(1)));
+    bits.take_while(|&bits| bits != 0).map(move |bits| 64 * at as usize + bits.trailing_zeros() as usize)
+}
+
+/// The numbers that are in one of two sets alone.
+pub(super) fn differing<'a>(a: &'a Sparse, b: &'a Sparse) -> impl Iterator<Item = (u32, u64)> + 'a {
+    let (mut a, mut b) = (a, b);
+    std::iter::from_fn(move || {
+        loop {
+            let found = match (a, b) {
+                ([], []) => return None,
+                ([first, rest @ ..], []) => {
+                    a = rest;
+                    *first
+                }
+                ([], [first, rest @ ..]) => {
+                    b = rest;
+                    *first
+                }
+                ([first, a_rest @ ..], [second, b_rest @ ..]) => {
+                    let (in_a, in_b) = (first.0 <= second.0, second.0 <= first.0);
+                    if in_a {
+                        a = a_rest;
+                    }
+                    if in_b {
+                        b = b_rest;
+                    }
+                    let word = if in_a { first.1 } else { 0 } ^ if in_b { second.1 } else { 0 };
+                    (first.0.min(second.0), word)
+                }
+            };
+            if found.1 != 0 {
+                return Some(found);
+            }
+        }
     })
 }
 
@@ -207,12 +238,11 @@ mod tests {
         assert_eq!([sets.intern(&of(&b)), sets.intern(&of(&a)), sets.intern(&of(&b))], [1, 0, 1]);
         assert_eq!(first_of_both(&[0, 0, 2], sets.get(0)), Some(129));
         assert_eq!(first_of_both(&[0, 0, 2], sets.get(1)), None);
+        assert_eq!(differing(sets.get(0), sets.get(1)).collect::<Vec<_>>(), [(2, 2)]);
+        assert_eq!(differing(sets.get(1), sets.get(1)).count(), 0);
         assert_eq!(numbers(sets.get(0)).collect::<Vec<_>>(), [3, 129]);
-        let mut written = vec![7; 3];
-        sets.write(0, &mut written);
-        assert_eq!(written, a);
         cut_after(&mut a, 129);
-        assert_eq!(a, written);
+        assert_eq!(a, [8, 0, 2]);
         cut_after(&mut a, 128);
         assert_eq!(a, [8, 0, 0]);
     }

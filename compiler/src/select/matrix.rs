@@ -5,10 +5,13 @@
 //! turns two classes into one, and the last table gives the exit. The order of the combinations is chosen by the size
 //! of the tables that come out.
 
+use polc_ir::at_once::each;
 use polc_ir::entities::Value;
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::{Sets, cut_after, first_of_both, insert, numbers, sparse};
+use super::classes::{
+    Sets, Sparse, cut_after, differing, first_of_both, insert, numbers, numbers_of, sparse,
+};
 use super::column::look_up;
 use super::line::Line;
 use super::problem::{Masked, Problem, Run};
@@ -27,6 +30,12 @@ const WORDS_MAX: usize = 1 << 26;
 
 /// Words of the bit sets that say which classes have an entry.
 const HAVING_WORDS_MAX: usize = 1 << 21;
+
+/// Cells from which on a table is worth a thread.
+const CELLS_FOR_A_THREAD: usize = 1 << 13;
+
+/// Rows that another may be made like.
+const LIKE_MAX: usize = 6;
 
 /// A stage as tables.
 #[derive(Debug)]
@@ -127,32 +136,7 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
         partials.push(pair);
     }
     if partials.len() == 3 {
-        // Of every order of three, the one with the smallest tables is taken.
-        let mut orders: Vec<(usize, usize, Partial, Vec<Node>)> = Vec::new();
-        let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
-        for (a, b, c) in [(0, 1, 2), (0, 2, 1), (1, 2, 0)] {
-            let nodes = builder.nodes.len();
-            let least = orders.iter().map(|(cells, ..)| *cells).min().unwrap_or(usize::MAX);
-            let first = size(&partials[a], &partials[b]);
-            let classes_max = CELLS_MAX.min(least.saturating_sub(first)) / partials[c].sets.len();
-            if first < least
-                && let Some(pair) = builder.pair(&partials[a], &partials[b], classes_max)
-            {
-                let cells = first + size(&pair, &partials[c]);
-                if cells < least && builder.afford_last(&pair, &partials[c]).is_some() {
-                    orders.push((cells, c, pair, builder.nodes.split_off(nodes)));
-                }
-            }
-            builder.nodes.truncate(nodes);
-        }
-        orders.sort_by_key(|(cells, ..)| *cells);
-        let nodes = builder.nodes.len();
-        let last = orders.into_iter().find_map(|(_, third, pair, own)| {
-            builder.nodes.truncate(nodes);
-            builder.nodes.extend(own);
-            builder.last(&pair, &partials[third])
-        });
-        partials = vec![last?];
+        partials = vec![builder.three(&partials)?];
     } else if partials.len() == 2 {
         builder.afford_last(&partials[0], &partials[1])?;
         partials = vec![builder.last(&partials[0].clone(), &partials[1].clone())?];
@@ -168,6 +152,15 @@ fn smallest(partials: &[Partial]) -> Option<(usize, usize)> {
     let pairs =
         (0..partials.len()).flat_map(|left| (left + 1..partials.len()).map(move |right| (left, right)));
     pairs.min_by_key(|&(left, right)| partials[left].sets.len() * partials[right].sets.len())
+}
+
+/// An order of three: two that are combined first, in a table of so many cells, and the third.
+struct Order<'a> {
+    numbers: (usize, usize, usize),
+    first: usize,
+    a: &'a Partial,
+    b: &'a Partial,
+    third: &'a Partial,
 }
 
 struct Builder<'a> {
@@ -247,6 +240,44 @@ impl Builder<'_> {
         Some(Partial { node: self.nodes.len() - 1, sets, columns })
     }
 
+    /// The tables of three: of every order, the one with the smallest. That whose first table is smallest comes first,
+    /// and the others can't win once they have more classes.
+    fn three(&mut self, partials: &[Partial]) -> Option<Partial> {
+        let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
+        let mut orders = [(0, 1, 2), (0, 2, 1), (1, 2, 0)].map(|numbers| {
+            let (a, b, third) = (&partials[numbers.0], &partials[numbers.1], &partials[numbers.2]);
+            Order { numbers, first: size(a, b), a, b, third }
+        });
+        orders.sort_by_key(|order| order.first);
+        let mut found: Vec<(usize, &Order<'_>, Node, Partial)> = Vec::new();
+        let (smallest, others) = orders.split_at(1);
+        for orders in [smallest, others] {
+            let least = found.iter().map(|(cells, ..)| *cells).min().unwrap_or(usize::MAX);
+            let mut open: Vec<&Order<'_>> = orders.iter().filter(|order| order.first < least).collect();
+            open.retain(|order| self.afford(order.first, order.a.sets.words()).is_some());
+            let table = |order: &&Order<'_>| {
+                let classes_max = CELLS_MAX.min(least - order.first) / order.third.sets.len();
+                self.table(order.a, order.b, classes_max)
+            };
+            let large = open.iter().all(|order| order.first >= CELLS_FOR_A_THREAD);
+            let tables: Vec<_> = if large { each(&open, table) } else { open.iter().map(table).collect() };
+            for (order, table) in open.into_iter().zip(tables) {
+                let Some((node, pair)) = table else { continue };
+                let cells = order.first + size(&pair, order.third);
+                if cells <= least && self.afford_last(&pair, order.third).is_some() {
+                    found.push((cells, order, node, pair));
+                }
+            }
+        }
+        found.sort_by_key(|(cells, order, ..)| (*cells, order.numbers));
+        let nodes = self.nodes.len();
+        found.into_iter().find_map(|(_, order, node, pair)| {
+            self.nodes.truncate(nodes);
+            self.nodes.push(node);
+            self.last(&pair, order.third)
+        })
+    }
+
     /// The table of two, if there is time for it and it gives at most so many classes.
     fn pair(&mut self, left: &Partial, right: &Partial, classes_max: usize) -> Option<Partial> {
         self.afford(left.sets.len() * right.sets.len(), left.sets.words())?;
@@ -255,47 +286,41 @@ impl Builder<'_> {
 
     /// The table of two, if it gives at most so many classes.
     fn paired(&mut self, left: &Partial, right: &Partial, classes_max: usize) -> Option<Partial> {
+        let (node, pair) = self.table(left, right, classes_max)?;
+        self.nodes.push(node);
+        Some(pair)
+    }
+
+    /// The same as the node that would come next.
+    fn table(&self, left: &Partial, right: &Partial, classes_max: usize) -> Option<(Node, Partial)> {
         let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
         let done = self.done(&columns);
         let mut sets = Sets::new(self.problem.entries.len());
-        let words = sets.words();
-        let (height, width) = (left.sets.len(), right.sets.len());
-        let mut cells = Vec::with_capacity(height * width);
-        let mut row = vec![0; words];
         let mut both: Vec<(u32, u64)> = Vec::new();
-        for a in 0..height as u32 {
-            if sets.len() > classes_max {
-                return None;
-            }
-            left.sets.write(a, &mut row);
-            for b in 0..width as u32 {
-                both.clear();
-                for &(at, word) in right.sets.get(b) {
-                    let word = word & row[at as usize];
-                    let finished = word & done[at as usize];
-                    if finished != 0 {
-                        // Up to the lowest that is finished.
-                        both.push((at, word & (finished ^ (finished - 1))));
-                        break;
-                    }
-                    if word != 0 {
-                        both.push((at, word));
-                    }
+        let cells = cells(left, right, |like, a, b| {
+            both.clear();
+            for &(at, word) in a {
+                let word = word & b[at as usize];
+                if word == 0 {
+                    continue;
                 }
-                // More often than not it is what the row before has there.
-                let above = cells.len().checked_sub(width).map(|above: usize| cells[above]);
-                let class = match above {
-                    Some(class) if sets.get(class) == both => class,
-                    _ => sets.intern(&both),
-                };
-                cells.push(class);
+                let finished = word & done[at as usize];
+                if finished != 0 {
+                    // Up to the lowest that is finished.
+                    both.push((at, word & (finished ^ (finished - 1))));
+                    break;
+                }
+                both.push((at, word));
             }
-        }
-        if sets.len() > classes_max {
-            return None;
-        }
-        self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
-        Some(Partial { node: self.nodes.len() - 1, sets, columns })
+            // It may be what is there in the other row all the same.
+            let class = match like {
+                Some(class) if sets.get(class) == both => class,
+                _ => sets.intern(&both),
+            };
+            (sets.len() <= classes_max).then_some(class)
+        })?;
+        let node = Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells };
+        Some((node, Partial { node: self.nodes.len(), sets, columns }))
     }
 
     /// Whether there is time for the table of two that gives what is wanted.
@@ -312,51 +337,15 @@ impl Builder<'_> {
         if self.wanted == Wanted::All {
             return self.paired(left, right, usize::MAX);
         }
-        let exits = self.problem.exits.len();
         let mut sets = Sets::new(self.problem.entries.len());
-        let (height, width) = (left.sets.len(), right.sets.len());
-        let mut class_of: Vec<Option<u32>> = vec![None; exits];
-        let mut cells = Vec::with_capacity(height * width);
-        // For each entry, the right classes that have it.
-        let words = width.div_ceil(64);
-        if self.problem.entries.len() * words > HAVING_WORDS_MAX {
-            return None;
-        }
-        let mut having = vec![0u64; self.problem.entries.len().max(1) * words];
-        for b in 0..width {
-            for entry in numbers(right.sets.get(b as u32)) {
-                insert(&mut having[entry * words..][..words], b);
-            }
-        }
-        let (mut open, mut first) = (vec![0u64; words], vec![0usize; width]);
-        for a in 0..height as u32 {
-            // The first entry of the left class that a right class has is theirs. A combination that no packet has may
-            // have none.
-            first.fill(0);
-            open.fill(u64::MAX);
-            let mut left_open = width;
-            for entry in numbers(left.sets.get(a)) {
-                for (word, (open, having)) in open.iter_mut().zip(&having[entry * words..]).enumerate() {
-                    let mut taken = *open & having;
-                    *open &= !having;
-                    left_open -= taken.count_ones() as usize;
-                    while taken != 0 {
-                        first[64 * word + taken.trailing_zeros() as usize] = entry;
-                        taken &= taken - 1;
-                    }
-                }
-                if left_open == 0 {
-                    break;
-                }
-            }
-            for &first in &first {
-                let class = &mut class_of[self.problem.exit_of[first] as usize];
-                cells.push(
-                    *class.get_or_insert_with(|| sets.intern(&[(first as u32 / 64, 1 << (first % 64))])),
-                );
-            }
-        }
-        self.nodes.push(Node::Pair { left: left.node, right: right.node, width, cells });
+        let mut class_of: Vec<Option<u32>> = vec![None; self.problem.exits.len()];
+        let cells = cells(left, right, |_, a, b| {
+            // A combination that no packet has may have no entry.
+            let first = first_of_both(b, a).unwrap_or(0);
+            let class = &mut class_of[self.problem.exit_of[first] as usize];
+            Some(*class.get_or_insert_with(|| sets.intern(&[(first as u32 / 64, 1 << (first % 64))])))
+        })?;
+        self.nodes.push(Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells });
         Some(Partial { node: self.nodes.len() - 1, sets, columns: Vec::new() })
     }
 
@@ -365,6 +354,89 @@ impl Builder<'_> {
         self.work += cells * words;
         (cells <= CELLS_MAX && self.work <= WORDS_MAX).then_some(())
     }
+}
+
+/// Classes and their entries as bits: the entries of each class, and the classes of each entry.
+struct Bits {
+    /// Words of a set of entries, and of one of classes.
+    words: [usize; 2],
+    entries: Vec<u64>,
+    classes: Vec<u64>,
+}
+
+impl Bits {
+    /// `None` if they are too many.
+    fn new(sets: &Sets) -> Option<Bits> {
+        let words = [sets.words(), sets.len().div_ceil(64)];
+        if 64 * words[0] * words[1] > HAVING_WORDS_MAX {
+            return None;
+        }
+        let mut bits = Bits {
+            words,
+            entries: vec![0; sets.len() * words[0]],
+            classes: vec![0; 64 * words[0] * words[1]],
+        };
+        for class in 0..sets.len() {
+            let set = sets.get(class as u32);
+            for &(at, word) in set {
+                bits.entries[class * words[0] + at as usize] = word;
+            }
+            for entry in numbers(set) {
+                insert(&mut bits.classes[entry * words[1]..][..words[1]], class);
+            }
+        }
+        Some(bits)
+    }
+
+    fn entries(&self, class: usize) -> &[u64] {
+        &self.entries[class * self.words[0]..][..self.words[0]]
+    }
+
+    fn classes(&self, entry: usize) -> &[u64] {
+        &self.classes[entry * self.words[1]..][..self.words[1]]
+    }
+}
+
+/// The cells of two, row by row; `None` if they are too many, or as soon as one is. `cell` gives the cell of a left
+/// class's entries and a right class's, and is told the one of the latter in a row that is mostly the same. That row is
+/// the one of the last left class, or of one that it was made like, whichever has the most entries in common with this:
+/// hosts follow one another and are all like the prefix that they are in. Only right classes that have one of the
+/// entries by which the two differ are asked about.
+fn cells(
+    left: &Partial,
+    right: &Partial,
+    mut cell: impl FnMut(Option<u32>, &Sparse, &[u64]) -> Option<u32>,
+) -> Option<Vec<u32>> {
+    let bits = Bits::new(&right.sets)?;
+    let (height, width) = (left.sets.len(), right.sets.len());
+    let mut cells: Vec<u32> = Vec::with_capacity(height * width);
+    for b in 0..width {
+        cells.push(cell(None, left.sets.get(0), bits.entries(b))?);
+    }
+    // For each row, the one that it was made like.
+    let mut likes: Vec<u32> = vec![0];
+    let mut changed = vec![0u64; bits.words[1]];
+    for a in 1..height as u32 {
+        let row = left.sets.get(a);
+        let unlike =
+            |other: u32| differing(row, left.sets.get(other)).map(|(_, word)| word.count_ones()).sum::<u32>();
+        let before = std::iter::successors(Some(a - 1), |&row| Some(likes[row as usize]));
+        let like = before.take(LIKE_MAX).min_by_key(|&row| unlike(row)).expect("there is one before");
+        likes.push(like);
+        changed.fill(0);
+        for entry in differing(row, left.sets.get(like)).flat_map(|(at, word)| numbers_of(at, word)) {
+            for (changed, classes) in changed.iter_mut().zip(bits.classes(entry)) {
+                *changed |= classes;
+            }
+        }
+        let begin = cells.len();
+        cells.extend_from_within(like as usize * width..(like as usize + 1) * width);
+        for b in sparse(&changed).flat_map(|(at, word)| numbers_of(at, word)) {
+            let place = &mut cells[begin + b];
+            *place = cell(Some(*place), row, bits.entries(b))?;
+        }
+    }
+    Some(cells)
 }
 
 impl Matrix {
