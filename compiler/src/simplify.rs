@@ -374,8 +374,8 @@ fn rebuild(
         }
     }
     let mut rebuilt = Classifier {
-        stages: PrimaryMap::new(),
-        entries: PrimaryMap::new(),
+        stages: PrimaryMap::with_capacity(classifier.stages.len()),
+        entries: PrimaryMap::with_capacity(entries.values().map(Vec::len).sum()),
         root,
         family: classifier.family,
         place: classifier.place,

@@ -171,8 +171,8 @@ impl Cube {
 
     /// The test of a field under a mask.
     pub fn test(&self, field: Field, mask: u128) -> Option<&Test> {
-        let at = self.tests.binary_search_by(|have| (have.field, have.mask).cmp(&(field, mask))).ok()?;
-        Some(&self.tests[at])
+        // There are few, so that looking at all takes less than searching.
+        self.tests.iter().find(|have| have.field == field && have.mask == mask)
     }
 
     /// Whether the cube holds for a packet whose fields `value` gives.

@@ -29,7 +29,17 @@ pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &
     let sides = [0, 1].map(|side: usize| sides[side].as_ref());
     let all = [0, 1].map(|side| widths(sides[side], asked.iter().map(|asked| asked.sides[side])));
     let mut best: Option<(u64, [Group; GROUPS])> = None;
+    let widest = |side: usize| {
+        let wide = asked.iter().map(|asked| all[side].of(asked.sides[side]));
+        wide.max().unwrap_or(0)
+    };
+    let widest = widest(0).max(widest(1));
+    let mut before = 0;
     for threshold in THRESHOLDS {
+        // Nothing is wide, as with the threshold before.
+        if std::mem::replace(&mut before, threshold) > widest {
+            break;
+        }
         let mut parts: [Group; GROUPS] = Default::default();
         for entry in 0..entries {
             let wide = [0, 1].map(|side| {

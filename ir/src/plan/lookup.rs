@@ -47,16 +47,11 @@ impl DataTable {
     }
 
     /// The same, where it is known that no element is larger than `largest`.
-    pub fn of(
-        elements: impl ExactSizeIterator<Item = u64> + DoubleEndedIterator + Clone,
-        largest: u64,
-    ) -> DataTable {
+    pub fn of(elements: impl ExactSizeIterator<Item = u64>, largest: u64) -> DataTable {
         let (width, bytes) = DataTable::size(elements.len(), largest);
         let mut bytes = vec![0; bytes];
-        let last = elements.clone().next_back().unwrap_or(0);
-        let elements = elements.chain(std::iter::repeat(last));
         match width {
-            1 => bytes.iter_mut().zip(elements).for_each(|(byte, element)| *byte = element as u8),
+            1 => fill(&mut bytes, elements.map(|element| [element as u8])),
             2 => fill(&mut bytes, elements.map(|element| (element as u16).to_le_bytes())),
             4 => fill(&mut bytes, elements.map(|element| (element as u32).to_le_bytes())),
             _ => fill(&mut bytes, elements.map(u64::to_le_bytes)),
@@ -111,10 +106,12 @@ where
     (max.into(), bits.into())
 }
 
-/// Fills a table's bytes with elements.
-fn fill<const WIDTH: usize>(bytes: &mut [u8], elements: impl Iterator<Item = [u8; WIDTH]>) {
+/// Fills a table's bytes with elements, and what is behind them with the last.
+fn fill<const WIDTH: usize>(bytes: &mut [u8], elements: impl ExactSizeIterator<Item = [u8; WIDTH]>) {
     let (places, _) = bytes.as_chunks_mut::<WIDTH>();
-    places.iter_mut().zip(elements).for_each(|(place, element)| *place = element);
+    let (own, padding) = places.split_at_mut(elements.len());
+    own.iter_mut().zip(elements).for_each(|(place, element)| *place = element);
+    padding.fill(own.last().copied().unwrap_or([0; WIDTH]));
 }
 
 /// An operation on 64-bit values.
