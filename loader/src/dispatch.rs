@@ -111,11 +111,16 @@ impl Hooks {
         Ok(Hooks { word: map, none: (program, id) })
     }
 
-    /// The same, made if it is not there.
+    /// The same, made if it is not there, unless another hook goes by one that was lost.
     fn make(sys: &Sys, slot: &Slot) -> Result<Hooks, Error> {
         let (word, none) = (slot.hooks_word(), slot.hooks_none());
         let fail = || Error::call("make what netfilter hooks share");
         if attach::open_pin(sys, &word)?.is_none() {
+            for other in slot.at_other_hooks(sys)? {
+                if attach::open_link(sys, &other)?.is_some() {
+                    return Hooks::open(sys, slot);
+                }
+            }
             let spec = MapSpec {
                 map_type: MapType::ARRAY.0,
                 key_bytes: 4,

@@ -209,6 +209,10 @@ fn pins_that_are_something_else_are_told_and_removed() {
         fs::remove_file(shared.join(pin)).expect("it is there");
         let said = host.says(&["status", "--sample", "0"], 3);
         assert!(said.contains("[E0812]") && said.contains("it is not there"), "{said}");
+        if pin == "word" {
+            host.says(&["apply", "rules.v4", "--replace", "--attach", "netfilter", "--hook", "output"], 3);
+            assert!(!shared.join(pin).exists(), "another hook goes by the one that was lost");
+        }
         fs::hard_link(&other, shared.join(pin)).expect("a pin");
         let said = host.says(&["status", "--sample", "0"], 3);
         assert!(said.contains("[E0812]") && said.contains("it is something else"), "{said}");
