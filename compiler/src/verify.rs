@@ -38,6 +38,9 @@ pub const WRONG_TABLE: Code = Code(532);
 /// Bound on packets times entries, since the reference levels look at entries one by one.
 const WORK_MAX: usize = 400_000_000;
 
+/// Of that bound, one part in so many is for packets aimed at rules: they get deep into the rules, and take longest.
+const AIMED_PART: usize = 4;
+
 /// Packets at each place however many entries there are.
 const PACKETS_MIN: usize = 1_000;
 
@@ -140,7 +143,9 @@ pub fn verify(
         Witnesses::of_plan(&compiled.classifier, &compiled.plan, &devices.declared, Effort::THOROUGH, seed);
     let most = (WORK_MAX / entries).max(PACKETS_MIN);
     let aimed = Aimed::new(&session.ruleset, &compiled.classifier, env, &devices.declared, seed);
-    let (own, made) = (aimed.most().min(most), (witnesses.enough() + random).min(most));
+    let looked_at = entries.max(ruleset.rules.len());
+    let own = aimed.most().min((WORK_MAX / AIMED_PART / looked_at).max(PACKETS_MIN));
+    let made = (witnesses.enough() + random).min(most);
     let total = own + made;
     let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
     let mut show = |levels: &mut Levels<'_>, mut input: Input| {

@@ -1,9 +1,10 @@
 //! Packets aimed at rules: made from the rules' own clauses, so that they come where the rules say so whatever was lost
 //! when a classifier was made of them.
 //!
-//! For each rule there is a packet that satisfies it, and one at each value at which one of its tests changes its mind
-//! while the rest holds. A way to the rule is chosen, by the rules that jump to its chain; where the reference evaluator
-//! says that an earlier rule caught the packet, one of that rule's tests is made to fail, as in `directed`.
+//! For each rule there is a packet that satisfies it: a way to the rule is chosen, by the rules that jump to its chain;
+//! where the reference evaluator says that an earlier rule caught the packet, one of that rule's tests is made to fail, as
+//! in `directed`. Then there are packets like it but for one field: at each value at which one of the rule's tests changes
+//! its mind.
 
 use cranelift_entity::{EntitySet, SecondaryMap};
 use polc_ir::classifier::Classifier;
@@ -28,7 +29,7 @@ const JUMPS_MAX: usize = 64;
 /// Intervals of a test whose ends packets are made for: the first, the last, and some between.
 const INTERVALS_MAX: usize = 64;
 /// Clauses that the evaluator looks at for all packets together.
-const WORK_MAX: usize = 20_000_000;
+const WORK_MAX: usize = 10_000_000;
 
 /// What a packet is aimed at.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +37,13 @@ struct Target {
     rule: Rule,
     /// A clause and one of its tests, and which of the test's values; else the packet just satisfies the rule.
     edge: Option<(u32, u32, u32)>,
+}
+
+/// A packet that satisfies a rule, or gets as near as it came: its fields, and the seed of what they leave open.
+#[derive(Clone, Debug)]
+struct Base {
+    wanted: Wanted,
+    seed: u64,
 }
 
 /// A sequence of packets for the rules of a place, which ends.
@@ -50,6 +58,7 @@ pub struct Aimed<'a> {
     /// The rules that lead to each chain.
     callers: SecondaryMap<Chain, Vec<Rule>>,
     targets: Vec<Target>,
+    bases: SecondaryMap<Rule, Option<Base>>,
     next: usize,
     work: usize,
 }
@@ -72,6 +81,7 @@ impl<'a> Aimed<'a> {
             random: Random::new(seed),
             callers: SecondaryMap::new(),
             targets: Vec::new(),
+            bases: SecondaryMap::new(),
             next: 0,
             work: 0,
         };
@@ -163,26 +173,13 @@ impl<'a> Aimed<'a> {
         Some(rest.iter().cloned().chain([beside]).collect())
     }
 
-    /// What a packet is like that does what is asked of the target's rule.
-    fn goal(&mut self, target: Target) -> Option<Cube> {
-        let clauses = &self.ruleset.rules[target.rule].clauses;
+    /// What a packet is like that satisfies a rule.
+    fn goal(&mut self, rule: Rule) -> Option<Cube> {
         let mut goal = Cube::all();
-        for (at, clause) in clauses.iter().enumerate() {
-            let edge = target.edge.filter(|(clause, ..)| *clause as usize == at);
-            match (&clause.kind, edge) {
-                (ClauseKind::Any(tests), Some((_, test, value))) => {
-                    let value = self.values(tests.get(test as usize)?).into_iter().nth(value as usize)?;
-                    goal = goal.intersect(&value, self.ruleset.family)?;
-                }
-                (ClauseKind::Any(tests), None) => {
-                    let test = tests.get(self.random.below(tests.len().max(1)))?;
-                    goal = self.satisfying(&goal, test)?;
-                }
-                (ClauseKind::Hotdrop(tests), Some(_)) => {
-                    let all = tests.iter().all(|test| goal.and(test, self.ruleset.family));
-                    return all.then_some(goal);
-                }
-                _ => {}
+        for clause in &self.ruleset.rules[rule].clauses {
+            if let ClauseKind::Any(tests) = &clause.kind {
+                let test = tests.get(self.random.below(tests.len().max(1)))?;
+                goal = self.satisfying(&goal, test)?;
             }
         }
         Some(goal)
@@ -228,31 +225,51 @@ impl<'a> Aimed<'a> {
         demands
     }
 
-    /// A packet for a target, or one that gets as near as it came.
-    fn reach(&mut self, target: Target) -> Option<Input> {
+    /// A packet that satisfies a rule, or gets as near as it came.
+    fn reach(&mut self, rule: Rule) -> Option<Base> {
         let mut best = None;
         let first = self.random.below(usize::from(u16::MAX));
         for way in first..first + WAYS_MAX {
-            let Some(goal) = self.goal(target) else { continue };
-            let mut demands = self.way(target.rule, &goal, way);
-            let seed = self.random.next_u64();
-            let mut wanted = Wanted::new();
+            let Some(goal) = self.goal(rule) else { continue };
+            let mut demands = self.way(rule, &goal, way);
+            let mut base = Base { wanted: Wanted::new(), seed: self.random.next_u64() };
             for test in demands.tests() {
-                wanted.entry(test.field).or_insert_with(|| {
+                base.wanted.entry(test.field).or_insert_with(|| {
                     pick(self.ruleset.family, &demands, test.field, Choice::Any, &mut self.random)
                 });
             }
             for _ in 0..REPAIRS_MAX {
-                let input = self.input(&wanted, seed);
-                let caught = self.follow(target.rule, &input);
-                best = Some(input);
+                let caught = self.follow(rule, &self.input(&base.wanted, base.seed));
+                best = Some(base.clone());
                 let Some(by) = caught else { return best };
-                let Some(field) = by.and_then(|by| self.avoid(by, &mut demands)) else { break };
+                let Some(field) = self.avoid(&by, &mut demands) else { break };
                 let value = pick(self.ruleset.family, &demands, field, Choice::Any, &mut self.random);
-                wanted.insert(field, value);
+                base.wanted.insert(field, value);
             }
         }
         best
+    }
+
+    /// The fields of the packet that satisfies a rule, but at one of the values of one of its tests; or all that a clause
+    /// drops it for.
+    fn at_edge(&mut self, base: &Base, rule: Rule, (clause, test, value): (u32, u32, u32)) -> Option<Wanted> {
+        let cube = match &self.ruleset.rules[rule].clauses.get(clause as usize)?.kind {
+            ClauseKind::Any(tests) => {
+                self.values(tests.get(test as usize)?).into_iter().nth(value as usize)?
+            }
+            ClauseKind::Hotdrop(tests) => {
+                let mut all = Cube::all();
+                tests.iter().all(|test| all.and(test, self.ruleset.family)).then_some(all)?
+            }
+            ClauseKind::Effect(_) | ClauseKind::Opaque(_) | ClauseKind::Beyond(_) => return None,
+        };
+        let mut wanted = base.wanted.clone();
+        for test in cube.tests() {
+            let value = pick(self.ruleset.family, &cube, test.field, Choice::Any, &mut self.random);
+            let before = wanted.get(&test.field).copied().unwrap_or(value);
+            wanted.insert(test.field, before & !test.mask | value & test.mask);
+        }
+        Some(wanted)
     }
 
     fn input(&self, wanted: &Wanted, seed: u64) -> Input {
@@ -263,17 +280,21 @@ impl<'a> Aimed<'a> {
         input
     }
 
-    /// Whether a packet comes to a rule: if not, the rule that caught it before, if one did.
-    fn follow(&mut self, rule: Rule, input: &Input) -> Option<Option<Rule>> {
-        let (mut came, mut caught, mut looked) = (false, None, 0);
+    /// Whether a packet comes to a rule: if not, the jumps that it took and the rule that caught it, which is the last.
+    fn follow(&mut self, rule: Rule, input: &Input) -> Option<Vec<Rule>> {
+        let (mut came, mut caught, mut by, mut looked) = (false, false, Vec::new(), 0);
         let rules = &self.ruleset.rules;
         let mut trace = |event| {
             looked += 1;
             match event {
                 Event::Clause(at, ..) | Event::Matched(at) if at == rule => came = true,
-                Event::Matched(at) | Event::Possible(at) if !came => match rules[at].action {
-                    Action::Continue | Action::Jump(_) | Action::Write(_) | Action::Effect { .. } => {}
-                    _ => caught = Some(at),
+                Event::Matched(at) | Event::Possible(at) if !came && !caught => match rules[at].action {
+                    Action::Continue | Action::Write(_) | Action::Effect { .. } => {}
+                    Action::Jump(_) | Action::Goto(_) | Action::Return => by.push(at),
+                    _ => {
+                        by.push(at);
+                        caught = true;
+                    }
                 },
                 _ => {}
             }
@@ -281,11 +302,15 @@ impl<'a> Aimed<'a> {
         let place = &self.classifier.place;
         self.ruleset.eval_traced(place, self.env, input, &mut State::new(0), &mut trace);
         self.work += looked;
-        (!came).then_some(caught)
+        (!came).then_some(by)
     }
 
-    /// Demands that one of a rule's tests fails; which field changes for that.
-    fn avoid(&mut self, rule: Rule, demands: &mut Cube) -> Option<Field> {
+    /// Demands that a test of the last of these rules fails that can, or else one before; which field changes for that.
+    fn avoid(&mut self, rules: &[Rule], demands: &mut Cube) -> Option<Field> {
+        rules.iter().rev().find_map(|&rule| self.avoid_one(rule, demands))
+    }
+
+    fn avoid_one(&mut self, rule: Rule, demands: &mut Cube) -> Option<Field> {
         let family = self.ruleset.family;
         let clauses = &self.ruleset.rules[rule].clauses;
         let start = self.random.below(clauses.len().max(1));
@@ -315,10 +340,23 @@ impl Iterator for Aimed<'_> {
 
     fn next(&mut self) -> Option<Input> {
         loop {
-            let target = *self.targets.get(self.next).filter(|_| self.work < WORK_MAX)?;
+            let Target { rule, edge } = *self.targets.get(self.next)?;
             self.next += 1;
-            if let Some(input) = self.reach(target) {
-                return Some(input);
+            let Some(edge) = edge else {
+                if self.work < WORK_MAX {
+                    self.bases[rule] = self.reach(rule);
+                }
+                match &self.bases[rule] {
+                    Some(base) => return Some(self.input(&base.wanted, base.seed)),
+                    None => continue,
+                }
+            };
+            let Some(base) = self.bases[rule].take() else { continue };
+            let wanted = self.at_edge(&base, rule, edge);
+            let input = wanted.map(|wanted| self.input(&wanted, base.seed));
+            self.bases[rule] = Some(base);
+            if input.is_some() {
+                return input;
             }
         }
     }
