@@ -77,7 +77,7 @@ pub fn split(classifier: Classifier) -> Classifier {
         let top = max_value(Field::L4Len.bits(family));
         let first = sees_later.then(|| Test::new(Field::FragOffset, family, IntervalSet::point(0)));
         let long = Test::new(Field::L4Len, family, IntervalSet::range(most, top));
-        ways.push(([long].into_iter().chain(first).collect(), long_enough));
+        ways.push((first.into_iter().chain([long]).collect(), long_enough));
     }
     if sees_later {
         let takes = |entry: &EntryData| {

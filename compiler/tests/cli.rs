@@ -488,7 +488,8 @@ fn a_named_place_is_the_same_to_every_command() {
 }
 
 /// Commands that print something.
-const PRINTING: [&[&str]; 9] = [
+const PRINTING: [&[&str]; 10] = [
+    &["--help"],
     &["check", "good.v4.rules"],
     &["check", "--format", "json", "good.v4.rules"],
     &["check", "--format", "sarif", "good.v4.rules"],

@@ -26,13 +26,14 @@ fn asks_empty(ruleset: &Ruleset, clause: &Clause) -> Option<Diagnostic> {
         SetContents::Unknown => false,
     };
     let effect = if test.holds(0) { "this holds for every packet" } else { "the rule never matches" };
+    // Members of the other family were left out.
+    let what = match &data.contents {
+        SetContents::Sets(_) => format!("list `{}` has no set with {} addresses", data.name, ruleset.family),
+        _ => format!("set `{}` has no elements", data.name),
+    };
     empty.then(|| {
-        Diagnostic::warning(
-            EMPTY_SET,
-            format!("set `{}` has no elements, so {effect}", data.name),
-            clause.span,
-        )
-        .with_label(data.span, "created here")
-        .with_hint("give the set's elements in the ipset file, or remove the rule")
+        Diagnostic::warning(EMPTY_SET, format!("{what}, so {effect}"), clause.span)
+            .with_label(data.span, "created here")
+            .with_hint("give the set's elements in the ipset file, or remove the rule")
     })
 }

@@ -29,7 +29,7 @@ const JUMPS_MAX: usize = 64;
 /// Intervals of a test whose ends packets are made for: the first, the last, and some between.
 const INTERVALS_MAX: usize = 64;
 /// Clauses that the evaluator looks at for all packets together.
-const WORK_MAX: usize = 10_000_000;
+const WORK_MAX: usize = 5_000_000;
 
 /// What a packet is aimed at.
 #[derive(Clone, Copy, Debug)]
@@ -225,8 +225,8 @@ impl<'a> Aimed<'a> {
         demands
     }
 
-    /// A packet that satisfies a rule, or gets as near as it came.
-    fn reach(&mut self, rule: Rule) -> Option<Base> {
+    /// A packet that satisfies a rule, or gets as near as it came with so many repairs.
+    fn reach(&mut self, rule: Rule, repairs: usize) -> Option<Base> {
         let mut best = None;
         let first = self.random.below(usize::from(u16::MAX));
         for way in first..first + WAYS_MAX {
@@ -238,7 +238,10 @@ impl<'a> Aimed<'a> {
                     pick(self.ruleset.family, &demands, test.field, Choice::Any, &mut self.random)
                 });
             }
-            for _ in 0..REPAIRS_MAX {
+            if repairs == 0 {
+                return Some(base);
+            }
+            for _ in 0..repairs {
                 let caught = self.follow(rule, &self.input(&base.wanted, base.seed));
                 best = Some(base.clone());
                 let Some(by) = caught else { return best };
@@ -343,9 +346,9 @@ impl Iterator for Aimed<'_> {
             let Target { rule, edge } = *self.targets.get(self.next)?;
             self.next += 1;
             let Some(edge) = edge else {
-                if self.work < WORK_MAX {
-                    self.bases[rule] = self.reach(rule);
-                }
+                // Behind the bound, what rules before would catch is not looked for.
+                let repairs = if self.work < WORK_MAX { REPAIRS_MAX } else { 0 };
+                self.bases[rule] = self.reach(rule, repairs);
                 match &self.bases[rule] {
                     Some(base) => return Some(self.input(&base.wanted, base.seed)),
                     None => continue,

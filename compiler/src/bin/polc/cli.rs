@@ -1,6 +1,7 @@
 //! The command line's grammar: every command, option and default, and the text of `--help` and the man pages.
 
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -10,6 +11,7 @@ use polc_ir::hook::{Family, Hook, Semantics};
 
 use crate::failure::Failure;
 use crate::local::LocalAddress;
+use crate::output::Output;
 
 #[cfg(feature = "kernel")]
 mod applied;
@@ -40,7 +42,14 @@ impl Cli {
     /// The process's command line. ipset's `-exist` is the one long option with one dash.
     pub(crate) fn of_process() -> Cli {
         let word = |word: OsString| if word == "-exist" { "--exist".into() } else { word };
-        Cli::parse_from(std::env::args_os().map(word))
+        Cli::try_parse_from(std::env::args_os().map(word)).unwrap_or_else(|told| {
+            // Help that can't be written is an error, too, unless nobody reads it.
+            let lost = told.print().err().filter(|error| error.kind() != ErrorKind::BrokenPipe);
+            std::process::exit(lost.map_or(told.exit_code(), |error| {
+                Output::new(ColorChoice::Auto).error(&format!("cannot write `standard output`: {error}"));
+                2
+            }))
+        })
     }
 }
 
