@@ -331,6 +331,23 @@ fn addresses_are_followed() {
     host.says(&["watch", "--once"], 1);
 }
 
+/// A rule set that stands at several hooks is applied anew at all of them together.
+#[test]
+fn hooks_follow_together() {
+    let rules = STATEFUL.replace(":FORWARD ACCEPT", ":FORWARD DROP");
+    let Some(host) = Host::new("acc-hooks", &rules) else { return };
+    host.says(&["apply", "rules.v4", "--attach", "netfilter"], 0);
+    let status = |host: &Host| host.says(&["status", "--sample", "0"], 0);
+    let hooks = status(&host).matches("generation 1,").count();
+    assert!(hooks > 1, "{hooks}");
+    ip("addr add 192.0.2.9/32 dev eth0");
+    let said = host.says(&["watch", "--once"], 0);
+    assert_eq!(said.matches("applying anew").count(), hooks, "{said}");
+    assert_eq!(said.matches(" compiled, ").count(), 1, "by one command: {said}");
+    assert_eq!(status(&host).matches("generation 2,").count(), hooks);
+    host.says(&["flush"], 0);
+}
+
 /// A socket that DHCP clients have: it sees every frame of IPv4 before any rule does (packet(7)). One for every protocol
 /// would see frames before tc does, too (net/core/dev.c, `__netif_receive_skb_core`).
 fn packet_socket() -> File {

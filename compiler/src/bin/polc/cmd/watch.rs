@@ -4,7 +4,7 @@
 //! not tell when they change, so they are read at intervals; a program whose rules are no longer the kernel's is
 //! suspended by one word in its memory, and leaves every packet to the kernel until they are again. Addresses, links and
 //! announced connections are what programs were compiled for: when they change, the policy is applied anew, which swaps
-//! the program atomically; not, though, where `polc set` has changed a set since, which is told instead. Changes of the
+//! its programs at once; not, though, where `polc set` has changed a set since, which is told instead. Changes of the
 //! network are told over netlink and wake the command at once.
 //!
 //! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
@@ -39,11 +39,9 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
     let sys = Sys::new();
     let mut said = Said { output, by_slot: BTreeMap::new() };
     if args.once {
-        let Opened { policies, failed, .. } = applied::open_some(&sys, &args.slots, output)?;
-        let mut well = true;
-        for policy in &policies {
-            well &= look(&sys, policy, &mut said)?;
-        }
+        let Opened { policies, mut failed, .. } = applied::open_some(&sys, &args.slots, output)?;
+        let (well, failures) = look_at(&sys, &policies, &mut said);
+        failed.extend(failures.into_iter().map(|(_, failure)| failure));
         live::all_well(failed, output)?;
         return Ok(if well { ExitCode::SUCCESS } else { FOUND.into() });
     }
@@ -53,25 +51,68 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
     let interval = Duration::from_millis(args.interval.into());
     loop {
         live::take_back_overdue(&sys, &args.slots, output)?;
+        let mut policies = Vec::new();
         for slot in live::slots(&sys, &args.slots)? {
-            let policy = match status::open(&sys, &store, &slot) {
-                Ok(policy) => policy,
-                Err(error) => {
-                    said.of(&slot, &Failure::from(error).to_string());
-                    continue;
-                }
-            };
+            match status::open(&sys, &store, &slot) {
+                Ok(policy) => policies.push(policy),
+                Err(error) => said.of(&slot, &Failure::from(error).to_string()),
+            }
+        }
+        for (policy, failure) in look_at(&sys, &policies, &mut said).1 {
             // A policy that is replaced or removed meanwhile is looked at again, or no more.
-            if let Err(failure) = look(&sys, &policy, &mut said)
-                && policy.is_attached(&sys).unwrap_or(true)
-            {
-                said.of(&slot, &failure.to_string());
+            if policy.is_attached(&sys).unwrap_or(true) {
+                said.of(&policy.slot, &failure.to_string());
             }
         }
         if wait(&sys, &signals, &mut changes, interval)? {
             return Ok(ExitCode::SUCCESS);
         }
     }
+}
+
+/// What a policy takes to be in step with the host.
+enum Step {
+    /// Nothing: it is.
+    Nothing,
+    /// More than can be done here, as was said.
+    Off,
+    /// To be applied with these options anew.
+    Anew(Vec<String>),
+}
+
+/// Brings policies in step with the host; whether they are, and what failed.
+fn look_at<'p>(sys: &Sys, policies: &'p [Open], said: &mut Said<'_>) -> (bool, Vec<(&'p Open, Failure)>) {
+    let (mut well, mut failed) = (true, Vec::new());
+    let mut anew: Vec<Anew<'_>> = Vec::new();
+    for policy in policies {
+        let step = look(sys, policy, said).and_then(|step| match step {
+            Step::Anew(options) => Anew::new(sys, policy, &options).map(Some),
+            Step::Off => {
+                well = false;
+                Ok(None)
+            }
+            Step::Nothing => Ok(None),
+        });
+        match step {
+            Ok(None) => {}
+            // Several hooks that have the same rules are changed at once, as they were when they got them.
+            Ok(Some(one)) => match anew.iter_mut().find(|other| other.what == one.what) {
+                Some(other) => {
+                    other.policies.extend(one.policies);
+                    other.hooks.extend(one.hooks);
+                }
+                None => anew.push(one),
+            },
+            Err(failure) => failed.push((policy, failure)),
+        }
+    }
+    for one in &anew {
+        match one.apply() {
+            Ok(applied) => well &= applied,
+            Err(failure) => failed.push((one.policies[0], failure)),
+        }
+    }
+    (well, failed)
 }
 
 /// What was last said of each policy: the same is not said again until something else was.
@@ -106,8 +147,8 @@ fn wait(
     Ok(ready.first() == Some(&true))
 }
 
-/// Brings a policy in step with the host; whether it is.
-fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<bool, Failure> {
+/// Suspends a policy, or lets it go on, as the host has it; what else it takes.
+fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> {
     let manifest = &policy.object.manifest;
     let accelerates = manifest.mode == Some(Mode::Accelerate);
     let kept: Option<Vec<u8>> = policy.file(sys, live::HOST_FILE)?;
@@ -116,13 +157,13 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<bool, Failure> 
     let options: Option<Vec<String>> = options.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let (Some(kept), Some(options)) = (kept, options) else {
         said.of(&policy.slot, "applied by a polc that kept no record of the host; apply it again");
-        return Ok(false);
+        return Ok(Step::Off);
     };
     let checked = accelerates && !options.iter().any(|option| option == "--unchecked");
     if checked && let Some(why) = disagreement(sys, policy)? {
         suspend(sys, policy, true)?;
         said.of(&policy.slot, &format!("suspended, the kernel's rules are not its own: {why}"));
-        return Ok(false);
+        return Ok(Step::Off);
     }
     let family = manifest.family.unwrap_or(policy.slot.family);
     let device = policy.slot.device.as_deref();
@@ -141,7 +182,7 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<bool, Failure> 
             said.of(&policy.slot, "goes on, the kernel's rules are its own again");
         }
         said.nothing_of(&policy.slot);
-        return Ok(true);
+        return Ok(Step::Nothing);
     }
     suspend(sys, policy, true)?;
     if let Some(set) = changed_set(sys, policy)? {
@@ -149,10 +190,10 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<bool, Failure> 
             "the host has changed, and so has set `{set}` since it was applied; apply it again with the set as it is"
         );
         said.of(&policy.slot, &what);
-        return Ok(false);
+        return Ok(Step::Off);
     }
     said.of(&policy.slot, "the host has changed, applying anew");
-    apply_anew(sys, policy, &options)
+    Ok(Step::Anew(options))
 }
 
 /// Why the kernel's rules are not those that a policy was compiled from, if they aren't.
@@ -207,16 +248,54 @@ fn changed_set<'a>(sys: &Sys, policy: &'a Open) -> Result<Option<&'a str>, Failu
     Ok(None)
 }
 
-/// Applies the rules of a policy again, as `polc apply` does; whether that went well. What was in force before stays
-/// otherwise, suspended where it can be.
-fn apply_anew(sys: &Sys, policy: &Open, options: &[String]) -> Result<bool, Failure> {
-    let program = std::env::current_exe().map_err(Error::call("find polc itself"))?;
-    let mut command = Command::new(program);
-    command.arg("apply").args(options).args(["--named", &policy.generation.source]);
-    // The files are read before they are replaced.
-    for (name, _) in policy.files(sys, live::SETS_PREFIX)? {
-        command.arg("--ipset").arg(policy.path(&name));
+/// Policies to be applied anew by one `polc apply`.
+struct Anew<'p> {
+    policies: Vec<&'p Open>,
+    /// The hooks of their programs.
+    hooks: Vec<String>,
+    what: What,
+}
+
+/// What is applied, but for the hooks.
+#[derive(PartialEq, Eq)]
+struct What {
+    options: Vec<String>,
+    source: String,
+    rules: Option<Vec<u8>>,
+    sets: Vec<(String, Vec<u8>)>,
+}
+
+impl<'p> Anew<'p> {
+    fn new(sys: &Sys, policy: &'p Open, options: &[String]) -> Result<Anew<'p>, Failure> {
+        let (mut others, mut hooks) = (Vec::new(), Vec::new());
+        let mut words = options.iter();
+        while let Some(word) = words.next() {
+            if word == "--hook" { hooks.extend(words.next().cloned()) } else { others.push(word.clone()) }
+        }
+        let what = What {
+            options: others,
+            source: policy.generation.source.clone(),
+            rules: policy.file(sys, live::RULES_FILE)?,
+            sets: policy.files(sys, live::SETS_PREFIX)?,
+        };
+        Ok(Anew { policies: vec![policy], hooks, what })
     }
-    command.arg(policy.path(live::RULES_FILE)).stdin(Stdio::null());
-    Ok(command.status().map_err(Error::call("run polc apply"))?.success())
+
+    /// Applies the rules again, as `polc apply` does; whether that went well. What was in force before stays otherwise,
+    /// suspended where it can be.
+    fn apply(&self) -> Result<bool, Failure> {
+        let program = std::env::current_exe().map_err(Error::call("find polc itself"))?;
+        let policy = self.policies[0];
+        let mut command = Command::new(program);
+        command.arg("apply").args(&self.what.options).args(["--named", &self.what.source]);
+        self.hooks.iter().for_each(|hook| {
+            command.args(["--hook", hook]);
+        });
+        // The files are read before they are replaced.
+        for (name, _) in &self.what.sets {
+            command.arg("--ipset").arg(policy.path(name));
+        }
+        command.arg(policy.path(live::RULES_FILE)).stdin(Stdio::null());
+        Ok(command.status().map_err(Error::call("run polc apply"))?.success())
+    }
 }
