@@ -18,6 +18,7 @@ use polc_ir::interval::{Interval, IntervalSet, max_value};
 use polc_ir::plan::{
     AluKind, KeySlot, LinearStep, LookupStep, Op, Operand, Plan, PlanExit, StepData, Target, WordTest,
 };
+use smallvec::SmallVec;
 
 use super::random::Random;
 use crate::select::trace;
@@ -266,32 +267,35 @@ impl<'a> Cells<'a> {
     /// stage nor the step asks for the field.
     fn parts(&self, slot: KeySlot, effort: Effort) -> (Vec<Part>, Vec<Run>, bool) {
         let family = self.classifier.family;
-        let tests: Vec<Vec<&Test>> = self
-            .entries
-            .iter()
-            .map(|&entry| {
-                let tests = self.classifier.entries[entry].cube.tests();
-                tests.iter().filter(|test| test.field == slot.field).collect()
-            })
-            .collect();
+        // The entries' tests of the field, each with the place of its entry.
+        let mut asked: Vec<(&Test, usize)> = Vec::new();
+        for (at, &entry) in self.entries.iter().enumerate() {
+            let tests = self.classifier.entries[entry].cube.tests();
+            asked.extend(tests.iter().filter(|test| test.field == slot.field).map(|test| (test, at)));
+        }
         let alone = Alone::new(self.data, slot);
-        if alone.is_nothing() && tests.iter().all(Vec::is_empty) {
+        if alone.is_nothing() && asked.is_empty() {
             return (Vec::new(), Vec::new(), true);
         }
         let is_device = matches!(slot.field, Field::InDevice | Field::OutDevice);
-        let mut distinct: Vec<&Test> = tests.iter().flatten().copied().collect();
-        distinct.sort_unstable();
-        distinct.dedup();
-        let number = |test: &&Test| distinct.binary_search(test).expect("it is one of them");
+        asked.sort_unstable();
+        let mut distinct: Vec<&Test> = Vec::new();
+        let mut tests: Vec<SmallVec<[usize; 1]>> = vec![SmallVec::new(); self.entries.len()];
+        for (test, at) in asked {
+            if distinct.last().is_none_or(|last| *last != test) {
+                distinct.push(test);
+            }
+            tests[at].push(distinct.len() - 1);
+        }
         // Rules share their tests, and most have one of a field or none.
         let mut untested = vec![0u64; self.entries.len().div_ceil(64)];
         let mut with_one: Vec<Vec<usize>> = vec![Vec::new(); distinct.len()];
-        let mut with_more: Vec<(usize, Vec<usize>)> = Vec::new();
+        let mut with_more: Vec<(usize, &[usize])> = Vec::new();
         for (entry, tests) in tests.iter().enumerate() {
             match tests[..] {
                 [] => untested[entry / 64] |= 1 << (entry % 64),
-                [ref test] => with_one[number(test)].push(entry),
-                _ => with_more.push((entry, tests.iter().map(number).collect())),
+                [test] => with_one[test].push(entry),
+                _ => with_more.push((entry, tests)),
             }
         }
         let (values, mut is_complete) = if is_device {
@@ -426,9 +430,9 @@ struct Alone<'a> {
 enum By<'a> {
     /// Tests of its words.
     Tests(Vec<&'a WordTest>),
-    /// Operations; for each whether it depends on the field alone (or on nothing), and those whose values are used
-    /// together with others, or are the result.
-    Ops { step: &'a LookupStep, alone: Vec<bool>, watched: Vec<usize> },
+    /// The operations that depend on the field alone (or on nothing), as far as they are needed, with operands that are
+    /// their places; and those whose values are used together with others, or are the result.
+    Ops { ops: Vec<Op>, watched: Vec<usize> },
 }
 
 /// What the value of an operation depends on.
@@ -482,9 +486,7 @@ impl<'a> Alone<'a> {
                     on.push(sum);
                 }
                 with_others[step.result.as_u32() as usize] = true;
-                let watched = (0..on.len()).filter(|&at| on[at] == On::Field && with_others[at]).collect();
-                let alone = step.ops.values().zip(&on).map(|(op, &on)| on != On::Others || is_shared(op));
-                By::Ops { step, alone: alone.collect(), watched }
+                needed(step, |at| on[at] == On::Field && with_others[at])
             }
         };
         Alone { slot, by }
@@ -504,10 +506,10 @@ impl<'a> Alone<'a> {
         key.extend(words);
         match &self.by {
             By::Tests(tests) => tests.iter().map(|test| test.holds(&key).into()).collect(),
-            By::Ops { step, alone, watched } => {
-                let mut values = Vec::with_capacity(alone.len());
-                for (op, &alone) in step.ops.values().zip(alone) {
-                    values.push(if alone { op_value(op, plan, &key, &values) } else { 0 });
+            By::Ops { ops, watched } => {
+                let mut values = Vec::with_capacity(ops.len());
+                for op in ops {
+                    values.push(op_value(op, plan, &key, &values));
                 }
                 watched.iter().map(|&at| values[at]).collect()
             }
@@ -551,16 +553,12 @@ impl<'a> Alone<'a> {
 
     /// Whether what is computed is the same for all of a range.
     fn is_settled(&self, plan: &Plan, range: Range, known: &mut Vec<Range>) -> bool {
-        let By::Ops { step, alone, watched } = &self.by else { return true };
+        let By::Ops { ops, watched } = &self.by else { return true };
         let mut watched = watched.iter().copied().peekable();
         known.clear();
-        for (at, (op, &alone)) in step.ops.values().zip(alone).enumerate() {
-            if watched.peek().is_none() {
-                break;
-            }
+        for (at, op) in ops.iter().enumerate() {
             let of = |value: Value| known[value.as_u32() as usize];
             known.push(match *op {
-                _ if !alone => Range::ANY,
                 Op::Word(_) => range,
                 Op::Const(value) => Range::point(value),
                 Op::Alu(kind, a, Operand::Value(b)) => Range::apply(kind, of(a), of(b)),
@@ -577,6 +575,35 @@ impl<'a> Alone<'a> {
         }
         true
     }
+}
+
+/// The operations that those are made of which are watched, and themselves.
+fn needed(step: &LookupStep, is_watched: impl Fn(usize) -> bool) -> By<'_> {
+    let mut is_needed: Vec<bool> = (0..step.ops.len()).map(&is_watched).collect();
+    for (value, op) in step.ops.iter().rev() {
+        if is_needed[value.as_u32() as usize] {
+            op.operands().for_each(|operand| is_needed[operand.as_u32() as usize] = true);
+        }
+    }
+    let (mut ops, mut watched) = (Vec::new(), Vec::new());
+    let mut places: Vec<Value> = Vec::with_capacity(step.ops.len());
+    for (at, op) in step.ops.values().enumerate() {
+        let place = |value: Value| places[value.as_u32() as usize];
+        let own = Value::from_u32(ops.len() as u32);
+        if is_needed[at] {
+            if is_watched(at) {
+                watched.push(ops.len());
+            }
+            ops.push(match *op {
+                Op::Alu(kind, a, Operand::Value(b)) => Op::Alu(kind, place(a), Operand::Value(place(b))),
+                Op::Alu(kind, a, b) => Op::Alu(kind, place(a), b),
+                Op::Read(table, offset) => Op::Read(table, place(offset)),
+                given => given,
+            });
+        }
+        places.push(own);
+    }
+    By::Ops { ops, watched }
 }
 
 /// Whether a test gives the same for all of a range.
