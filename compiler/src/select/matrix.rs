@@ -32,7 +32,7 @@ const WORDS_MAX: usize = 1 << 26;
 const HAVING_WORDS_MAX: usize = 1 << 21;
 
 /// Cells from which on a table is worth a thread.
-const CELLS_FOR_A_THREAD: usize = 1 << 13;
+const CELLS_FOR_A_THREAD: usize = 1 << 15;
 
 /// Rows that another may be made like.
 const LIKE_MAX: usize = 6;

@@ -82,11 +82,8 @@ const RARE_ENTRIES_MAX: usize = 16;
 
 /// Entries from which on a stage's look-up is worth a thread, and how many stages may have theirs found ahead: of more,
 /// most will not be decided by code.
-const AHEAD_ENTRIES: usize = 48;
-const AHEAD_STAGES_MAX: usize = 16;
-
-/// Entries from which on both structures that may decide a stage are tried at once.
 const LARGE_ENTRIES: usize = 256;
+const LARGE_STAGES_MAX: usize = 16;
 
 /// Entries of a stage that tells rare packets from others.
 const GUARD_ENTRIES_MAX: usize = 8;
@@ -583,9 +580,9 @@ impl Selector<'_> {
         busy: &SecondaryMap<Stage, bool>,
         prefer: Prefer,
     ) -> Vec<(Stage, Option<(Shape, Tables)>)> {
-        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= AHEAD_ENTRIES;
+        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= LARGE_ENTRIES;
         let stages: Vec<Stage> =
-            self.classifier.stages.keys().rev().filter(large).take(AHEAD_STAGES_MAX).collect();
+            self.classifier.stages.keys().rev().filter(large).take(LARGE_STAGES_MAX).collect();
         if stages.len() < 2 || matches!(prefer, Prefer::Walk | Prefer::Linear) {
             return Vec::new();
         }
