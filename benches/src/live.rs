@@ -31,6 +31,13 @@ const ADDRESSES: usize = 100_000;
 const DEVICE: &str = "live0";
 const PEER: &str = "live1";
 
+/// What `apply` takes its time for.
+const WHERE: &str = "Of the instructions that `apply` takes for these rules at XDP (all threads, valgrind's \
+                     callgrind) reading is 6 %, chains to stages, splitting and simplifying 10 %, choosing \
+                     the structures 26 %, emitting and writing the object 7 %; making packets to try it on, \
+                     which compares its tables with the rules, 30 %, and running 200 of them through the \
+                     rules and the program under rbpf 14 %.";
+
 /// polc, and where it keeps things meanwhile.
 struct Polc {
     program: PathBuf,
@@ -157,6 +164,7 @@ fn measure(context: &Context, section: &mut Section) -> Result<(), String> {
     section.text(
         "No program is loaded when a set changes: the device's program has the same number afterwards.",
     );
+    section.text(WHERE);
     Ok(())
 }
 
