@@ -26,7 +26,7 @@ use crate::reach::Reach;
 use crate::runner::{Level, Program, run_noting};
 use crate::select::Devices;
 use crate::session::Session;
-use crate::witness::{Aimed, Effort, Witnesses, hidden};
+use crate::witness::{Aimed, Effort, Witnesses};
 use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
@@ -75,8 +75,8 @@ pub struct Verified {
     pub verdicts: BTreeMap<&'static str, usize>,
     /// Entries of the classifier.
     pub entries: usize,
-    /// How many of them no packet took, leaving out those behind earlier ones of their stage that take all of theirs:
-    /// nothing reaches them, or no packet was found that does.
+    /// How many of them no packet took though none is proven to be unreachable: no packet was found, or the search was
+    /// given up.
     pub not_taken: usize,
     /// The verifier's budget of each program; empty if nothing was emitted.
     pub budgets: Vec<Budget>,
@@ -160,15 +160,24 @@ pub fn verify(
     };
     let aimed = Aimed::new(&session.ruleset, &compiled.classifier, env, &devices.declared, seed).take(total);
     let mut agree = aimed.chain(witnesses.by_ref().take(total)).all(|input| show(&mut levels, input));
-    // Then those that no packet came to while packets for others were made, and that some packet may come to.
-    let hidden = hidden(&compiled.classifier, |entry| !levels.taken.contains(entry));
-    let entries = || compiled.classifier.entries.keys().filter(|entry| !hidden.contains(*entry));
-    for entry in entries() {
-        if agree && !levels.taken.contains(entry) {
-            agree = show(&mut levels, witnesses.towards(entry));
+    // Then those that no packet came to while packets for others were made, unless none can.
+    let mut untaken = witnesses.untaken(|entry| levels.taken.contains(entry), seed);
+    for entry in compiled.classifier.entries.keys() {
+        if agree && !levels.taken.contains(entry) && !untaken.is_unreachable(entry) {
+            agree = show(&mut levels, untaken.towards(entry));
         }
     }
-    verified.not_taken = entries().filter(|entry| !levels.taken.contains(*entry)).count();
+    // For what is left all ways are gone, those to what lies first before others.
+    for &entry in compiled.classifier.stages.values().rev().flat_map(|stage| &stage.entries) {
+        if agree && !levels.taken.contains(entry) {
+            untaken.seek(entry, &mut |input| {
+                agree = show(&mut levels, input);
+                !agree || levels.taken.contains(entry)
+            });
+        }
+    }
+    let open = |entry: &Entry| !levels.taken.contains(*entry) && !untaken.is_unreachable(*entry);
+    verified.not_taken = compiled.classifier.entries.keys().filter(open).count();
     verified
 }
 

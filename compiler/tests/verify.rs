@@ -1,4 +1,5 @@
-//! `polc verify` finds nothing in any valid dump, within the time that a pull request can wait for.
+//! `polc verify` finds nothing in any valid dump and leaves no entry open, within the time that a pull request can wait
+//! for.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -53,5 +54,9 @@ fn verify(dump: &Dump) {
     assert_eq!(said["agree"], true, "{}", dump.name);
     let count = |key: &str| said[key].as_u64().expect("a count");
     assert_eq!(count("compiled") + count("deferred") + count("rejected"), count("rules"), "{}", dump.name);
+    // Each entry was taken by a packet, or it is proven that none can take it.
+    let places = said["places"].as_array().expect("a list");
+    let missed = |place: &serde_json::Value| place["not_taken"].as_u64().expect("a count") > 0;
+    assert!(!places.iter().any(missed), "{}: {places:?}", dump.name);
     PACKETS.fetch_add(count("packets"), Ordering::Relaxed);
 }

@@ -20,6 +20,7 @@ use polc_ir::ruleset::Write;
 
 use super::frame::{Frames, Wanted};
 use super::random::Random;
+use super::region::{Literal, Region};
 
 /// Packets that take an entry, before those at its edges.
 const TAKING: usize = 6;
@@ -124,6 +125,20 @@ impl<'a> Directed<'a> {
 
     pub(super) fn elements(&self) -> &BTreeMap<Derived, Vec<Cube>> {
         &self.elements
+    }
+
+    pub(super) fn classifier(&self) -> &'a Classifier {
+        self.classifier
+    }
+
+    /// What no input can be but.
+    pub(super) fn domain(&self) -> &Cube {
+        &self.domain
+    }
+
+    /// The entries that lead to a stage, by their stage.
+    pub(super) fn into(&self, stage: Stage) -> &[Vec<Entry>] {
+        &self.into[stage]
     }
 
     /// How many packets there are before they repeat in kind.
@@ -336,7 +351,28 @@ impl<'a> Directed<'a> {
         })
     }
 
-    fn input(&self, wanted: &Wanted, seed: u64) -> Input {
+    /// Part of the region: packets there that are to be in sets are like elements of them. `None` if none was found.
+    pub(super) fn in_sets<'b>(&'b self, region: &Region<'b>, random: &mut Random) -> Option<Region<'b>> {
+        let family = self.frames.family;
+        let mut found = region.clone();
+        for field in region.fields() {
+            let Field::Derived(id) = field else { continue };
+            if self.computed(id) || found.pick(field, family, random) != Ok(Some(1)) {
+                continue;
+            }
+            let elements = self.elements.get(&id).filter(|elements| !elements.is_empty())?;
+            let mut like = || {
+                let element = &elements[random.below(elements.len())];
+                let mut like = found.clone();
+                let tests = element.tests();
+                tests.iter().all(|test| like.and(&Literal::new(test), true, family)).then_some(like)
+            };
+            found = (0..BACK_MAX).find_map(|_| like())?;
+        }
+        Some(found)
+    }
+
+    pub(super) fn input(&self, wanted: &Wanted, seed: u64) -> Input {
         let mut random = Random::new(seed);
         let frame = self.frames.frame(wanted, false, &mut random);
         let mut input = Input { frame, ..Input::default() };

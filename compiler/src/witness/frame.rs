@@ -223,10 +223,21 @@ impl Frames<'_> {
             (8, kind::AUTHENTICATION),
         ];
         chain.extend(bits.iter().filter(|(bit, _)| mask & bit != 0).map(|(_, of)| extension(*of, 0)));
+        let is_lost = wanted.get(&Field::ExtHeaders).is_some_and(|value| value & 1 != 0);
         for (field, &value) in wanted {
             let Field::Derived(id) = field else { continue };
-            if let (DerivedData::Ipv6Header(test), 1..) = (&self.derived[*id], value) {
-                chain.push(asked(test));
+            let DerivedData::Ipv6Header(test) = &self.derived[*id] else { continue };
+            match value {
+                // What a malformed header comes before is a matter of those that were found.
+                0 if is_lost => chain.extend(unasked(test)),
+                0 => {}
+                1 => chain.push(asked(test)),
+                _ => {
+                    // Longer than the packet.
+                    let (of, mut header) = asked(test);
+                    header[1] = 255;
+                    chain.push((of, header));
+                }
             }
         }
         if let Some((offset, more)) = fragment.or((mask & 16 != 0).then_some((0, true))) {
@@ -407,6 +418,17 @@ fn extension(of: u8, words: usize) -> (u8, Vec<u8>) {
     let mut header = vec![0u8; len.max(8)];
     header[1] = words as u8;
     (of, header)
+}
+
+/// An extension header of the kind that a test asks for, but another one, where that is simple to say.
+fn unasked(test: &Ipv6HeaderTest) -> Option<(u8, Vec<u8>)> {
+    let (of, mut header) = asked(test);
+    match test {
+        Ipv6HeaderTest::Rt { kind: Some(_), kind_negate: false, .. } => header[2] ^= 1,
+        Ipv6HeaderTest::Rt { kind: Some(_), .. } => {}
+        _ => return None,
+    }
+    Some((of, header))
 }
 
 /// An extension header as a test asks for it.

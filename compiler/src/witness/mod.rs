@@ -8,16 +8,24 @@
 //! fields of several entries, since a packet passes several stages. Around directed packets a plan is *probed* (`probe`);
 //! before the first, its steps are compared with their stages, *cell* by cell (`cells`). Others are aimed at the rules
 //! themselves (`rules`), should the classifier not be what they say. The sequences depend on the seed alone.
+//!
+//! What entries such packets miss is searched for (`ways`): what packets are like at a stage is a *region* (`region`), that
+//! earlier entries don't catch them a list of clauses, and whether both leave anything is decided (`solve`). Of an entry that
+//! nothing is left for, no packet is missing.
 
 mod cells;
 mod directed;
 mod elements;
+mod facts;
 mod frame;
 mod hidden;
 mod odd;
 mod probe;
 mod random;
+mod region;
 mod rules;
+mod solve;
+mod ways;
 
 pub use odd::ODD_FRAMES;
 pub use random::Random;
@@ -36,9 +44,10 @@ use polc_ir::plan::Plan;
 pub use cells::Effort;
 use cells::{Aim, Compared, compare};
 use directed::{Directed, surroundings};
+use facts::Facts;
 use frame::Wanted;
-pub(crate) use hidden::hidden;
 use probe::Probes;
+pub(crate) use ways::Untaken;
 
 /// Of so many packets, half are directed, one is odd and one mixed.
 const TURN: usize = 4;
@@ -57,6 +66,7 @@ pub struct Witnesses<'a> {
     devices: &'a [Device],
     random: Random,
     directed: Directed<'a>,
+    facts: Facts,
     cubes: Vec<Cow<'a, Cube>>,
     made: usize,
     /// The last packet that is not odd.
@@ -77,11 +87,13 @@ impl<'a> Witnesses<'a> {
         let cubes = entries.map(Cow::Borrowed).chain(of_sets.map(Cow::Owned)).collect();
         let mut random = Random::new(seed);
         let directed = Directed::new(classifier, devices, elements, &mut random);
+        let facts = Facts::new(classifier, directed.domain(), directed.elements().values().flatten());
         Witnesses {
             classifier,
             devices,
             random,
             directed,
+            facts,
             cubes,
             made: 0,
             plain: Input::default(),
@@ -126,9 +138,9 @@ impl<'a> Witnesses<'a> {
         first + ROUNDS * (2 * self.directed.len()).max(TURN * ODD_FRAMES)
     }
 
-    /// A packet that takes an entry, or gets as near as it came.
-    pub fn towards(&mut self, entry: Entry) -> Input {
-        self.directed.towards(entry, &self.classifier.entries[entry].cube, &mut self.random)
+    /// The entries that no packet took, to find out why.
+    pub(crate) fn untaken(&self, was_taken: impl Fn(Entry) -> bool, seed: u64) -> Untaken<'_> {
+        Untaken::new(&self.directed, &self.facts, was_taken, seed)
     }
 
     fn mixed(&mut self) -> Input {
@@ -218,7 +230,7 @@ impl Iterator for Witnesses<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
 
     use polc_frontend_iptables::{ParseOptions, lower, parse};
@@ -235,18 +247,22 @@ mod tests {
     /// Looks at a packet: its fields, and the entries it takes.
     type Look<'a> = dyn FnMut(&Classifier, &dyn Fn(Field) -> u128, &[Entry]) + 'a;
 
+    /// A rule set's classifier for INPUT, and the devices that its rules name.
+    pub(crate) fn classified(text: &str, attach: Attach) -> (Classifier, Vec<Device>) {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules", text);
+        let ruleset = lower(&parse(&sources, file, &ParseOptions::default()).0, &[], Semantics::Legacy);
+        let place = place(&[Hook::Input], attach, Mode::Accelerate, false);
+        (flatten(&ruleset, &place, &Env::default(), &mut Vec::new()), devices_of(&ruleset))
+    }
+
     /// The first packets for a rule set.
     fn packets(text: &str, each: &mut Look<'_>) {
-        let mut sources = SourceMap::new();
-        let file = sources.add("rules.v4", text);
-        let ruleset = lower(&parse(&sources, file, &ParseOptions::default()).0, &[], Semantics::Legacy);
-        let place = place(&[Hook::Input], Attach::TcIngress, Mode::Accelerate, false);
-        let classifier = flatten(&ruleset, &place, &Env::default(), &mut Vec::new());
-        let devices = devices_of(&ruleset);
+        let (classifier, devices) = classified(text, Attach::TcIngress);
         let witnesses = Witnesses::new(&classifier, &devices, 1);
         let enough = witnesses.enough();
         for input in witnesses.take(enough) {
-            let Ok(view) = View::new(classifier.family, &place, &input) else { continue };
+            let Ok(view) = View::new(classifier.family, &classifier.place, &input) else { continue };
             let given = |field: Field| match field {
                 Field::Derived(id) => {
                     let member = classifier.member(id, &mut |field| view.get(field));
@@ -268,7 +284,8 @@ mod tests {
         }
     }
 
-    /// Every entry that a packet can take is taken, behind writes, jumps, sets of ports and rules that hide most of it.
+    /// Every entry that a packet can take is taken, behind writes, jumps, sets of ports and rules that hide most of it; of
+    /// the others it is proven that none can.
     #[test]
     fn every_entry_is_taken() {
         let text = "*filter\n:INPUT DROP [0:0]\n:a - [0:0]\n:b - [0:0]\n\
@@ -297,6 +314,14 @@ mod tests {
         });
         let missing: Vec<String> = all.difference(&taken).map(Entry::to_string).collect();
         assert_eq!(missing, HIDDEN, "{shown}");
+        let (classifier, devices) = classified(text, Attach::TcIngress);
+        let witnesses = Witnesses::new(&classifier, &devices, 1);
+        let mut untaken = witnesses.untaken(|_| false, 1);
+        let unreachable = classifier.entries.keys().filter(|entry| {
+            untaken.seek(*entry, &mut |_| true);
+            untaken.is_unreachable(*entry)
+        });
+        assert_eq!(unreachable.map(|entry| entry.to_string()).collect::<Vec<_>>(), HIDDEN);
     }
 
     /// What no packet takes. TCP packets from 10.0.0.0/8 come back from `a` to the drop of 0.0.0.0/1, so nothing behind
