@@ -77,7 +77,9 @@ fn part(random: &mut Random, what: &str, kind: &Kind, bitmap: bool) -> String {
         "net" => {
             let lengths: [u8; 5] =
                 if kind.family == Family::V4 { [32, 30, 28, 24, 20] } else { [128, 126, 120, 64, 48] };
-            format!("{}/{}", address(random, kind.family), lengths[random.below(5)])
+            // Longer prefixes of a device would hide the shorter ones of others.
+            let length = if kind.name == "hash:net,iface" { lengths[2] } else { lengths[random.below(5)] };
+            format!("{}/{length}", address(random, kind.family))
         }
         "port" if bitmap => (random.below(4_000) * 3).to_string(),
         "port" => match random.below(4) {

@@ -9,7 +9,7 @@
 use cranelift_entity::{EntitySet, SecondaryMap};
 use polc_ir::classifier::Classifier;
 use polc_ir::cube::{Cube, Test};
-use polc_ir::entities::{Chain, Rule};
+use polc_ir::entities::{Chain, Derived, Rule};
 use polc_ir::env::{Device, Env, Input};
 use polc_ir::field::Field;
 use polc_ir::interval::{IntervalSet, max_value};
@@ -55,6 +55,8 @@ pub struct Aimed<'a> {
     devices: &'a [Device],
     frames: Frames<'a>,
     random: Random,
+    /// What packets are like that are in a set.
+    elements: SecondaryMap<Derived, Vec<Cube>>,
     /// The rules that lead to each chain.
     callers: SecondaryMap<Chain, Vec<Rule>>,
     targets: Vec<Target>,
@@ -79,12 +81,16 @@ impl<'a> Aimed<'a> {
             devices,
             frames: Frames { family: ruleset.family, derived: &ruleset.derived },
             random: Random::new(seed),
+            elements: SecondaryMap::new(),
             callers: SecondaryMap::new(),
             targets: Vec::new(),
             bases: SecondaryMap::new(),
             next: 0,
             work: 0,
         };
+        for (derived, data) in &ruleset.derived {
+            aimed.elements[derived] = elements::cubes(&ruleset.sets, ruleset.family, data);
+        }
         let rules = aimed.find_rules();
         let mut edges: Vec<Target> = rules.iter().flat_map(|&rule| aimed.edges(rule)).collect();
         for at in (1..edges.len()).rev() {
@@ -140,7 +146,7 @@ impl<'a> Aimed<'a> {
     fn values(&self, test: &Test) -> Vec<Cube> {
         let family = self.ruleset.family;
         if let Field::Derived(derived) = test.field {
-            let like = elements::cubes(&self.ruleset.sets, family, &self.ruleset.derived[derived]);
+            let like = &self.elements[derived];
             let beside = like.iter().filter_map(|cube| self.beside(cube));
             return like.iter().cloned().chain(beside).chain([Cube::from_iter([test.clone()])]).collect();
         }
@@ -163,6 +169,17 @@ impl<'a> Aimed<'a> {
         values.sort_unstable();
         values.dedup();
         values.into_iter().map(point).collect()
+    }
+
+    /// The value of a number of a test's [`Aimed::values`].
+    fn value(&self, test: &Test, number: usize) -> Option<Cube> {
+        match test.field {
+            // Of many, one is not to be found by making all.
+            Field::Derived(derived) if number < self.elements[derived].len() => {
+                Some(self.elements[derived][number].clone())
+            }
+            _ => self.values(test).into_iter().nth(number),
+        }
     }
 
     /// The cube, but just beyond the last of its ranges.
@@ -192,7 +209,7 @@ impl<'a> Aimed<'a> {
         if let Field::Derived(derived) = test.field
             && test.holds(1)
         {
-            let like = elements::cubes(&self.ruleset.sets, family, &self.ruleset.derived[derived]);
+            let like = &self.elements[derived];
             if !like.is_empty() {
                 return cube.intersect(&like[self.random.below(like.len())], family);
             }
@@ -257,9 +274,7 @@ impl<'a> Aimed<'a> {
     /// drops it for.
     fn at_edge(&mut self, base: &Base, rule: Rule, (clause, test, value): (u32, u32, u32)) -> Option<Wanted> {
         let cube = match &self.ruleset.rules[rule].clauses.get(clause as usize)?.kind {
-            ClauseKind::Any(tests) => {
-                self.values(tests.get(test as usize)?).into_iter().nth(value as usize)?
-            }
+            ClauseKind::Any(tests) => self.value(tests.get(test as usize)?, value as usize)?,
             ClauseKind::Hotdrop(tests) => {
                 let mut all = Cube::all();
                 tests.iter().all(|test| all.and(test, self.ruleset.family)).then_some(all)?
