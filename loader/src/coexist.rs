@@ -60,24 +60,29 @@ pub fn netfilter(sys: &Sys, family: Family, hook: Hook, priority: i32) -> Vec<St
     found
 }
 
-/// Refuses a device whose packets rules see as another's: bridges, bonds, teams and VRFs take the packets of their ports
-/// over before IP sees them, macvlans and ipvlans theirs from the device that they are on. `mode` is not asked: it would
-/// be wrong in both.
-pub fn refuse_lower(device: &Device, devices: &[Device]) -> Result<(), Error> {
+/// The device that takes another's packets over before IP sees them: bridges, bonds, teams and VRFs those of their ports,
+/// macvlans and ipvlans theirs from the device that they are on.
+pub fn upper<'d>(device: &Device, devices: &'d [Device]) -> Option<&'d Device> {
     let takes = |upper: &&Device| {
         upper.lower == Some(device.ifindex)
             && upper.kind.as_deref().is_some_and(|kind| TAKERS.contains(&kind))
     };
-    let upper = match device.master {
+    match device.master {
         Some(master) => devices.iter().find(|upper| upper.ifindex == master),
         None => devices.iter().find(takes),
-    };
-    let Some(master) = device.master.or(upper.map(|upper| upper.ifindex)) else { return Ok(()) };
-    Err(Error::LowerDevice {
-        device: device.name.clone(),
-        upper: upper.map_or_else(|| format!("device {master}"), |upper| upper.name.clone()),
-        kind: upper.and_then(|upper| upper.kind.clone()).unwrap_or_else(|| "device".to_string()),
-    })
+    }
+}
+
+/// Refuses a device whose packets rules see as another's ([`upper`]). `mode` is not asked: it would be wrong in both.
+pub fn refuse_lower(device: &Device, devices: &[Device]) -> Result<(), Error> {
+    match upper(device, devices) {
+        Some(upper) => Err(Error::LowerDevice {
+            device: device.name.clone(),
+            upper: upper.name.clone(),
+            kind: upper.kind.clone().unwrap_or_else(|| "device".to_string()),
+        }),
+        None => Ok(()),
+    }
 }
 
 fn name(sys: &Sys, id: u32) -> String {

@@ -244,13 +244,29 @@ fn packets_that_other_rules_see_are_nobodys() {
     ip("link add mv0 link eth0 type macvlan");
     assert!(apply(&[], 3).contains("`eth0` is part of the macvlan `mv0`"));
     ip("link del mv0");
+    // What `watch` does when one appears later.
+    apply(&[], 0);
+    ip("link add mv0 link eth0 type macvlan");
+    let said = host.says(&["watch", "--once"], 1);
+    assert!(said.contains("part of the macvlan `mv0`"), "{said}");
+    ip("link del mv0");
+    host.says(&["watch", "--once"], 0);
     // As transparent proxies have it: for some marks all addresses are local.
     ip("route add local default dev lo table 300");
     apply(&[], 0);
     ip("rule add fwmark 1 lookup 300");
+    let said = host.says(&["watch", "--once"], 1);
+    assert!(said.contains("table 300"), "{said}");
     let said = apply(&[], 3);
     assert!(said.contains("table 300, which calls 0.0.0.0 to 255.255.255.255 local"), "{said}");
     apply(&["--local", "192.0.2.1"], 0);
     host.says(&["flush"], 0);
     host.says(&["apply", "rules.v4", "--replace", "--attach", "netfilter"], 0);
+    // Both families in one stream are not one rule set.
+    host.files.file("rules.v6", RULES_V6.as_bytes());
+    host.says(&["apply", "rules.v6", "--family", "6", "--replace", "--attach", "netfilter"], 0);
+    let saved = host.says(&["save", "-c"], 0);
+    let said = host.says_of(&["restore", "-c", "--attach", "netfilter"], &saved, 2);
+    assert!(said.contains("holds 2 rule sets"), "{said}");
+    assert_eq!(host.says(&["save", "-c"], 0), saved);
 }

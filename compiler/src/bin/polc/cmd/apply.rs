@@ -39,6 +39,7 @@ use polc_loader::{Error, dispatch, load, net};
 
 use super::compile::{accept_part, refuse};
 use super::host::{self, Surroundings};
+use super::save;
 use super::test_run::{Setup, as_tested};
 use super::{FOUND, account, counted, live, place, show};
 use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName};
@@ -120,6 +121,15 @@ impl Job<'_> {
         if session.dump.tables.is_empty() && !session.has_errors() {
             let name = session.sources.file(session.rules_file).name();
             return Err(Failure::Input(format!("`{name}` has no table, so nothing is applied")));
+        }
+        // `polc save` prints those of all places one after another.
+        let source = session.sources.file(session.rules_file);
+        let saved = source.text().lines().filter(|line| line.starts_with(save::HEADER)).count();
+        if saved > 1 {
+            return Err(Failure::Input(format!(
+                "`{}` holds {saved} rule sets, and one can be applied at a time: `polc save` prints one with --family and --dev or --attach",
+                source.name()
+            )));
         }
         let devices = net::devices(&sys)?;
         let device = match &self.options.dev {

@@ -21,7 +21,7 @@ use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
 use polc_loader::kernel_types::KernelTypes;
 use polc_loader::sys::Sys;
-use polc_loader::{Error, net, nft};
+use polc_loader::{Error, coexist, net, nft};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -37,7 +37,7 @@ pub(super) struct Surroundings {
     pub addresses: Option<Vec<String>>,
     /// Number of the device; 0 for netfilter's hooks.
     pub ifindex: u32,
-    /// Number of the device that it is part of.
+    /// Number of the device that takes its packets.
     pub master: Option<u32>,
     /// Names and numbers of all devices; none where a program sees those of one alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -69,14 +69,17 @@ impl Surroundings {
                     format!("{what} {}-{}", address(range.lo()), address(range.hi()))
                 };
                 let local = found.local.iter().map(|one| range("local", one));
-                Some(local.chain(found.broadcast.iter().map(|one| range("broadcast", one))).collect())
+                let broadcast = found.broadcast.iter().map(|one| range("broadcast", one));
+                let by_policy =
+                    found.by_policy.iter().map(|(one, table)| range(&format!("table {table}"), one));
+                Some(local.chain(broadcast).chain(by_policy).collect())
             }
             false => None,
         };
         Ok(Surroundings {
             addresses,
             ifindex: device.map_or(0, |device| device.ifindex),
-            master: device.and_then(|device| device.master),
+            master: device.and_then(|device| coexist::upper(device, &devices)).map(|upper| upper.ifindex),
             devices: all,
             expectations: expectations(),
         })
