@@ -2,7 +2,7 @@
 //!
 //! A [`Cube`](polc_ir::cube::Cube) sees that two tests of a field exclude each other only if they have the same mask. A
 //! region also knows which bits of a field every value has, and asks of each test whether its values leave one with those
-//! bits. So a field under tests that share no bits is exact; where several tests share bits, [`Region::settle`] searches
+//! bits. So a field under tests that share no bits is exact; where several tests share bits, `settle` searches
 //! for a value. What a write did to a field is undone exactly: `(value & !clear) ^ xor` moves from the value to
 //! the test's mask and another `xor`, whatever values the test has.
 
