@@ -167,6 +167,8 @@ pub enum Error {
         /// Number of the program that is there.
         by: u32,
     },
+    /// What was to be replaced is not in force any more.
+    Overtaken(String),
     /// Of several changes one failed, and others could not be taken back.
     HalfDone {
         /// Where changes are in force.
@@ -261,6 +263,7 @@ impl Error {
             Error::Locked(_) => 815,
             Error::NotApplied(_) => 816,
             Error::Replaced { .. } => 817,
+            Error::Overtaken(_) => 831,
             Error::Canary { .. } => 818,
             Error::TestRun { .. } => 819,
             Error::Set(_) => 820,
@@ -357,6 +360,7 @@ impl Error {
             Error::Locked(_) => "wait for the other polc to end".into(),
             Error::NotApplied(_) => "`polc status` shows what is applied".into(),
             Error::Unconfirmed(_) => "`polc confirm` keeps it; without it, it goes back by itself".into(),
+            Error::Overtaken(_) => "what was applied meanwhile stays in force".into(),
             Error::Replaced { by, .. } => format!(
                 "polc leaves it alone; `bpftool prog show id {by}` tells what it is. Once it is detached, `polc flush` removes what is left of polc's"
             ),
@@ -467,6 +471,9 @@ impl fmt::Display for Error {
             Error::Disk { path, source } => write!(f, "`{}`: {source}", path.display()),
             Error::Locked(path) => write!(f, "another polc is at work: `{}` is locked", path.display()),
             Error::NotApplied(place) => write!(f, "no policy of polc's is applied {place}"),
+            Error::Overtaken(place) => {
+                write!(f, "{place}: another policy was applied meanwhile, or it was taken away")
+            }
             Error::Replaced { place, by } => {
                 write!(f, "{place}: program {by} is there, and no longer the one that polc attached")
             }

@@ -56,6 +56,8 @@ pub struct Request<'a> {
     pub order: Order,
     /// Where among a netfilter hook's functions.
     pub hook_order: dispatch::Order,
+    /// Numbers of programs, of one of which it takes the place; none if it takes that of any, or is the first.
+    pub over: &'a [u32],
     /// Go back after this time unless confirmed.
     pub confirm: Option<Duration>,
     /// Packets and bytes that rules start with, by the manifest's `counted`; none for what they had before.
@@ -289,6 +291,11 @@ impl Change {
             }
             None => (fresh(sys, store, slot, &device, request)?, None),
         };
+        let before =
+            from.and_then(|from| state.generations.get(&from)).map(|generation| generation.program_id);
+        if !request.over.is_empty() && !before.is_some_and(|program| request.over.contains(&program)) {
+            return Err(Error::Overtaken(request.slot.to_string()));
+        }
         let present = slot.generations_present(sys)?;
         let to = present.iter().chain(state.generations.keys()).max().map_or(1, |last| last + 1);
         let attached = (Instant::now(), Duration::ZERO);

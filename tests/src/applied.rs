@@ -426,6 +426,7 @@ impl<'a> Bench<'a> {
             clsact: false,
             order: Order::Alone,
             hook_order: Default::default(),
+            over: &[],
             confirm: None,
             initial: &[],
         };

@@ -144,6 +144,7 @@ fn request<'a>(slot: &'a SlotName, object: &'a Object, way: Way, confirm: Option
         clsact: way == Way::Clsact,
         order: Order::Alone,
         hook_order: Default::default(),
+        over: &[],
         confirm,
         initial: &[],
     }

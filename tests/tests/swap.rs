@@ -208,6 +208,7 @@ impl Host {
             clsact,
             order: Order::Alone,
             hook_order: Default::default(),
+            over: &[],
             confirm: None,
             initial: &[],
         };

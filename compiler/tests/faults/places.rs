@@ -7,7 +7,7 @@ use std::process::Command;
 use polc_loader::sys::{ProgramType, Sys};
 use polc_tests::kernel;
 
-use crate::host::{APPLY, Host, ip, programs, theirs};
+use crate::host::{APPLY, APPLY_OTHER, Host, OTHER_RULES, ip, programs, theirs};
 
 fn tc(args: &str) -> String {
     kernel::run("tc", &args.split(' ').collect::<Vec<_>>()).expect("tc")
@@ -269,4 +269,23 @@ fn packets_that_other_rules_see_are_nobodys() {
     let said = host.says_of(&["restore", "-c", "--attach", "netfilter"], &saved, 2);
     assert!(said.contains("holds 2 rule sets"), "{said}");
     assert_eq!(host.says(&["save", "-c"], 0), saved);
+}
+
+#[test]
+fn what_is_compiled_for_a_policy_replaces_no_other() {
+    let Some(host) = Host::new("fault-overtaken") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    host.says(&APPLY, 0);
+    let before = host.says(&["status", "--format", "json"], 0);
+    let said = host.says(&[&APPLY_OTHER[..], &["--over", "4294967295"]].concat(), 3);
+    assert!(said.contains("another policy was applied meanwhile"), "{said}");
+    assert!(host.says(&["status"], 0).contains("rules.v4"));
+    let status: serde_json::Value = serde_json::from_str(&before).expect("JSON");
+    let find = |value: &serde_json::Value| value[0]["program"].as_u64();
+    let program = find(&status).expect("a program's number").to_string();
+    host.says(&[&APPLY_OTHER[..], &["--over", &program]].concat(), 0);
+    // What was taken away does not come back.
+    host.says(&["flush"], 0);
+    host.says(&[&APPLY[..], &["--over", &program]].concat(), 3);
+    assert!(!host.says(&["status"], 0).contains("rules.v4"));
 }

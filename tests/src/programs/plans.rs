@@ -331,6 +331,9 @@ fn grown(before: &Counts, after: &Counts) -> Counts {
     before.iter().zip(after).map(|(b, a)| [a[0] - b[0], a[1] - b[1]]).collect()
 }
 
+/// How often a program is loaded again.
+const LOAD_TRIES: usize = 3;
+
 /// An object in the kernel.
 ///
 /// # Panics
@@ -340,11 +343,14 @@ pub fn load(object: &Object) -> aya::Ebpf {
     let mut ebpf = aya::EbpfLoader::new().load(&bytes).expect("aya loads it");
     for program in &object.programs {
         let loaded = ebpf.program_mut(&program.name).expect("named");
-        let result = match program.kind {
-            ProgramKind::Xdp => <&mut Xdp>::try_from(loaded).expect("XDP").load(),
-            ProgramKind::Classifier => <&mut SchedClassifier>::try_from(loaded).expect("tc").load(),
+        let mut load = || match program.kind {
+            ProgramKind::Xdp => <&mut Xdp>::try_from(&mut *loaded).expect("XDP").load(),
+            ProgramKind::Classifier => <&mut SchedClassifier>::try_from(&mut *loaded).expect("tc").load(),
             ProgramKind::Netfilter => unreachable!("aya loads no netfilter programs"),
         };
+        // The verifier gives up when a signal comes (EAGAIN), as at the end of another test's child; then aya asks for
+        // its log, which has no room for what it says of a program that it takes.
+        let result = (0..LOAD_TRIES).fold(load(), |result, _| result.or_else(|_| load()));
         result.unwrap_or_else(|error| {
             let text = format!("{error:?}").replace("\\n", "\n");
             let tail = text.len().saturating_sub(6000);

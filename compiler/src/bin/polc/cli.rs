@@ -704,6 +704,9 @@ pub(crate) struct ApplyOptions {
     /// What reports call the rule set (given by watch)
     #[arg(long, hide = true)]
     pub named: Option<String>,
+    /// Numbers of the programs that are replaced; if others are in force by then, nothing is (given by watch)
+    #[arg(long, hide = true, value_delimiter = ',')]
+    pub over: Vec<u32>,
     #[command(flatten)]
     pub input: InputArgs,
     #[command(flatten)]

@@ -394,6 +394,7 @@ impl Job<'_> {
                     Some(OrderChoice::Last) => Order::Last,
                 },
                 hook_order: part.hook_order,
+                over: &self.options.over,
                 confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
                 initial: &initial[index],
             })

@@ -288,6 +288,10 @@ impl<'p> Anew<'p> {
         let policy = self.policies[0];
         let mut command = Command::new(program);
         command.arg("apply").args(&self.what.options).args(["--named", &self.what.source]);
+        // Whoever applies something else while this compiles has the last word.
+        let over: Vec<String> =
+            self.policies.iter().map(|policy| policy.generation.program_id.to_string()).collect();
+        command.args(["--over", &over.join(",")]);
         self.hooks.iter().for_each(|hook| {
             command.args(["--hook", hook]);
         });
