@@ -1,4 +1,5 @@
-//! Planted miscompilations: plans, tables and emitted code with one thing wrong, run on the packets that `verify` makes.
+//! Planted miscompilations: rules, plans, tables and emitted code with one thing wrong, run on the packets that `verify`
+//! makes.
 //!
 //! Each mutant differs from what the compiler made in one place: a test's bound, mask or word, an entry's place or
 //! exit, a node's branch, an element of a table, an immediate, a distance, an operation or a register of an

@@ -373,11 +373,7 @@ impl<'a> Directed<'a> {
     }
 
     pub(super) fn input(&self, wanted: &Wanted, seed: u64) -> Input {
-        let mut random = Random::new(seed);
-        let frame = self.frames.frame(wanted, false, &mut random);
-        let mut input = Input { frame, ..Input::default() };
-        surroundings(self.classifier, self.devices, wanted, &mut input, &mut random);
-        input
+        input(self.classifier, self.devices, &self.frames, wanted, false, &mut Random::new(seed))
     }
 
     /// Entries from the root to this one, and what a packet has to be like to take them.
@@ -663,8 +659,23 @@ fn targets(classifier: &Classifier, elements: &BTreeMap<Derived, Vec<Cube>>) -> 
     targets
 }
 
+/// A packet with wanted fields, at the classifier's place; `odd` as for [`Frames::frame`].
+pub(super) fn input(
+    classifier: &Classifier,
+    devices: &[Device],
+    frames: &Frames<'_>,
+    wanted: &Wanted,
+    odd: bool,
+    random: &mut Random,
+) -> Input {
+    let frame = frames.frame(wanted, odd, random);
+    let mut input = Input { frame, ..Input::default() };
+    surroundings(classifier, devices, wanted, &mut input, random);
+    input
+}
+
 /// The devices, the mark, the packet type and the connection of an input.
-pub(super) fn surroundings(
+fn surroundings(
     classifier: &Classifier,
     devices: &[Device],
     wanted: &Wanted,

@@ -43,7 +43,7 @@ use polc_ir::plan::Plan;
 
 pub use cells::Effort;
 use cells::{Aim, Compared, compare};
-use directed::{Directed, surroundings};
+use directed::{Directed, input};
 use facts::Facts;
 use frame::Wanted;
 use probe::Probes;
@@ -155,10 +155,7 @@ impl<'a> Witnesses<'a> {
     }
 
     fn with(&mut self, wanted: &Wanted, odd: bool) -> Input {
-        let frame = self.directed.frames().frame(wanted, odd, &mut self.random);
-        let mut input = Input { frame, ..Input::default() };
-        surroundings(self.classifier, self.devices, wanted, &mut input, &mut self.random);
-        input
+        input(self.classifier, self.devices, self.directed.frames(), wanted, odd, &mut self.random)
     }
 
     fn satisfy(&mut self, cube: usize, wanted: &mut Wanted) {

@@ -16,7 +16,7 @@ use polc_ir::interval::{IntervalSet, max_value};
 use polc_ir::ruleset::{Action, ClauseKind, Event, Ruleset};
 use polc_ir::state::State;
 
-use super::directed::{Choice, pick, surroundings};
+use super::directed::{Choice, input, pick};
 use super::elements;
 use super::frame::{Frames, Wanted};
 use super::random::Random;
@@ -291,11 +291,7 @@ impl<'a> Aimed<'a> {
     }
 
     fn input(&self, wanted: &Wanted, seed: u64) -> Input {
-        let mut random = Random::new(seed);
-        let frame = self.frames.frame(wanted, false, &mut random);
-        let mut input = Input { frame, ..Input::default() };
-        surroundings(self.classifier, self.devices, wanted, &mut input, &mut random);
-        input
+        input(self.classifier, self.devices, &self.frames, wanted, false, &mut Random::new(seed))
     }
 
     /// Whether a packet comes to a rule: if not, the jumps that it took and the rule that caught it, which is the last.
