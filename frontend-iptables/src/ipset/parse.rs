@@ -80,10 +80,7 @@ fn warnings(set: &SetAst, with_extra: bool) -> Vec<Diagnostic> {
     let mut warnings = Vec::new();
     if let Err((why, span)) = lower::can_say(set) {
         let message = format!("what is in set `{}` can't be compiled: {why}", set.name);
-        warnings.push(
-            Diagnostic::warning(codes::SET_NOT_COMPILED, message, span)
-                .with_note("rules that ask for it are left to the kernel"),
-        );
+        warnings.push(Diagnostic::warning(codes::SET_NOT_COMPILED, message, span));
     }
     let expires = |element: &&ElementAst| {
         let own = element.extra.as_ref().and_then(|extra| extra.timeout);
