@@ -14,7 +14,8 @@
 //! | [`coexist`] | others' programs |
 //! | [`state`] | what is kept about applied policies |
 //! | [`store`] | where: on disk and in bpffs, and the locks |
-//! | [`swap`] | applying, confirming, flushing |
+//! | [`swap`] | applying, confirming |
+//! | [`flush`] | taking policies away |
 //! | [`repair`] | making a slot whole again |
 //! | [`held`] | going back when nobody confirms, whatever became of files and pins |
 //! | [`carry`] | counters over generations |
@@ -36,6 +37,7 @@ pub mod counters;
 pub mod dispatch;
 pub mod error;
 pub mod events;
+pub mod flush;
 pub mod gone;
 pub mod held;
 pub mod jited;

@@ -213,7 +213,7 @@ impl Slot {
     }
 
     /// The directory that who changes the slot has locked.
-    fn locked(&self) -> PathBuf {
+    pub(crate) fn locked(&self) -> PathBuf {
         if self.name.attach == Attach::Netfilter { self.hooks() } else { self.pins.clone() }
     }
 

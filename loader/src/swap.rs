@@ -1,4 +1,4 @@
-//! Applying, confirming and flushing: every change of a slot, in an order that a crash can't spoil.
+//! Applying and confirming: changes of slots, in an order that a crash can't spoil.
 //!
 //! A change is made in seven steps: lock; repair; load and test the new program; pin it and write its files; write down
 //! what is about to happen; swap; tidy. Only the swap changes what packets meet, and it is one call of the kernel's. Up
@@ -25,7 +25,7 @@ use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
-use crate::repair::{Repaired, attached, go_back, prune, recall, repair, settle};
+use crate::repair::{Repaired, go_back, prune, repair, settle};
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Locks, Slot, Store, lock_all};
 use crate::sys::{Sys, TestRun};
@@ -505,64 +505,6 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
         }
     }
     Ok(())
-}
-
-/// Makes packets meet none of the policies at hooks of a family, at all of them at once, before each is taken away.
-///
-/// # Errors
-/// Nothing was changed.
-pub fn withdraw(sys: &Sys, store: &Store, names: &[SlotName], family: Family) -> Result<(), Error> {
-    may_change(sys)?;
-    let at_hooks = names.iter().filter(|name| (name.attach, name.family) == (Attach::Netfilter, family));
-    let slots: Vec<Slot> = at_hooks.map(|name| store.slot(name)).collect();
-    let _locks = lock_all(sys, &slots, false)?;
-    let mut found = Vec::new();
-    for slot in &slots {
-        // Of what is damaged or lost nothing is left but to detach it.
-        if let Ok(Some(state)) = slot.read(sys)
-            && let Ok(Some(from)) = attached(sys, slot, &state)
-        {
-            found.push((slot, state, from));
-        }
-    }
-    let changes: Vec<AtHook<'_>> =
-        found.iter().map(|(slot, state, from)| AtHook { slot, state, from: Some(*from), to: None }).collect();
-    attach::at_hooks(sys, &changes)
-}
-
-/// Takes a slot's policy away: what is attached, its pins and its files. Whether there was one.
-///
-/// # Errors
-/// What could not be removed; the rest may be gone.
-pub fn flush(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
-    may_change(sys)?;
-    let slot = store.slot(name);
-    let _lock = slot.lock(sys, false)?;
-    // What is damaged or lost can't be confirmed either, and what the pins tell is enough to take it away. Nothing is
-    // written, for which there may be no room: that nothing is attached tells the next polc what was going on.
-    let state = match slot.read(sys) {
-        Ok(Some(state)) => Some(state),
-        _ => match recall(sys, &slot) {
-            Err(Error::Pin { .. }) => None,
-            recalled => recalled?,
-        },
-    };
-    if let Some(state) = &state {
-        match attached(sys, &slot, state) {
-            // The map that a hook goes on with is not needed to take the link away.
-            Err(Error::Pin { .. }) => {}
-            // Another's program is not ours to detach.
-            attached => drop(attached?),
-        }
-        match attach::detach(sys, &slot, state) {
-            // What is pinned in place of the link goes as a pin, and the link that lost its own has gone.
-            Err(Error::Pin { .. }) => {}
-            detached => detached?,
-        }
-    }
-    slot.remove(sys)?;
-    store.tidy(sys);
-    Ok(state.is_some())
 }
 
 /// Confirms what a slot waits for. Whether it waited.

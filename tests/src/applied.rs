@@ -23,12 +23,13 @@ use polc_ir::outcome::{Decider, FrameKind, Verdict};
 use polc_ir::ruleset::{ClauseKind, Event, Ruleset, Truth};
 use polc_ir::state::State;
 use polc_loader::coexist::Order;
+use polc_loader::flush::flush;
 use polc_loader::netfilter::{
     Entry, FRAMES_MAX, Netfilter, NetfilterError, Passage, Route, Stages, Tool, counter_lines,
 };
 use polc_loader::state::SlotName;
 use polc_loader::store::Store;
-use polc_loader::swap::{Request, apply, flush};
+use polc_loader::swap::{Request, apply};
 use polc_loader::sys::Sys;
 use polc_loader::{net, status};
 

@@ -24,6 +24,7 @@ use polc_ir::env::{Attach, Env, Mode};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
+use polc_loader::flush::{flush, flush_all};
 use polc_loader::held::Held;
 use polc_loader::state::{SlotName, Via};
 use polc_loader::store::Store;
@@ -194,7 +195,7 @@ impl Host {
                 let token = state.intent.and_then(|intent| intent.confirm).expect("it waits").token;
                 Held::new(sys, &self.store, &self.slot, &token)?.go_back(sys)
             }
-            Operation::Flush => swap::flush(sys, &self.store, &self.slot).map(|_| ()),
+            Operation::Flush => flush(sys, &self.store, &self.slot).map(|_| ()),
         }
     }
 
@@ -276,7 +277,7 @@ impl Host {
 
     /// Flushes, and looks for anything left.
     fn clear(&self) -> Result<(), String> {
-        swap::flush(&Sys::new(), &self.store, &self.slot).map_err(|error| format!("flushing: {error}"))?;
+        flush(&Sys::new(), &self.store, &self.slot).map_err(|error| format!("flushing: {error}"))?;
         if let Some(policy) = self.in_force()? {
             return Err(format!("policy {policy} is in force after a flush"));
         }
@@ -486,10 +487,10 @@ impl Several<'_> {
         }
     }
 
-    fn flush(&self) {
-        for slot in &self.slots {
-            swap::flush(&Sys::new(), self.store, slot).expect("flushed");
-        }
+    /// Takes both away.
+    fn flush(&self, sys: &Sys) -> Result<(), Error> {
+        let flushed = flush_all(sys, self.store, &|_| true)?;
+        flushed.into_iter().try_for_each(|(_, flushed)| flushed.map(|_| ()))
     }
 }
 
@@ -523,7 +524,7 @@ fn of_several_changes_all_are_made_or_none() {
                 Ok(()) => assert!(attached().iter().zip(before).all(|(now, before)| *now != before)),
                 Err(error) => assert_eq!(attached(), before, "{call} {number}: {error}"),
             }
-            several.flush();
+            several.flush(&Sys::new()).expect("flushed");
             assert_eq!(attached(), [None; 2]);
             if calls.load(Ordering::Relaxed) < number {
                 assert!(number > 2 && result.is_ok(), "{call} {number}");
@@ -574,8 +575,7 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
             let result = match operation {
                 Operation::Confirm => several.each(|slot| swap::confirm(&sys, &store, slot).map(|_| ())),
                 Operation::GoBack => several.each(|slot| several.go_back(&sys, slot)),
-                Operation::Flush => swap::withdraw(&sys, &store, &several.slots, Family::V4)
-                    .and_then(|()| several.each(|slot| swap::flush(&sys, &store, slot).map(|_| ()))),
+                Operation::Flush => several.flush(&sys),
                 _ => several.apply(&sys, 1),
             };
             let now = several.attached();
@@ -597,7 +597,7 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
                 assert_eq!(several.attached(), expected, "{operation:?}, call {number}: after the next polc");
             }
             ready(several.apply(&Sys::new(), 0));
-            several.flush();
+            several.flush(&Sys::new()).expect("flushed");
             let left = fs::read_dir(bpffs.join("polc")).map_or(0, |left| left.count());
             assert_eq!(left, 0, "{operation:?}, call {number}: pins are left");
             if calls.load(Ordering::Relaxed) < number {
@@ -608,6 +608,49 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
         }
         eprintln!("{operation:?} at two hooks: killed at {tried} calls");
         assert!(tried > 20, "{operation:?}: {tried}");
+    }
+}
+
+/// Whenever another polc gets in between, policies that stand at several hooks have all been changed, or none has.
+#[test]
+fn two_polcs_at_several_hooks_leave_all_of_them_alike() {
+    const NAME: &str = "two_polcs_at_several_hooks_leave_all_of_them_alike";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("beside");
+    let store = Store::new(Path::new(&bpffs.join("")), state.path()).expect("the namespace is known");
+    let step = if std::env::var_os("POLC_LONG").is_some() { 1 } else { 11 };
+    let run = |sys: &Sys, several: &Several<'_>, flushes| match flushes {
+        true => several.flush(sys),
+        false => several.apply(sys, 1),
+    };
+    let kept_out = |result: &Result<(), Error>| matches!(result, Ok(()) | Err(Error::Locked(_)));
+    for flushes in [true, false] {
+        let mut tried = 0;
+        for number in (1..=CALLS_MAX).step_by(step) {
+            Several::new(&store).apply(&Sys::new(), 0).expect("nothing fails here");
+            let calls = Arc::new(AtomicUsize::new(0));
+            let (counted, same_store) = (calls.clone(), store.clone());
+            let sys = Sys::with_hook(move |_| {
+                if counted.fetch_add(1, Ordering::Relaxed) + 1 == number {
+                    let result = run(&Sys::new(), &Several::new(&same_store), !flushes);
+                    assert!(kept_out(&result), "call {number}: {result:?}");
+                }
+                Ok(())
+            });
+            let several = Several::new(&store);
+            let result = run(&sys, &several, flushes);
+            assert!(kept_out(&result), "call {number}: {result:?}");
+            let [one, other] = several.attached();
+            assert_eq!(one.is_some(), other.is_some(), "flushes: {flushes}, call {number}");
+            several.flush(&Sys::new()).expect("flushed");
+            if calls.load(Ordering::Relaxed) < number {
+                break;
+            }
+            tried += 1;
+        }
+        assert!(tried > 2, "{tried}");
     }
 }
 

@@ -110,7 +110,15 @@ impl Sys {
     /// Makes a directory and those above it, if they aren't there.
     pub fn make_dirs(&self, path: &Path) -> io::Result<()> {
         self.enter("mkdir")?;
-        fs::create_dir_all(path)
+        // One of those above may be removed in between, by who finds it empty.
+        let mut made = fs::create_dir_all(path);
+        for _ in 1..MKDIR_TRIES {
+            match made {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => made = fs::create_dir_all(path),
+                made => return made,
+            }
+        }
+        made
     }
 
     /// Removes a file (a pin, too); nothing happens if there is none.
@@ -180,6 +188,8 @@ fn lock_soon(file: &File) -> io::Result<()> {
     Ok(file.try_lock()?)
 }
 
+/// How often directories are made again.
+const MKDIR_TRIES: u32 = 16;
 /// How often, and after which pause, a held lock is tried again before it is another polc's.
 const LOCK_TRIES: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);

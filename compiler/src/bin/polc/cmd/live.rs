@@ -4,8 +4,8 @@ use std::io::Read as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use polc_ir::hook::Family;
 use polc_loader::Error;
+use polc_loader::flush::flush_all;
 use polc_loader::gone;
 use polc_loader::held::Held;
 use polc_loader::repair;
@@ -114,21 +114,14 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
         ));
         return Ok(ExitCode::SUCCESS);
     }
-    let slots = slots(&sys, &args.slots)?;
-    for family in [Family::V4, Family::V6] {
-        // Those that it fails for are taken away one after the other, which tells why.
-        let _ = swap::withdraw(&sys, &store, &slots, family);
-    }
     let mut failed = Vec::new();
-    for slot in slots {
-        match swap::flush(&sys, &store, &slot) {
+    for (slot, flushed) in flush_all(&sys, &store, &|slot| is_asked_for(slot, &args.slots))? {
+        match flushed {
             Ok(true) => output.remark(&format!("removed {slot}\n")),
             Ok(false) => {}
-            // That must not keep the others.
             Err(error) => failed.push(Failure::at(&slot, error)),
         }
     }
-    store.tidy(&sys);
     all_well(failed, output)
 }
 
