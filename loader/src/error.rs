@@ -167,7 +167,7 @@ pub enum Error {
         /// Number of the program that is there.
         by: u32,
     },
-    /// What was to be replaced is not in force any more.
+    /// What was to be replaced is not in force any more, or its sets are not what they were.
     Overtaken(String),
     /// Of several changes one failed, and others could not be taken back.
     HalfDone {
@@ -254,7 +254,6 @@ impl Error {
             Error::Occupied { .. } => 807,
             Error::LowerDevice { .. } => 808,
             Error::MapMemory { .. } => 809,
-            Error::LocalByPolicy { .. } => 830,
             Error::Verifier(_) => 810,
             Error::NoProgram(_) => 811,
             Error::Pin { .. } => 812,
@@ -263,7 +262,6 @@ impl Error {
             Error::Locked(_) => 815,
             Error::NotApplied(_) => 816,
             Error::Replaced { .. } => 817,
-            Error::Overtaken(_) => 831,
             Error::Canary { .. } => 818,
             Error::TestRun { .. } => 819,
             Error::Set(_) => 820,
@@ -281,6 +279,8 @@ impl Error {
             Error::OtherFamily(_) => 832,
             Error::IngressQdisc(_) => 833,
             Error::HalfDone { .. } => 834,
+            Error::LocalByPolicy { .. } => 835,
+            Error::Overtaken(_) => 836,
         })
     }
 
@@ -360,7 +360,7 @@ impl Error {
             Error::Locked(_) => "wait for the other polc to end".into(),
             Error::NotApplied(_) => "`polc status` shows what is applied".into(),
             Error::Unconfirmed(_) => "`polc confirm` keeps it; without it, it goes back by itself".into(),
-            Error::Overtaken(_) => "what was applied meanwhile stays in force".into(),
+            Error::Overtaken(_) => "what is in force by now stays so".into(),
             Error::Replaced { by, .. } => format!(
                 "polc leaves it alone; `bpftool prog show id {by}` tells what it is. Once it is detached, `polc flush` removes what is left of polc's"
             ),
@@ -472,7 +472,10 @@ impl fmt::Display for Error {
             Error::Locked(path) => write!(f, "another polc is at work: `{}` is locked", path.display()),
             Error::NotApplied(place) => write!(f, "no policy of polc's is applied {place}"),
             Error::Overtaken(place) => {
-                write!(f, "{place}: another policy was applied meanwhile, or it was taken away")
+                write!(
+                    f,
+                    "{place}: another policy was applied meanwhile, a set was changed, or it was taken away"
+                )
             }
             Error::Replaced { place, by } => {
                 write!(f, "{place}: program {by} is there, and no longer the one that polc attached")

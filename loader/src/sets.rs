@@ -5,6 +5,7 @@
 //! made, while the slot is locked against every other polc.
 
 use polc_backend_ebpf::manifest::SetManifest;
+use polc_backend_ebpf::object::{MapKind, Object};
 use polc_ir::env::Mode;
 use polc_ir::plan::set::{Words, change::Store};
 
@@ -13,6 +14,7 @@ use crate::error::Error;
 use crate::repair::{Repaired, repair};
 use crate::state::SlotName;
 use crate::store::{Locks, Slot, Store as StateStore, lock_all};
+use crate::swap::OBJECT_FILE;
 use crate::sys::{Map, MapWords, Sys};
 
 /// Name of the file among a generation's that says which sets have tables: [`SetManifest`]s as JSON. The object says the
@@ -58,14 +60,44 @@ impl LiveSets {
             store.tidy(sys);
             return Ok(None);
         };
-        let path = slot.generation_files(current).join(SETS_FILE);
+        let mode = state.generations.get(&current).and_then(|generation| generation.mode);
+        LiveSets::of(sys, slot, current, mode).map(Some)
+    }
+
+    /// The sets of a generation.
+    fn of(sys: &Sys, slot: Slot, generation: u32, mode: Option<Mode>) -> Result<LiveSets, Error> {
+        let path = slot.generation_files(generation).join(SETS_FILE);
         let sets = match sys.read(&path).map_err(Error::disk(&path))? {
             Some(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|error| Error::Corrupt { path: path.clone(), why: error.to_string() })?,
             None => Vec::new(),
         };
-        let mode = state.generations.get(&current).and_then(|generation| generation.mode);
-        Ok(Some(LiveSets { name: slot.name.clone(), mode, sets, slot, generation: current }))
+        Ok(LiveSets { name: slot.name.clone(), mode, sets, slot, generation })
+    }
+
+    /// The name of a set whose elements are others than those that the generation was applied with, if there is one.
+    fn changed(&self, sys: &Sys) -> Result<Option<&str>, Error> {
+        let mut live = self.sets.iter().filter(|set| set.live).peekable();
+        if live.peek().is_none() {
+            return Ok(None);
+        }
+        let path = self.slot.generation_files(self.generation).join(OBJECT_FILE);
+        let corrupt = |why: String| Error::Corrupt { path: path.clone(), why };
+        let bytes = sys.read(&path).map_err(Error::disk(&path))?;
+        let bytes = bytes.ok_or_else(|| corrupt("it is not there".into()))?;
+        let object = Object::read(&bytes).map_err(|error| corrupt(error.to_string()))?;
+        for set in live {
+            let applied = object.maps.values().find(|map| map.name == set.map).map(|map| &map.kind);
+            let Some(MapKind::Data { contents, .. }) = applied else {
+                return Err(corrupt(format!("it has no table of set `{}`", set.name)));
+            };
+            let words = contents.chunks_exact(8);
+            let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+            if !read(sys, &self.table(sys, set)?)?.into_iter().eq(words) {
+                return Ok(Some(&set.name));
+            }
+        }
+        Ok(None)
     }
 
     /// The table of a set.
@@ -84,6 +116,15 @@ impl LiveSets {
             Err(pin("it is not the table that the policy was applied with"))
         }
     }
+}
+
+/// The name of a set of a generation whose elements are others than those that it was applied with, if there is one.
+///
+/// # Errors
+/// What is kept about the generation can't be read, or the kernel refuses.
+pub(crate) fn changed(sys: &Sys, slot: &Slot, generation: u32) -> Result<Option<String>, Error> {
+    let sets = LiveSets::of(sys, slot.clone(), generation, None)?;
+    Ok(sets.changed(sys)?.map(str::to_owned))
 }
 
 /// A table that is being read and changed.

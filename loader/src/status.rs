@@ -110,6 +110,14 @@ impl Open {
         Ok(attach::current(sys, &self.files, &self.state)? == Some(self.program.id))
     }
 
+    /// The name of a set whose elements are others than those that the policy was applied with, if there is one.
+    ///
+    /// # Errors
+    /// What is kept can't be read, or the kernel does not tell.
+    pub fn changed_set(&self, sys: &Sys) -> Result<Option<String>, Error> {
+        crate::sets::changed(sys, &self.files, self.number)
+    }
+
     /// The program, to ask the kernel more about it.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
 use crate::repair::{Repaired, go_back, prune, repair, settle};
+use crate::sets;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Locks, Slot, Store, lock_all};
 use crate::sys::{Sys, TestRun};
@@ -56,7 +57,8 @@ pub struct Request<'a> {
     pub order: Order,
     /// Where among a netfilter hook's functions.
     pub hook_order: dispatch::Order,
-    /// Numbers of programs, of one of which it takes the place; none if it takes that of any, or is the first.
+    /// Numbers of programs, of one of which it takes the place, its sets being what they were when that was applied; none
+    /// if it takes that of any, or is the first.
     pub over: &'a [u32],
     /// Go back after this time unless confirmed.
     pub confirm: Option<Duration>,
@@ -293,7 +295,14 @@ impl Change {
         };
         let before =
             from.and_then(|from| state.generations.get(&from)).map(|generation| generation.program_id);
-        if !request.over.is_empty() && !before.is_some_and(|program| request.over.contains(&program)) {
+        let is_as_seen = match from {
+            _ if request.over.is_empty() => true,
+            Some(from) if before.is_some_and(|program| request.over.contains(&program)) => {
+                sets::changed(sys, slot, from)?.is_none()
+            }
+            _ => false,
+        };
+        if !is_as_seen {
             return Err(Error::Overtaken(request.slot.to_string()));
         }
         let present = slot.generations_present(sys)?;

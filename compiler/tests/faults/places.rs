@@ -284,6 +284,22 @@ fn what_is_compiled_for_a_policy_replaces_no_other() {
     let find = |value: &serde_json::Value| value[0]["program"].as_u64();
     let program = find(&status).expect("a program's number").to_string();
     host.says(&[&APPLY_OTHER[..], &["--over", &program]].concat(), 0);
+    // Nor does it undo what was done to a set meanwhile.
+    let rules = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m set --match-set bad src -j DROP\nCOMMIT\n";
+    host.files.file("set.v4", rules.as_bytes());
+    host.files.file("bad", b"create bad hash:ip family inet\nadd bad 10.9.7.1\n");
+    let with_set = ["apply", "set.v4", "--ipset", "bad", "--replace", "--dev", "eth0"];
+    host.says(&with_set, 0);
+    let in_force = || {
+        let status: serde_json::Value =
+            serde_json::from_str(&host.says(&["status", "--format", "json"], 0)).expect("JSON");
+        find(&status).expect("a program's number").to_string()
+    };
+    host.says(&[&with_set[..], &["--over", &in_force()]].concat(), 0);
+    host.says(&["set", "add", "bad", "10.9.7.7"], 0);
+    let said = host.says(&[&with_set[..], &["--over", &in_force()]].concat(), 3);
+    assert!(said.contains("[E0836]") && said.contains("a set was changed"), "{said}");
+    host.says(&["set", "test", "bad", "10.9.7.7"], 0);
     // What was taken away does not come back.
     host.says(&["flush"], 0);
     host.says(&[&APPLY[..], &["--over", &program]].concat(), 3);

@@ -17,15 +17,12 @@ use std::time::Duration;
 
 use polc::session::{ReadOptions, Session};
 use polc_backend_ebpf::emit::SUSPEND_MAP;
-use polc_backend_ebpf::object::{MapKind, Object};
 use polc_ir::env::Mode;
 use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
 use polc_loader::Error;
-use polc_loader::sets::read;
 use polc_loader::state::SlotName;
 use polc_loader::status::{self, Open};
-use polc_loader::swap::OBJECT_FILE;
 use polc_loader::sys::{NetworkChanges, Signals, Sys};
 
 use super::applied::{self, Opened};
@@ -185,7 +182,7 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> 
         return Ok(Step::Nothing);
     }
     suspend(sys, policy, true)?;
-    if let Some(set) = changed_set(sys, policy)? {
+    if let Some(set) = policy.changed_set(sys)? {
         let what = format!(
             "the host has changed, and so has set `{set}` since it was applied; apply it again with the set as it is"
         );
@@ -223,29 +220,6 @@ fn suspend(sys: &Sys, policy: &Open, on: bool) -> Result<bool, Failure> {
     value[..4].copy_from_slice(&word);
     sys.map_update(map, &key, &value).map_err(failed())?;
     Ok(true)
-}
-
-/// A set whose elements are others than those it was applied with: applying the files again would lose them.
-fn changed_set<'a>(sys: &Sys, policy: &'a Open) -> Result<Option<&'a str>, Failure> {
-    let mut live = policy.object.manifest.sets.iter().filter(|set| set.live).peekable();
-    if live.peek().is_none() {
-        return Ok(None);
-    }
-    let corrupt = |why: String| Error::Corrupt { path: policy.path(OBJECT_FILE), why };
-    let bytes = policy.file(sys, OBJECT_FILE)?.ok_or_else(|| corrupt("it is not there".into()))?;
-    let object = Object::read(&bytes).map_err(|error| corrupt(error.to_string()))?;
-    for set in live {
-        let applied = object.maps.values().find(|map| map.name == set.map).map(|map| &map.kind);
-        let (Some(MapKind::Data { contents, .. }), Some(map)) = (applied, policy.map(&set.map)) else {
-            return Err(corrupt(format!("it has no table of set `{}`", set.name)).into());
-        };
-        let words = contents.chunks_exact(8);
-        let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
-        if !read(sys, map)?.into_iter().eq(words) {
-            return Ok(Some(&set.name));
-        }
-    }
-    Ok(None)
 }
 
 /// Policies to be applied anew by one `polc apply`.
