@@ -16,7 +16,7 @@ use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Connections, Mode, Place};
 use polc_ir::hook::Hook;
 use polc_ir::ruleset::deferral::{clause_deferral, drops_undecided, rule_deferral};
-use polc_ir::ruleset::{Action, RuleData, Ruleset};
+use polc_ir::ruleset::{Action, Policy, RuleData, Ruleset};
 use polc_ir::source::Span;
 
 use crate::place::{best_attach, place};
@@ -229,6 +229,42 @@ impl Report {
                 None,
             )
         })
+    }
+
+    /// What is not in force once programs for `hooks` stand in for the kernel's rules: rules of other hooks, and policies
+    /// there that drop. A note each; errors where the user did not name the hooks, and so wants all of it.
+    pub fn left_out(&self, session: &Session, hooks: &[Hook], severity: Severity) -> Vec<Diagnostic> {
+        let ruleset = &session.ruleset;
+        let by_line = session.rules_by_line();
+        let of = |(line, status): (&u32, &Status)| {
+            let rule = by_line.get(line).filter(|_| *status == Status::Elsewhere)?.first()?;
+            Some(ruleset.rules[*rule].span)
+        };
+        let first = self.lines.iter().find_map(of);
+        let mut findings: Vec<Diagnostic> =
+            self.elsewhere().into_iter().map(|finding| Diagnostic { span: first, ..finding }).collect();
+        for data in ruleset.chains.values() {
+            let Some(base) = data.base.filter(|base| base.policy == Policy::Drop) else { continue };
+            if !hooks.contains(&base.hook) {
+                let message =
+                    format!("policy DROP of a chain that no packet passes at this place: {}", data.name);
+                findings.push(Diagnostic::note(ELSEWHERE, message, data.span));
+            }
+        }
+        if severity == Severity::Error {
+            for finding in &mut findings {
+                finding.severity = severity;
+            }
+            let hooks: Vec<String> = hooks.iter().map(|hook| format!("--hook {hook}")).collect();
+            let hint = format!(
+                "in replace mode the kernel's own rules are gone: `--attach netfilter` has every hook, and `{}` says that the others are to be without rules",
+                hooks.join(" ")
+            );
+            if let Some(last) = findings.last_mut() {
+                last.hint = Some(hint);
+            }
+        }
+        findings
     }
 
     /// As [`Report::diagnostics`], with one finding for each reason rather than each line: people read the reason once.
@@ -480,6 +516,26 @@ mod tests {
         assert_eq!(report.diagnostics(Mode::Accelerate), []);
         let note = report.elsewhere().map(|note| note.message);
         assert_eq!(note.as_deref(), Some("1 rule is in a chain that no packet passes at this place"));
+    }
+
+    /// A policy that drops is as much of the rules as a rule is.
+    #[test]
+    fn what_replace_mode_leaves_out_is_told() {
+        let text = "*filter\n:INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT DROP [0:0]\n-A FORWARD -j DROP\nCOMMIT\n";
+        let session = session(text);
+        let place = place(&[Hook::Input], Attach::Xdp, Mode::Replace, true);
+        let report = Report::new(&session, Scope::At(&place));
+        let told = |hooks, severity| -> Vec<(Severity, String)> {
+            let found = report.left_out(&session, hooks, severity);
+            found.into_iter().map(|finding| (finding.severity, finding.message)).collect()
+        };
+        let rule = "1 rule is in a chain that no packet passes at this place";
+        let policy = "policy DROP of a chain that no packet passes at this place: OUTPUT";
+        for severity in [Severity::Note, Severity::Error] {
+            let expected = [(severity, rule.to_string()), (severity, policy.to_string())];
+            assert_eq!(told(&[Hook::Input], severity), expected);
+        }
+        assert_eq!(told(&[Hook::Input, Hook::Output], Severity::Note).len(), 1);
     }
 
     #[test]

@@ -163,6 +163,37 @@ fn replace_mode_names_what_it_can_not_compile() {
 }
 
 #[test]
+fn replace_mode_names_what_its_place_can_not_enforce() {
+    let Some(host) = Host::new("fault-output") else { return };
+    let policy = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT DROP [0:0]\nCOMMIT\n";
+    let rule =
+        "*filter\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p udp --dport 53 -j DROP\nCOMMIT\n";
+    for (text, what) in [(policy, "policy DROP"), (rule, "1 rule is in a chain that no packet passes")] {
+        host.files.file("output.v4", text.as_bytes());
+        let apply = ["apply", "output.v4", "--replace", "--dev", "eth0"];
+        for attach in ["xdp", "tc-ingress"] {
+            let said = host.says(&[&apply[..], &["--attach", attach]].concat(), 1);
+            assert!(said.contains("error[E0302]") && said.contains(what), "{said}");
+            assert!(
+                said.contains("--> output.v4:4:") && said.contains("--hook input --hook forward"),
+                "{said}"
+            );
+            assert!(host.says(&["status", "--sample", "0"], 0).contains("nothing is applied"));
+        }
+        host.says_of(&["restore", "--dev", "eth0"], text, 1);
+        // Who names the hooks is told.
+        let hooks = ["--hook", "input", "--hook", "forward"];
+        let said = host.says(&[&apply[..], &hooks].concat(), 0);
+        assert!(said.contains("note[N0302]") && said.contains(what), "{said}");
+        host.says_of(&[&["restore", "--dev", "eth0"], &hooks[..]].concat(), text, 0);
+        host.says(&["flush"], 0);
+        let said = host.says(&[&apply[..3], &["--attach", "netfilter"]].concat(), 0);
+        assert!(said.contains("netfilter output for IPv4") && !said.contains("0302"), "{said}");
+        host.says(&["flush"], 0);
+    }
+}
+
+#[test]
 fn a_policy_is_not_lost_to_an_empty_file() {
     let Some(host) = Host::new("fault-empty") else { return };
     host.files.file("empty.v4", b"");

@@ -36,7 +36,9 @@ fn the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it() {
     let apply = |family: &str, attach: &str| {
         let (file, family) = (format!("rules.v{family}"), ["--family", family]);
         let place = ["--replace", "--dev", "eth0", "--attach", attach, "--clsact"];
-        host.says(&[&["apply", &file][..], &place, &family].concat(), 0);
+        // The rules are INPUT's, and are not asked for where packets leave.
+        let hook = if attach == "tc-egress" { &["--hook", "output"][..] } else { &[] };
+        host.says(&[&["apply", &file][..], &place, &family, hook].concat(), 0);
     };
     let flush = |family: &str, attach: &str| {
         host.says(&["flush", "--family", family, "--attach", attach], 0);
@@ -77,8 +79,8 @@ fn the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it() {
     apply("4", "tc-ingress");
     assert!(tc("filter show dev eth0 ingress").contains("polc"));
     flush("4", "tc-ingress");
-    let egress = ["apply", "rules.v4", "--replace", "--dev", "eth0", "--attach", "tc-egress", "--clsact"];
-    let said = host.says(&egress, 3);
+    let egress = ["--dev", "eth0", "--attach", "tc-egress", "--hook", "output", "--clsact"];
+    let said = host.says(&[&["apply", "rules.v4", "--replace"], &egress[..]].concat(), 3);
     assert!(said.contains("[E0833] `eth0` has an ingress qdisc") && said.contains("tc qdisc del"), "{said}");
     assert_eq!(shown(), before);
 }
@@ -120,7 +122,8 @@ fn hooks_are_told_of_together() {
         let account = "2 rules: 2 compiled, 0 deferred, 0 rejected";
         assert!(said.matches(account).count() == 1 && !said.contains("N0302"), "{said}");
     }
-    let said = host.says(&[&apply[..], &["--hook", "forward"]].concat(), 0);
+    // Who names a hook twice names it.
+    let said = host.says(&[&apply[..], &["--hook", "forward", "--hook", "forward"]].concat(), 0);
     assert!(
         said.contains("2 rules: 0 compiled, 2 deferred") && said.contains("note[N0302]: 2 rules"),
         "{said}"

@@ -233,8 +233,19 @@ impl PlaceArgs {
     }
 
     pub(crate) fn path(&self) -> Option<Vec<Hook>> {
-        (!self.hook.is_empty()).then(|| self.hook.iter().map(|hook| (*hook).into()).collect())
+        hooks_of(&self.hook)
     }
+}
+
+/// The hooks named, each once; none if none is.
+pub(crate) fn hooks_of(named: &[HookChoice]) -> Option<Vec<Hook>> {
+    let mut hooks: Vec<Hook> = Vec::new();
+    for hook in named.iter().map(|hook| (*hook).into()) {
+        if !hooks.contains(&hook) {
+            hooks.push(hook);
+        }
+    }
+    (!hooks.is_empty()).then_some(hooks)
 }
 
 /// Devices that packets come and go by.
@@ -734,6 +745,10 @@ pub(crate) struct RestoreArgs {
     /// The same as --dry-run
     #[arg(long, short)]
     pub test: bool,
+    /// Hooks whose chains are put in force, in order; repeat for several. Rules of others are then left out [default: all
+    /// that the place has; rules of others are refused]
+    #[arg(long, value_enum, value_name = "HOOK", help_heading = "Place")]
+    pub hook: Vec<HookChoice>,
     /// The rule set [default: standard input]
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: Option<PathBuf>,

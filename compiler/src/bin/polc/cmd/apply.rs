@@ -23,6 +23,7 @@ use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
 use polc_frontend_iptables::print;
 use polc_ir::at_once::both;
+use polc_ir::diag::Severity;
 use polc_ir::env::{Attach, Connections, Counting, Device as IrDevice, Env, Input, Mode, Place};
 use polc_ir::field::DeviceName;
 use polc_ir::hook::{Family, Hook};
@@ -41,8 +42,10 @@ use super::compile::{accept_part, refuse};
 use super::host::{self, Surroundings};
 use super::save;
 use super::test_run::{Setup, as_tested};
-use super::{FOUND, account, counted, live, place, show};
-use crate::cli::{ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName};
+use super::{FOUND, account, counted, live, place, show, worst};
+use crate::cli::{
+    ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName, hooks_of,
+};
 use crate::failure::Failure;
 use crate::input;
 use crate::output::Output;
@@ -68,7 +71,7 @@ pub(super) fn restore(args: &RestoreArgs, output: &Output) -> Result<ExitCode, F
     let job = Job {
         file: args.file.as_ref().unwrap_or(&stdin),
         mode: Mode::Replace,
-        path: None,
+        path: hooks_of(&args.hook),
         place: None,
         options: &args.options,
         dry_run: args.test || args.options.dry_run,
@@ -166,7 +169,9 @@ impl Job<'_> {
             all
         });
         let report = report.unwrap_or_default();
-        show(output, &session.sources, report.elsewhere().as_slice());
+        if !self.says_what_is_left_out(&session, &report, &parts, output) {
+            return Ok(FOUND.into());
+        }
         let places: Vec<String> = parts.iter().map(|part| place::describe(&part.place)).collect();
         let account = format!("{} at {}", account::text(&report), places.join(", at "));
         if self.dry_run {
@@ -188,6 +193,25 @@ impl Job<'_> {
             output.remark(&self.said(part, applied, began, compiled_in));
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Shows what of the rules is not in force with these parts; whether that is what the user asked for. In accelerate
+    /// mode it is the kernel's.
+    fn says_what_is_left_out(
+        &self,
+        session: &Session,
+        report: &Report,
+        parts: &[Part],
+        output: &Output,
+    ) -> bool {
+        let hooks: Vec<Hook> = parts.iter().flat_map(|part| part.place.path.iter().copied()).collect();
+        let severity = if self.path.is_some() { Severity::Note } else { Severity::Error };
+        let findings = match self.mode {
+            Mode::Accelerate => report.elsewhere().into_iter().collect(),
+            Mode::Replace => report.left_out(session, &hooks, severity),
+        };
+        show(output, &session.sources, &findings);
+        worst(&findings) != Some(Severity::Error)
     }
 
     /// What is told of a part in force.
