@@ -51,16 +51,18 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
             }
             None => Ok(None),
         },
-        Via::Dispatch { .. } => match (open_link(sys, slot)?, place(sys, slot)?) {
-            (Some(link), Some(place)) => {
-                let link = sys.link_info(&link).map_err(ask())?.id;
-                match dispatch::is_linked(sys, slot, link)? {
-                    true => dispatch::current(sys, slot, &place),
-                    false => Ok(None),
-                }
+        Via::Dispatch { .. } => {
+            let Some(link) = open_link(sys, slot)? else { return Ok(None) };
+            let link = sys.link_info(&link).map_err(ask())?.id;
+            if !dispatch::is_linked(sys, slot, link)? {
+                return Ok(None);
             }
-            _ => Ok(None),
-        },
+            match place(sys, slot)? {
+                Some(place) => dispatch::current(sys, slot, &place),
+                // It forgets its programs with its last pin, and the link stays.
+                None => Err(Error::Pin { path: slot.dispatch(), why: LEADS_NOWHERE.to_string() }),
+            }
+        }
         Via::Clsact { priority } => {
             let filters = filters(sys, state.ifindex, is_egress(slot)).map_err(ask())?;
             let own = filters.iter().find(|filter| filter.priority == priority && filter.name == FILTER_NAME);
@@ -68,6 +70,9 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
         }
     }
 }
+
+/// What packets meet at a hook whose map of programs was lost ([`dispatch`]).
+const LEADS_NOWHERE: &str = "it is not there, so the hook's link leads to no program: every packet is dropped, or left to the kernel's own rules if a policy in accelerate mode was the first";
 
 fn is_egress(slot: &Slot) -> bool {
     slot.name.attach == Attach::TcEgress

@@ -202,6 +202,15 @@ fn pins_that_are_something_else_are_told_and_removed() {
     assert!(host.says(&["status", "--sample", "0"], 3).contains("[E0812]"));
     host.says(&["flush"], 0);
     assert!(!slot.pins().exists());
+    // Without it the link leads to no program, and what that does to packets is not taken for nothing.
+    host.says(&apply, 0);
+    fs::remove_file(slot.dispatch()).expect("it is there");
+    for command in [&["status", "--sample", "0"][..], &["save", "-c"], &apply] {
+        let said = host.says(command, 3);
+        assert!(said.contains("[E0812]") && said.contains("leads to no program"), "{said}");
+    }
+    host.says(&["flush"], 0);
+    assert!(!slot.pins().exists());
     // What hooks share.
     let shared = slot.pins().with_file_name("hooks-4");
     for (pin, other) in [("word", slot.program(1)), ("word", slot.dispatch()), ("none", slot.dispatch())] {
