@@ -121,6 +121,25 @@ fn sets_change_while_they_are_in_force() {
     assert!(host.well("watch --once").contains("applying anew"));
     host.well("set test nets 3.0.0.1");
 
+    // Policies that differ are alike afterwards.
+    host.well("flush");
+    host.files.file("hooks.v4", RULES.replace("INPUT -", "FORWARD -").as_bytes());
+    let at = |file: &str, hook: &str| {
+        format!("apply {file} --ipset sets --attach netfilter --hook {hook} --replace")
+    };
+    host.well(&at("rules.v4", "input"));
+    host.well("set add hosts 192.0.2.2");
+    host.well("set del hosts 192.0.2.1");
+    host.well(&at("hooks.v4", "forward"));
+    host.fails("set test hosts 192.0.2.2", 1, "NOT");
+    host.well("set add hosts 192.0.2.2");
+    host.fails("set add hosts 192.0.2.2", 1, "it's already added");
+    host.well("set del hosts 192.0.2.1");
+    host.fails("set del hosts 192.0.2.1", 1, "it's not added");
+    let listed = |hook: &str| host.well(&format!("set list --hook {hook}"));
+    assert_eq!(listed("input"), listed("forward"));
+    host.well("flush");
+
     host.well(&format!("{apply} --unchecked"));
     host.fails("set add hosts 192.0.2.7", 2, "the kernel's own set `hosts` decides");
     host.well("flush");

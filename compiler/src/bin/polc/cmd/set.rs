@@ -164,17 +164,25 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         output.error(&format!("set `{name}` {}: {message}", found.sets.name));
         Ok(ExitCode::from(FOUND))
     };
+    // Where policies differ, of which one has an element and another has not, it is added to those that have not, and
+    // deleted from those that have.
+    let in_all = |index: usize, wanted: bool| {
+        tables.iter().all(|(found, asked, table)| {
+            let present = |pattern| change::test(&found.manifest.shape, table, pattern).is_some();
+            asked.patterns.get(index).is_none_or(|pattern| present(pattern) == wanted)
+        })
+    };
     // What can't be done is found before anything is changed.
     for (found, asked, table) in &tables {
         let shape = &found.manifest.shape;
         let mut new = 0;
-        for pattern in &asked.patterns {
+        for (index, pattern) in asked.patterns.iter().enumerate() {
             let present = change::test(shape, table, pattern).is_some();
             match verb {
-                Verb::Add if present && !exist => {
+                Verb::Add if !exist && in_all(index, true) => {
                     return refuse(found, "Element cannot be added to the set: it's already added".into());
                 }
-                Verb::Del if !present && !exist => {
+                Verb::Del if !exist && in_all(index, false) => {
                     return refuse(found, "Element cannot be deleted from the set: it's not added".into());
                 }
                 Verb::Add if !present => {
@@ -214,7 +222,7 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
             };
             match stores {
                 Ok(stores) => table.make(&sys, &stores)?,
-                // -exist: it was not there.
+                // It was not there.
                 Err(Refusal::Absent) => {}
                 Err(refusal) => return refuse(found, why(refusal)),
             }
