@@ -105,7 +105,10 @@ fn look_at<'p>(sys: &Sys, policies: &'p [Open], said: &mut Said<'_>) -> (bool, V
     }
     for one in &anew {
         match one.apply() {
-            Ok(applied) => well &= applied,
+            Ok((applied, told)) => {
+                well &= applied;
+                one.said(&told, said);
+            }
             Err(failure) => failed.push((one.policies[0], failure)),
         }
     }
@@ -189,7 +192,6 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> 
         said.of(&policy.slot, &what);
         return Ok(Step::Off);
     }
-    said.of(&policy.slot, "the host has changed, applying anew");
     Ok(Step::Anew(options))
 }
 
@@ -255,9 +257,17 @@ impl<'p> Anew<'p> {
         Ok(Anew { policies: vec![policy], hooks, what })
     }
 
-    /// Applies the rules again, as `polc apply` does; whether that went well. What was in force before stays otherwise,
-    /// suspended where it can be.
-    fn apply(&self) -> Result<bool, Failure> {
+    /// Says what was done, and what that told.
+    fn said(&self, told: &str, said: &mut Said<'_>) {
+        const DONE: &str = "the host has changed, applying anew";
+        let (first, others) = self.policies.split_first().expect("there is one");
+        others.iter().for_each(|policy| said.of(&policy.slot, DONE));
+        said.of(&first.slot, &format!("{DONE}\n{}", told.trim_end()));
+    }
+
+    /// Applies the rules again, as `polc apply` does; whether that went well, and what it told. What was in force before
+    /// stays otherwise, suspended where it can be.
+    fn apply(&self) -> Result<(bool, String), Failure> {
         let program = std::env::current_exe().map_err(Error::call("find polc itself"))?;
         let policy = self.policies[0];
         let mut command = Command::new(program);
@@ -274,6 +284,8 @@ impl<'p> Anew<'p> {
             command.arg("--ipset").arg(policy.path(name));
         }
         command.arg(policy.path(live::RULES_FILE)).stdin(Stdio::null());
-        Ok(command.status().map_err(Error::call("run polc apply"))?.success())
+        command.stdout(Stdio::inherit()).stderr(Stdio::piped());
+        let output = command.output().map_err(Error::call("run polc apply"))?;
+        Ok((output.status.success(), to_text(output.stderr)))
     }
 }
