@@ -104,6 +104,13 @@ pub enum Error {
         /// Number of the device that has the name now.
         named: u32,
     },
+    /// A policy is applied to the device by a name that it had before.
+    OtherName {
+        /// Where, by that name.
+        place: String,
+        /// The device's name now.
+        now: String,
+    },
     /// The device is part of another, whose name the rules see.
     LowerDevice {
         /// The device.
@@ -281,6 +288,7 @@ impl Error {
             Error::HalfDone { .. } => 834,
             Error::LocalByPolicy { .. } => 835,
             Error::Overtaken(_) => 836,
+            Error::OtherName { .. } => 837,
         })
     }
 
@@ -319,6 +327,7 @@ impl Error {
             }
             Error::Priority { defrag: false, .. } => "the lowest and the highest number are not to be had".into(),
             Error::OtherDevice { .. } => "`polc flush` takes the policy off the device that was renamed".into(),
+            Error::OtherName { now, .. } => format!("`polc flush --dev {now}` takes it off; then apply again"),
             Error::OtherPlace { .. } => {
                 "apply with the same options, or `polc flush` first: packets would meet both programs for a moment"
                     .into()
@@ -444,6 +453,9 @@ impl fmt::Display for Error {
                 f,
                 "the policy {place} is on device number {applied}, and the name is now that of number {named}"
             ),
+            Error::OtherName { place, now } => {
+                write!(f, "the policy {place} is on this device, which is called `{now}` now")
+            }
             Error::LocalByPolicy { addresses: (first, last), table } => write!(
                 f,
                 "routing rules lead packets to table {table}, which calls {first} to {last} local: before routing nothing tells which packets are INPUT's"

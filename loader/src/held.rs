@@ -12,8 +12,8 @@ use crate::attach;
 use crate::clsact;
 use crate::dispatch;
 use crate::error::Error;
-use crate::repair::repair;
-use crate::state::{SlotName, SlotState, Via};
+use crate::repair::{in_force_with, repair};
+use crate::state::{Confirm, SlotName, SlotState, Via};
 use crate::store::{Slot, Store};
 use crate::sys::{Map, Sys};
 
@@ -38,7 +38,7 @@ impl Held {
     /// [`Error::NotApplied`] if it has not been written down, or what can't be opened.
     pub fn new(sys: &Sys, store: &Store, name: &SlotName, token: &str) -> Result<Held, Error> {
         let slot = store.slot(name);
-        let state = slot.read(sys)?.filter(|state| is_of(state, token));
+        let state = slot.read(sys)?.filter(|state| confirm_of(state, token).is_some());
         let state = state.ok_or_else(|| Error::NotApplied(name.to_string()))?;
         let from = state.intent.as_ref().and_then(|intent| intent.from);
         let old = from.map(|from| attach::program(sys, &slot, from)).transpose()?;
@@ -47,40 +47,66 @@ impl Held {
         Ok(Held { slot, store: store.clone(), token: token.into(), state, link, place, old })
     }
 
-    /// Whether the change still waits for its confirmation. Where its state is damaged or lost, the note beside the pins
-    /// tells, which who confirms changes and who flushes removes.
-    pub fn waits(&self, sys: &Sys) -> bool {
-        let of = |state: &SlotState| is_of(state, &self.token);
-        match self.slot.read(sys) {
-            Ok(Some(state)) => of(&state),
-            Ok(None) | Err(_) => self.slot.noted(sys).map_or(true, |noted| noted.as_ref().is_some_and(of)),
+    /// When the change goes back, in milliseconds since boot; `None` if it does not wait for its confirmation any more,
+    /// which who confirms writes down, and who flushes removes. Where state and note are damaged or lost both, it waits as
+    /// long as its program is pinned.
+    pub fn deadline(&self, sys: &Sys) -> Option<u64> {
+        let own = |state: &SlotState| confirm_of(state, &self.token).map(|confirm| confirm.deadline_ms);
+        match self.slot.known(sys) {
+            Ok(Some(state)) => own(&state),
+            Ok(None) | Err(_) => self.is_pinned(sys).then(|| own(&self.state)).flatten(),
         }
     }
 
-    /// Takes the change back if it has not been confirmed.
+    /// Whether the program that waits is where it was put, as far as that can be told.
+    fn is_pinned(&self, sys: &Sys) -> bool {
+        let Some(to) = self.state.intent.as_ref().and_then(|intent| intent.to) else { return false };
+        let id = self.state.generations.get(&to).map(|generation| generation.program_id);
+        match attach::program(sys, &self.slot, to) {
+            Ok(program) => sys.prog_info(&program).map_or(true, |info| Some(info.id) == id),
+            Err(Error::Pin { .. }) => false,
+            Err(_) => true,
+        }
+    }
+
+    /// Takes the change back if its time is over and it has not been confirmed; whether nothing is left to wait for.
     ///
     /// # Errors
     /// What kept it from going back.
-    pub fn go_back(&self, sys: &Sys) -> Result<(), Error> {
+    pub fn go_back(&self, sys: &Sys) -> Result<bool, Error> {
         let lock = self.slot.lock(sys, true);
-        if !self.waits(sys) {
-            // Of a slot that was flushed, the lock made the directory anew.
-            self.slot.remove_locked(sys);
+        let Some(deadline) = self.deadline(sys) else {
+            if lock.is_ok() {
+                // Of a slot that was flushed, the lock made the directory anew.
+                self.slot.remove_locked(sys);
+            }
+            drop(lock);
             self.store.tidy(sys);
-            return Ok(());
+            return Ok(true);
+        };
+        // Whoever makes the change may have put it off until packets met it.
+        if sys.uptime_ms().is_ok_and(|now| now < deadline) {
+            return Ok(false);
         }
-        let (_lock, repaired) = match lock {
-            Ok(lock) => (Some(lock), repair(sys, &self.slot)),
-            Err(error) => (None, Err(error)),
+        let known = matches!(self.slot.known(sys), Ok(Some(_)));
+        let repaired = match &lock {
+            Ok(_) if known => repair(sys, &self.slot),
+            _ => Ok(None),
         };
         match repaired {
-            Ok(Some(_)) => Ok(()),
-            Ok(None) => {
+            Ok(Some(_)) => Ok(true),
+            Ok(None) if known && lock.is_ok() => {
                 self.slot.remove(sys)?;
                 self.store.tidy(sys);
-                Ok(())
+                Ok(true)
             }
-            Err(_) => self.put_back(sys),
+            // Confirmed at another hook, it is here.
+            _ if in_force_with(sys, &self.slot, &self.state)
+                .is_ok_and(|with| with.iter().any(|other| other.confirmed)) =>
+            {
+                Ok(true)
+            }
+            _ => self.put_back(sys).map(|()| true),
         }
     }
 
@@ -101,7 +127,7 @@ impl Held {
     }
 }
 
-fn is_of(state: &SlotState, token: &str) -> bool {
-    let confirm = state.intent.as_ref().and_then(|intent| intent.confirm.as_ref());
-    confirm.is_some_and(|confirm| confirm.token == token)
+fn confirm_of<'a>(state: &'a SlotState, token: &str) -> Option<&'a Confirm> {
+    let confirm = state.intent.as_ref()?.confirm.as_ref()?;
+    (confirm.token == token).then_some(confirm)
 }

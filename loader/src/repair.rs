@@ -121,19 +121,15 @@ pub(crate) struct Other {
     state: SlotState,
     current: u32,
     /// Whether that change, if not a later one, was confirmed.
-    confirmed: bool,
+    pub(crate) confirmed: bool,
 }
 
 /// The slots that were changed together with a slot and have not gone back. Those that can't be read see to themselves.
-fn in_force_with(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Vec<Other>, Error> {
+pub(crate) fn in_force_with(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Vec<Other>, Error> {
     let mut found = Vec::new();
     for (name, generation) in state.intent.iter().flat_map(|intent| &intent.with) {
         let slot = slot.other(name);
-        let state = match slot.read(sys) {
-            Ok(Some(state)) => Some(state),
-            _ => slot.noted(sys)?,
-        };
-        if let Some(state) = state
+        if let Some(state) = slot.known(sys)?
             && let Ok(Some(current)) = attached(sys, &slot, &state)
             && current >= *generation
         {
@@ -150,22 +146,23 @@ fn in_force_with(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Vec<Other>
 /// [`Error::Locked`] if a polc is at it, or what kept it from going back.
 pub fn take_back_overdue(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
     let slot = store.slot(name);
-    let state = match slot.read(sys) {
-        Ok(Some(state)) => Some(state),
-        _ => slot.noted(sys)?,
-    };
-    let confirm = state.and_then(|state| state.intent).and_then(|intent| intent.confirm);
+    let confirm = slot.known(sys)?.and_then(|state| state.intent).and_then(|intent| intent.confirm);
     let Some(confirm) = confirm else { return Ok(false) };
     let now = sys.uptime_ms().map_err(Error::call("read the clock"))?;
     if now < confirm.deadline_ms.saturating_add(OVERDUE_MS) {
         return Ok(false);
     }
     let _lock = slot.lock(sys, false)?;
-    if repair(sys, &slot)?.is_none() {
-        slot.remove(sys)?;
-        store.tidy(sys);
+    match repair(sys, &slot)? {
+        // Whoever made it was only then writing down when its time is over.
+        Some(Repaired { unconfirmed: Some(_), .. }) => Ok(false),
+        Some(_) => Ok(true),
+        None => {
+            slot.remove(sys)?;
+            store.tidy(sys);
+            Ok(true)
+        }
     }
-    Ok(true)
 }
 
 /// Time that the process which is to take a change back has for it, in milliseconds.

@@ -344,6 +344,17 @@ impl Slot {
         Ok(text.and_then(|text| SlotState::read(text.as_bytes()).ok()))
     }
 
+    /// What the state tells, or the note beside the pins where it is damaged or lost; `None` if neither does.
+    ///
+    /// # Errors
+    /// The note can't be read.
+    pub fn known(&self, sys: &Sys) -> Result<Option<SlotState>, Error> {
+        match self.read(sys) {
+            Ok(Some(state)) => Ok(Some(state)),
+            Ok(None) | Err(_) => self.noted(sys),
+        }
+    }
+
     /// The failure that there are pins but no state.
     pub(crate) fn lost(&self) -> Error {
         Error::Corrupt {

@@ -25,7 +25,7 @@ use crate::dispatch;
 use crate::error::Error;
 use crate::load::{Loaded, load};
 use crate::net;
-use crate::repair::{Repaired, go_back, prune, repair, settle};
+use crate::repair::{Repaired, attached, go_back, prune, repair, settle};
 use crate::sets;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Locks, Slot, Store, lock_all};
@@ -193,9 +193,12 @@ impl Changes {
         let all: Vec<(SlotName, u32)> =
             begun.iter().map(|change| (change.slot.name.clone(), change.to)).collect();
         for (request, mut change) in requests.iter().zip(begun) {
-            let with = all.iter().filter(|(name, _)| at_once(name, &change.slot.name)).cloned().collect();
-            change.install(sys, request, with, watch)?;
+            change.install(sys, request)?;
             self.installed.push(change);
+        }
+        for (request, change) in requests.iter().zip(&mut self.installed) {
+            let with = all.iter().filter(|(name, _)| at_once(name, &change.slot.name)).cloned().collect();
+            change.announce(sys, request, with, watch)?;
         }
         for (request, change) in requests.iter().zip(&mut self.installed) {
             if change.slot.name.attach != Attach::Netfilter {
@@ -231,9 +234,16 @@ impl Changes {
 
     /// What the changes did; from here on nothing fails them.
     fn end(self, sys: &Sys, requests: &[Request<'_>]) -> Vec<Applied> {
+        // The time for a confirmation is from when packets meet all of it.
+        let uptime = sys.uptime_ms();
         let end = |(change, request): (Change, &Request<'_>)| {
             let Change { slot, mut state, from, to, load_time, attached: (attached, attach_time), .. } =
                 change;
+            if let (Ok(uptime), Some(time)) = (&uptime, request.confirm)
+                && let Some(confirm) = state.intent.as_mut().and_then(|intent| intent.confirm.as_mut())
+            {
+                confirm.deadline_ms = deadline(*uptime, time);
+            }
             let confirm = state.unconfirmed(to).cloned();
             let (program_id, via) = (state.generations[&to].program_id, state.via);
             let settled = settle(sys, &slot, &mut state, to, from, Some(&request.object.manifest));
@@ -312,18 +322,35 @@ impl Change {
         Ok(Change { slot: slot.clone(), state, from, to, device, load_time, made: false, attached })
     }
 
-    /// Makes everything ready, and writes down what is about to happen, and in which other slots.
-    fn install(
+    /// Makes everything ready.
+    fn install(&mut self, sys: &Sys, request: &Request<'_>) -> Result<(), Error> {
+        let Change { slot, state, from, to, load_time, .. } = self;
+        let (generation, kernel_time) = install(sys, slot, *to, from.is_none(), request)?;
+        state.generations.insert(*to, generation);
+        *load_time = kernel_time;
+        Ok(())
+    }
+
+    /// Writes down what is about to happen, and in which other slots, and has it watched.
+    fn announce(
         &mut self,
         sys: &Sys,
         request: &Request<'_>,
         with: Vec<(SlotName, u32)>,
         watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let Change { slot, state, from, to, load_time, .. } = self;
-        let going = Going { from: *from, to: *to, with };
-        *load_time = install(sys, slot, state, going, request, watch)?;
-        Ok(())
+        let Change { slot, state, from, to, .. } = self;
+        let confirm = match request.confirm {
+            Some(time) => {
+                let uptime = sys.uptime_ms().map_err(Error::call("read the clock"))?;
+                let token = format!("{}-{to}-{uptime}", std::process::id());
+                Some(Confirm { deadline_ms: deadline(uptime, time), token })
+            }
+            None => None,
+        };
+        state.intent = Some(Intent { from: *from, to: Some(*to), confirm: confirm.clone(), with });
+        slot.write(sys, state)?;
+        confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))
     }
 
     /// Changes what packets meet at a device.
@@ -390,6 +417,7 @@ fn fresh(
     device: &net::Device,
     request: &Request<'_>,
 ) -> Result<SlotState, Error> {
+    refuse_other_name(sys, store, slot, device)?;
     let via = attach::choose(sys, slot.name.attach, request.clsact)?;
     let own = store.programs(sys)?;
     if slot.name.attach == Attach::Xdp {
@@ -414,24 +442,37 @@ fn fresh(
     })
 }
 
-/// From which generation to which, and what else changes together with it.
-struct Going {
-    from: Option<u32>,
-    to: u32,
-    with: Vec<(SlotName, u32)>,
+/// Refuses a device that a policy was applied to under a name which it had before: packets would meet both.
+fn refuse_other_name(sys: &Sys, store: &Store, slot: &Slot, device: &net::Device) -> Result<(), Error> {
+    let Some(now) = &slot.name.device else { return Ok(()) };
+    for name in store.names(sys)? {
+        let other = store.slot(&name);
+        if (name.attach, name.family) == (slot.name.attach, slot.name.family)
+            && name != slot.name
+            && let Some(state) = other.known(sys)?
+            && state.ifindex == device.ifindex
+            && matches!(attached(sys, &other, &state), Ok(Some(_)))
+        {
+            return Err(Error::OtherName { place: name.to_string(), now: now.clone() });
+        }
+    }
+    Ok(())
 }
 
-/// Loads, tests and pins generation `to`, writes its files, and writes down what is about to happen. How long the kernel
-/// took to load it.
+/// When a change goes back that has this time from now on.
+fn deadline(uptime_ms: u64, time: Duration) -> u64 {
+    uptime_ms.saturating_add(time.as_millis() as u64)
+}
+
+/// Loads, tests and pins generation `to`, and writes its files. What is to be kept of it, and how long the kernel took to
+/// load it.
 fn install(
     sys: &Sys,
     slot: &Slot,
-    state: &mut SlotState,
-    going: Going,
+    to: u32,
+    is_first: bool,
     request: &Request<'_>,
-    watch: &mut dyn FnMut(&SlotName, &Confirm) -> Result<(), Error>,
-) -> Result<Duration, Error> {
-    let Going { from, to, with } = going;
+) -> Result<(Generation, Duration), Error> {
     // The kernel's verifier takes as long as writing the object down.
     let (loaded, object) = both(|| load(sys, request.object), || request.object.write());
     let loaded = loaded?;
@@ -465,21 +506,9 @@ fn install(
         mode: request.object.manifest.mode,
         source: request.source.to_string(),
         carried: request.initial.to_vec(),
-        settled: from.is_none() || !request.initial.is_empty(),
+        settled: is_first || !request.initial.is_empty(),
     };
-    state.generations.insert(to, generation);
-    let confirm = match request.confirm {
-        Some(time) => {
-            let uptime = sys.uptime_ms().map_err(Error::call("read the clock"))?;
-            let token = format!("{}-{to}-{uptime}", std::process::id());
-            Some(Confirm { deadline_ms: uptime.saturating_add(time.as_millis() as u64), token })
-        }
-        None => None,
-    };
-    state.intent = Some(Intent { from, to: Some(to), confirm: confirm.clone(), with });
-    slot.write(sys, state)?;
-    confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))?;
-    Ok(loaded.kernel_time)
+    Ok((generation, loaded.kernel_time))
 }
 
 fn fill(sys: &Sys, loaded: &Loaded, contents: &[Contents]) -> Result<(), Error> {
@@ -516,22 +545,32 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
     Ok(())
 }
 
-/// Confirms what a slot waits for. Whether it waited.
+/// Confirms what a slot waits for, and what was changed together with it. The slots whose change is kept by that; none if
+/// nothing waited.
 ///
 /// # Errors
 /// [`Error::NotApplied`] if nothing is applied (any more).
-pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<bool, Error> {
+pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<Vec<SlotName>, Error> {
     may_change(sys)?;
     let slot = store.slot(name);
     let _lock = slot.lock(sys, true)?;
     match repair(sys, &slot)? {
         Some(Repaired { mut state, current, unconfirmed: Some(_) }) => {
-            state.intent = None;
+            let with = state.intent.take().map_or_else(Vec::new, |intent| intent.with);
             slot.write(sys, &state)?;
+            // From here on all of it is confirmed. What can't be tidied up at the others the next polc does.
+            let mut kept = vec![name.clone()];
+            kept.extend(with.into_iter().filter_map(|(name, generation)| {
+                let there = match repair(sys, &slot.other(&name)) {
+                    Ok(repaired) => repaired.is_some_and(|repaired| repaired.current == generation),
+                    Err(_) => true,
+                };
+                there.then_some(name)
+            }));
             prune(sys, &slot, &mut state, current)?;
-            Ok(true)
+            Ok(kept)
         }
-        Some(_) => Ok(false),
+        Some(_) => Ok(Vec::new()),
         None => {
             slot.remove(sys)?;
             store.tidy(sys);

@@ -193,7 +193,7 @@ impl Host {
             Operation::GoBack => {
                 let state = self.store.slot(&self.slot).read(&Sys::new()).expect("readable").expect("there");
                 let token = state.intent.and_then(|intent| intent.confirm).expect("it waits").token;
-                Held::new(sys, &self.store, &self.slot, &token)?.go_back(sys)
+                Held::new(sys, &self.store, &self.slot, &token)?.go_back(sys).map(|_| ())
             }
             Operation::Flush => flush(sys, &self.store, &self.slot).map(|_| ()),
         }
@@ -467,7 +467,7 @@ impl Several<'_> {
     fn go_back(&self, sys: &Sys, name: &SlotName) -> Result<(), Error> {
         let state = self.store.slot(name).read(&Sys::new())?.expect("there");
         let Some(confirm) = state.intent.and_then(|intent| intent.confirm) else { return Ok(()) };
-        Held::new(&Sys::new(), self.store, name, &confirm.token)?.go_back(sys)
+        Held::new(&Sys::new(), self.store, name, &confirm.token)?.go_back(sys).map(|_| ())
     }
 
     fn waits_no_more(&self, name: &SlotName) -> bool {

@@ -4,6 +4,7 @@
 //! Each test has a host of its own: a network namespace with a pair of devices, and directories for pins and state.
 //! Without root the tests say that they are skipped.
 
+mod hooks;
 mod host;
 mod kept;
 mod places;
@@ -220,6 +221,19 @@ fn a_name_that_another_device_has_now_is_refused() {
     host.says(&APPLY, 0);
     assert_eq!((programs("old0").len(), programs("eth0").len()), (0, 1));
     host.says(&["flush"], 0);
+    // Under its new name a device has the policy that it got under the old one.
+    let at = |dev, attach| ["apply", "rules.v4", "--replace", "--dev", dev, "--attach", attach];
+    for attach in ["xdp", "tc-ingress"] {
+        host.says(&at("eth0", attach), 0);
+        ip("link set eth0 down");
+        ip("link set eth0 name new0");
+        let said = host.says(&at("new0", attach), 3);
+        assert!(said.contains("[E0837]") && said.contains("`polc flush --dev new0`"), "{said}");
+        assert!(host.says(&["flush", "--dev", "new0"], 0).contains("removed at"));
+        host.says(&at("new0", attach), 0);
+        host.says(&["flush"], 0);
+        ip("link set new0 name eth0");
+    }
 }
 
 #[test]

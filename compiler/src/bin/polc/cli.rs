@@ -858,9 +858,6 @@ pub(crate) struct WatchdogArgs {
     /// Which change
     #[arg(long)]
     pub token: String,
-    /// When, in milliseconds since boot
-    #[arg(long)]
-    pub deadline: u64,
     #[command(flatten)]
     pub store: StoreArgs,
 }

@@ -8,6 +8,7 @@ use polc_loader::Error;
 use polc_loader::flush::flush_all;
 use polc_loader::gone;
 use polc_loader::held::Held;
+use polc_loader::net;
 use polc_loader::repair;
 use polc_loader::state::{Confirm, SlotName};
 use polc_loader::store::Store;
@@ -38,8 +39,9 @@ pub(super) fn store(args: &StoreArgs) -> Result<Store, Failure> {
 /// The slots that options name: those with state, whatever has become of it, or pins.
 pub(super) fn slots(sys: &Sys, args: &SlotArgs) -> Result<Vec<SlotName>, Failure> {
     swap::may_change(sys)?;
-    let names = store(&args.store)?.names(sys)?;
-    Ok(names.into_iter().filter(|slot| is_asked_for(slot, args)).collect())
+    let store = store(&args.store)?;
+    let (names, asked) = (store.names(sys)?, Asked::new(sys, &store, args)?);
+    Ok(names.into_iter().filter(|slot| asked.includes(slot)).collect())
 }
 
 /// Takes changes back that had to be confirmed by now, where the process that was to do it did not live to.
@@ -55,12 +57,37 @@ pub(super) fn take_back_overdue(sys: &Sys, args: &SlotArgs, output: &Output) -> 
     Ok(())
 }
 
-/// Whether options leave a slot in.
-fn is_asked_for(slot: &SlotName, args: &SlotArgs) -> bool {
-    args.attach.is_none_or(|attach| slot.attach == attach.into())
-        && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev))
-        && args.family.family().is_none_or(|family| slot.family == family)
-        && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
+/// Which slots options name.
+struct Asked<'a> {
+    sys: &'a Sys,
+    store: &'a Store,
+    args: &'a SlotArgs,
+    /// Number of the device that has the name by now.
+    ifindex: Option<u32>,
+}
+
+impl<'a> Asked<'a> {
+    fn new(sys: &'a Sys, store: &'a Store, args: &'a SlotArgs) -> Result<Asked<'a>, Failure> {
+        let number = |dev: &String| -> Result<Option<u32>, Error> {
+            Ok(net::find(&net::devices(sys)?, dev).ok().map(|device| device.ifindex))
+        };
+        let ifindex = args.dev.as_ref().map(number).transpose()?.flatten();
+        Ok(Asked { sys, store, args, ifindex })
+    }
+
+    fn includes(&self, slot: &SlotName) -> bool {
+        let args = self.args;
+        args.attach.is_none_or(|attach| slot.attach == attach.into())
+            && args.family.family().is_none_or(|family| slot.family == family)
+            && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
+            && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev) || self.was_called(slot))
+    }
+
+    /// Whether a slot is the device's, by the name that it had before.
+    fn was_called(&self, slot: &SlotName) -> bool {
+        let applied = || self.store.slot(slot).known(self.sys).ok()?.map(|state| state.ifindex);
+        slot.device.is_some() && self.ifindex.is_some() && applied() == self.ifindex
+    }
 }
 
 /// The failure that no policy is applied where options say.
@@ -89,17 +116,20 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
     if slots.is_empty() {
         return Err(nothing(args));
     }
-    let mut kept = false;
+    let mut kept: Vec<SlotName> = Vec::new();
     for slot in slots {
-        if swap::confirm(&sys, &store, &slot)? {
-            output.remark(&format!("kept {slot}\n"));
-            kept = true;
-        } else {
+        if kept.contains(&slot) {
+            continue;
+        }
+        let also = swap::confirm(&sys, &store, &slot)?;
+        if also.is_empty() {
             output.remark(&format!("nothing to confirm {slot}\n"));
         }
+        also.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
+        kept.extend(also);
     }
     // Who confirms too late has to hear of it.
-    Ok(if kept { ExitCode::SUCCESS } else { FOUND.into() })
+    Ok(if kept.is_empty() { FOUND.into() } else { ExitCode::SUCCESS })
 }
 
 pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failure> {
@@ -114,8 +144,10 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
         ));
         return Ok(ExitCode::SUCCESS);
     }
+    swap::may_change(&sys)?;
+    let asked = Asked::new(&sys, &store, &args.slots)?;
     let mut failed = Vec::new();
-    for (slot, flushed) in flush_all(&sys, &store, &|slot| is_asked_for(slot, &args.slots))? {
+    for (slot, flushed) in flush_all(&sys, &store, &|slot| asked.includes(slot))? {
         match flushed {
             Ok(true) => output.remark(&format!("removed {slot}\n")),
             Ok(false) => {}
@@ -152,7 +184,6 @@ pub(super) fn start_watchdog(args: &StoreArgs, slot: &SlotName, confirm: &Confir
         .arg("watchdog")
         .args(["--slot", &serde_json::to_string(slot).expect("plain data serializes")])
         .args(["--token", &confirm.token])
-        .args(["--deadline", &confirm.deadline_ms.to_string()])
         .arg("--bpffs")
         .arg(&args.bpffs)
         .arg("--state")
@@ -183,15 +214,11 @@ pub(super) fn watchdog(args: &WatchdogArgs) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout();
     let _ = out.write_all(b"\n").and_then(|()| out.flush());
     loop {
-        let left = args.deadline.saturating_sub(sys.uptime_ms().map_err(Error::call("read the clock"))?);
-        if left == 0 {
-            break;
-        }
-        if !held.waits(&sys) {
+        let Some(deadline) = held.deadline(&sys) else { return Ok(ExitCode::SUCCESS) };
+        let left = deadline.saturating_sub(sys.uptime_ms().map_err(Error::call("read the clock"))?);
+        if left == 0 && held.go_back(&sys)? {
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(Duration::from_millis(left.min(500)));
     }
-    held.go_back(&sys)?;
-    Ok(ExitCode::SUCCESS)
 }
