@@ -26,7 +26,8 @@ pub fn deciding(ruleset: &Ruleset, mode: Mode) -> Ruleset {
                         clause.kind = ClauseKind::Opaque(Box::new(kept));
                     }
                 }
-                ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Beyond(_) => {}
+                ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) | ClauseKind::Beyond(_) => {
+                }
             }
         }
         // Whatever the rules ask of a packet, they find it as it was; the mark is told with the verdict.
@@ -41,12 +42,7 @@ pub fn deciding(ruleset: &Ruleset, mode: Mode) -> Ruleset {
 /// The fields that rules test.
 fn tested(ruleset: &Ruleset) -> BTreeSet<Field> {
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
-    let tests = clauses.flat_map(|clause| match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => &**tests,
-        ClauseKind::Beyond(test) => std::slice::from_ref(&**test),
-        ClauseKind::Effect(_) | ClauseKind::Opaque(_) => &[],
-    });
-    tests.map(|test| test.field).collect()
+    clauses.flat_map(|clause| clause.kind.tests()).map(|test| test.field).collect()
 }
 
 /// What stands for a test whose state the kernel's own rule keeps.

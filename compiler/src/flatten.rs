@@ -1,8 +1,8 @@
 //! `flatten`: chains and jumps become stages of cubes.
 //!
 //! A stage stands for a position in the rules together with what evaluation remembers there: the chains to come back
-//! to, whether an earlier rule may have dropped the packet, whether the packet is a fragment, whether a clause relied on
-//! its having no connection. From its position it
+//! to, whether an earlier rule may have dropped the packet, whether the rule at hand will, whether the packet is a
+//! fragment, whether a clause relied on its having no connection. From its position it
 //! runs down its chain, an entry for each way a rule can turn out. What changes a field or spends state ends the stage,
 //! and so that suffixes are not copied once for each jump, a stage also ends at the next multiple of `BLOCK` rules
 //! once something in it comes back later. Doubt does not come back later but begins the stage again: what did not hold
@@ -84,6 +84,8 @@ struct Key {
     clause: usize,
     /// One of them is unknown.
     unknown: bool,
+    /// One of them dooms the packet: it is dropped behind the rule at the latest.
+    doomed: bool,
     stack: Stack,
     doubt: bool,
     fragment: bool,
@@ -236,6 +238,7 @@ impl Flattener<'_> {
             rule: 0,
             clause: 0,
             unknown: false,
+            doomed: false,
             stack: None,
             doubt: false,
             fragment: false,
@@ -292,6 +295,7 @@ impl Flattener<'_> {
                         rule: frame.next,
                         clause: 0,
                         unknown: false,
+                        doomed: false,
                         stack: frame.below,
                         ..key
                     };
@@ -325,6 +329,14 @@ impl Flattener<'_> {
         }
     }
 
+    /// Drops the packet; in a chain that was only possibly jumped to, goes on behind that jump as if it may have been.
+    fn dropped(&mut self, key: Key, by: Decider) -> Onward {
+        match self.outermost(key.stack) {
+            Some(outermost) => self.behind(key, outermost),
+            None => Onward::drop(key, by),
+        }
+    }
+
     /// The packet may have been dropped in a chain that was only possibly jumped to: on behind that jump.
     fn behind(&mut self, key: Key, outermost: u32) -> Onward {
         let frame = self.frames[outermost as usize];
@@ -333,6 +345,7 @@ impl Flattener<'_> {
             rule: frame.next,
             clause: 0,
             unknown: false,
+            doomed: false,
             stack: frame.below,
             doubt: true,
             ..key
@@ -359,6 +372,10 @@ impl Flattener<'_> {
             if entries.last().is_some_and(|entry| entry.cube.is_all()) {
                 return entries;
             }
+            if key.doomed {
+                entries.push(Entry::rest(self.dropped(key, Decider::Hotdrop(rule))));
+                return entries;
+            }
             key = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
             if ends {
                 let onward = self.go_on(key);
@@ -379,7 +396,7 @@ impl Flattener<'_> {
     ) -> bool {
         let ruleset = self.ruleset;
         let data = &ruleset.rules[rule];
-        let next = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
+        let next = Key { rule: key.rule + 1, clause: 0, unknown: false, doomed: false, ..key };
         let mut cubes = vec![Cube::all()];
         let mut unknown = key.unknown;
         for (index, clause) in data.clauses.iter().enumerate().skip(key.clause) {
@@ -396,7 +413,7 @@ impl Flattener<'_> {
                     emit(entries, cubes, rule, Onward::defer(rule));
                     return false;
                 }
-                ClauseAbility::Unknown(_) if matches!(clause.kind, ClauseKind::Hotdrop(_)) => {
+                ClauseAbility::Unknown(_) if clause.kind.drops_if().is_some() => {
                     if !key.doubt {
                         let onward = self.go_on(Key { doubt: true, ..start });
                         emit(entries, cubes, rule, onward);
@@ -418,22 +435,30 @@ impl Flattener<'_> {
                         }
                     }
                     ClauseKind::Hotdrop(tests) => {
-                        let mut dropped = cubes.clone();
-                        for test in tests.iter() {
-                            dropped = self.narrow(dropped, std::slice::from_ref(test));
-                        }
+                        let dropped = self.narrow_all(cubes.clone(), tests);
                         if dropped.is_empty() {
                             continue;
                         }
-                        let onward = match self.outermost(key.stack) {
-                            _ if unknown => {
-                                *comes_back = true;
-                                self.go_on(Key { doubt: true, ..next })
-                            }
-                            Some(outermost) => self.behind(key, outermost),
-                            None => Onward::drop(key, Decider::Hotdrop(rule)),
+                        let onward = if unknown && !key.doomed {
+                            *comes_back = true;
+                            self.go_on(Key { doubt: true, ..next })
+                        } else {
+                            self.dropped(key, Decider::Hotdrop(rule))
                         };
                         emit(entries, dropped, rule, onward);
+                    }
+                    ClauseKind::Doom(_) if key.doomed || unknown && key.doubt => {}
+                    ClauseKind::Doom(tests) => {
+                        let doomed = self.narrow_all(cubes.clone(), tests);
+                        if doomed.is_empty() {
+                            continue;
+                        }
+                        let onward = if unknown {
+                            self.go_on(Key { doubt: true, ..start })
+                        } else {
+                            Onward::go(self.stage(Key { clause: index + 1, doomed: true, ..key }))
+                        };
+                        emit(entries, doomed, rule, onward);
                     }
                     ClauseKind::Beyond(test) => {
                         let beyond = self.narrow(cubes.clone(), std::slice::from_ref(&**test));
@@ -445,7 +470,10 @@ impl Flattener<'_> {
                     }
                     ClauseKind::Effect(test) => {
                         let holds = self.stage(Key { clause: index + 1, unknown, ..key });
-                        let fails = self.go_on(next);
+                        let fails = match key.doomed {
+                            true => self.dropped(key, Decider::Hotdrop(rule)),
+                            false => self.go_on(next),
+                        };
                         let fails = self.as_stage(fails);
                         let (yes, no) =
                             if ruleset.effect_tests[*test].negate { (fails, holds) } else { (holds, fails) };
@@ -476,7 +504,9 @@ impl Flattener<'_> {
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
     ) -> bool {
-        match self.ruleset.rules[rule].action {
+        let action = &self.ruleset.rules[rule].action;
+        match *if key.doomed { action.of_doomed() } else { action } {
+            Action::Drop if key.doomed => {}
             Action::Continue => {}
             Action::Drop if key.doubt => {}
             Action::Drop => {
@@ -504,6 +534,10 @@ impl Flattener<'_> {
         comes_back: &mut bool,
     ) -> bool {
         let action = &self.ruleset.rules[rule].action;
+        let (action, by) = match key.doomed {
+            true => (action.of_doomed(), Decider::Hotdrop(rule)),
+            false => (action, Decider::Rule(rule)),
+        };
         let outermost = self.outermost(key.stack);
         if is_handed_over(self.place, action, outermost.is_some(), key.doubt) {
             emit(entries, cubes, rule, Onward::defer(rule));
@@ -520,10 +554,7 @@ impl Flattener<'_> {
             }
             Action::Accept => self.accept(key, Decider::Rule(rule), false),
             Action::Pass => self.accept(key, Decider::Rule(rule), true),
-            Action::Drop => match outermost {
-                Some(outermost) => self.behind(key, outermost),
-                None => Onward::drop(key, Decider::Rule(rule)),
-            },
+            Action::Drop => self.dropped(key, by),
             Action::Reject(with) => end(Verdict::Reject(*with)),
             Action::Jump(to) => {
                 *comes_back = true;
@@ -556,6 +587,11 @@ impl Flattener<'_> {
             Exit::Then { ref writes, stage } if writes.is_empty() && onward.counts.is_empty() => stage,
             _ => self.add(vec![Entry::rest(onward)], None),
         }
+    }
+
+    /// The cubes narrowed by a conjunction of tests.
+    fn narrow_all(&mut self, cubes: Vec<Cube>, tests: &[Test]) -> Vec<Cube> {
+        tests.iter().fold(cubes, |cubes, test| self.narrow(cubes, std::slice::from_ref(test)))
     }
 
     /// The cubes narrowed by a disjunction of tests.

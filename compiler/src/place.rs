@@ -11,7 +11,7 @@ use polc_ir::derived::DerivedData;
 use polc_ir::env::{Attach, Connections, Counting, Device, Fragments, Mode, Place};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Hook, TableKind};
-use polc_ir::ruleset::{ClauseKind, Ruleset};
+use polc_ir::ruleset::Ruleset;
 use polc_ir::set::{DimensionKind, DimensionValue, SetContents, leaves};
 
 /// The attach point that sees a hook's packets: XDP before routing, tc where the device they leave by is known.
@@ -122,8 +122,8 @@ pub fn devices_of(ruleset: &Ruleset) -> Vec<Device> {
     let mut names: BTreeSet<DeviceName> = BTreeSet::new();
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
     for clause in clauses {
-        let (ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests)) = &clause.kind else { continue };
-        for test in tests.iter().filter(|test| matches!(test.field, Field::InDevice | Field::OutDevice)) {
+        let tests = clause.kind.tests().iter();
+        for test in tests.filter(|test| matches!(test.field, Field::InDevice | Field::OutDevice)) {
             for interval in test.values.intervals() {
                 // A prefix stands for itself: `eth` is a name that `eth+` fits.
                 for value in [interval.lo(), interval.hi()] {

@@ -96,8 +96,10 @@ const TRANSPORT_EITHER: &[&str] = &[
     "-p tcp -m multiport ! --dports 22,80",
     "-p sctp -m sctp --dport 5",
     "-p sctp -m sctp --chunk-types any INIT,DATA",
+    "-p sctp -m sctp ! --chunk-types all INIT,DATA",
     "-p dccp -m dccp --dccp-types REQUEST,INVALID",
     "-p dccp -m dccp --dccp-option 38",
+    "-p dccp -m dccp ! --dccp-option 38",
     "-p esp -m esp --espspi 1:9",
 ];
 

@@ -1,7 +1,7 @@
 //! Rules whose clauses no packet satisfies together: two marks, two protocols, an address in and out of a prefix.
 
 use polc_ir::diag::Diagnostic;
-use polc_ir::ruleset::{Clause, ClauseKind, Ruleset};
+use polc_ir::ruleset::{Clause, Ruleset};
 
 use super::CONTRADICTORY;
 use super::cover::Covers;
@@ -20,7 +20,7 @@ pub(super) fn find(ruleset: &Ruleset, covers: &Covers) -> impl Iterator<Item = D
             )
             .with_label(first, "no packet satisfies both")
         };
-        let drops = |clause: &Clause| matches!(clause.kind, ClauseKind::Hotdrop(_));
+        let drops = |clause: &Clause| clause.kind.drops_if().is_some();
         if ruleset.rules[rule].clauses.iter().any(drops) {
             finding.with_hint(
                 "remove the condition that is not meant; without the rule, packets that it can't read would go on",

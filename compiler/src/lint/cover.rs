@@ -70,7 +70,7 @@ impl Condition {
                     }
                 },
                 // The packet goes no further whether a hotdrop or the rule's action takes it.
-                ClauseKind::Hotdrop(_) => {}
+                ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) => {}
                 // The kernel itself follows to the end.
                 ClauseKind::Beyond(_) => {}
                 ClauseKind::Effect(_) | ClauseKind::Opaque(_) => condition.exact = false,

@@ -93,12 +93,12 @@ fn drops_no_more(other: &RuleData, rule: &RuleData, condition: &Condition) -> bo
             _ => false,
         })
     };
-    other.clauses.iter().enumerate().all(|(at, clause)| match &clause.kind {
-        ClauseKind::Hotdrop(drop) => {
-            let same = |own: &Clause| matches!(&own.kind, ClauseKind::Hotdrop(own) if own == drop);
+    other.clauses.iter().enumerate().all(|(at, clause)| match clause.kind.drops_if() {
+        Some(drop) => {
+            let same = |own: &Clause| own.kind.drops_if() == Some(drop);
             rule.clauses.iter().any(same) || excluded(&other.clauses[..at])
         }
-        _ => true,
+        None => true,
     })
 }
 
@@ -106,7 +106,8 @@ fn drops_no_more(other: &RuleData, rule: &RuleData, condition: &Condition) -> bo
 fn is_pure(rule: &RuleData) -> bool {
     rule.clauses.iter().all(|clause| match &clause.kind {
         ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Beyond(_) => true,
-        ClauseKind::Effect(_) => false,
+        // What is doomed still meets the rule's action.
+        ClauseKind::Doom(_) | ClauseKind::Effect(_) => false,
         ClauseKind::Opaque(opaque) => !opaque.observable,
     })
 }

@@ -6,7 +6,7 @@
 use polc_ir::env::{Device, Env, Input};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::{Family, Hook};
-use polc_ir::ruleset::{ClauseKind, Ruleset, Write};
+use polc_ir::ruleset::{Ruleset, Write};
 use polc_loader::netfilter::{FRAMES_MAX, Frame};
 
 use super::place;
@@ -101,12 +101,9 @@ pub fn renumbered(family: Family, samples: &[Sample]) -> Vec<Sample> {
 /// Devices that rules name in `field`, and that can be made.
 pub fn device_names(ruleset: &Ruleset, field: Field) -> Vec<String> {
     let clauses = ruleset.rules.values().flat_map(|rule| &rule.clauses);
-    let tests = clauses.filter_map(|clause| match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => Some(&**tests),
-        ClauseKind::Effect(_) | ClauseKind::Opaque(_) | ClauseKind::Beyond(_) => None,
-    });
+    let tests = clauses.flat_map(|clause| clause.kind.tests());
     let mut names = Vec::new();
-    for test in tests.flatten().filter(|test| test.field == field) {
+    for test in tests.filter(|test| test.field == field) {
         for interval in test.values.intervals() {
             for value in [interval.lo(), interval.hi()] {
                 let name = DeviceName::from_value(value).to_string();

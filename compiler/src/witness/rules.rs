@@ -131,7 +131,7 @@ impl<'a> Aimed<'a> {
         clauses.flat_map(move |(clause, data)| {
             let counts: Vec<usize> = match &data.kind {
                 ClauseKind::Any(tests) => tests.iter().map(|test| self.values(test).len()).collect(),
-                ClauseKind::Hotdrop(_) => vec![1],
+                ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) => vec![1],
                 ClauseKind::Effect(_) | ClauseKind::Opaque(_) | ClauseKind::Beyond(_) => Vec::new(),
             };
             counts.into_iter().enumerate().flat_map(move |(test, count)| {
@@ -275,7 +275,7 @@ impl<'a> Aimed<'a> {
     fn at_edge(&mut self, base: &Base, rule: Rule, (clause, test, value): (u32, u32, u32)) -> Option<Wanted> {
         let cube = match &self.ruleset.rules[rule].clauses.get(clause as usize)?.kind {
             ClauseKind::Any(tests) => self.value(tests.get(test as usize)?, value as usize)?,
-            ClauseKind::Hotdrop(tests) => {
+            ClauseKind::Hotdrop(tests) | ClauseKind::Doom(tests) => {
                 let mut all = Cube::all();
                 tests.iter().all(|test| all.and(test, self.ruleset.family)).then_some(all)?
             }

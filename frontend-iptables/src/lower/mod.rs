@@ -205,11 +205,16 @@ impl Body<'_> {
     }
 
     /// A search that may drop the packet, or go beyond what is searched here, and has to find (or with `negated` not
-    /// to find) what it looks for.
+    /// to find) what it looks for. x_tables' matches invert what came of it even where it drops the packet, and so match;
+    /// nft looks at the drop first (net/netfilter/nft_compat.c, `__nft_match_eval`).
     pub(crate) fn search(&mut self, data: DerivedData, negated: bool) {
         let family = self.family();
         let field = Field::Derived(self.ruleset.derive(data));
-        self.hotdrop(vec![Test::new(field, family, IntervalSet::point(2))]);
+        let drops = self.lists.list(&[Test::new(field, family, IntervalSet::point(2))]);
+        self.push(match (negated, self.semantics()) {
+            (true, Semantics::Legacy) => ClauseKind::Doom(drops),
+            _ => ClauseKind::Hotdrop(drops),
+        });
         self.push(ClauseKind::Beyond(Box::new(Test::new(field, family, IntervalSet::point(BEYOND.into())))));
         self.require_values(field, negated, IntervalSet::point(1));
     }

@@ -264,14 +264,12 @@ pub fn clause_ability(ruleset: &Ruleset, place: &Place, clause: &Clause, fragmen
         )
     };
     match &clause.kind {
-        ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) => match fields_of(tests) {
-            Some(deferral) => ClauseAbility::Unknown(deferral),
-            None => ClauseAbility::Known,
-        },
-        ClauseKind::Beyond(test) => match fields_of(std::slice::from_ref(&**test)) {
-            Some(deferral) => ClauseAbility::Unknown(deferral),
-            None => ClauseAbility::Known,
-        },
+        ClauseKind::Any(_) | ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) | ClauseKind::Beyond(_) => {
+            match fields_of(clause.kind.tests()) {
+                Some(deferral) => ClauseAbility::Unknown(deferral),
+                None => ClauseAbility::Known,
+            }
+        }
         ClauseKind::Effect(test) => match (ruleset.effect_tests[*test].kind, place.mode) {
             (EffectTestKind::Limit { .. }, _) => ClauseAbility::Observable(Deferral::Stateful(
                 "a rate limit spends credit that only the kernel's own rule keeps",
@@ -328,8 +326,7 @@ pub const SUPPOSED_STATE: u16 = ct_state::NEW;
 
 /// Whether a clause is evaluated as for a packet without a connection, whether or not it has one.
 pub fn supposes(place: &Place, clause: &Clause, fragment: bool) -> bool {
-    let (ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests)) = &clause.kind else { return false };
-    tests.iter().any(|test| is_fixed_without_connection(place, test, fragment) == Some(true))
+    clause.kind.tests().iter().any(|test| is_fixed_without_connection(place, test, fragment) == Some(true))
 }
 
 /// Why an action hands the packet to the kernel, if it does.

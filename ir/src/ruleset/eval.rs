@@ -277,8 +277,8 @@ impl Packet<'_, '_> {
             };
             next += 1;
             let data = &ruleset.rules[rule];
-            let truth = match self.clauses(rule, state, trace) {
-                Ok(truth) => truth,
+            let (truth, doomed) = match self.clauses(rule, state, trace) {
+                Ok(turned) => turned,
                 Err(ending) => {
                     let hypothetical = stack.iter().position(|frame| frame.hypothetical);
                     match (ending.verdict, hypothetical) {
@@ -312,14 +312,18 @@ impl Packet<'_, '_> {
                     trace(Event::Matched(rule));
                 }
             }
-            if is_handed_over(self.place, &data.action, hypothetical.is_some(), self.doubt) {
+            let (action, by) = match doomed {
+                true => (data.action.of_doomed(), Decider::Hotdrop(rule)),
+                false => (&data.action, Decider::Rule(rule)),
+            };
+            if is_handed_over(self.place, action, hypothetical.is_some(), self.doubt) {
                 return defer(rule);
             }
             if hypothetical.is_none() {
                 state.counted.push(Count::Rule(rule));
                 state.rules[rule].count(self.view.bytes());
             }
-            match &data.action {
+            match action {
                 Action::Continue => {}
                 Action::Accept | Action::Pass => return end(Verdict::Accept, rule),
                 Action::Drop => match hypothetical {
@@ -328,7 +332,7 @@ impl Packet<'_, '_> {
                         (chain, next) = (stack[at].chain, stack[at].next);
                         stack.truncate(at);
                     }
-                    None => return end(Verdict::Drop, rule),
+                    None => return Ending { verdict: Verdict::Drop, by },
                 },
                 Action::Reject(with) => return end(Verdict::Reject(*with), rule),
                 Action::Jump(to) => {
@@ -355,15 +359,16 @@ impl Packet<'_, '_> {
         Ending { verdict, by: Decider::Policy(base) }
     }
 
-    /// Whether a rule's clauses hold, or the packet's end if one of them decides it.
+    /// Whether a rule's clauses hold, and doom the packet, or the packet's end if one of them decides it.
     fn clauses(
         &mut self,
         rule: Rule,
         state: &mut State,
         trace: &mut impl FnMut(Event),
-    ) -> Result<Truth, Ending> {
+    ) -> Result<(Truth, bool), Ending> {
         let ruleset = self.ruleset;
-        let mut truth = Truth::True;
+        let (mut truth, mut doomed) = (Truth::True, false);
+        let dropped = Err(Ending { verdict: Verdict::Drop, by: Decider::Hotdrop(rule) });
         for (index, clause) in ruleset.rules[rule].clauses.iter().enumerate() {
             let observable = Err(Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) });
             let ability = clause_ability(ruleset, self.place, clause, self.view.is_fragment());
@@ -377,7 +382,7 @@ impl Packet<'_, '_> {
                 }
                 ClauseAbility::Unknown(_) => {
                     match clause.kind {
-                        ClauseKind::Hotdrop(_) => self.doubt = true,
+                        ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) => self.doubt = true,
                         // The clause that tests what was found is unknown too.
                         ClauseKind::Beyond(_) => continue,
                         _ => truth = Truth::Unknown,
@@ -390,11 +395,20 @@ impl Packet<'_, '_> {
                     ClauseKind::Hotdrop(tests) => {
                         if tests.iter().all(|test| self.holds(test)) {
                             trace(Event::Clause(rule, index, Truth::False));
-                            if truth == Truth::True {
-                                return Err(Ending { verdict: Verdict::Drop, by: Decider::Hotdrop(rule) });
+                            if truth == Truth::True || doomed {
+                                return dropped;
                             }
                             self.doubt = true;
-                            return Ok(Truth::False);
+                            return Ok((Truth::False, false));
+                        }
+                        continue;
+                    }
+                    ClauseKind::Doom(tests) => {
+                        if tests.iter().all(|test| self.holds(test)) && !doomed {
+                            match truth {
+                                Truth::True => doomed = true,
+                                _ => self.doubt = true,
+                            }
                         }
                         continue;
                     }
@@ -415,10 +429,16 @@ impl Packet<'_, '_> {
                 },
             };
             trace(Event::Clause(rule, index, if holds { Truth::True } else { Truth::False }));
+            if !holds && doomed {
+                return dropped;
+            }
             if !holds {
-                return Ok(Truth::False);
+                return Ok((Truth::False, false));
             }
         }
-        Ok(truth)
+        if truth == Truth::Unknown && doomed && *ruleset.rules[rule].action.of_doomed() == Action::Drop {
+            return dropped;
+        }
+        Ok((truth, doomed))
     }
 }

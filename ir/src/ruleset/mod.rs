@@ -138,6 +138,11 @@ pub enum ClauseKind {
     /// Drops the packet here, whatever the rule's action is, if all the tests hold; holds otherwise. This is
     /// x_tables' hotdrop (include/linux/netfilter/x_tables.h, `struct xt_action_param`).
     Hotdrop(Arc<[Test]>),
+    /// Dooms the packet if all the tests hold; holds in any case. What is doomed is dropped once the rule has been gone
+    /// through: the clauses that follow are asked, the rule counts the packet if they hold, and its action is taken but
+    /// for the verdict ([`Action::of_doomed`]). This is hotdrop in a part of a match whose result the match inverts, so
+    /// that x_tables goes on with the rule (`ipt_do_table` looks at `hotdrop` between rules alone).
+    Doom(Arc<[Test]>),
     /// Leaves the packet to the kernel if the test holds; holds otherwise. The test is of a derived field that was not
     /// searched to its end, because the packet holds more than the bounds of [`crate::limits`] allow.
     Beyond(Box<Test>),
@@ -145,6 +150,25 @@ pub enum ClauseKind {
     Effect(EffectTest),
     /// A condition that needs what no level here has. Its truth is unknown to everything but the kernel.
     Opaque(Box<Opaque>),
+}
+
+impl ClauseKind {
+    /// What it asks of the packet, whether or not all of it has to hold.
+    pub fn tests(&self) -> &[Test] {
+        match self {
+            ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests) | ClauseKind::Doom(tests) => tests,
+            ClauseKind::Beyond(test) => std::slice::from_ref(test),
+            ClauseKind::Effect(_) | ClauseKind::Opaque(_) => &[],
+        }
+    }
+
+    /// The tests on all of which the packet is dropped, whatever the rule's action is.
+    pub fn drops_if(&self) -> Option<&[Test]> {
+        match self {
+            ClauseKind::Hotdrop(tests) | ClauseKind::Doom(tests) => Some(tests),
+            _ => None,
+        }
+    }
 }
 
 /// A match or target that can't be evaluated here, by name.
@@ -235,6 +259,15 @@ impl Action {
     /// Whether it ends the packet's way through the base chain itself.
     pub fn ends(&self) -> bool {
         matches!(self, Action::Accept | Action::Pass | Action::Drop | Action::Reject(_))
+    }
+
+    /// What is left of it for a packet that is doomed ([`ClauseKind::Doom`]): it is dropped, and others than the packet
+    /// may still be told.
+    pub fn of_doomed(&self) -> &Action {
+        match self {
+            Action::Reject(_) | Action::Effect { .. } | Action::Steal(_) => self,
+            _ => &Action::Drop,
+        }
     }
 }
 

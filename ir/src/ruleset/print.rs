@@ -66,6 +66,7 @@ impl Ruleset {
                 match &clause.kind {
                     ClauseKind::Any(tests) => write!(f, " [{}]", joined(tests, " or "))?,
                     ClauseKind::Hotdrop(tests) => write!(f, " [hotdrop if {}]", joined(tests, " and "))?,
+                    ClauseKind::Doom(tests) => write!(f, " [doom if {}]", joined(tests, " and "))?,
                     ClauseKind::Beyond(test) => write!(f, " [defer if {test}]")?,
                     ClauseKind::Effect(effect) => write!(f, " [{effect}]")?,
                     ClauseKind::Opaque(opaque) => write!(f, " [`{}` unknown]", opaque.name)?,

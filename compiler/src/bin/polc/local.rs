@@ -12,7 +12,7 @@ use polc_ir::env::Env;
 use polc_ir::field::Field;
 use polc_ir::hook::Family;
 use polc_ir::interval::Interval;
-use polc_ir::ruleset::{ClauseKind, Ruleset};
+use polc_ir::ruleset::Ruleset;
 use polc_ir::source::Span;
 
 /// Rules tell broadcast addresses apart, and those of subnets are not known.
@@ -110,8 +110,7 @@ pub(crate) fn finding(session: &Session, given: &[LocalAddress]) -> Option<Diagn
 /// The first match that holds for unicast addresses and not for broadcast ones, or the other way round.
 fn asks_for_broadcast(ruleset: &Ruleset) -> Option<Span> {
     ruleset.rules.values().flat_map(|rule| &rule.clauses).find_map(|clause| {
-        let (ClauseKind::Any(tests) | ClauseKind::Hotdrop(tests)) = &clause.kind else { return None };
-        let tells = tests.iter().any(|test| match test.field {
+        let tells = clause.kind.tests().iter().any(|test| match test.field {
             Field::Derived(id) => {
                 matches!(ruleset.derived[id], DerivedData::AddressType { .. })
                     && test.holds(UNICAST) != test.holds(BROADCAST)

@@ -176,7 +176,7 @@ impl<'a> Explanation<'a> {
         let clause = &self.session.ruleset.rules[rule].clauses[index];
         let (tests, dropped) = match &clause.kind {
             ClauseKind::Any(tests) => (tests, false),
-            ClauseKind::Hotdrop(tests) => (tests, true),
+            ClauseKind::Hotdrop(tests) | ClauseKind::Doom(tests) => (tests, true),
             ClauseKind::Beyond(_) => return BEYOND.into(),
             ClauseKind::Effect(_) => return "its turn, or its chance, did not come".into(),
             ClauseKind::Opaque(opaque) => return opaque.reason.clone(),
