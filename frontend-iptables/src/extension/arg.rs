@@ -78,6 +78,8 @@ pub enum Arg {
     Mark,
     /// `port[:port]` of one of these protocols.
     Ports(Option<&'static str>),
+    /// One port by number or service name, printed in decimal.
+    Service,
     /// Up to 15 ports and port ranges.
     PortList,
     /// Text of at most so many bytes, printed in quotes where iptables-save does.
@@ -148,6 +150,7 @@ impl Arg {
             Arg::Range(..) => "number[:number]",
             Arg::Mark => "value[/mask]",
             Arg::Ports(_) => "port[:port]",
+            Arg::Service => "port",
             Arg::PortList => "port[,port|,port:port]...",
             Arg::Text(_) | Arg::Quoted(_) | Arg::Word(_) | Arg::CutText(_) | Arg::CutWord(_) => "text",
             Arg::Name(..) => "name",
@@ -183,6 +186,9 @@ impl Arg {
             Arg::Ports(protocol) => PortRange::parse(text, protocol)
                 .map(Value::Ports)
                 .ok_or_else(|| format!("`{text}` is not a port, a service name or a range of them")),
+            Arg::Service => value::resolved_port(text)
+                .map(|port| Value::Number(port.into()))
+                .ok_or_else(|| format!("`{text}` is not a port or service name")),
             Arg::PortList => port_list(text, context),
             Arg::Text(max) | Arg::Quoted(max) | Arg::Word(max) => {
                 if bytes::count(text) > max {

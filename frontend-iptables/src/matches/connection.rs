@@ -1,9 +1,9 @@
-//! Matches on the packet's connection: state, conntrack, connmark.
+//! Matches on the packet's connection: state, conntrack, connmark, ipvs.
 
 use polc_ir::field::Field;
 use polc_ir::interval::IntervalSet;
 
-use crate::extension::{Arg, Extension, Given, Meaning, Opt, Options, Value, base};
+use crate::extension::{Arg, Context, Extension, Given, Meaning, Opt, Options, Value, base};
 use crate::lower::{Body, network as meaning};
 use crate::value::Spelling;
 
@@ -55,6 +55,23 @@ pub(super) const ALL: &[Extension] = &[
         options: &[Opt::not("mark", Arg::Mark).must()],
         ..base("connmark", Meaning::Match(connmark), "The connection's mark, under a mask.")
     },
+    Extension {
+        options: &[
+            Opt::not("ipvs", Arg::Flag),
+            Opt::not("vproto", Arg::Custom { words: 1, parse: parse_protocol, print: print_protocol }),
+            Opt::not("vaddr", Arg::Host),
+            Opt::not("vport", Arg::Service),
+            Opt::new("vdir", Arg::Name(&[("ORIGINAL", 0), ("REPLY", 1)], Spelling::AnyCase)),
+            Opt::not("vmethod", Arg::Name(&[("GATE", 0), ("IPIP", 1), ("MASQ", 2)], Spelling::AnyCase)),
+            Opt::not("vportctl", Arg::Service),
+        ],
+        finish: Some(virtual_server),
+        ..base(
+            "ipvs",
+            Meaning::Match(|_, body| body.opaque("ipvs", "asks IPVS for the packet's connection")),
+            "What IPVS knows of the packet's connection.",
+        )
+    },
 ];
 
 const INVALID: (&str, u64) = ("INVALID", 0x01);
@@ -72,7 +89,7 @@ const STATES: [(&str, u64); 7] =
 const STATUSES: &[(&str, u64)] =
     &[("NONE", 0), ("EXPECTED", 1), ("SEEN_REPLY", 2), ("ASSURED", 4), ("CONFIRMED", 8)];
 
-fn parse_protocol(words: &[&str], _: &crate::extension::Context) -> Result<Value, String> {
+fn parse_protocol(words: &[&str], _: &Context) -> Result<Value, String> {
     crate::names::protocol(words[0])
         .map(|protocol| Value::Number((protocol & 0xff).into()))
         .ok_or_else(|| format!("`{}` is no protocol", words[0]))
@@ -81,6 +98,19 @@ fn parse_protocol(words: &[&str], _: &crate::extension::Context) -> Result<Value
 fn print_protocol(value: &Value, out: &mut String) {
     if let Some(protocol) = value.number() {
         out.push_str(&format!(" {protocol}"));
+    }
+}
+
+/// Any other option implies `--ipvs`, which is then not printed.
+fn virtual_server(options: &mut Options, _: &Context) -> Result<(), String> {
+    match options.value("ipvs") {
+        None if options.given.is_empty() => Err("some option is needed".into()),
+        Some(_) if options.given.len() == 1 => Ok(()),
+        Some((_, true)) => Err("`! --ipvs` contradicts any other option".into()),
+        _ => {
+            options.remove("ipvs");
+            Ok(())
+        }
     }
 }
 

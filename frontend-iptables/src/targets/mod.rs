@@ -1,6 +1,8 @@
 //! The target extensions: one entry each.
 
+mod cluster;
 mod hmark;
+mod led;
 mod nat;
 mod rateest;
 mod rewrite;
@@ -14,7 +16,8 @@ use polc_ir::ruleset::Opaque;
 use crate::extension::{Entry, Extension};
 
 /// Every target, by group.
-pub const ALL: &[&[Extension]] = &[terminal::ALL, nat::ALL, rewrite::ALL, hmark::ALL, rateest::ALL];
+pub const ALL: &[&[Extension]] =
+    &[terminal::ALL, nat::ALL, rewrite::ALL, hmark::ALL, rateest::ALL, led::ALL, cluster::ALL];
 
 static ENTRIES: LazyLock<Vec<Entry>> = LazyLock::new(|| Entry::table(ALL));
 

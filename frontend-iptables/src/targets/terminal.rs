@@ -128,7 +128,7 @@ pub(super) const ALL: &[Extension] = &[
         hooks: &[Hook::Prerouting],
         protocols: &[6, 17],
         options: &[
-            Opt::new("on-port", Arg::Custom { words: 1, parse: parse_port, print: print_number }).must(),
+            Opt::new("on-port", Arg::Service).must(),
             Opt::new("on-ip", Arg::Custom { words: 1, parse: parse_address, print: print_word }),
             Opt::new(
                 "tproxy-mark",
@@ -286,7 +286,7 @@ pub(super) fn record(name: &str, reason: &str) -> Action {
     Action::Effect { what: kernel(name, reason), writes: Vec::new(), sets: Vec::new() }
 }
 
-fn steal(name: &str, reason: &str) -> Action {
+pub(super) fn steal(name: &str, reason: &str) -> Action {
     Action::Steal(kernel(name, reason))
 }
 
@@ -381,12 +381,6 @@ fn parse_level(words: &[&str], _: &Context) -> Result<Value, String> {
         .find(|(name, _)| *name == text)
         .map(|&(_, level)| Value::Number(level.into()))
         .ok_or_else(|| format!("`{text}` is no log level"))
-}
-
-fn parse_port(words: &[&str], _: &Context) -> Result<Value, String> {
-    value::resolved_port(words[0])
-        .map(|port| Value::Number(port.into()))
-        .ok_or_else(|| format!("`{}` is not a port or service name", words[0]))
 }
 
 /// A number of which the lower bits count.
