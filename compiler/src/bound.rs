@@ -4,8 +4,10 @@
 //! that a packet reaches after more than that become deferrals: packets that are decided early are still decided, and
 //! those that would wander through hundreds of chains are left to the kernel's own rules, with a diagnostic.
 
+use std::collections::BTreeSet;
+
 use cranelift_entity::SecondaryMap;
-use polc_ir::classifier::{Classifier, EntryData, Exit};
+use polc_ir::classifier::{Classifier, EntryData, Exit, Origin};
 use polc_ir::cube::{Cube, Test};
 use polc_ir::decision::{Decision, NodeData};
 use polc_ir::diag::{Code, Diagnostic};
@@ -26,14 +28,15 @@ const STEPS_PER_TURN: u32 = 5;
 /// Writes of an exit's record.
 const WRITES_PER_TURN: usize = 2;
 
-/// Replaces stages that lie too deep by deferrals. True if there were any, so that the decision has to be made anew.
+/// Replaces stages that lie too deep by deferrals, and gives where they begin. If there are any, the decision has to be
+/// made anew.
 pub fn bound(
     ruleset: &Ruleset,
     classifier: &mut Classifier,
     decision: &Decision,
     structures: &Structures,
     diagnostics: &mut Vec<Diagnostic>,
-) -> bool {
+) -> BTreeSet<Origin> {
     let costs = costs(classifier, decision, structures);
     // Most turns taken before a stage is entered. Stages lead to smaller numbers: the root comes first.
     let mut reached: SecondaryMap<Stage, Option<u32>> = SecondaryMap::new();
@@ -53,8 +56,9 @@ pub fn bound(
         }
     }
     if deep.is_empty() {
-        return false;
+        return BTreeSet::new();
     }
+    let begin = origins(classifier, &deep);
     // What only deep stages led to is out of reach now, and takes no room.
     let cut: Vec<Stage> = classifier
         .stages
@@ -80,10 +84,9 @@ pub fn bound(
         classifier.stages[stage].entries = vec![entry];
     }
     // Ways through the rules differ in the turns they take; the first rule that one of them does not come to is told.
-    let spans = deep.iter().filter_map(|&stage| {
-        let (chain, skipped) = classifier.stages[stage].origin?;
-        ruleset.chains[chain].rules.get(skipped as usize).map(|&rule| ruleset.rules[rule].span)
-    });
+    let rules =
+        begin.iter().filter_map(|&(chain, skipped)| ruleset.chains[chain].rules.get(skipped as usize));
+    let spans = rules.map(|&rule| ruleset.rules[rule].span);
     let span = spans.min_by_key(|span| (span.file, span.start));
     let message = format!(
         "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; from this rule on such packets are left to the kernel"
@@ -97,7 +100,27 @@ pub fn bound(
                 "chains that come back, one after another, are what takes turns; let them end in a verdict",
             ),
     );
-    true
+    begin
+}
+
+/// Where stages begin; where ones without a rule lead to, if they lie before the rules.
+fn origins(classifier: &Classifier, stages: &[Stage]) -> BTreeSet<Origin> {
+    let mut known: SecondaryMap<Stage, bool> = SecondaryMap::new();
+    let mut origins = BTreeSet::new();
+    let mut pending = stages.to_vec();
+    while let Some(stage) = pending.pop() {
+        if std::mem::replace(&mut known[stage], true) {
+            continue;
+        }
+        match classifier.stages[stage].origin {
+            Some(origin) => _ = origins.insert(origin),
+            None => {
+                let entries = classifier.stages[stage].entries.iter();
+                pending.extend(entries.flat_map(|&entry| classifier.entries[entry].exit.successors()));
+            }
+        }
+    }
+    origins
 }
 
 /// Turns that an entry's exit takes beyond one: counting on the way takes one, and so does every second write.

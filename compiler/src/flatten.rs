@@ -12,7 +12,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use cranelift_entity::PrimaryMap;
-use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
+use polc_ir::classifier::{Classifier, EntryData, Exit, Origin, StageData};
 use polc_ir::cube::{Cube, Test};
 use polc_ir::derived::{DerivedData, address_types};
 use polc_ir::diag::{Code, Diagnostic};
@@ -93,9 +93,6 @@ struct Key {
     supposed: bool,
 }
 
-/// The chain and position that a stage starts at.
-type Origin = Option<(Chain, u32)>;
-
 /// An entry; its exit's stages are still numbered in the order of discovery.
 struct Entry {
     cube: Cube,
@@ -158,7 +155,7 @@ struct Flattener<'a> {
     frame_ids: HashMap<Frame, u32>,
     ids: HashMap<Key, Stage>,
     queue: Vec<(Key, Stage)>,
-    built: Vec<(Vec<Entry>, Origin)>,
+    built: Vec<(Vec<Entry>, Option<Origin>)>,
     entries: usize,
     entries_max: usize,
     /// Rules that would expand to more than [`RULE_CUBES_MAX`].
@@ -256,7 +253,7 @@ impl Flattener<'_> {
         id
     }
 
-    fn add(&mut self, entries: Vec<Entry>, origin: Origin) -> Stage {
+    fn add(&mut self, entries: Vec<Entry>, origin: Option<Origin>) -> Stage {
         let id = Stage::from_u32(self.built.len() as u32);
         self.built.push((entries, origin));
         id

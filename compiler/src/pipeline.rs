@@ -1,5 +1,7 @@
 //! The passes, in order.
 
+use std::collections::BTreeSet;
+
 use polc_ir::classifier::Classifier;
 use polc_ir::decision::Decision;
 use polc_ir::diag::Diagnostic;
@@ -52,12 +54,15 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let flat = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let reach = Reach::new(ruleset, &flat);
+    let mut reach = Reach::new(ruleset, &flat, BTreeSet::new());
     let mut classifier = simplify(split(flat));
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
     let structures = structure(&classifier, devices, prefer);
     let mut decision = decide(&classifier, &structures.walked);
-    if bound(ruleset, &mut classifier, &decision, &structures, &mut diagnostics) {
+    let cut = bound(ruleset, &mut classifier, &decision, &structures, &mut diagnostics);
+    if !cut.is_empty() {
+        // Few rule sets meet the bound; the others need not keep what they are made from.
+        reach = Reach::new(ruleset, &flatten(ruleset, place, env, &mut Vec::new()), cut);
         assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
         decision = decide(&classifier, &structures.walked);
     }

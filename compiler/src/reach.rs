@@ -7,9 +7,9 @@
 use std::collections::BTreeSet;
 
 use cranelift_entity::SecondaryMap;
-use polc_ir::classifier::{Classifier, Exit};
+use polc_ir::classifier::{Classifier, EntryData, Exit, Origin, StageData};
 use polc_ir::diag::{Code, Diagnostic};
-use polc_ir::entities::{Chain, Rule};
+use polc_ir::entities::{Chain, Rule, Stage};
 use polc_ir::env::{Attach, Connections, Mode, Place};
 use polc_ir::outcome::{Decider, Ending, Verdict};
 use polc_ir::ruleset::deferral::rule_deferral;
@@ -31,13 +31,31 @@ pub struct Reach {
     tried: SecondaryMap<Rule, bool>,
     /// Who leaves every packet to the kernel that gets as far: rules, or base chains of a table that translates.
     stops: BTreeSet<Decider>,
+    /// A bound of the program ends some ways through the rules.
+    bounded: bool,
 }
 
 impl Reach {
-    /// Works it out from what `flatten` made of the rules.
-    pub fn new(ruleset: &Ruleset, flat: &Classifier) -> Reach {
+    /// Works it out from what `flatten` made of the rules. Some packets don't get as far as where stages begin that are
+    /// `cut`, because of a bound: that counts as if none did. Nor do they where `flatten` met one.
+    pub fn new(ruleset: &Ruleset, flat: &Classifier, mut cut: BTreeSet<Origin>) -> Reach {
         let mut reach = Reach::default();
-        for stage in flat.stages.values() {
+        cut.extend(
+            flat.stages.values().filter(|stage| is_refused(flat, stage)).filter_map(|stage| stage.origin),
+        );
+        let mut known: SecondaryMap<Stage, bool> = SecondaryMap::new();
+        known[flat.root] = true;
+        let mut pending = vec![flat.root];
+        while let Some(stage) = pending.pop() {
+            let stage = &flat.stages[stage];
+            if stage.origin.is_some_and(|origin| cut.contains(&origin)) {
+                reach.bounded = true;
+                continue;
+            }
+            for &entry in &stage.entries {
+                let next = flat.entries[entry].exit.successors();
+                pending.extend(next.filter(|&next| !std::mem::replace(&mut known[next], true)));
+            }
             let (Some((chain, from)), Some(&last)) = (stage.origin, stage.entries.last()) else { continue };
             let rules = &ruleset.chains[chain].rules;
             let last = &flat.entries[last];
@@ -70,6 +88,44 @@ impl Reach {
     }
 }
 
+/// Whether a stage is one that `flatten` did not make, because there would have been too many: all packets are left to the
+/// kernel before the rule is asked.
+fn is_refused(flat: &Classifier, stage: &StageData) -> bool {
+    let [only] = stage.entries[..] else { return false };
+    let EntryData { rule: None, exit: Exit::End(ending), .. } = &flat.entries[only] else { return false };
+    ending.verdict == Verdict::Defer && matches!(ending.by, Decider::Rule(_))
+}
+
+/// The lines that count as compiled and that only packets come to which a bound leaves to the kernel before.
+pub fn behind_bounds(session: &Session, report: &Report, places: &[(&Place, &Reach)]) -> BTreeSet<u32> {
+    let ruleset = &session.ruleset;
+    let bounded = places.iter().filter(|(_, reach)| reach.bounded);
+    let behind = bounded.flat_map(|(place, reach)| {
+        led_to(ruleset, place)
+            .into_iter()
+            .filter(|rule| !reach.tried[*rule])
+            .map(|rule| session.line_of(rule))
+    });
+    let mut behind: BTreeSet<u32> = behind.collect();
+    if !behind.is_empty() {
+        let passed_over = passed_over(session, report, places);
+        behind.retain(|line| passed_over.contains(line));
+    }
+    behind
+}
+
+/// The lines that count as compiled and whose rules no packet is tried against.
+fn passed_over(session: &Session, report: &Report, places: &[(&Place, &Reach)]) -> BTreeSet<u32> {
+    let tried = |rule: &Rule| places.iter().any(|(_, reach)| reach.tried[*rule]);
+    let compiled = |line: &u32| report.lines.get(line) == Some(&Status::Compiled);
+    session
+        .rules_by_line()
+        .into_iter()
+        .filter(|(line, rules)| compiled(line) && !rules.iter().any(tried))
+        .map(|(line, _)| line)
+        .collect()
+}
+
 /// The lines that count as compiled and that no program comes to, because every packet is left to the kernel before; and
 /// a finding for each rule or chain that does so. `places` are those where the rules are judged.
 pub fn never_reached(
@@ -78,14 +134,7 @@ pub fn never_reached(
     places: &[(&Place, &Reach)],
 ) -> (BTreeSet<u32>, Vec<Diagnostic>) {
     let ruleset = &session.ruleset;
-    let tried = |rule: &Rule| places.iter().any(|(_, reach)| reach.tried[*rule]);
-    let compiled = |line: &u32| report.lines.get(line) == Some(&Status::Compiled);
-    let passed_over: BTreeSet<u32> = session
-        .rules_by_line()
-        .into_iter()
-        .filter(|(line, rules)| compiled(line) && !rules.iter().any(tried))
-        .map(|(line, _)| line)
-        .collect();
+    let passed_over = passed_over(session, report, places);
     let mut lines = BTreeSet::new();
     let mut findings: Vec<Diagnostic> = Vec::new();
     if passed_over.is_empty() {
@@ -218,7 +267,7 @@ mod tests {
         let place = Place { connections, ..place(path, Attach::Xdp, Mode::Accelerate, false) };
         let report = Report::new(&session, Scope::At(&place));
         let flat = flatten(&session.ruleset, &place, &Env::default(), &mut Vec::new());
-        let reach = Reach::new(&session.ruleset, &flat);
+        let reach = Reach::new(&session.ruleset, &flat, BTreeSet::new());
         let (lines, findings) = never_reached(&session, &report, &[(&place, &reach)]);
         let at = findings.iter().map(|finding| session.sources.line_column(finding.span.expect("text")).line);
         (lines.into_iter().collect(), at.collect())
@@ -242,6 +291,31 @@ mod tests {
     fn a_chain_hides_what_only_its_end_leads_to() {
         let text = "*filter\n:log - [0:0]\n-A INPUT -p tcp -j log\n-A INPUT -p udp -j DROP\n-A log -j LOG\n-A log -j DROP\nCOMMIT\n";
         assert_eq!(lines(text, &[Hook::Input], Connections::Unknown), (vec![6], vec![5]));
+    }
+
+    #[test]
+    fn what_is_behind_a_bound_is_deferred() {
+        let marks: String = (0..1000)
+            .map(|i| format!("-A INPUT -s 10.{}.{}.0/24 -j MARK --set-xmark {i}/0xffff\n", i / 256, i % 256))
+            .collect();
+        let text = format!(
+            "*mangle\n{marks}COMMIT\n*filter\n:end - [0:0]\n-A INPUT -j end\n-A end -s 10.0.0.1 -j DROP\nCOMMIT\n"
+        );
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text);
+        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        let place = place(&[Hook::Input], Attach::Xdp, Mode::Accelerate, false);
+        let mut report = Report::new(&session, Scope::At(&place));
+        assert_eq!(report.compiled(), 1002);
+        let compiled = crate::compile(&session.ruleset, &place, &Env::default(), &Default::default());
+        let [finding] = &compiled.diagnostics[..] else { panic!("{:?}", compiled.diagnostics) };
+        assert_eq!(finding.code, crate::bound::TOO_DEEP);
+        let first = session.sources.line_column(finding.span.expect("a rule")).line;
+        report.defer_bounded(&session, &compiled.diagnostics, &[(&place, &compiled.reach)]);
+        // Lines are counted from 1, and the first is `*mangle`.
+        assert_eq!(report.compiled(), first as usize - 2);
+        assert!(report.compiled() > 100, "{}", report.compiled());
+        assert_eq!(report.deferred(), 1002 - report.compiled());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use polc_ir::ruleset::{Action, Policy, RuleData, Ruleset};
 use polc_ir::source::Span;
 
 use crate::place::{best_attach, place};
+use crate::reach::{Reach, behind_bounds};
 use crate::session::Session;
 
 /// Code of deferred rules, and of rules that replace mode can't do without.
@@ -30,6 +31,10 @@ pub const FRAGMENTS: Code = Code(305);
 
 /// Code of the note that says how many rules a place does not reach.
 pub const ELSEWHERE: Code = Code(302);
+
+/// Why rules are deferred that no program comes to for a bound.
+const BEHIND_BOUND: &str =
+    "packets are left to the kernel before they come to it, where a bound of the program is met";
 
 /// What became of a rule line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,13 +144,19 @@ impl Report {
         }
     }
 
-    /// Defers the lines that findings of the passes point at: where a bound ends what a program decides.
-    pub fn defer_bounded(&mut self, session: &Session, findings: &[Diagnostic]) {
+    /// Defers the lines that findings of the passes point at: where a bound ends what a program decides; and what is
+    /// behind.
+    pub fn defer_bounded(&mut self, session: &Session, findings: &[Diagnostic], places: &[(&Place, &Reach)]) {
         for (span, finding) in findings.iter().filter_map(|finding| Some((finding.span?, finding))) {
             let line = session.sources.file(span.file).line(span.start);
             if let Some(status @ Status::Compiled) = self.lines.get_mut(&line) {
                 *status = Status::Deferred { span, reason: finding.message.clone(), hint: None };
             }
+        }
+        let behind = behind_bounds(session, self, places);
+        if !behind.is_empty() {
+            let line = |span: Span| session.sources.file(span.file).line(span.start);
+            self.defer(session, BEHIND_BOUND, |rule| behind.contains(&line(rule.span)));
         }
     }
 

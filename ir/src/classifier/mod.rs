@@ -55,9 +55,12 @@ pub struct Classifier {
 pub struct StageData {
     /// The entries, first match first. The last one's cube always holds.
     pub entries: Vec<Entry>,
-    /// The chain and position (rules before it) that the stage starts at, for people.
-    pub origin: Option<(Chain, u32)>,
+    /// Where the stage starts, for people.
+    pub origin: Option<Origin>,
 }
+
+/// A chain, and a position in it: how many rules are before it.
+pub type Origin = (Chain, u32);
 
 /// An entry of a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]

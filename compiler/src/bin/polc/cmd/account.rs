@@ -198,7 +198,7 @@ impl<'a> Account<'a> {
         });
         findings.extend(report.elsewhere());
         // The passes' findings say why already.
-        report.defer_bounded(session, &bounded);
+        report.defer_bounded(session, &bounded, &reached);
         let (lines, stops) = never_reached(session, &report, &reached);
         findings.extend(stops);
         Accounted { report, never_reached: lines.len(), findings }

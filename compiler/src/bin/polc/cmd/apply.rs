@@ -308,8 +308,9 @@ impl Job<'_> {
         if refuse(session, &compiled.diagnostics, place.mode, output) {
             return Ok(None);
         }
-        report.defer_bounded(session, &compiled.diagnostics);
-        show(output, &session.sources, &never_reached(session, &report, &[(&place, &compiled.reach)]).1);
+        let reached = [(&place, &compiled.reach)];
+        report.defer_bounded(session, &compiled.diagnostics, &reached);
+        show(output, &session.sources, &never_reached(session, &report, &reached).1);
         let extras = Extras { trace: !self.options.no_trace, suspend: accelerates };
         let half = CHECKED_PACKETS / 2;
         let ((object, spread), mut packets) = both(

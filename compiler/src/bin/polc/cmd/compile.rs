@@ -38,8 +38,9 @@ pub(super) fn run(args: &CompileArgs, output: &Output) -> Result<ExitCode, Failu
     if refuse(&session, &compiled.diagnostics, place.mode, output) {
         return Ok(FOUND.into());
     }
-    report.defer_bounded(&session, &compiled.diagnostics);
-    show(output, &session.sources, &never_reached(&session, &report, &[(&place, &compiled.reach)]).1);
+    let reached = [(&place, &compiled.reach)];
+    report.defer_bounded(&session, &compiled.diagnostics, &reached);
+    show(output, &session.sources, &never_reached(&session, &report, &reached).1);
     let mut emitted = String::new();
     for level in &args.emit {
         emitted += &match level {
