@@ -26,6 +26,7 @@ const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_STATS64: u16 = 23;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_XDP: u16 = 43;
@@ -65,6 +66,9 @@ pub struct Device {
     pub xdp: Vec<u32>,
     /// Whether one of them runs without the driver's help.
     pub xdp_is_generic: bool,
+    /// Packets that it has received (`rx_packets`). With an XDP program on it, a veth counts those that it has dealt
+    /// with, whatever became of them (drivers/net/veth.c, `veth_xdp_rcv`).
+    pub received: u64,
 }
 
 /// The addresses that the kernel takes as its own, of one family.
@@ -161,6 +165,8 @@ fn device(body: &[u8]) -> Option<Device> {
             IFLA_MASTER => device.master = u32_at(value, 0),
             IFLA_LINK => device.lower = u32_at(value, 0).filter(|lower| *lower != ifindex),
             IFLA_LINK_NETNSID => in_other = true,
+            // include/uapi/linux/if_link.h, `struct rtnl_link_stats64`: received packets come first.
+            IFLA_STATS64 => device.received = u64_at(value, 0)?,
             IFLA_LINKINFO => {
                 device.kind =
                     attributes(value).find(|(kind, _)| *kind == IFLA_INFO_KIND).map(|(_, v)| text(v));
@@ -242,6 +248,10 @@ pub(crate) fn put(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
 
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
 /// Text that may end in NUL.

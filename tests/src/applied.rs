@@ -181,7 +181,8 @@ impl<'a> Bench<'a> {
         for judge in &judges {
             self.apply(judge)?;
             let found = self.decide(Who::Polc(judge.attach), &known(&kept));
-            let difference = found.and_then(|found| self.difference(judge, &kept, &expected, &found));
+            let difference =
+                found.and_then(|found| self.difference(judge, &kept, &expected, &found, &mut compared));
             self.flush(judge)?;
             compared.packets += kept.len();
             compared.counters += expected.counts.len();
@@ -312,15 +313,33 @@ impl<'a> Bench<'a> {
         samples: &[Sample],
         expected: &Decided,
         found: &Decided,
+        compared: &mut Compared,
     ) -> Result<Option<String>, NetfilterError> {
-        let differing = expected.passed.iter().zip(&found.passed).position(|(one, other)| one != other);
-        if let Some(at) = differing {
+        let counted = unequal(&expected.counts, &found.counts);
+        let pairs = expected.passed.iter().zip(&found.passed).enumerate();
+        let differing: Vec<usize> =
+            pairs.filter(|(_, (one, other))| one != other).map(|(at, _)| at).collect();
+        if let Some(&at) = differing.first() {
+            let again: Vec<Sample> = differing.iter().map(|&at| samples[at].clone()).collect();
+            let lost = differing.iter().all(|&at| found.passed[at].is_none());
+            if lost && counted.is_none() && self.agree(judge, &again)? {
+                // The kernel drops a frame when it has no memory for a packet (drivers/net/veth.c,
+                // `veth_xdp_rcv_bulk_skb`).
+                *compared.left_out.entry("lost once behind the program, which counted it").or_default() +=
+                    again.len();
+                return Ok(None);
+            }
             let (one, other) = (expected.passed[at], found.passed[at]);
             let packet = text(&samples[at]);
             let levels = self.levels(judge, &samples[at].input);
-            return Ok(Some(format!("iptables: {}, polc: {} ({levels}) {packet}", fate(one), fate(other))));
+            let (count, counted) = (differing.len(), counted.unwrap_or("the counters are the same".into()));
+            return Ok(Some(format!(
+                "{count} packets, the first: iptables: {}, polc: {} ({levels}; {counted}) {packet}",
+                fate(one),
+                fate(other)
+            )));
         }
-        let Some(mut difference) = unequal(&expected.counts, &found.counts) else { return Ok(None) };
+        let Some(mut difference) = counted else { return Ok(None) };
         // By halves, to the one packet whose counters differ when it goes alone.
         let mut suspects = samples.to_vec();
         while suspects.len() > 1 {
@@ -341,6 +360,17 @@ impl<'a> Bench<'a> {
             }
         }
         Ok(Some(format!("{difference} {}", suspects.first().map(text).unwrap_or_default())))
+    }
+
+    /// Whether iptables and polc do the same with packets that go alone, and count the same for them.
+    fn agree(&mut self, judge: &Judge, samples: &[Sample]) -> Result<bool, NetfilterError> {
+        if samples.len() > FRAMES_MAX {
+            return Ok(false);
+        }
+        let samples = known(&renumbered(self.rules.session.ruleset.family, samples));
+        let expected = self.decide(Who::Iptables, &samples)?;
+        let found = self.decide(Who::Polc(judge.attach), &samples)?;
+        Ok(expected.passed == found.passed && unequal(&expected.counts, &found.counts).is_none())
     }
 
     /// What polc's levels make of a packet.

@@ -21,12 +21,13 @@ use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polc_ir::hook::Family;
 
 use self::probe::{FRAME_BYTES_MAX, Notes, RESULT_BYTES, SkbFields, TEMPLATE_BYTES, during};
 use crate::kernel_types::KernelTypesError;
+use crate::net;
 use crate::sys::{LinkSpec, LiveFrames, Map, MapSpec, Namespace, Sys};
 
 pub use bare::Bare;
@@ -43,6 +44,9 @@ const STEP: u32 = 64;
 
 /// How long nothing may arrive before nothing more is expected.
 const QUIET: Duration = Duration::from_millis(1);
+
+/// How long the devices may take for what was sent to them.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of a frame's slot in the pool: its length, the device it is sent by (0: it goes into the stack), itself.
 const SLOT_BYTES: usize = 8 + FRAME_BYTES_MAX;
@@ -178,6 +182,8 @@ pub enum NetfilterError {
     Command(&'static str, io::Error),
     /// A command failed: its name, and what it said.
     Refused(String, String),
+    /// How many of how many frames did not arrive at their devices.
+    Lost(u64, usize),
 }
 
 impl fmt::Display for NetfilterError {
@@ -187,6 +193,9 @@ impl fmt::Display for NetfilterError {
             NetfilterError::Types(error) => error.fmt(f),
             NetfilterError::Command(name, error) => write!(f, "cannot run `{name}`: {error}"),
             NetfilterError::Refused(command, said) => write!(f, "`{command}` failed: {said}"),
+            NetfilterError::Lost(lost, of) => {
+                write!(f, "{lost} of {of} frames did not arrive at their devices within {PATIENCE:?}")
+            }
         }
     }
 }
@@ -343,6 +352,7 @@ impl Netfilter {
         let zeros = vec![0; count * RESULT_BYTES as usize];
         sys.map_update_batch(&self.results, &numbers(count), &zeros, count).map_err(filling())?;
         sys.map_update(&self.next, &[0; 4], &[0; 8]).map_err(filling())?;
+        let before = if entry == Entry::Driver { self.received()? } else { 0 };
         for group in order.chunk_by(|&one, &other| frames[one].device == frames[other].device) {
             let live = LiveFrames {
                 ifindex: self.devices[frames[group[0]].device].ifindex,
@@ -355,7 +365,15 @@ impl Netfilter {
         let read = || sys.map_read_array(&self.results).map_err(during("reading results"));
         let mut results = read()?;
         if entry == Entry::Driver {
-            // The receiving device's turn comes before the call returns, unless the CPU has much else to do.
+            // The receiving devices' turn comes before the call returns, unless the CPU has much else to do.
+            let started = Instant::now();
+            while self.received()? - before < frames.len() as u64 {
+                if started.elapsed() > PATIENCE {
+                    let lost = frames.len() as u64 - (self.received()? - before);
+                    return Err(NetfilterError::Lost(lost, frames.len()));
+                }
+                std::thread::sleep(QUIET);
+            }
             loop {
                 std::thread::sleep(QUIET);
                 let before = std::mem::replace(&mut results, read()?);
@@ -376,6 +394,15 @@ impl Netfilter {
             },
         });
         Ok(passages.collect())
+    }
+
+    /// How many frames all input devices have received.
+    fn received(&self) -> Result<u64, NetfilterError> {
+        let devices = net::devices(&self.sys)
+            .map_err(|error| NetfilterError::Refused("rtnetlink".into(), error.to_string()))?;
+        let inputs =
+            devices.iter().filter(|device| self.devices.iter().any(|own| own.ifindex == device.ifindex));
+        Ok(inputs.map(|device| device.received).sum())
     }
 }
 
