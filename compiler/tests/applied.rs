@@ -567,6 +567,19 @@ fn metrics_are_served_to_whoever_asks() {
     assert!(asked.count() > 100);
     assert!(get("GET /metrics").contains(&rule));
     drop(greedy);
+    // Nor do those that ask for nothing, and for nonsense.
+    let nonsense = format!("GET /{} HTTP/1.1", "a".repeat(100_000));
+    for (request, status) in [("\u{fffd}", "400 "), (nonsense.as_str(), "431 "), ("HEAD /metrics", "200 ")] {
+        let answer = get(request);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        assert!(request != "HEAD /metrics" || answer.ends_with("\r\n\r\n"), "{answer}");
+    }
+    let idle: Vec<_> =
+        (0..300).map(|_| std::net::TcpStream::connect(&address).expect("it listens")).collect();
+    assert!(get("GET /metrics").contains(&rule));
+    let threads = std::fs::read_dir(format!("/proc/{}/task", server.child.id())).expect("it runs").count();
+    assert!(threads < 200, "{threads} threads");
+    drop(idle);
     // OpenMetrics: a counter's samples end in _total, its name does not.
     assert!(answer.contains("# TYPE polc_rule_packets counter\n"), "{answer}");
     host.well(&["flush"]);

@@ -7,6 +7,8 @@
 mod cli;
 mod cmd;
 mod failure;
+#[cfg(feature = "kernel")]
+mod http;
 mod input;
 mod local;
 mod output;

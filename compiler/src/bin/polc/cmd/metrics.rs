@@ -3,10 +3,9 @@
 //! Everything is read from the kernel when somebody asks, so a scrape costs what `polc save -c` costs and nothing
 //! between scrapes. That nothing is applied is no failure here: policies come and go under a daemon.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Cursor};
-use std::net::SocketAddr;
+use std::net::TcpListener;
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -23,16 +22,16 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
-use tiny_http::{Header, Method, Request, Response, Server};
 
 use super::applied::{self, Followed, Opened};
 use super::{live, status};
 use crate::cli::MetricsArgs;
 use crate::failure::Failure;
+use crate::http::{self, Answer};
 use crate::output::Output;
 
-/// How often is looked whether a signal asks to end.
-const TICK: Duration = Duration::from_millis(200);
+/// Longest wait for a request or a signal at once.
+const TICK: Duration = Duration::from_secs(60);
 /// Media type of what is served (OpenMetrics 1.0, "Content type").
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -46,75 +45,25 @@ pub(super) fn run(args: &MetricsArgs, output: &Output) -> Result<ExitCode, Failu
     if opened.policies.is_empty() {
         live::all_well(opened.failed, output)?;
     }
-    let mut served = Served { sys: &sys, args, output, followed: Followed::default(), told: Vec::new() };
+    let served = Served { sys: &sys, args, output, followed: Followed::default(), told: Vec::new() };
+    let served = Mutex::new(served);
+    let answer = |method: &str, target: &str| {
+        served.lock().unwrap_or_else(PoisonError::into_inner).answer(method, target)
+    };
     // The server's threads inherit that signals are waited for.
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
-    let server = Server::http(args.listen)
-        .map_err(|error| Error::call(format!("listen on {}", args.listen))(io::Error::other(error)))?;
-    output.remark(&format!("serving metrics on http://{}/metrics\n", server.server_addr()));
-    loop {
-        let request = server.recv_timeout(TICK).map_err(Error::call("wait for requests"))?;
-        if let Some(request) = request {
-            respond(answer(&mut served, &request), request);
-        }
-        let asked = sys.wait_readable(&[std::os::fd::AsFd::as_fd(&signals)], None, Duration::ZERO);
-        if asked.map_err(Error::call("wait for signals"))?.contains(&true) {
-            return Ok(ExitCode::SUCCESS);
-        }
-    }
-}
-
-/// Answers that may wait for their readers at once, and those of one connection.
-const ANSWERS_MAX: usize = 64;
-const ANSWERS_MAX_EACH: usize = 8;
-
-/// Sends an answer. A client that takes its time, or asks and never reads, keeps no other one waiting: answers have a
-/// thread each, and what would be one too many is not given.
-fn respond(answer: Answer, request: Request) {
-    /// How many answers wait, by connection.
-    static WAITING: Mutex<BTreeMap<Option<SocketAddr>, usize>> = Mutex::new(BTreeMap::new());
-    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-    let client = request.remote_addr().copied();
-    let mut all = waiting();
-    let own = all.get(&client).copied().unwrap_or(0);
-    if own >= ANSWERS_MAX_EACH || all.values().sum::<usize>() >= ANSWERS_MAX {
-        drop(all);
-        drop(request.into_writer());
-        return;
-    }
-    all.insert(client, own + 1);
-    std::thread::spawn(move || {
-        // A client that went away needs no answer.
-        let _ = request.respond(answer);
-        let mut all = waiting();
-        match all.get_mut(&client) {
-            Some(own) if *own > 1 => *own -= 1,
-            _ => drop(all.remove(&client)),
-        }
+    let listener = TcpListener::bind(args.listen).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
     });
-}
-
-type Answer = Response<Cursor<Vec<u8>>>;
-
-fn answer(served: &mut Served<'_>, request: &Request) -> Answer {
-    let plain = |status: u16, text: String| Response::from_string(text).with_status_code(status);
-    let path = request.url().split('?').next().unwrap_or_default();
-    match (request.method(), path) {
-        (Method::Get | Method::Head, "/metrics") => match served.text() {
-            Ok(text) => {
-                let media = Header::from_bytes("Content-Type", OPEN_METRICS).expect("a header");
-                plain(200, text).with_header(media)
-            }
-            Err(failure) => {
-                served.output.error(&failure.to_string());
-                plain(500, format!("{failure}\n"))
-            }
-        },
-        (Method::Get | Method::Head, "/") => plain(200, "polc's metrics are at /metrics\n".into()),
-        (Method::Get | Method::Head, _) => plain(404, "metrics are at /metrics\n".into()),
-        _ => plain(405, "only GET\n".into())
-            .with_header(Header::from_bytes("Allow", "GET, HEAD").expect("a header")),
-    }
+    let (listener, address) = listener.map_err(Error::call(format!("listen on {}", args.listen)))?;
+    output.remark(&format!("serving metrics on http://{address}/metrics\n"));
+    http::serve(&listener, &answer, || {
+        let ready = sys.wait_readable(&[listener.as_fd(), signals.as_fd()], None, TICK);
+        Ok::<bool, Failure>(ready.map_err(Error::call("wait for requests"))?[1])
+    })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What is served.
@@ -128,6 +77,27 @@ struct Served<'a> {
 }
 
 impl Served<'_> {
+    /// The answer to a request.
+    fn answer(&mut self, method: &str, target: &str) -> Answer {
+        let path = target.split('?').next().unwrap_or_default();
+        match (method, path) {
+            ("GET" | "HEAD", "/metrics") => match self.text() {
+                Ok(body) => Answer { status: "200 OK", headers: vec![("Content-Type", OPEN_METRICS)], body },
+                Err(failure) => {
+                    self.output.error(&failure.to_string());
+                    Answer::new("500 Internal Server Error", format!("{failure}\n"))
+                }
+            },
+            ("GET" | "HEAD", "/") => Answer::new("200 OK", "polc's metrics are at /metrics\n"),
+            ("GET" | "HEAD", _) => Answer::new("404 Not Found", "metrics are at /metrics\n"),
+            _ => {
+                let mut answer = Answer::new("405 Method Not Allowed", "only GET\n");
+                answer.headers.push(("Allow", "GET, HEAD"));
+                answer
+            }
+        }
+    }
+
     /// The text of now. Policies that can't be read are told when that changes, and left out.
     fn text(&mut self) -> Result<String, Failure> {
         let Opened { policies, failed, .. } = self.followed.refresh(self.sys, &self.args.slots)?;
