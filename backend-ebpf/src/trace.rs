@@ -41,6 +41,9 @@ pub const PATTERNS_MAX: usize = 4;
 /// the protocol of the header where the search ended.
 pub const EXT_HEADERS_MAX: u32 = 8;
 
+/// Protocols of which ports are reported, and asked for: TCP, UDP, DCCP, SCTP, UDP-Lite.
+pub const WITH_PORTS: [u8; 5] = [6, 17, 33, 132, 136];
+
 /// A record, in bytes from its start; numbers in the CPU's order, addresses as the packet has them.
 pub mod record {
     /// Nanoseconds since boot, suspend excluded (`CLOCK_MONOTONIC`), 64 bits.

@@ -16,7 +16,7 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use polc_backend_ebpf::trace::{PATTERNS_MAX, Pattern};
+use polc_backend_ebpf::trace::{PATTERNS_MAX, Pattern, WITH_PORTS};
 use polc_frontend_iptables::names;
 
 /// The words of a filter, as its help shows them.
@@ -79,6 +79,12 @@ fn packet(words: &[&str], device: &dyn Fn(&str) -> Option<u32>) -> Result<Patter
         }
     }
     let families = [pattern.src, pattern.dst].map(|prefix| prefix.map(|(address, _)| address.is_ipv4()));
+    if let Some(proto) = pattern.proto.filter(|proto| !WITH_PORTS.contains(proto))
+        && (pattern.src_port.is_some() || pattern.dst_port.is_some())
+    {
+        let name = names::protocol_name(proto.into()).map_or_else(|| proto.to_string(), str::to_string);
+        return Err(format!("packets of protocol `{name}` have no ports"));
+    }
     if let [Some(src), Some(dst)] = families
         && src != dst
     {
@@ -131,7 +137,7 @@ mod tests {
     fn words_become_patterns() {
         assert_eq!(read("").unwrap(), [Pattern::default()]);
         assert_eq!(
-            read("tcp and src 192.0.2.0/24 dport 22 or proto 50 dev eth0 sport 1-1024").unwrap(),
+            read("tcp and src 192.0.2.0/24 dport 22 or proto 132 dev eth0 sport 1-1024").unwrap(),
             [
                 Pattern {
                     proto: Some(6),
@@ -139,7 +145,12 @@ mod tests {
                     dst_port: Some(22..=22),
                     ..Pattern::default()
                 },
-                Pattern { proto: Some(50), ifindex: Some(2), src_port: Some(1..=1024), ..Pattern::default() },
+                Pattern {
+                    proto: Some(132),
+                    ifindex: Some(2),
+                    src_port: Some(1..=1024),
+                    ..Pattern::default()
+                },
             ]
         );
         assert_eq!(read("dst 2001:db8::1").unwrap()[0].dst, Some(("2001:db8::1".parse().unwrap(), 128)));
@@ -160,6 +171,8 @@ mod tests {
             ("dev eth1", "no device `eth1`"),
             ("proto 256", "no protocol"),
             ("host 1.2.3.4", "no word of a filter"),
+            ("icmp dport 3", "`icmp` have no ports"),
+            ("sport 1 proto esp", "`esp` have no ports"),
             ("tcp or tcp or tcp or tcp or tcp", "5 alternatives"),
         ] {
             let error = read(text).unwrap_err();

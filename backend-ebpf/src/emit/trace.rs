@@ -14,7 +14,7 @@ use crate::asm::Label;
 use crate::insn::{AluOp, Cond, Helper, Operand, Reg, Size, Width};
 use crate::kernel_api::KernelField;
 use crate::object::{DataSection, MapDef, MapKind, MapType};
-use crate::trace::{self, config, flag, pattern, record, state};
+use crate::trace::{self, WITH_PORTS, config, flag, pattern, record, state};
 use polc_ir::entities::Map;
 
 /// What reporting needs.
@@ -28,8 +28,6 @@ pub(super) struct Trace {
     report: Label,
 }
 
-/// Protocols whose header starts with two ports: TCP, UDP, DCCP, SCTP, UDP-Lite.
-const WITH_PORTS: [i32; 5] = [6, 17, 33, 132, 136];
 /// ICMP and ICMPv6.
 const ICMP: [i32; 2] = [1, 58];
 
@@ -205,7 +203,7 @@ impl Emitter<'_> {
         let a = &mut self.asm;
         a.store(Size::B, Reg::FP, place::RECORD + record::PROTO, Reg::R8);
         for proto in WITH_PORTS {
-            a.jump32(Cond::Eq, Reg::R8, proto, ports);
+            a.jump32(Cond::Eq, Reg::R8, i32::from(proto), ports);
         }
         for proto in ICMP {
             a.jump32(Cond::Eq, Reg::R8, proto, icmp);
