@@ -420,7 +420,7 @@ impl Pattern {
 }
 
 /// What became of the packets that were wanted and fitted a pattern, on one CPU or several.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Packets reported.
     pub reported: u64,

@@ -444,6 +444,44 @@ fn trace_ends_when_nobody_reads_and_follows_the_policy() {
     assert_eq!(watcher.rest().len(), 1);
 }
 
+/// Packets that a new policy decides before its watcher has come to it are shown.
+#[test]
+fn trace_misses_nothing_when_policies_change() {
+    let Some(host) = Host::new("change") else { return };
+    // What one policy reports is not cut short by a change of the other.
+    host.apply(&[]);
+    host.apply(&["--attach", "tc-ingress"]);
+    let mut watcher = host.watch(&["trace", "--format", "json", "--verdict", "accept", "dport", "80"]);
+    watcher.remark();
+    let mut sent = 0;
+    let mut send = |count| {
+        host.send(80, count);
+        sent += 2 * count;
+    };
+    for options in [&[][..], &[], &["--attach", "tc-ingress"], &[], &["--confirm", "1"]] {
+        host.apply(options);
+        send(3);
+        assert!(watcher.remark().contains("replaced"));
+        assert!([watcher.remark(), watcher.remark()].iter().all(|line| line.contains("watching")));
+    }
+    thread::sleep(Duration::from_millis(1_300));
+    send(3);
+    eventually(|| {
+        let saved = host.well(&["save", "-c", "--attach", "tc-ingress"]);
+        let all = format!("[{}:{}] -A INPUT -p udp -m udp --dport 80", sent / 2, sent / 2 * BYTES as usize);
+        if saved.contains(&all) { Ok(()) } else { Err(saved) }
+    });
+    watcher.tell(Signal::INT);
+    assert_eq!(watcher.end().code(), Some(0));
+    assert_eq!(watcher.rest().len(), sent);
+    let remarks = watcher.remarks();
+    assert!(
+        remarks.contains(&format!("{sent} packets shown")) && !remarks.contains("neither shown"),
+        "{remarks}"
+    );
+    assert!(!host.well(&["status", "--sample", "0"]).contains("reports on"));
+}
+
 #[test]
 fn code_of_applied_policies_stands_beside_its_rules() {
     let Some(host) = Host::new("code") else { return };

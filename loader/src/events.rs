@@ -3,7 +3,8 @@
 //! What a report is and how filters are encoded is [`polc_backend_ebpf::trace`]'s. A program has one switch and one
 //! filter, so one watcher at a time ([`crate::status::Open::lock_reports`]). The switch goes off when a
 //! [`Watch`] is dropped; if the process is killed first, the program goes on reporting, at the cost of the reports,
-//! until the ring buffer is full, and then at that of reading packets' headers, until the next watcher leaves.
+//! until the ring buffer is full, and then at that of reading packets' headers, until the next watcher leaves. So does
+//! one that takes its place ([`crate::wish`]).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -47,6 +48,7 @@ pub struct Watch<'a> {
     maps: TraceMaps<'a>,
     ring: Ring<'a>,
     start: Tally,
+    stays_on: bool,
 }
 
 impl<'a> Watch<'a> {
@@ -62,17 +64,42 @@ impl<'a> Watch<'a> {
         wanted: impl Fn(usize) -> bool,
     ) -> Result<Watch<'a>, Error> {
         let what = || Error::call("switch reports on");
-        let slots = maps.wanted.info().value_bytes as usize;
         set(sys, maps.config, &Config::OFF.encode()).map_err(what())?;
         let mut ring = Ring::new(sys, maps.events).map_err(what())?;
         while ring.take(|_| ()).is_some() {}
         let start = tally(sys, maps)?;
-        let wanted: Vec<u8> = (0..slots).map(|slot| u8::from(wanted(slot))).collect();
-        set(sys, maps.wanted, &wanted).map_err(what())?;
         // From here on the switch goes off again, whatever happens.
-        let watch = Watch { sys, maps, ring, start };
-        set(sys, maps.config, &config.encode()).map_err(what())?;
+        let watch = Watch { sys, maps, ring, start, stays_on: false };
+        switch(sys, maps, &config.encode(), wanted)?;
         Ok(watch)
+    }
+
+    /// Takes reports over that were switched on in this way by somebody else, when the program had reported `start`:
+    /// nothing of it is thrown away. `None` if they were not.
+    ///
+    /// # Errors
+    /// A call failed.
+    pub fn take_over(
+        sys: &'a Sys,
+        maps: TraceMaps<'a>,
+        config: &Config,
+        wanted: impl Fn(usize) -> bool,
+        start: Tally,
+    ) -> Result<Option<Watch<'a>>, Error> {
+        let as_wanted = value(sys, maps.config)? == config.encode()
+            && value(sys, maps.wanted)? == wanted_bytes(maps, wanted);
+        if !as_wanted {
+            return Ok(None);
+        }
+        let ring = Ring::new(sys, maps.events).map_err(Error::call("read reports"))?;
+        Ok(Some(Watch { sys, maps, ring, start, stays_on: false }))
+    }
+
+    /// Leaves reports on for who takes them over next; what the program had reported by then, of which `told` since the
+    /// start.
+    pub fn leave_on(&mut self, told: Tally) -> Tally {
+        self.stays_on = true;
+        self.start + told
     }
 
     /// The next report, if one is there. Records of another length are skipped.
@@ -111,9 +138,16 @@ impl<'a> Watch<'a> {
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
-        // Nobody is left to tell.
-        let _ = set(self.sys, self.maps.config, &Config::OFF.encode());
+        if !self.stays_on {
+            switch_off(self.sys, self.maps);
+        }
     }
+}
+
+/// Switches reports off that nobody watches.
+pub fn switch_off(sys: &Sys, maps: TraceMaps<'_>) {
+    // Nobody is left to tell.
+    let _ = set(sys, maps.config, &Config::OFF.encode());
 }
 
 /// What ends a watch besides its reports.
@@ -141,9 +175,36 @@ pub fn wait(sys: &Sys, watches: &[Watch<'_>], ends: Ends<'_>, timeout: Duration)
 /// # Errors
 /// The call failed.
 pub fn is_on(sys: &Sys, maps: TraceMaps<'_>) -> Result<bool, Error> {
-    let value = sys.map_lookup(maps.config, &0u32.to_ne_bytes());
-    let value = value.map_err(Error::call("ask whether somebody watches"))?.unwrap_or_default();
-    Ok(value.iter().skip(config::SWITCH as usize).take(4).any(|byte| *byte != 0))
+    value(sys, maps.config).map(|config| switches_on(&config))
+}
+
+/// Whether a configuration switches reports on.
+pub(crate) fn switches_on(config: &[u8]) -> bool {
+    config.iter().skip(config::SWITCH as usize).take(4).any(|byte| *byte != 0)
+}
+
+/// The only value of one of the maps.
+pub(crate) fn value(sys: &Sys, map: &Map) -> Result<Vec<u8>, Error> {
+    let value =
+        sys.map_lookup(map, &0u32.to_ne_bytes()).map_err(Error::call("ask whether somebody watches"))?;
+    Ok(value.unwrap_or_default())
+}
+
+/// The table of wanted slots.
+fn wanted_bytes(maps: TraceMaps<'_>, wanted: impl Fn(usize) -> bool) -> Vec<u8> {
+    (0..maps.wanted.info().value_bytes as usize).map(|slot| u8::from(wanted(slot))).collect()
+}
+
+/// Makes a program report as `config` says what is counted in wanted slots.
+pub(crate) fn switch(
+    sys: &Sys,
+    maps: TraceMaps<'_>,
+    config: &[u8],
+    wanted: impl Fn(usize) -> bool,
+) -> Result<(), Error> {
+    let what = || Error::call("switch reports on");
+    set(sys, maps.wanted, &wanted_bytes(maps, wanted)).map_err(what())?;
+    set(sys, maps.config, config).map_err(what())
 }
 
 /// The only value of a data map.

@@ -22,6 +22,7 @@
 //! | [`gone`] | what is kept of network namespaces that are gone |
 //! | [`status`] | reading back what is applied |
 //! | [`counters`], [`events`] | packets by rule, packets as they are decided |
+//! | [`wish`] | whose packets a watcher wants, over generations |
 //! | [`jited`] | a loaded program's code, beside the rules it comes from |
 //! | [`tables`] | contents of maps |
 //! | [`sets`] | elements of an applied policy's sets |
@@ -55,5 +56,6 @@ pub mod store;
 pub mod swap;
 pub mod sys;
 pub mod tables;
+pub mod wish;
 
 pub use error::Error;

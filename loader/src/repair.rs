@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::state::{Confirm, Generation, Intent, LOST, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Slot, Store};
 use crate::sys::{LinkKind, Sys};
+use crate::wish;
 
 /// A slot after its repair.
 #[derive(Clone, Debug)]
@@ -221,11 +222,19 @@ pub(crate) fn go_back(
     to: u32,
     with: &[Other],
 ) -> Result<(), Error> {
+    let intended = |state: &SlotState| state.intent.as_ref().and_then(|intent| intent.from);
+    let others = with.iter().filter_map(|other| Some((&other.slot, intended(&other.state)?, other.current)));
+    for (slot, from, to) in from.map(|from| (slot, from, to)).into_iter().chain(others) {
+        // A watcher for whom this fails says so; nothing else depends on it.
+        let _ = wish::hand_on(sys, slot, to, from, || carry::manifest(sys, slot, from).map(Cow::Owned));
+    }
     if matches!(state.via, Via::Dispatch { .. }) {
         let mut changes = vec![AtHook { slot, state, from: Some(to), to: from }];
-        changes.extend(with.iter().map(|Other { slot, state, current, .. }| {
-            let from = state.intent.as_ref().and_then(|intent| intent.from);
-            AtHook { slot, state, from: Some(*current), to: from }
+        changes.extend(with.iter().map(|Other { slot, state, current, .. }| AtHook {
+            slot,
+            state,
+            from: Some(*current),
+            to: intended(state),
         }));
         attach::at_hooks(sys, &changes)?;
     } else if let Some(from) = from {

@@ -18,6 +18,7 @@ use crate::load::map_spec;
 use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
 use crate::sys::{Map, ProgramInfo, Sys};
+use crate::wish::Wish;
 
 /// An applied policy, opened for reading.
 #[derive(Debug)]
@@ -132,6 +133,31 @@ impl Open {
     /// [`Error::Watched`] if somebody watches already.
     pub fn lock_reports(&self, sys: &Sys) -> Result<Lock, Error> {
         self.files.lock_reports(sys, self.number)
+    }
+
+    /// Whose packets it reports, if it was left or handed on.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn wish(&self, sys: &Sys) -> Result<Option<Wish>, Error> {
+        Wish::read(sys, &self.files, self.number)
+    }
+
+    /// Leaves a wish for the generation that takes this one's place.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn leave_wish(&self, sys: &Sys, wish: &Wish) -> Result<(), Error> {
+        wish.write(sys, &self.files, self.number)
+    }
+
+    /// What is noted of the slot: another text, should it be changed. Whoever asks often asks this before
+    /// [`Open::is_attached`].
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn note(&self, sys: &Sys) -> Result<Option<String>, Error> {
+        self.files.note(sys)
     }
 
     /// Where a file kept with the generation is.

@@ -7,6 +7,7 @@
 //! BPFFS/polc/NETNS/input-netfilter-4/dispatch the map of the programs that a hook goes on with
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/prog      a generation's program
 //! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/map_NAME  and its maps
+//! BPFFS/polc/NETNS/eth0-xdp-4/gen-7/wish      a symbolic link whose text says whose packets are reported
 //! BPFFS/polc/NETNS/hooks-4/                   what netfilter hooks share; who changes one has the directory locked
 //! BPFFS/polc/NETNS/clsact-2/                  says that polc made the qdisc of device 2
 //! STATE/NETNS/eth0-xdp-4/state.json           the slot's state
@@ -304,6 +305,11 @@ impl Slot {
         self.generation_pins(generation).join("prog")
     }
 
+    /// The symbolic link whose text says whose packets a generation reports ([`crate::wish`]).
+    pub(crate) fn wish(&self, generation: u32) -> PathBuf {
+        self.generation_pins(generation).join("wish")
+    }
+
     /// The pin of the map that holds the programs of a netfilter hook.
     pub fn dispatch(&self) -> PathBuf {
         self.pins.join("dispatch")
@@ -339,9 +345,13 @@ impl Slot {
     /// # Errors
     /// The call failed. A note that can't be understood is none.
     pub fn noted(&self, sys: &Sys) -> Result<Option<SlotState>, Error> {
+        Ok(self.note(sys)?.and_then(|text| SlotState::read(text.as_bytes()).ok()))
+    }
+
+    /// The note's text.
+    pub(crate) fn note(&self, sys: &Sys) -> Result<Option<String>, Error> {
         let path = self.pins.join(NOTE);
-        let text = sys.read_symlink(&path).map_err(Error::disk(&path))?;
-        Ok(text.and_then(|text| SlotState::read(text.as_bytes()).ok()))
+        sys.read_symlink(&path).map_err(Error::disk(&path))
     }
 
     /// What the state tells, or the note beside the pins where it is damaged or lost; `None` if neither does.

@@ -10,6 +10,7 @@
 //! Counters are not copied between maps, which would race with the programs: a new generation remembers what its
 //! predecessors counted for the same rules ([`crate::carry`]).
 
+use std::borrow::Cow;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +31,7 @@ use crate::sets;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
 use crate::store::{Locks, Slot, Store, lock_all};
 use crate::sys::{Sys, TestRun};
+use crate::wish;
 
 /// Name of a generation's object among its files.
 pub const OBJECT_FILE: &str = "object.o";
@@ -199,6 +201,13 @@ impl Changes {
         for (request, change) in requests.iter().zip(&mut self.installed) {
             let with = all.iter().filter(|(name, _)| at_once(name, &change.slot.name)).cloned().collect();
             change.announce(sys, request, with, watch)?;
+        }
+        for (request, change) in requests.iter().zip(&self.installed) {
+            if let Some(from) = change.from {
+                let manifest = || Ok(Cow::Borrowed(&request.object.manifest));
+                // A watcher for whom this fails says so; nothing else depends on it.
+                let _ = wish::hand_on(sys, &change.slot, from, change.to, manifest);
+            }
         }
         for (request, change) in requests.iter().zip(&mut self.installed) {
             if change.slot.name.attach != Attach::Netfilter {

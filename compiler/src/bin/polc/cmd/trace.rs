@@ -3,7 +3,8 @@
 //! A program reports only while somebody watches, so whatever ends this command (a signal, a reader that goes away, a
 //! policy that is replaced or removed) ends in switching reports off again. What was not reported is counted in the
 //! kernel; since counts are read after the last program run has ended, packets shown and packets not shown are all there
-//! were.
+//! were. A policy that takes another's place reports from its first packet on ([`polc_loader::wish`]), so that holds for
+//! both together.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
@@ -13,16 +14,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use polc::guard::GUARD_NUMBER;
 use polc::watch;
-use polc_backend_ebpf::manifest::{CounterKind, CounterSlot, Manifest};
+use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::trace::{Config, Event, EventTransport, Pattern, Tally};
 use polc_frontend_iptables::names;
 use polc_ir::env::Attach;
 use polc_ir::hook::Hook;
 use polc_ir::source::bytes::of_text;
 use polc_loader::events::{self, Ends, TraceMaps, Watch};
+use polc_loader::state::SlotName;
 use polc_loader::status::Open;
 use polc_loader::store::Lock;
 use polc_loader::sys::{Signals, Sys};
+use polc_loader::wish::Wish;
 use polc_loader::{Error, net};
 use serde::Serialize;
 
@@ -32,9 +35,11 @@ use crate::cli::{TextFormat, TraceArgs};
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// How often is asked whether the policies are still there, and told what was not reported.
+/// How often is told what was not reported, and asked whether the policies are still there.
 const CHECK: Duration = Duration::from_secs(1);
-/// Reports of one policy that are taken at once, to be put in order with those of the others.
+/// How often is looked whether something was changed, so that it has to be asked.
+const LOOK: Duration = Duration::from_millis(50);
+/// Reports of one policy that are taken at once, to be put in order with those of the others: more than its buffer holds.
 const BATCH_MAX: usize = 4_096;
 
 pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure> {
@@ -44,8 +49,10 @@ pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure
     let patterns = watch::filter(&args.filter, &|name| devices.number(name)).map_err(Failure::Usage)?;
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
     let mut stream = Stream::new(args, &sys, &signals);
+    let asked = Asked::new(&sys, args, patterns, output);
+    let mut held = BTreeMap::new();
     let result = loop {
-        match watch_policies(&sys, args, &patterns, &policies, &signals, &mut devices, &mut stream, output) {
+        match asked.watch_policies(&policies, &mut held, &mut devices, &mut stream) {
             Ok(End::Asked) => break Ok(()),
             Ok(End::Changed) => {}
             Err(failure) => break Err(failure),
@@ -64,6 +71,12 @@ pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure
         };
         output.remark("a policy was replaced or removed; going on with what is applied now\n");
     };
+    // Some may have been left on for another look that did not come.
+    for policy in policies.iter().filter(|policy| Held::of(&held, policy).is_some()) {
+        if let Some(maps) = TraceMaps::of(&policy.object.manifest, |name| policy.map(name)) {
+            events::switch_off(&sys, maps);
+        }
+    }
     output.remark(&stream.summary());
     result.and_then(|()| live::all_well(failed, output))
 }
@@ -76,57 +89,144 @@ enum End {
     Changed,
 }
 
-#[allow(clippy::too_many_arguments)]
-fn watch_policies(
-    sys: &Sys,
-    args: &TraceArgs,
-    patterns: &[Pattern],
-    policies: &[Open],
-    signals: &Signals,
-    devices: &mut Devices<'_>,
-    stream: &mut Stream<'_>,
-    output: &Output,
-) -> Result<End, Failure> {
-    let mut watched = Vec::new();
-    let mut locks: Vec<Lock> = Vec::new();
-    let mut watches = Vec::new();
-    let config = Config { on: true, patterns: patterns.to_vec(), rate: args.rate, burst: args.rate };
-    let mut any = false;
-    for policy in policies {
-        let manifest = &policy.object.manifest;
-        let Some(maps) = TraceMaps::of(manifest, |name| policy.map(name)) else { continue };
-        let wanted: Vec<bool> = manifest.counters.iter().map(|slot| is_wanted(args, slot)).collect();
-        any |= wanted.contains(&true);
-        locks.push(policy.lock_reports(sys)?);
-        watches.push(Watch::start(sys, maps, &config, |slot| wanted.get(slot) == Some(&true))?);
-        watched.push(Watched::new(policy));
+/// The generation of a slot that was watched last; nobody else watches it meanwhile.
+struct Held {
+    number: u32,
+    _lock: Lock,
+    /// If it was left reporting while others are looked at again, what it had reported by then.
+    left_on: Option<Tally>,
+}
+
+impl Held {
+    fn of<'h>(held: &'h BTreeMap<SlotName, Held>, policy: &Open) -> Option<&'h Held> {
+        held.get(&policy.slot).filter(|held| held.number == policy.number)
     }
-    if watches.is_empty() {
-        let first = policies.first().map_or_else(String::new, |policy| policy.slot.to_string());
-        return Err(Error::NoReports(first).into());
+}
+
+/// What is asked for.
+struct Asked<'a> {
+    sys: &'a Sys,
+    args: &'a TraceArgs,
+    wish: Wish,
+    config: Config,
+    output: &'a Output,
+}
+
+impl<'a> Asked<'a> {
+    fn new(sys: &'a Sys, args: &'a TraceArgs, patterns: Vec<Pattern>, output: &'a Output) -> Asked<'a> {
+        let verdicts = args.verdict.iter().map(|verdict| verdict.word().to_string()).collect();
+        let wish = Wish { verdicts, chain: args.chain.clone(), line: args.line, ..Wish::default() };
+        let config = Config { on: true, patterns, rate: args.rate, burst: args.rate };
+        Asked { sys, args, wish, config, output }
     }
-    if !any {
-        return Err(Failure::Usage(nobody_decides(args)));
+
+    /// Watches policies until somebody wants it to end, or one of them is no longer attached.
+    fn watch_policies(
+        &self,
+        policies: &[Open],
+        held: &mut BTreeMap<SlotName, Held>,
+        devices: &mut Devices<'_>,
+        stream: &mut Stream<'_>,
+    ) -> Result<End, Failure> {
+        let (sys, output) = (self.sys, self.output);
+        let (mut watched, mut watches) = (Vec::new(), Vec::new());
+        let (mut any, mut changed) = (false, false);
+        for policy in policies {
+            let manifest = &policy.object.manifest;
+            let Some(maps) = TraceMaps::of(manifest, |name| policy.map(name)) else { continue };
+            any |= manifest.counters.iter().any(|slot| self.wish.wants(slot));
+            match self.watch(policy, maps, held) {
+                Ok(watch) => watches.push(watch),
+                // It may have been replaced since it was opened.
+                Err(_) if !policy.is_attached(sys)? => {
+                    changed = true;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            watched.push(Watched::new(policy));
+        }
+        if watches.is_empty() && !changed {
+            let first = policies.first().map_or_else(String::new, |policy| policy.slot.to_string());
+            return Err(Error::NoReports(first).into());
+        }
+        if !any {
+            return Err(Failure::Usage(nobody_decides(self.args)));
+        }
+        for policy in policies.iter().filter(|policy| policy.object.manifest.trace.is_none()) {
+            output.remark(&format!("{}: applied without reports, so not shown\n", policy.slot));
+        }
+        for Watched { policy, .. } in &watched {
+            output.remark(&format!("watching {}: {}\n", policy.slot, policy.generation.source));
+        }
+        let end = if changed { Ok(End::Changed) } else { show(sys, &mut watches, &watched, devices, stream) };
+        // Whatever the end was: switch off, show what is still there, and only then count. What is still in force goes on
+        // reporting while the others are looked at again.
+        let mut tally = Tally::default();
+        for (watch, Watched { policy, .. }) in watches.iter_mut().zip(&watched) {
+            let stays = matches!(end, Ok(End::Changed)) && policy.is_attached(sys)?;
+            if !stays {
+                watch.stop()?;
+            }
+            let told = watch.tally()?;
+            if let Some(held) = held.get_mut(&policy.slot).filter(|_| stays) {
+                held.left_on = Some(watch.leave_on(told));
+            }
+            tally = tally + told;
+        }
+        if end.is_ok() {
+            take(&mut watches, &watched, devices, stream)?;
+        }
+        stream.not_reported(tally)?;
+        stream.finish_round(tally);
+        end
     }
-    for policy in policies.iter().filter(|policy| policy.object.manifest.trace.is_none()) {
-        output.remark(&format!("{}: applied without reports, so not shown\n", policy.slot));
+
+    /// Watches a policy's reports: goes on with them where the policy was watched before, or took the place of one that
+    /// was, else switches them on.
+    fn watch<'o>(
+        &self,
+        policy: &'o Open,
+        maps: TraceMaps<'o>,
+        held: &mut BTreeMap<SlotName, Held>,
+    ) -> Result<Watch<'o>, Error>
+    where
+        'a: 'o,
+    {
+        let sys = self.sys;
+        let counters = &policy.object.manifest.counters;
+        let wanted = |slot: usize| counters.get(slot).is_some_and(|slot| self.wish.wants(slot));
+        let before = held.get(&policy.slot).map(|held| (held.number, held.left_on));
+        let is_new = before.is_none_or(|(number, _)| number != policy.number);
+        if is_new {
+            let _lock = policy.lock_reports(sys)?;
+            held.insert(policy.slot.clone(), Held { number: policy.number, _lock, left_on: None });
+        }
+        let handed_on = policy.wish(sys)?.filter(|wish| wish.is_like(&self.wish) && wish.after.is_some());
+        let start = match before {
+            Some((_, left_on)) if !is_new => left_on,
+            Some(_) => handed_on.as_ref().map(|wish| wish.start),
+            None => None,
+        };
+        let watch = match start {
+            Some(start) => Watch::take_over(sys, maps, &self.config, wanted, start)?,
+            None => None,
+        };
+        let is_next = handed_on.and_then(|wish| wish.after) == before.map(|(number, _)| number);
+        if is_new && before.is_some() && !(watch.is_some() && is_next) {
+            self.output.remark(&format!(
+                "{}: what was decided between the two policies that were watched is neither shown nor counted as not reported\n",
+                policy.slot
+            ));
+        }
+        match watch {
+            Some(watch) => Ok(watch),
+            None => {
+                policy.leave_wish(sys, &self.wish)?;
+                Watch::start(sys, maps, &self.config, wanted)
+            }
+        }
     }
-    for Watched { policy, .. } in &watched {
-        output.remark(&format!("watching {}: {}\n", policy.slot, policy.generation.source));
-    }
-    let end = show(sys, &mut watches, &watched, signals, devices, stream);
-    // Whatever the end was: switch off, show what is still there, and only then count.
-    let mut tally = Tally::default();
-    for watch in &mut watches {
-        watch.stop()?;
-        tally = tally + watch.tally()?;
-    }
-    if end.is_ok() {
-        take(&mut watches, &watched, devices, stream, usize::MAX)?;
-    }
-    stream.not_reported(tally)?;
-    stream.finish_round(tally);
-    end
 }
 
 /// Shows packets until something ends it.
@@ -134,46 +234,48 @@ fn show(
     sys: &Sys,
     watches: &mut [Watch<'_>],
     watched: &[Watched<'_>],
-    signals: &Signals,
     devices: &mut Devices<'_>,
     stream: &mut Stream<'_>,
 ) -> Result<End, Failure> {
     let stdout = io::stdout();
-    let ends = Ends { signals: Some(signals), output: Some(stdout.as_fd()) };
+    let ends = Ends { signals: Some(stream.signals), output: Some(stdout.as_fd()) };
     let mut checked = Instant::now();
+    let mut notes: Vec<Option<String>> = vec![None; watched.len()];
     loop {
-        let ended = events::wait(sys, watches, ends, CHECK)?;
-        take(watches, watched, devices, stream, BATCH_MAX)?;
+        let ended = events::wait(sys, watches, ends, LOOK)?;
+        take(watches, watched, devices, stream)?;
         if ended || stream.is_over() {
             return Ok(End::Asked);
         }
-        if checked.elapsed() >= CHECK {
+        let is_due = checked.elapsed() >= CHECK;
+        if is_due {
             checked = Instant::now();
             let mut tally = Tally::default();
             for watch in watches.iter() {
                 tally = tally + watch.tally()?;
             }
             stream.not_reported(tally)?;
-            for Watched { policy, .. } in watched {
-                if !policy.is_attached(sys)? {
-                    return Ok(End::Changed);
-                }
+        }
+        for (Watched { policy, .. }, before) in watched.iter().zip(&mut notes) {
+            let note = policy.note(sys)?;
+            if (is_due || note != *before) && !policy.is_attached(sys)? {
+                return Ok(End::Changed);
             }
+            *before = note;
         }
     }
 }
 
-/// Shows up to `max` reports of each policy, in the order of their times.
+/// Shows reports of each policy, no more than [`BATCH_MAX`], in the order of their times.
 fn take(
     watches: &mut [Watch<'_>],
     watched: &[Watched<'_>],
     devices: &mut Devices<'_>,
     stream: &mut Stream<'_>,
-    max: usize,
 ) -> Result<(), Failure> {
     let mut batch = Vec::new();
     for (watch, policy) in watches.iter_mut().zip(watched) {
-        batch.extend(std::iter::from_fn(|| watch.take()).take(max).map(|event| (event, policy)));
+        batch.extend(std::iter::from_fn(|| watch.take()).take(BATCH_MAX).map(|event| (event, policy)));
     }
     batch.sort_by_key(|(event, _)| event.time_ns);
     for (event, policy) in batch {
@@ -183,16 +285,6 @@ fn take(
         stream.packet(&event, policy, devices)?;
     }
     stream.flush()
-}
-
-/// Whether packets counted in a slot are to be shown. Frames that are let on because they are none of the policy's
-/// business (not IP, or the other family's) are not.
-fn is_wanted(args: &TraceArgs, slot: &CounterSlot) -> bool {
-    let Some(verdict) = &slot.verdict else { return false };
-    !(slot.kind == CounterKind::Frame && verdict == "accept")
-        && (args.verdict.is_empty() || args.verdict.iter().any(|wanted| wanted.word() == verdict))
-        && args.chain.as_ref().is_none_or(|chain| slot.chain.as_ref() == Some(chain))
-        && args.line.is_none_or(|line| slot.line == Some(line))
 }
 
 fn nobody_decides(args: &TraceArgs) -> String {
