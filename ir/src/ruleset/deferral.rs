@@ -98,7 +98,12 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
         Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark
             if place.connections == Connections::State =>
         {
-            missing("a packet carries its connection's state alone")
+            missing(match field {
+                Field::CtStatus | Field::CtMark => {
+                    "at a netfilter hook a packet carries its connection's state; status and mark are in the kernel's record of it, which programs are not given there"
+                }
+                _ => "at a netfilter hook a packet's connection is asked for its state alone",
+            })
         }
         Field::CtState | Field::CtStatus | Field::CtDirection | Field::CtMark
             if place.connections != Connections::Given =>
@@ -118,9 +123,9 @@ pub fn field_deferral(ruleset: &Ruleset, place: &Place, field: Field, fragment: 
         Field::SrcMac | Field::DstMac if place.attach == Some(Attach::TcEgress) => {
             missing("the frame's addresses are no longer the received ones")
         }
-        Field::SrcMac | Field::DstMac if place.attach == Some(Attach::Netfilter) => {
-            missing("a program at a netfilter hook sees packets, not frames")
-        }
+        Field::SrcMac | Field::DstMac if place.attach == Some(Attach::Netfilter) => missing(
+            "a program at a netfilter hook is given packets, not frames: whether there is an Ethernet header before one, and where, only the kernel's own match asks",
+        ),
         Field::PacketType if place.attach == Some(Attach::TcEgress) => {
             missing("the packet type is no longer the received one")
         }
