@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use polc_loader::sys::{ProgramType, Sys};
 use polc_tests::kernel;
+use rustix::process::{Signal, kill_process};
 
-use crate::host::{APPLY, APPLY_OTHER, Host, OTHER_RULES, ip, programs, theirs};
+use crate::host::{APPLY, APPLY_OTHER, Host, OTHER_RULES, ip, pid, programs, theirs};
 
 fn tc(args: &str) -> String {
     kernel::run("tc", &args.split(' ').collect::<Vec<_>>()).expect("tc")
@@ -252,6 +254,13 @@ fn packets_that_other_rules_see_are_nobodys() {
     ip("link add mv0 link eth0 type macvlan");
     let said = host.says(&["watch", "--once"], 1);
     assert!(said.contains("part of the macvlan `mv0`"), "{said}");
+    // It is looked at again and again, and said once.
+    let child = host.command(&["watch", "--interval", "20"]).spawn().expect("polc runs");
+    std::thread::sleep(Duration::from_millis(800));
+    kill_process(pid(&child), Signal::TERM).expect("it runs");
+    let said = child.wait_with_output().expect("polc ends");
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert_eq!(said.matches("[E0808]").count(), 1, "{said}");
     ip("link del mv0");
     host.says(&["watch", "--once"], 0);
     // As transparent proxies have it: for some marks all addresses are local.
