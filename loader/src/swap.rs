@@ -62,6 +62,8 @@ pub struct Request<'a> {
     /// Numbers of programs, of one of which it takes the place, its sets being what they were when that was applied; none
     /// if it takes that of any, or is the first.
     pub over: &'a [u32],
+    /// Whether no policy may stand at other hooks of the family than those that are changed at once with it.
+    pub alone: bool,
     /// Go back after this time unless confirmed.
     pub confirm: Option<Duration>,
     /// Packets and bytes that rules start with, by the manifest's `counted`; none for what they had before.
@@ -194,6 +196,11 @@ impl Changes {
         }
         let all: Vec<(SlotName, u32)> =
             begun.iter().map(|change| (change.slot.name.clone(), change.to)).collect();
+        for slot in
+            requests.iter().zip(&self.slots).filter(|(request, _)| request.alone).map(|(_, slot)| slot)
+        {
+            stands_alone(sys, slot, &all)?;
+        }
         for (request, mut change) in requests.iter().zip(begun) {
             change.install(sys, request)?;
             self.installed.push(change);
@@ -377,6 +384,20 @@ impl Change {
         (*made, *attached) = (true, (Instant::now(), began.elapsed()));
         Ok(())
     }
+}
+
+/// Refuses to change a hook's policy while one stands at a hook of the family that is not to be changed: who lists them
+/// does so before they are locked.
+fn stands_alone(sys: &Sys, slot: &Slot, changed: &[(SlotName, u32)]) -> Result<(), Error> {
+    for other in slot.at_other_hooks(sys)? {
+        if changed.iter().all(|(name, _)| *name != other.name)
+            && let Some(state) = other.known(sys)?
+            && matches!(attached(sys, &other, &state), Ok(Some(_)))
+        {
+            return Err(Error::Overtaken(other.name.to_string()));
+        }
+    }
+    Ok(())
 }
 
 /// Whether what packets meet changes at two slots at once.

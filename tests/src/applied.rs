@@ -458,6 +458,7 @@ impl<'a> Bench<'a> {
             order: Order::Alone,
             hook_order: Default::default(),
             over: &[],
+            alone: false,
             confirm: None,
             initial: &[],
         };

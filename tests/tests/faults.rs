@@ -146,6 +146,7 @@ fn request<'a>(slot: &'a SlotName, object: &'a Object, way: Way, confirm: Option
         order: Order::Alone,
         hook_order: Default::default(),
         over: &[],
+        alone: false,
         confirm,
         initial: &[],
     }
@@ -652,6 +653,16 @@ fn two_polcs_at_several_hooks_leave_all_of_them_alike() {
         }
         assert!(tried > 2, "{tried}");
     }
+    // What is to be the whole policy is none beside another that came in between.
+    let several = Several::new(&store);
+    several.apply(&Sys::new(), 0).expect("nothing fails here");
+    let before = several.attached();
+    let alone =
+        Request { alone: true, ..request(&several.slots[0], &several.objects[1], Way::Netfilter, None) };
+    let result = swap::apply(&Sys::new(), &store, &alone, &mut |_| Ok(()));
+    assert!(matches!(result, Err(Error::Overtaken(_))), "{result:?}");
+    assert_eq!(several.attached(), before);
+    several.flush(&Sys::new()).expect("flushed");
 }
 
 /// A priority that another function got after polc's was detached does not make polc's attached.

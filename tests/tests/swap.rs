@@ -210,6 +210,7 @@ impl Host {
             order: Order::Alone,
             hook_order: Default::default(),
             over: &[],
+            alone: false,
             confirm: None,
             initial: &[],
         };

@@ -210,7 +210,9 @@ fn codes_are_given_once() {
     let mut given: Vec<(String, String)> = Vec::new();
     for source in sources() {
         let code = source.code();
-        for (at, word) in code.match_indices("Code(") {
+        // The loader's are a table of one enum.
+        let words = if source.path.ends_with("loader/src/error.rs") { "=> " } else { "Code(" };
+        for (at, word) in code.match_indices(words) {
             let digits = code[at + word.len()..].chars().take_while(char::is_ascii_digit);
             let number: String = digits.collect();
             if !number.is_empty() {

@@ -420,6 +420,7 @@ impl Job<'_> {
                 },
                 hook_order: part.hook_order,
                 over: &self.options.over,
+                alone: part.slot.hook.is_some() && self.path.is_none(),
                 confirm: self.options.confirm.map(|seconds| Duration::from_secs(seconds.into())),
                 initial: &initial[index],
             })
