@@ -132,6 +132,11 @@ impl Sets {
         self.sets.len()
     }
 
+    /// How many words all sets have together.
+    pub(super) fn stored(&self) -> usize {
+        self.sets.flat.len()
+    }
+
     /// The set of a number.
     pub(super) fn get(&self, set: u32) -> &Sparse {
         self.sets.get(set)

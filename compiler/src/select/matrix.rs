@@ -28,6 +28,10 @@ const CELLS_MAX: usize = 1 << 21;
 /// Words of bit sets that combining may look at.
 const WORDS_MAX: usize = 1 << 26;
 
+/// Words of the sets that the classes of a matrix's tables stand for, all together. Many columns that have nothing to do with each other make classes
+/// without end, of which each has most of the entries.
+const SETS_WORDS_MAX: usize = 1 << 22;
+
 /// Words of the bit sets that say which classes have an entry.
 const HAVING_WORDS_MAX: usize = 1 << 21;
 
@@ -111,7 +115,7 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
     {
         return None;
     }
-    let mut builder = Builder { problem, wanted, nodes: Vec::new(), work: 0 };
+    let mut builder = Builder { problem, wanted, nodes: Vec::new(), work: 0, stored: 0 };
     let mut partials: Vec<Partial> =
         (0..problem.columns.len()).map(|column| builder.column(column)).collect::<Option<_>>()?;
     // A column that tells nothing apart is not looked at; one has to be.
@@ -147,11 +151,12 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
     Some((builder.nodes, last))
 }
 
-/// The two that make the smallest table.
+/// The two that make the smallest table: those with the fewest classes. The first is the one that comes first.
 fn smallest(partials: &[Partial]) -> Option<(usize, usize)> {
-    let pairs =
-        (0..partials.len()).flat_map(|left| (left + 1..partials.len()).map(move |right| (left, right)));
-    pairs.min_by_key(|&(left, right)| partials[left].sets.len() * partials[right].sets.len())
+    let size = |&at: &usize| (partials[at].sets.len(), at);
+    let first = (0..partials.len()).min_by_key(size)?;
+    let second = (0..partials.len()).filter(|&at| at != first).min_by_key(size)?;
+    Some((first.min(second), first.max(second)))
 }
 
 /// An order of three: two that are combined first, in a table of so many cells, and the third.
@@ -169,6 +174,8 @@ struct Builder<'a> {
     nodes: Vec<Node>,
     /// Words looked at so far.
     work: usize,
+    /// Words of the tables' sets so far.
+    stored: usize,
 }
 
 impl Builder<'_> {
@@ -287,6 +294,7 @@ impl Builder<'_> {
     /// The table of two, if it gives at most so many classes.
     fn paired(&mut self, left: &Partial, right: &Partial, classes_max: usize) -> Option<Partial> {
         let (node, pair) = self.table(left, right, classes_max)?;
+        self.stored += pair.sets.stored();
         self.nodes.push(node);
         Some(pair)
     }
@@ -317,7 +325,7 @@ impl Builder<'_> {
                 Some(class) if sets.get(class) == both => class,
                 _ => sets.intern(&both),
             };
-            (sets.len() <= classes_max).then_some(class)
+            (sets.len() <= classes_max && self.stored + sets.stored() <= SETS_WORDS_MAX).then_some(class)
         })?;
         let node = Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells };
         Some((node, Partial { node: self.nodes.len(), sets, columns }))
