@@ -101,6 +101,8 @@ codes! {
     UNSUPPORTED_EXTENSION = 137, "rules with it stay with the kernel";
     /// The file begins with a byte order mark (tolerant mode).
     BYTE_ORDER_MARK = 138, "save the file as UTF-8 without one; `polc fmt` does";
+    /// Chains are nested deeper than nf_tables follows.
+    CHAIN_DEPTH = 139, "put some of the chains' rules in the chains that jump to them";
     /// An ipset line is no `create`, `add` or `flush`.
     SET_LINE = 200, "a line is `create NAME TYPE ...`, `add NAME ELEMENT ...` or `flush NAME`";
     /// `create` names an unknown set type.

@@ -18,7 +18,7 @@ use crate::ast::{
 use crate::codes;
 use crate::ext::{Fault, Shelf};
 use crate::lexer::{self, Ending, LexError, Line, OpenQuote, Word};
-use crate::place;
+use crate::place::{self, Loading};
 use crate::rule::{self, Command, LineContext, LineTarget, Outcome, RuleLine};
 use crate::table::OpenTable;
 
@@ -61,6 +61,7 @@ pub fn parse(sources: &SourceMap, file: File, options: &ParseOptions<'_>) -> (Du
         family,
         mode: options.mode,
         nft: options.mode == Mode::Tolerant && semantics == Semantics::Nft,
+        semantics,
         sets: options.sets,
         shelf: RefCell::default(),
         diagnostics: Vec::new(),
@@ -150,6 +151,7 @@ struct Parser<'a> {
     mode: Mode,
     /// Whether the text is read as iptables-nft-restore loads it.
     nft: bool,
+    semantics: Semantics,
     sets: Option<&'a SetFamilies>,
     shelf: RefCell<Shelf>,
     diagnostics: Vec<Diagnostic>,
@@ -304,7 +306,8 @@ impl Parser<'_> {
     }
 
     fn install(&mut self, mut ast: TableAst) {
-        for found in place::check(&mut ast, self.family, self.nft) {
+        let loading = Loading { family: self.family, nft: self.nft, semantics: self.semantics };
+        for found in place::check(&mut ast, loading) {
             self.report(found);
         }
         if let Some(at) = self.dump.tables.iter().position(|table| table.kind == ast.kind) {

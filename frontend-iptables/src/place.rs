@@ -3,25 +3,35 @@
 //! The kernel asks when a table is loaded (net/ipv4/netfilter/ip_tables.c, `mark_source_chains` and
 //! `find_check_entry`). It follows the chains from the base chains on, each up to the first rule that ends it for every
 //! packet, refuses jumps that lead back to where they come from, and lets each match and target look at the hooks that
-//! lead to it. What no packet can reach it lets stand.
+//! lead to it. What no packet can reach it lets stand. nf_tables follows each chain to its end, and not as many jumps
+//! (net/netfilter/nf_tables_api.c, `nft_chain_validate`).
 
 use std::collections::BTreeSet;
 
 use polc_ir::diag::Diagnostic;
-use polc_ir::hook::{Family, Hook, TableKind};
+use polc_ir::hook::{Family, Hook, Semantics, TableKind};
 use polc_ir::limits;
 
 use crate::ast::{RuleAst, TableAst, TargetVerdict};
 use crate::codes;
 use crate::extension::{Options, Site};
 
-/// Takes the rules that are not accepted out of their chains, and says why. `nft` rules are judged as iptables-nft loads
-/// them.
-pub(crate) fn check(ast: &mut TableAst, family: Family, nft: bool) -> Vec<Diagnostic> {
+/// Who follows the chains of a table.
+#[derive(Clone, Copy)]
+pub(crate) struct Loading {
+    pub(crate) family: Family,
+    /// Whether matches and targets are judged as iptables-nft loads them.
+    pub(crate) nft: bool,
+    /// Whose rules they become.
+    pub(crate) semantics: Semantics,
+}
+
+/// Takes the rules that are not accepted out of their chains, and says why.
+pub(crate) fn check(ast: &mut TableAst, loading: Loading) -> Vec<Diagnostic> {
     let mut diagnostics = Vec::new();
-    let refused = loops(ast, family, &mut diagnostics);
+    let refused = loops(ast, loading, &mut diagnostics);
     reject(ast, &refused);
-    let misplaced = places(ast, family, nft, &mut diagnostics);
+    let misplaced = places(ast, loading, &mut diagnostics);
     reject(ast, &misplaced);
     // The rules that a line's address lists make share what is said of the line.
     diagnostics.dedup();
@@ -67,16 +77,32 @@ fn ends_chain(rule: &RuleAst, family: Family) -> bool {
     decides && !asks
 }
 
-/// The rules of a chain that packets can come to.
-fn live(ast: &TableAst, family: Family, chain: usize) -> &[u32] {
+/// The rules of a chain that are followed: those that packets can come to, or all.
+fn live(ast: &TableAst, loading: Loading, chain: usize) -> &[u32] {
     let rules = &ast.chains[chain].rules;
-    let end = rules.iter().position(|&rule| ends_chain(&ast.rules[rule as usize], family));
+    let ends = |rule: &u32| ends_chain(&ast.rules[*rule as usize], loading.family);
+    let end = match loading.semantics {
+        Semantics::Legacy => rules.iter().position(ends),
+        Semantics::Nft => None,
+    };
     &rules[..end.map_or(rules.len(), |end| end + 1)]
 }
 
 /// Chains that packets can come to may not lead back to themselves, nor nest deeper than is followed. The jumps that
 /// would.
-fn loops(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+fn loops(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+    let (depth_max, code, hint) = match loading.semantics {
+        Semantics::Legacy => (
+            limits::JUMP_DEPTH_MAX,
+            codes::LIMIT,
+            "end some of the chains in a verdict, or put their rules in the chains that jump to them",
+        ),
+        Semantics::Nft => (
+            limits::NFT_JUMP_DEPTH_MAX,
+            codes::CHAIN_DEPTH,
+            "nf_tables loads none of the rules then; put some of the chains' rules in the chains that jump to them",
+        ),
+    };
     #[derive(Clone, Copy, PartialEq)]
     enum Mark {
         New,
@@ -90,25 +116,22 @@ fn loops(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> B
     let bases = ast.chains.iter().enumerate().filter(|(_, chain)| chain.hook.is_some());
     for start in bases.map(|(start, _)| start) {
         marks[start] = Mark::Open;
-        let mut path = vec![(start, live(ast, family, start).iter())];
+        let mut path = vec![(start, live(ast, loading, start).iter())];
         while let Some((chain, rest)) = path.last_mut() {
             let chain = *chain;
             let Some(&index) = rest.next() else {
                 marks[chain] = Mark::Done;
                 let mut deepest = 0;
-                for &index in live(ast, family, chain) {
+                for &index in live(ast, loading, chain) {
                     let rule = &ast.rules[index as usize];
                     let Some(to) = leads_to(rule) else { continue };
-                    if depths[to] < limits::JUMP_DEPTH_MAX {
+                    if depths[to] < depth_max {
                         deepest = deepest.max(depths[to]);
                         continue;
                     }
                     refused.insert(index);
-                    let message = format!("chains are nested more than {} deep", limits::JUMP_DEPTH_MAX);
-                    diagnostics.push(
-                        Diagnostic::error(codes::LIMIT, message, rule.target.span)
-                            .with_hint("end some of the chains in a verdict, or put their rules in the chains that jump to them"),
-                    );
+                    let message = format!("chains are nested more than {depth_max} deep");
+                    diagnostics.push(Diagnostic::error(code, message, rule.target.span).with_hint(hint));
                 }
                 depths[chain] = 1 + deepest;
                 path.pop();
@@ -119,7 +142,7 @@ fn loops(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> B
             match marks[to] {
                 Mark::New => {
                     marks[to] = Mark::Open;
-                    path.push((to, live(ast, family, to).iter()));
+                    path.push((to, live(ast, loading, to).iter()));
                 }
                 Mark::Open => {
                     let message = format!("chain `{}` leads back to itself", ast.chains[to].name);
@@ -138,7 +161,7 @@ fn loops(ast: &TableAst, family: Family, diagnostics: &mut Vec<Diagnostic>) -> B
 }
 
 /// The hooks from which packets come to each chain. There are no loops among what they can reach.
-fn hooks(ast: &TableAst, family: Family) -> Vec<Vec<Hook>> {
+fn hooks(ast: &TableAst, loading: Loading) -> Vec<Vec<Hook>> {
     let mut hooks = vec![Vec::new(); ast.chains.len()];
     for (start, base) in ast.chains.iter().enumerate() {
         let Some(hook) = base.hook else { continue };
@@ -148,7 +171,7 @@ fn hooks(ast: &TableAst, family: Family) -> Vec<Vec<Hook>> {
                 continue;
             }
             hooks[chain].push(hook);
-            let rules = live(ast, family, chain).iter().map(|&index| &ast.rules[index as usize]);
+            let rules = live(ast, loading, chain).iter().map(|&index| &ast.rules[index as usize]);
             open.extend(rules.filter_map(leads_to));
         }
     }
@@ -156,10 +179,11 @@ fn hooks(ast: &TableAst, family: Family) -> Vec<Vec<Hook>> {
 }
 
 /// Matches and targets that their table or the hooks that lead to them do not allow; the rules they are in.
-fn places(ast: &TableAst, family: Family, nft: bool, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+fn places(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) -> BTreeSet<u32> {
+    let Loading { family, nft, .. } = loading;
     let mut misplaced = BTreeSet::new();
-    for (chain, hooks) in hooks(ast, family).iter().enumerate() {
-        let live = live(ast, family, chain).len();
+    for (chain, hooks) in hooks(ast, loading).iter().enumerate() {
+        let live = live(ast, loading, chain).len();
         for (at, &index) in ast.chains[chain].rules.iter().enumerate() {
             let rule = &ast.rules[index as usize];
             let hooks = if at < live { &hooks[..] } else { &[] };

@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
-use polc_frontend_iptables::{ParseOptions, ipset, parse};
+use polc_frontend_iptables::{Mode, ParseOptions, ipset, parse};
 use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::hook::Semantics;
 use polc_ir::limits::{
     CHAIN_NAME_BYTES_MAX, CHAINS_MAX, DIAGNOSTICS_MAX, JUMP_DEPTH_MAX, LINE_BYTES_MAX, MATCHES_MAX,
-    RULES_MAX, WORD_BYTES_MAX,
+    NFT_JUMP_DEPTH_MAX, RULES_MAX, WORD_BYTES_MAX,
 };
 use polc_ir::source::SourceMap;
 
@@ -14,6 +15,13 @@ fn findings(text: &str) -> Vec<Diagnostic> {
     let mut sources = SourceMap::new();
     let file = sources.add("rules.v4", text);
     parse(&sources, file, &ParseOptions::default()).1
+}
+
+fn findings_as(text: &str, mode: Mode, semantics: Semantics) -> Vec<Diagnostic> {
+    let mut sources = SourceMap::new();
+    let file = sources.add("rules.v4", text);
+    let options = ParseOptions { mode, semantics: Some(semantics), ..ParseOptions::default() };
+    parse(&sources, file, &options).1
 }
 
 fn errors(text: &str) -> Vec<String> {
@@ -119,6 +127,14 @@ fn nesting() {
         errors(&nested(JUMP_DEPTH_MAX + 1)),
         [format!("chains are nested more than {JUMP_DEPTH_MAX} deep")]
     );
+    for mode in [Mode::Tolerant, Mode::Strict] {
+        let found = |depth| findings_as(&nested(depth), mode, Semantics::Nft);
+        assert_eq!(found(NFT_JUMP_DEPTH_MAX), []);
+        let deeper = found(NFT_JUMP_DEPTH_MAX + 1);
+        let [one] = &deeper[..] else { panic!("{deeper:?}") };
+        assert_eq!(one.message, format!("chains are nested more than {NFT_JUMP_DEPTH_MAX} deep"));
+        assert!(one.span.is_some_and(|span| !span.is_empty()), "it has a place");
+    }
 }
 
 #[test]

@@ -40,6 +40,10 @@ pub const CHAIN_NAME_BYTES_MAX: usize = 28;
 /// Deepest chain of jumps followed: the deepest path through a loop-free rule set.
 pub const JUMP_DEPTH_MAX: usize = 1_024;
 
+/// Most chains that nf_tables lets a packet be in at once, the base chain among them (include/net/netfilter/nf_tables.h,
+/// `NFT_JUMP_STACK_SIZE`).
+pub const NFT_JUMP_DEPTH_MAX: usize = 16;
+
 /// Most elements in one set.
 pub const SET_ELEMENTS_MAX: usize = 4 << 20;
 
