@@ -109,6 +109,26 @@ const REFUSED: &[(&str, &str)] = &[
         "create c bitmap:ip,mac range 10.0.0.0/16\nadd c 10.0.0.1,02:00:00:00:00:01\nadd c 10.0.0.1,02:00:00:00:00:02",
         "10.0.0.1,02:00:00:00:00:02",
     ),
+    ("create c hash:ip\nadd c 1.1.1.1-1.1.1.5\nadd c 1.1.1.3", "1.1.1.3"),
+    ("create c hash:ip\nadd c 1.1.1.3\nadd c 1.1.1.5-1.1.1.1", "1.1.1.5-1.1.1.1"),
+    ("create c hash:ip netmask 28\nadd c 1.1.1.7\nadd c 1.1.1.9-1.1.1.30", "1.1.1.9-1.1.1.30"),
+    ("create c hash:ip,port netmask 16\nadd c 1.1.2.4-1.1.2.5,80\nadd c 1.1.0.77,80", "1.1.0.77,80"),
+    ("create c hash:ip maxelem 4\nadd c 1.1.1.1-1.1.1.5", "1.1.1.1-1.1.1.5"),
+    ("create c hash:ip\nadd c 10.0.0.0/8", "10.0.0.0/8"),
+    (
+        "create c bitmap:ip range 10.0.0.0/24\nadd c 10.0.0.0/28\nadd c 10.0.0.15-10.0.0.17",
+        "10.0.0.15-10.0.0.17",
+    ),
+    ("create c bitmap:port range 0-99\nadd c 10-20\nadd c 20-30", "20-30"),
+    ("create c hash:ip,port\nadd c 1.1.1.1,tcp:80-90\nadd c 1.1.1.0/30,85", "1.1.1.0/30,85"),
+    ("create c hash:ip,port family inet6\nadd c ::1,80-82\nadd c ::1,79\nadd c ::1,81", "::1,81"),
+    (
+        "create c hash:ip,port,ip\nadd c 1.1.1.1-1.1.1.3,8-9,2.2.2.2\nadd c 1.1.1.3,9,2.2.2.3\nadd c 1.1.1.3,9,2.2.2.2",
+        "1.1.1.3,9,2.2.2.2",
+    ),
+    ("create c hash:net\nadd c 1.1.1.1-1.1.1.9\nadd c 1.1.1.8/30\nadd c 1.1.1.8/31", "1.1.1.8/31"),
+    ("create c hash:net,port\nadd c 1.0.0.0-1.0.0.9,80-90\nadd c 1.0.0.8/31,85", "1.0.0.8/31,85"),
+    ("create c hash:net\nadd c 0.0.0.0-255.255.255.255", "0.0.0.0-255.255.255.255"),
     ("add c 1.1.1.1", "c"),
     ("create l list:set\nadd l x", "x"),
     ("destroy", "destroy"),
@@ -153,6 +173,35 @@ fn what_exists_is_given_anew_where_it_may() {
         assert_eq!(diagnostics.len(), 1, "{wrong}");
         assert_eq!(diagnostics[0].severity, Severity::Error, "{wrong}");
     }
+}
+
+/// Ranges may overlap where what exists may be given again, but not where the last would decide.
+#[test]
+fn ranges_overlap_where_they_may() {
+    let found = |text: &str| read(text).2.into_iter().map(|one| one.severity).collect::<Vec<_>>();
+    let created = "create c hash:ip maxelem 5\nadd c 1.1.1.1-1.1.1.5\n";
+    assert_eq!(found(&format!("{created}add -exist c 1.1.1.3-1.1.1.4")), [Severity::Warning]);
+    assert_eq!(found(&format!("{created}flush c\nadd c 1.1.1.1-1.1.1.5")), []);
+    let created = "create c hash:ip,port,net\nadd c 1.1.1.0/28,80,2.0.0.0/8\n";
+    let again = "add -exist c 1.1.1.1,80,2.0.0.0/8";
+    assert_eq!(found(&format!("{created}{again}")), [Severity::Warning]);
+    assert_eq!(found(&format!("{created}{again} nomatch")), [Severity::Error]);
+}
+
+/// A bitmap goes through a range in steps from its first address (ip_set_bitmap_ip.c).
+#[test]
+fn a_bitmap_leaves_out_the_rest_of_a_range() {
+    let covered = |element: &str| {
+        let (_, sets, _) = read(&format!("create c bitmap:ip range 10.0.0.0/24 netmask 28\nadd c {element}"));
+        let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+        ipset::lower(&sets, Family::V4, &mut ruleset);
+        let SetContents::Elements(elements) = &ruleset.sets[Set::from_u32(0)].contents else {
+            panic!("some")
+        };
+        elements.iter().map(|element| format!("{:?}", element.values)).collect::<String>()
+    };
+    assert_eq!(covered("10.0.0.5-10.0.0.20"), covered("10.0.0.0/28"));
+    assert_eq!(covered("10.0.0.5-10.0.0.21"), covered("10.0.0.0/27"));
 }
 
 /// One Ethernet address an address, and it is the last (ip_set_bitmap_ipmac.c).

@@ -14,8 +14,9 @@ use std::thread::{Scope, available_parallelism};
 use hashbrown::DefaultHashBuilder;
 use polc_ir::source::{File, Span};
 
-use super::element::PartContext;
+use super::element::{Part, PartContext};
 use super::parse::{Word, is_in_range, parts, plain_add};
+use super::seen::is_one;
 use super::{CreateOptions, ElementAst};
 use crate::lexer;
 
@@ -97,12 +98,13 @@ impl Job<'_> {
         Stretch { elements, hashes, rest }
     }
 
-    /// The element of a line that is an `add` of this set without options, well formed and in the set's range.
+    /// The element of a line that is an `add` of this set without options, well formed, in the set's range, and one.
     fn line(&self, line: &str, start: usize) -> Option<ElementAst> {
         let [_, element] = plain_add(line).filter(|[set, _]| *set == self.set)?;
         let from = (start + line.len() - element.len()) as u32;
         let span = Span::new(self.file, from, from + element.len() as u32);
         let parts = parts(&Word { text: Cow::Borrowed(element), span }, &self.cx).ok()?;
-        is_in_range(self.options, &parts).then(|| ElementAst::plain(span, parts))
+        let plain = is_one(self.cx.kind, &parts) && !parts.iter().any(Part::is_range);
+        (plain && is_in_range(self.options, &parts)).then(|| ElementAst::plain(span, parts))
     }
 }

@@ -6,9 +6,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use polc_ir::hook::Family;
+use smallvec::{SmallVec, smallvec};
 
-use super::SetAst;
 use super::kind::{Dimension, SetKind};
+use super::{Parts, SetAst};
 use crate::ast::Text;
 use crate::names;
 use crate::value::{self, INTERFACE_BYTES_MAX, Mac};
@@ -47,6 +48,13 @@ pub enum Part {
     },
     /// A set of a list.
     Set(Text),
+}
+
+impl Part {
+    /// Whether it is a range of addresses that was written as one.
+    pub(super) fn is_range(&self) -> bool {
+        matches!(self, Part::Address { form: AddressForm::Range, .. })
+    }
 }
 
 /// How addresses were written.
@@ -217,9 +225,8 @@ fn unbracket(text: &str) -> &str {
 fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part, String> {
     let bits = cx.family.address_bits();
     let (first, last, form) = address_range(text, cx.family)?;
-    let single = form == AddressForm::Prefix(bits);
     let allowed = match (dimension, cx.family) {
-        (Dimension::SingleHost, _) | (Dimension::Host, Family::V6) => single,
+        (Dimension::SingleHost, _) | (Dimension::Host, Family::V6) => form == AddressForm::Prefix(bits),
         (Dimension::Net, Family::V6) => form != AddressForm::Range,
         _ => true,
     };
@@ -239,13 +246,23 @@ fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part,
     if dimension == Dimension::Host && form == AddressForm::Prefix(0) {
         return Err(format!("`{text}`: a {} can't hold all addresses", cx.kind.name));
     }
-    if last < first {
-        return Err(format!("range `{text}` runs backwards"));
+    if form == AddressForm::Range && dimension == Dimension::Net && prefixes(first, last)[0].1 == 0 {
+        return Err(format!("`{text}` is a range of all addresses"));
     }
-    // One host's address is stored under the mask; of several, lowering takes care.
-    let (first, last) = match cx.mask {
-        Some(mask) if dimension == Dimension::Host && single => (and(first, mask), and(last, mask)),
-        _ => (first, last),
+    // A range of one address is one.
+    let form = if first == last { AddressForm::Prefix(bits) } else { form };
+    // The first address is stored under the mask, and a prefix with it; of what a bitmap takes in, lowering knows.
+    let masked = dimension == Dimension::Host && (first == last || !cx.kind.is_bitmap());
+    let (first, last) = match (cx.mask.filter(|_| masked), form) {
+        (Some(mask), AddressForm::Prefix(length)) => prefix_ends(and(first, mask), length),
+        // The kernel masks the address that is written first before it swaps the ends.
+        (Some(_), AddressForm::Range) if runs_backwards(text, cx.family) => {
+            return Err(format!(
+                "`{text}` runs backwards, of which ipset makes other addresses under a mask; write it forwards"
+            ));
+        }
+        (Some(mask), AddressForm::Range) => (and(first, mask), last),
+        (None, _) => (first, last),
     };
     if dimension == Dimension::Host && cx.kind.refuses_null && first.is_unspecified() {
         return Err(format!("`{text}`: a {} can't hold the address {first}", cx.kind.name));
@@ -262,7 +279,13 @@ fn and(address: IpAddr, mask: IpAddr) -> IpAddr {
     }
 }
 
-/// `address`, `address/length` or `address-address`.
+/// Whether the end of a range lies before its beginning.
+fn runs_backwards(text: &str, family: Family) -> bool {
+    let first = split_range(text).ok().and_then(|(first, _)| value::host(first, family));
+    address_range(text, family).is_ok_and(|(low, _, _)| first != Some(low))
+}
+
+/// `address`, `address/length` or `address-address`, whose ends the kernel swaps if it runs backwards.
 pub(super) fn address_range(text: &str, family: Family) -> Result<(IpAddr, IpAddr, AddressForm), String> {
     let bits = family.address_bits();
     let read =
@@ -278,7 +301,10 @@ pub(super) fn address_range(text: &str, family: Family) -> Result<(IpAddr, IpAdd
     let (first, last) = split_range(text)?;
     let first = read(first)?;
     match last {
-        Some(last) => Ok((first, read(last)?, AddressForm::Range)),
+        Some(last) => {
+            let last = read(last)?;
+            Ok((first.min(last), first.max(last), AddressForm::Range))
+        }
         None => Ok((first, first, AddressForm::Prefix(bits))),
     }
 }
@@ -352,35 +378,63 @@ fn protocol(text: &str) -> Result<u8, String> {
 
 /// The prefixes that together are a range of addresses, in ascending order.
 pub(super) fn prefixes(first: IpAddr, last: IpAddr) -> Vec<(IpAddr, u8)> {
-    let (mut from, to, bits) = match (first, last) {
-        (IpAddr::V4(first), IpAddr::V4(last)) => {
-            (u128::from(first.to_bits()), u128::from(last.to_bits()), 32)
-        }
-        (IpAddr::V6(first), IpAddr::V6(last)) => (first.to_bits(), last.to_bits(), 128),
-        _ => return Vec::new(),
-    };
-    let mut found = Vec::new();
-    while from <= to {
-        // As large as alignment and the end allow.
-        let mut host = from.trailing_zeros().min(bits);
-        while host > 0 && (host > 127 || to - from < (1u128 << host) - 1) {
-            if host > 127 && to - from == u128::MAX {
-                break;
-            }
-            host -= 1;
-        }
+    let width = if first.is_ipv4() { 32 } else { 128 };
+    let prefix = |(from, host): (u128, u32)| {
         let address = match first {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from_bits(from as u32)),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from_bits(from)),
         };
-        found.push((address, (bits - host) as u8));
-        let next = 1u128.checked_shl(host).and_then(|size| from.checked_add(size));
-        match next {
-            Some(next) => from = next,
-            None => break,
-        }
+        (address, (width - host) as u8)
+    };
+    blocks(bits(first), bits(last), width).map(prefix).collect()
+}
+
+/// The aligned blocks that together are a range of numbers of so many bits, in ascending order: the first number of each,
+/// and its size as a power of two.
+pub(super) fn blocks(first: u128, last: u128, width: u32) -> impl Iterator<Item = (u128, u32)> {
+    let mut rest = (first <= last).then_some(first);
+    std::iter::from_fn(move || {
+        let from = rest?;
+        // As large as alignment and the end allow.
+        let more = (last - from).checked_add(1);
+        let power = from.trailing_zeros().min(width).min(more.map_or(width, u128::ilog2));
+        let size = 1u128.checked_shl(power);
+        rest = size.and_then(|size| from.checked_add(size)).filter(|next| *next <= last);
+        Some((from, power))
+    })
+}
+
+pub(super) fn bits(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(address.to_bits()),
+        IpAddr::V6(address) => address.to_bits(),
     }
-    found
+}
+
+/// The elements that a set gets by these parts: of a range in a dimension of prefixes, one for each prefix.
+pub(super) fn prefix_by_prefix(kind: &SetKind, parts: Parts) -> SmallVec<[Parts; 1]> {
+    let mut all: SmallVec<[Parts; 1]> = smallvec![parts];
+    for (at, dimension) in kind.dimensions.iter().enumerate() {
+        let Some(Part::Address { first, last, form: AddressForm::Range }) = all[0].get(at).cloned() else {
+            continue;
+        };
+        if *dimension != Dimension::Net {
+            continue;
+        }
+        let prefixes = prefixes(first, last);
+        all = all
+            .iter()
+            .flat_map(|parts| {
+                prefixes.iter().map(|&(address, length)| {
+                    let (first, last) = prefix_ends(address, length);
+                    let mut parts = parts.clone();
+                    parts[at] = Part::Address { first, last, form: AddressForm::Prefix(length) };
+                    parts
+                })
+            })
+            .collect();
+    }
+    all
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use polc_ir::set::{
 use polc_ir::source::Span;
 use smallvec::SmallVec;
 
-use super::element::{AddressForm, Part, prefix_ends, prefixes};
+use super::element::{AddressForm, Part, bits, prefix_ends};
 use super::kind::Dimension;
 use super::{ElementAst, SetAst, Sets, print};
 use crate::value::prefix_length;
@@ -136,18 +136,14 @@ fn hiding(set: &SetAst) -> Option<&ElementAst> {
     let mut elements = Vec::new();
     let mut of = Vec::new();
     for element in &set.elements {
-        let [Part::Address { first, last, form }, Part::Device { name, .. }] = &element.parts[..] else {
+        let [Part::Address { first, form: AddressForm::Prefix(length), .. }, Part::Device { name, .. }] =
+            &element.parts[..]
+        else {
             continue;
         };
         let Some(device) = DeviceName::new(name) else { continue };
-        let prefixes = match form {
-            AddressForm::Prefix(length) => vec![(*first, *length)],
-            AddressForm::Range => prefixes(*first, *last),
-        };
-        for (address, length) in prefixes {
-            elements.push((bits(address), length, device));
-            of.push(element);
-        }
+        elements.push((bits(*first), *length, device));
+        of.push(element);
     }
     let width = set.family.unwrap_or(Family::V4).address_bits();
     hides_shorter(&elements, width).map(|at| of[at])
@@ -173,7 +169,6 @@ fn elements(set: &SetAst) -> Option<ElementList> {
         }
         by_lengths[last].1.push(values, nomatch);
     };
-    let mut values = Values::new();
     let mask = mask(set);
     for ast in &set.elements {
         match &ast.parts[..] {
@@ -183,7 +178,10 @@ fn elements(set: &SetAst) -> Option<ElementList> {
                 let lengths = [if is_net { *length } else { 0 }, 0, 0];
                 give(lengths, &[DimensionValue::Address(interval((*first, *last)))], ast.nomatch);
             }
-            _ => add(set, ast, &mut values, [0; DIMENSIONS_MAX], &mut give)?,
+            _ => {
+                let (lengths, values) = values(set, ast)?;
+                give(lengths, &values, ast.nomatch);
+            }
         }
     }
     by_lengths.sort_by_key(|(lengths, _)| Reverse(*lengths));
@@ -200,77 +198,47 @@ fn mask(set: &SetAst) -> Option<u8> {
 type Lengths = [u8; DIMENSIONS_MAX];
 type Values = SmallVec<[DimensionValue; DIMENSIONS_MAX]>;
 
-/// Gives the elements that an element is, once the parts before have become `values`: a range in a dimension of prefixes
-/// is several.
-fn add(
-    set: &SetAst,
-    ast: &ElementAst,
-    values: &mut Values,
-    lengths: Lengths,
-    give: &mut dyn FnMut(Lengths, &[DimensionValue], bool),
-) -> Option<()> {
-    let at = values.len();
-    let Some(&dimension) = set.kind.dimensions.get(at) else {
-        give(lengths, values, ast.nomatch);
-        return Some(());
-    };
-    let one = match ast.parts.get(at)? {
-        Part::Address { first, last, form } => {
-            let mask = mask(set);
-            // Both the element and the packet's address are masked, so the element covers whole prefixes.
-            let under = |ends: (IpAddr, IpAddr), mask: Option<u8>| match mask {
-                Some(length) => interval((prefix_ends(ends.0, length).0, prefix_ends(ends.1, length).1)),
-                None => interval(ends),
-            };
-            if dimension == Dimension::Net {
-                let whole: SmallVec<[(IpAddr, u8); 1]> = match form {
-                    AddressForm::Prefix(length) => [(*first, *length)].into_iter().collect(),
-                    AddressForm::Range => prefixes(*first, *last).into(),
-                };
-                for (address, length) in whole {
-                    let covered = mask.map_or(length, |mask| mask.min(length));
-                    let range = under((address, address), Some(covered));
-                    values.push(DimensionValue::Address(range));
-                    let mut lengths = lengths;
-                    lengths[at] = length;
-                    add(set, ast, values, lengths, give)?;
-                    values.pop();
-                }
-                return Some(());
+/// What an element is in each dimension, and the lengths of its prefixes.
+fn values(set: &SetAst, ast: &ElementAst) -> Option<(Lengths, Values)> {
+    let (mut lengths, mut values) = ([0; DIMENSIONS_MAX], Values::new());
+    for (at, &dimension) in set.kind.dimensions.iter().enumerate() {
+        values.push(match ast.parts.get(at)? {
+            Part::Address { first, last, form: AddressForm::Prefix(length) }
+                if dimension == Dimension::Net =>
+            {
+                lengths[at] = *length;
+                DimensionValue::Address(interval((*first, *last)))
             }
-            DimensionValue::Address(under((*first, *last), mask))
-        }
-        Part::Port { protocol, first, last } => {
-            DimensionValue::Port { proto: *protocol, ports: between((*first).into(), (*last).into()) }
-        }
-        Part::Mac(mac) => {
-            DimensionValue::Mac(mac.0.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte)))
-        }
-        Part::Mark(mark) => {
-            let mask = set.options.mark_mask.unwrap_or(u32::MAX);
-            DimensionValue::Mark { mask, value: mark & mask }
-        }
-        Part::Device { name, .. } => DimensionValue::Device(DeviceName::new(name)?),
-        Part::Set(_) => return None,
-    };
-    values.push(one);
-    let added = add(set, ast, values, lengths, give);
-    values.pop();
-    added
+            Part::Address { first, last, .. } => {
+                let (first, last) = (*first, set.last_taken(*first, *last));
+                // Both the element and the packet's address are masked, so the element covers whole prefixes.
+                DimensionValue::Address(interval(match mask(set) {
+                    Some(length) => (prefix_ends(first, length).0, prefix_ends(last, length).1),
+                    None => (first, last),
+                }))
+            }
+            Part::Port { protocol, first, last } => {
+                DimensionValue::Port { proto: *protocol, ports: between((*first).into(), (*last).into()) }
+            }
+            Part::Mac(mac) => {
+                DimensionValue::Mac(mac.0.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte)))
+            }
+            Part::Mark(mark) => {
+                let mask = set.options.mark_mask.unwrap_or(u32::MAX);
+                DimensionValue::Mark { mask, value: mark & mask }
+            }
+            Part::Device { name, .. } => DimensionValue::Device(DeviceName::new(name)?),
+            Part::Set(_) => return None,
+        });
+    }
+    Some((lengths, values))
 }
 
-/// Both ends are of one family, and parsing refuses ranges that run backwards.
+/// Both ends are of one family, the first no higher than the last.
 fn interval((first, last): (IpAddr, IpAddr)) -> Interval {
     between(bits(first), bits(last))
 }
 
-fn bits(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(address) => u128::from(address.to_bits()),
-        IpAddr::V6(address) => address.to_bits(),
-    }
-}
-
 fn between(first: u128, last: u128) -> Interval {
-    Interval::new(first, last).expect("parsing refuses ranges that run backwards")
+    Interval::new(first, last).expect("parsing puts the ends of ranges in order")
 }

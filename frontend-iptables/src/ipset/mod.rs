@@ -22,6 +22,7 @@ mod live;
 mod lower;
 mod parse;
 mod print;
+mod seen;
 
 use std::net::IpAddr;
 
@@ -85,9 +86,11 @@ impl SetAst {
         }
     }
 
-    /// Whether a hash of so many elements takes no more.
-    fn is_full(&self, elements: usize) -> bool {
-        self.kind.name.starts_with("hash:") && elements >= self.elements_max() && !self.options.force_add
+    /// Whether a hash has no room for so many elements.
+    fn is_exceeded(&self, elements: u128) -> bool {
+        self.kind.name.starts_with("hash:")
+            && elements > self.elements_max() as u128
+            && !self.options.force_add
     }
 }
 

@@ -1,13 +1,10 @@
 //! Reads ipset save files line by line, as `ipset restore` does, but goes on after an error to find the rest.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
-use std::hash::BuildHasher as _;
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::Range;
 
-use hashbrown::hash_table::Entry;
-use hashbrown::{DefaultHashBuilder, HashTable};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::hook::Family;
 use polc_ir::limits;
@@ -15,6 +12,7 @@ use polc_ir::source::{File, SourceMap, Span};
 
 use super::element::{self, AddressForm, Part, PartContext, SET_NAME_BYTES_MAX};
 use super::kind::{Dimension, SetKind};
+use super::seen::{self, Known, Seen};
 use super::{CreateOptions, ElementAst, ElementExtra, Parts, SetAst, Sets, bulk, lower};
 use crate::codes;
 use crate::lexer;
@@ -170,7 +168,7 @@ impl Parser {
     /// Whether nothing is against a set's elements from `before` on, which have these hashes.
     fn takes_all(&mut self, index: usize, before: usize, hashes: Vec<u64>) -> bool {
         let set = &self.sets[index];
-        !set.is_full(set.elements.len().saturating_sub(1))
+        !set.is_exceeded(self.seen[index].held + hashes.len() as u128)
             && self.elements + hashes.len() <= limits::SET_ELEMENTS_MAX
             && self.seen[index].insert_all(&set.elements, before, hashes)
     }
@@ -319,8 +317,10 @@ impl Parser {
         let index = last.map_or_else(|| self.find(name), Ok)?;
         self.last = Some(index);
         let parts = parts(element, &PartContext::of(&self.sets[index]))?;
-        let hash = self.seen[index].hash(&parts);
-        self.take(index, parts, hash, element, rest, may_exist)
+        for parts in element::prefix_by_prefix(self.sets[index].kind, parts) {
+            self.take(index, parts, element, rest, may_exist)?;
+        }
+        Ok(())
     }
 
     /// Adds an element to a set, unless something is against it. One that is there may be given again where `may_exist`:
@@ -329,12 +329,12 @@ impl Parser {
         &mut self,
         index: usize,
         parts: Parts,
-        hash: u64,
         element: &Word<'_>,
         rest: &[&Word<'_>],
         may_exist: bool,
     ) -> Result<(), Fault> {
         let set = &self.sets[index];
+        let hash = self.seen[index].hash(&parts);
         if !is_in_range(&set.options, &parts) {
             let message = format!("`{}` is outside the range of set `{}`", element.text, set.name);
             return Err((codes::SET_ELEMENT, message, element.span));
@@ -351,25 +351,38 @@ impl Parser {
                 }
             }
         }
-        if may_exist && let Some(at) = self.seen[index].find(&set.elements, &ast.parts, hash) {
-            self.given_again(element.span);
-            self.seen[index].with_extra |= ast.extra.is_some();
-            self.sets[index].elements[at] = ast;
-            return Ok(());
-        }
-        if set.is_full(set.elements.len()) {
-            let message = format!("set `{}` is full: its `maxelem` is {}", set.name, set.elements_max());
-            return Err((codes::SET_LIMIT, message, element.span));
+        let seen = &mut self.seen[index];
+        let known = seen.knows(set, &ast.parts, hash);
+        // Of what overlaps, the element that was added last would decide.
+        let decides = set.kind.nomatch && (ast.nomatch || seen.with_nomatch);
+        match known {
+            Known::New if set.is_exceeded(seen.held + seen::size(set, &ast.parts)) => {
+                let message = format!("set `{}` is full: its `maxelem` is {}", set.name, set.elements_max());
+                return Err((codes::SET_LIMIT, message, element.span));
+            }
+            Known::New => {}
+            Known::Same if may_exist => {
+                let at = seen.find(&set.elements, &ast.parts, hash).expect("it is known");
+                seen.with_extra |= ast.extra.is_some();
+                seen.with_nomatch |= ast.nomatch;
+                self.sets[index].elements[at] = ast;
+                self.given_again(element.span);
+                return Ok(());
+            }
+            Known::Partly if may_exist && !decides => self.given_again(element.span),
+            Known::Same | Known::Partly => {
+                let what = if known == Known::Same { "the element" } else { "some of the element" };
+                let message = format!("set `{}` has {what} `{}` already", set.name, element.text);
+                return Err((codes::SET_DUPLICATE, message, element.span));
+            }
         }
         if self.elements == limits::SET_ELEMENTS_MAX {
             let message = format!("more than {} elements", limits::SET_ELEMENTS_MAX);
             return Err((codes::SET_LIMIT, message, element.span));
         }
-        let is_new = self.seen[index].insert(&set.elements, &ast.parts, hash, place.is_some());
-        if !is_new {
-            let message = format!("set `{}` has the element `{}` already", set.name, element.text);
-            return Err((codes::SET_DUPLICATE, message, element.span));
-        }
+        let (set, seen) = (&self.sets[index], &mut self.seen[index]);
+        seen.insert(set, &ast.parts, hash, known);
+        seen.with_nomatch |= ast.nomatch;
         self.elements += 1;
         self.seen[index].with_extra |= ast.extra.is_some();
         let elements = &mut self.sets[index].elements;
@@ -405,115 +418,8 @@ fn is_list(set: &SetAst) -> bool {
     set.kind.dimensions == [Dimension::Set]
 }
 
-/// What a set holds: its elements by the parts that tell them apart.
-struct Seen {
-    kind: &'static SetKind,
-    /// Places among the elements: of the first so many.
-    table: HashTable<u32>,
-    indexed: usize,
-    hasher: DefaultHashBuilder,
-    /// Sets of a list, whose places change.
-    moving: HashSet<Box<[Part]>>,
-    /// Some elements have options.
-    with_extra: bool,
-}
-
 /// Bytes of the shortest line that adds an address.
 pub(super) const LINE_BYTES: usize = 14;
-
-impl Seen {
-    fn new(kind: &'static SetKind) -> Seen {
-        Seen {
-            kind,
-            table: HashTable::new(),
-            indexed: 0,
-            hasher: DefaultHashBuilder::default(),
-            moving: HashSet::new(),
-            with_extra: false,
-        }
-    }
-
-    fn hash(&self, parts: &[Part]) -> u64 {
-        self.hasher.hash_one(self.kind.key(parts))
-    }
-
-    fn clear(&mut self) {
-        self.table.clear();
-        self.indexed = 0;
-        self.moving.clear();
-    }
-
-    /// Where an element with these parts is.
-    fn find(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64) -> Option<usize> {
-        if self.moving.contains(parts) {
-            return elements.iter().position(|element| *element.parts == *parts);
-        }
-        self.index(elements);
-        let key = self.kind.key(parts);
-        let found = self.table.find(hash, |at| self.kind.key(&elements[*at as usize].parts) == key);
-        found.map(|at| *at as usize)
-    }
-
-    /// Adds what is about to become the last element, or one somewhere between others; false if it is there.
-    fn insert(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64, between: bool) -> bool {
-        if between || matches!(parts.first(), Some(Part::Set(_))) {
-            return self.moving.insert(parts.into());
-        }
-        self.index(elements);
-        let is_new = self.put(elements, parts, hash, elements.len());
-        self.indexed += usize::from(is_new);
-        is_new
-    }
-
-    /// Adds the elements from `before` on, which have these hashes; false, and none is added, if one is there or two are
-    /// alike. Many are compared by sorting their hashes, without a table: most sets are read in one go. Should two that
-    /// differ have the same hash, that may be false, too.
-    fn insert_all(&mut self, elements: &[ElementAst], before: usize, hashes: Vec<u64>) -> bool {
-        if hashes.len() >= before {
-            let mut all = hashes;
-            all.extend(elements[..before].iter().map(|element| self.hash(&element.parts)));
-            all.sort_unstable();
-            return all.array_windows().all(|[a, b]| a != b);
-        }
-        self.index(&elements[..before]);
-        let is_new = hashes
-            .iter()
-            .zip(before..)
-            .all(|(&hash, at)| self.put(&elements[..=at], &elements[at].parts, hash, at));
-        if is_new {
-            self.indexed = elements.len();
-        } else {
-            self.table.retain(|at| (*at as usize) < before);
-        }
-        is_new
-    }
-
-    /// Brings the table up to date.
-    fn index(&mut self, elements: &[ElementAst]) {
-        for at in self.indexed..elements.len() {
-            let hash = self.hash(&elements[at].parts);
-            self.put(elements, &elements[at].parts, hash, at);
-        }
-        self.indexed = elements.len();
-    }
-
-    /// Puts the element of a place into the table; false if one like it is there.
-    fn put(&mut self, elements: &[ElementAst], parts: &[Part], hash: u64, at: usize) -> bool {
-        let key = |parts| self.kind.key(parts);
-        let entry = self.table.entry(
-            hash,
-            |at| key(&elements[*at as usize].parts) == key(parts),
-            |at| self.hasher.hash_one(key(&elements[*at as usize].parts)),
-        );
-        match entry {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(vacant) => {
-                vacant.insert(at as u32);
-                true
-            }
-        }
-    }
-}
 
 /// Splits a line into words. A quote starts or ends anywhere in a word; there are no escapes
 /// (lib/ipset.c, `build_argv`).
@@ -692,9 +598,6 @@ const TIMEOUT_MAX: u64 = (u32::MAX as u64 >> 1) / 1_000;
 fn address_range(word: &Word<'_>, family: Family) -> Result<(IpAddr, IpAddr), Fault> {
     let (first, last, _) =
         element::address_range(&word.text, family).map_err(|it| (codes::SET_VALUE, it, word.span))?;
-    if last < first {
-        return Err((codes::SET_VALUE, format!("range `{}` runs backwards", word.text), word.span));
-    }
     Ok((first, last))
 }
 

@@ -1,15 +1,14 @@
 //! Prints sets as `ipset save` does: options in its order, defaults written out, host bits cleared.
 //!
-//! Elements keep the file's order, since the kernel's depends on its hash. Ranges in `net` types become the prefixes
-//! that ipset makes of them; other ranges stay, for the kernel alone would write out every address.
+//! Elements keep the file's order, since the kernel's depends on its hash. Ranges stay, but those that reading made
+//! prefixes of, for the kernel alone would write out every address.
 
 use std::fmt::Write;
 use std::net::IpAddr;
 
 use polc_ir::hook::Family;
 
-use super::element::{AddressForm, ICMP, ICMPV6, Part, prefix_ends, prefixes};
-use super::kind::Dimension;
+use super::element::{AddressForm, ICMP, ICMPV6, Part};
 use super::parse::single_prefix;
 use super::{ElementAst, SetAst, Sets};
 use crate::names;
@@ -82,26 +81,13 @@ fn create(set: &SetAst, out: &mut String) {
 }
 
 fn add(set: &SetAst, element: &ElementAst, out: &mut String) {
-    // A range in a dimension of prefixes becomes several elements.
-    let ranges = element.parts.iter().zip(set.kind.dimensions).map(|(part, dimension)| match part {
-        Part::Address { first, last, form: AddressForm::Range } if *dimension == Dimension::Net => {
-            prefixes(*first, *last).iter().map(|&(address, length)| prefix(address, length)).collect()
-        }
-        part => vec![text(part, *dimension, set)],
-    });
-    let lines = ranges.fold(vec![String::new()], |lines, texts| {
-        let joined = lines.iter().flat_map(|line| {
-            texts
-                .iter()
-                .map(move |text| if line.is_empty() { text.clone() } else { format!("{line},{text}") })
-        });
-        joined.collect()
-    });
-    for line in lines {
-        let _ = write!(out, "add {} {line}", set.name);
-        options(element, out);
-        out.push('\n');
+    let _ = write!(out, "add {}", set.name);
+    for (part, at) in element.parts.iter().zip(0..) {
+        out.push(if at == 0 { ' ' } else { ',' });
+        out.push_str(&text(part, set));
     }
+    options(element, out);
+    out.push('\n');
 }
 
 fn options(element: &ElementAst, out: &mut String) {
@@ -137,16 +123,10 @@ fn prefix(address: IpAddr, length: u8) -> String {
     if length == full { Ip(address).to_string() } else { format!("{}/{length}", Ip(address)) }
 }
 
-fn text(part: &Part, dimension: Dimension, set: &SetAst) -> String {
+fn text(part: &Part, set: &SetAst) -> String {
     match part {
         Part::Address { first, last, form } => match form {
-            AddressForm::Prefix(length) => {
-                // A set with a netmask stores what is under it.
-                let hosts = dimension == Dimension::Host;
-                let netmask = set.options.netmask.filter(|netmask| hosts && netmask < length);
-                let first = netmask.map_or(*first, |netmask| prefix_ends(*first, netmask).0);
-                prefix(first, *length)
-            }
+            AddressForm::Prefix(length) => prefix(*first, *length),
             AddressForm::Range => match single_prefix(*first, *last) {
                 Some(AddressForm::Prefix(length)) => prefix(*first, length),
                 _ => format!("{}-{}", Ip(*first), Ip(*last)),
