@@ -1,11 +1,15 @@
 //! From a session to an object: the passes, emission, and the budget that the kernel's verifier sets.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
 use polc_backend_ebpf::budget::Budget;
-use polc_backend_ebpf::emit::{Target, emit};
+use polc_backend_ebpf::emit::{KEY_TOO_LARGE, Target, emit, key_words_max};
 use polc_backend_ebpf::object::Object;
 use polc_ir::diag::{Code, Diagnostic};
-use polc_ir::entities::Chain;
+use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Env, Place};
+use polc_ir::field::Field;
+use polc_ir::plan::KeySlot;
 
 use crate::decider::{chain_name, rule_line};
 use crate::select::Devices;
@@ -71,7 +75,10 @@ pub fn object_with(
         trace: extras.trace,
         suspend: extras.suspend,
     };
-    let object = emit(&compiled.plan, &target)?;
+    let at_rule = |found: Vec<Diagnostic>| -> Vec<Diagnostic> {
+        found.into_iter().map(|one| at_rule(one, session, compiled, attach)).collect()
+    };
+    let object = emit(&compiled.plan, &target).map_err(at_rule)?;
     let mut budgets = Vec::new();
     for program in &object.programs {
         match Budget::of(&program.code) {
@@ -86,6 +93,30 @@ pub fn object_with(
         }
     }
     Ok((object, budgets))
+}
+
+/// What is said of a key that is too large, at the first rule for whose fields it has no room beside those of the rules
+/// before.
+fn at_rule(found: Diagnostic, session: &Session, compiled: &Compiled, attach: Attach) -> Diagnostic {
+    if found.code != KEY_TOO_LARGE || found.span.is_some() {
+        return found;
+    }
+    let mut of_rules: BTreeMap<Rule, BTreeSet<u8>> = BTreeMap::new();
+    let slots: HashMap<Field, &KeySlot> = compiled.plan.key.iter().map(|slot| (slot.field, slot)).collect();
+    for entry in compiled.classifier.entries.values() {
+        let (Some(rule), tests) = (entry.rule, entry.cube.tests()) else { continue };
+        let slots = tests.iter().filter_map(|test| slots.get(&test.field));
+        of_rules.entry(rule).or_default().extend(slots.flat_map(|slot| slot.word..slot.word + slot.words));
+    }
+    let all = compiled.plan.key.iter().flat_map(|slot| slot.word..slot.word + slot.words);
+    let mut used: BTreeSet<u8> =
+        all.filter(|word| !of_rules.values().any(|own| own.contains(word))).collect();
+    let words_max = key_words_max(attach);
+    let first = of_rules.into_iter().find(|(_, words)| {
+        used.extend(words);
+        used.len() > words_max
+    });
+    Diagnostic { span: first.map(|(rule, _)| session.ruleset.rules[rule].span), ..found }
 }
 
 /// Compiles and emits.

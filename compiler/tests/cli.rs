@@ -458,6 +458,12 @@ fn check_compile_and_verify_count_alike() {
             }
             assert_eq!(said.contains("E0560"), named && !compiled, "{command:?}: {said}");
             assert_eq!(said.contains("W0560"), !named && !compiled, "{command:?}: {said}");
+            // At the first word that the key has no room for.
+            assert_eq!(
+                said.contains(&format!("{path}:")) && said.contains("0560]"),
+                !compiled,
+                "{command:?}: {said}"
+            );
         }
     }
 }

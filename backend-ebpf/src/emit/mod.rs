@@ -62,6 +62,11 @@ pub const TABLES_MAP: &str = "tables";
 /// What the names of data maps of sets' tables start with, before the set's number.
 pub const SET_MAP_PREFIX: &str = "set";
 
+/// Most words of the key of a program there.
+pub fn key_words_max(attach: Attach) -> usize {
+    if attach == Attach::Netfilter { NETFILTER_KEY_WORDS_MAX } else { KEY_WORDS_MAX }
+}
+
 /// Diagnostic code: the rules test more fields than a program's stack holds.
 pub const KEY_TOO_LARGE: DiagCode = DiagCode(560);
 /// Diagnostic code: a packet may visit more table nodes than the kernel's verifier follows.
@@ -273,8 +278,7 @@ impl<'a> Emitter<'a> {
     fn new(plan: &'a Plan, target: &'a Target<'a>) -> Result<Emitter<'a>, Vec<Diagnostic>> {
         let words =
             plan.key.iter().map(|slot| usize::from(slot.word) + usize::from(slot.words)).max().unwrap_or(0);
-        let words_max =
-            if target.attach == Attach::Netfilter { NETFILTER_KEY_WORDS_MAX } else { KEY_WORDS_MAX };
+        let words_max = key_words_max(target.attach);
         let Some(layout) = KeyLayout::new(words).filter(|_| words <= words_max) else {
             let message = format!(
                 "the rules test more fields than a program's stack at {} has room for: {words_max} words",

@@ -27,13 +27,19 @@ fn asks_empty(ruleset: &Ruleset, clause: &Clause) -> Option<Diagnostic> {
     };
     let effect = if test.holds(0) { "this holds for every packet" } else { "the rule never matches" };
     // Members of the other family were left out.
-    let what = match &data.contents {
-        SetContents::Sets(_) => format!("list `{}` has no set with {} addresses", data.name, ruleset.family),
-        _ => format!("set `{}` has no elements", data.name),
+    let (what, hint) = match &data.contents {
+        SetContents::Sets(_) => (
+            format!("list `{}` has no set with {} addresses", data.name, ruleset.family),
+            "add a set of the rules' own family to the list, or remove the rule",
+        ),
+        _ => (
+            format!("set `{}` has no elements", data.name),
+            "give the set's elements in the ipset file, or remove the rule",
+        ),
     };
     empty.then(|| {
         Diagnostic::warning(EMPTY_SET, format!("{what}, so {effect}"), clause.span)
             .with_label(data.span, "created here")
-            .with_hint("give the set's elements in the ipset file, or remove the rule")
+            .with_hint(hint)
     })
 }

@@ -275,6 +275,15 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_the_other_familys_sets_is_said_to_be_that() {
+        let rules = "-A INPUT -m set --match-set l src -j ACCEPT\n";
+        let sets = "create v hash:ip family inet6\nadd v ::1\ncreate l list:set\nadd l v\n";
+        assert_eq!(findings_in("filter", sets, rules), [(405, 2)]);
+        let own = format!("{sets}create e hash:ip\nadd l e\n");
+        assert_eq!(findings_in("filter", &own, rules), []);
+    }
+
+    #[test]
     fn chains_that_only_unused_chains_use_are_unused() {
         assert_eq!(
             findings(
