@@ -11,12 +11,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cranelift_entity::SecondaryMap;
+use polc_ir::derived::TCP;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Connections, Mode, Place};
+use polc_ir::field::Field;
 use polc_ir::hook::Hook;
 use polc_ir::ruleset::deferral::{clause_deferral, drops_undecided, rule_deferral};
-use polc_ir::ruleset::{Action, Policy, RuleData, Ruleset};
+use polc_ir::ruleset::{Action, ClauseKind, Policy, RuleData, Ruleset};
 use polc_ir::source::Span;
 
 use crate::place::{best_attach, place};
@@ -28,6 +30,9 @@ pub const DEFERRED: Code = Code(301);
 
 /// Code of the warning that fragments are dropped which rules can't decide.
 pub const FRAGMENTS: Code = Code(305);
+
+/// Code of the note that rules decide segments where the kernel's would decide what they are merged to.
+pub const SEGMENTS: Code = Code(306);
 
 /// Code of the note that says how many rules a place does not reach.
 pub const ELSEWHERE: Code = Code(302);
@@ -65,6 +70,8 @@ pub struct Report {
     pub lines: BTreeMap<u32, Status>,
     /// What becomes of fragments where nobody else decides them.
     fragments: Option<Diagnostic>,
+    /// What becomes of segments that the kernel would merge first.
+    segments: Option<Diagnostic>,
 }
 
 /// Where the rules are judged.
@@ -112,7 +119,7 @@ impl Report {
                 () => Status::Rejected,
             });
         }
-        Report { lines, fragments }
+        Report { lines, fragments, segments: deferrals.segments(session) }
     }
 
     /// Defers the lines whose rules only these hooks reach: no program is made there, for the reason given.
@@ -225,7 +232,7 @@ impl Report {
                 }
             })
             .collect();
-        findings.extend(self.fragments.clone());
+        findings.extend(self.fragments.iter().chain(&self.segments).cloned());
         findings
     }
 
@@ -297,7 +304,7 @@ impl Report {
                 let others = *first_lines.get(line)?;
                 Some(if others.is_empty() { finding } else { finding.with_note(same_for(others)) })
             })
-            .chain(self.fragments.clone())
+            .chain(self.fragments.iter().chain(&self.segments).cloned())
             .collect()
     }
 }
@@ -376,15 +383,56 @@ impl Deferrals {
         let (span, deferral) = found.next()?;
         let message = format!("fragments that get as far as this are dropped: {deferral}");
         let finding = Diagnostic::warning(FRAGMENTS, message, span);
-        let finding = match found.count() {
-            0 => finding,
-            1 => finding.with_note("the same holds for one more rule"),
-            others => finding.with_note(format!("the same holds for {others} more rules")),
-        };
         Some(
-            finding
+            same_for_more(finding, found.count())
                 .with_hint("at netfilter hooks (`--attach netfilter`) a program meets what the rules would"),
         )
+    }
+
+    /// Rules that may tell TCP segments from the packet that a device with GRO makes of them behind XDP: by its length,
+    /// or by PSH and FIN, which it has if one of them has (net/ipv4/tcp_offload.c, `tcp_gro_receive`).
+    fn segments(&self, session: &Session) -> Option<Diagnostic> {
+        let ruleset = &session.ruleset;
+        let before = |data: &RuleData| self.places(data.chain).any(|place| place.attach == Some(Attach::Xdp));
+        let told = |data: &RuleData| {
+            let tests = data.clauses.iter().filter_map(|clause| match &clause.kind {
+                ClauseKind::Any(tests) => Some((clause.span, tests)),
+                _ => None,
+            });
+            // Segments that are merged have ACK, and none of SYN, RST and URG.
+            const ACK: u128 = 0x10;
+            const PSH: u128 = 0x08;
+            const FIN: u128 = 0x01;
+            let mut found = None;
+            for (span, tests) in tests {
+                let is = |field: Field| tests.iter().all(|test| test.field == field);
+                let holds = |value: u128| tests.iter().any(|test| test.holds(value));
+                if is(Field::Proto) && !holds(TCP.into()) {
+                    return None;
+                }
+                let flags = [ACK, ACK | PSH, ACK | FIN, ACK | PSH | FIN].map(holds);
+                if is(Field::Length) || is(Field::TcpFlags) && flags.iter().any(|&one| one != flags[0]) {
+                    found = found.or(Some(span));
+                }
+            }
+            found
+        };
+        let mut found = ruleset.rules.values().filter(|data| before(data)).filter_map(told);
+        let span = found.next()?;
+        let message = "each TCP segment is decided here; iptables decides the packet that a device with GRO merges them to";
+        Some(
+            same_for_more(Diagnostic::note(SEGMENTS, message, span), found.count())
+                .with_hint("tc (`--attach tc-ingress`) and netfilter's hooks are behind GRO; `ethtool -K DEV gro off` turns it off"),
+        )
+    }
+}
+
+/// The finding, with a note of how many more rules it is about.
+fn same_for_more(finding: Diagnostic, rules: usize) -> Diagnostic {
+    match rules {
+        0 => finding,
+        1 => finding.with_note("the same holds for one more rule"),
+        others => finding.with_note(format!("the same holds for {others} more rules")),
     }
 }
 
@@ -445,6 +493,35 @@ mod tests {
         );
         assert_eq!(report.rules(), 5);
         assert_eq!((report.compiled(), report.deferred(), report.rejected()), (1, 1, 3));
+    }
+
+    #[test]
+    fn rules_that_tell_segments_from_what_they_are_merged_to_are_named() {
+        let about = |rule: &str, attach: Attach| {
+            let session =
+                session(&format!("*filter\n-A INPUT -s 10.0.0.1 -j DROP\n-A INPUT {rule} -j DROP\nCOMMIT\n"));
+            assert!(!session.has_errors(), "{rule}: {:?}", session.diagnostics);
+            let place = place(&[Hook::Input], attach, Mode::Accelerate, false);
+            let found = Report::new(&session, Scope::At(&place)).diagnostics(Mode::Accelerate);
+            assert!(found.iter().all(|finding| finding.code == SEGMENTS), "{rule}: {found:?}");
+            found.len()
+        };
+        for (rule, findings) in [
+            ("-m length --length 100:1500", 1),
+            ("-p tcp -m length --length 40", 1),
+            ("-p udp -m length --length 100", 0),
+            ("-p tcp -m tcp --tcp-flags ALL ACK", 1),
+            ("-p tcp -m tcp --tcp-flags PSH PSH", 1),
+            ("-p tcp -m tcp ! --tcp-flags FIN,ACK ACK", 1),
+            ("-p tcp -m tcp --syn", 0),
+            ("-p tcp -m tcp ! --syn", 0),
+            ("-p tcp -m tcp --tcp-flags ALL NONE", 0),
+            ("-p tcp -m tcp --tcp-flags FIN,SYN FIN,SYN", 0),
+            ("-p tcp -m tcp --dport 22", 0),
+        ] {
+            assert_eq!(about(rule, Attach::Xdp), findings, "{rule}");
+            assert_eq!(about(rule, Attach::TcIngress), 0, "{rule}");
+        }
     }
 
     /// What becomes of a line that two programs meet is what becomes of it at worst.
