@@ -116,9 +116,9 @@ pub fn port(text: &str, protocol: Option<&str>) -> Option<u16> {
 }
 
 /// A port as `getaddrinfo` resolves one, for extensions that ask it: a decimal number, of which the lower 16 bits count,
-/// nothing or `*` for 0, or the name of a service of any protocol. What spells -1 is taken for a name.
+/// nothing for 0, or the name of a service of any protocol. What spells -1 is taken for a name.
 pub fn resolved_port(text: &str) -> Option<u16> {
-    if matches!(text, "" | "*") {
+    if text.is_empty() {
         return Some(0);
     }
     match strtoul_negating(text, 10) {
