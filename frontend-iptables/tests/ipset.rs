@@ -40,6 +40,17 @@ const SAVED: &[(&str, &str)] = &[
         "create e bitmap:ip range 10.0.0.0-10.0.0.255 netmask 28\nadd e 10.0.0.16",
     ),
     (
+        "create e bitmap:ip range 10.0.0.20-10.0.0.5 netmask 28\nadd e 10.0.0.1",
+        "create e bitmap:ip range 10.0.0.0-10.0.0.31 netmask 28\nadd e 10.0.0.0",
+    ),
+    (
+        "create a hash:ip netmask 32\ncreate b hash:ip,port family inet6 netmask 128\n\
+         create c bitmap:ip range 10.0.0.5-10.0.0.20 netmask 32\ncreate d hash:ip bitmask 255.255.255.255",
+        "create a hash:ip family inet hashsize 1024 maxelem 65536\n\
+         create b hash:ip,port family inet6 hashsize 1024 maxelem 65536\n\
+         create c bitmap:ip range 10.0.0.5-10.0.0.20\ncreate d hash:ip family inet hashsize 1024 maxelem 65536",
+    ),
+    (
         "create f bitmap:ip,mac range 10.0.0.0-10.0.0.255\nadd f 10.0.0.1,00:1a:22:33:44:55\nadd f 10.0.0.2",
         "create f bitmap:ip,mac range 10.0.0.0-10.0.0.255\nadd f 10.0.0.1,00:1A:22:33:44:55\nadd f 10.0.0.2",
     ),
@@ -94,6 +105,15 @@ const REFUSED: &[(&str, &str)] = &[
     ("create c hash:ip,port\nadd c 1.1.1.1,http-nonsense", "http-nonsense"),
     ("create c bitmap:ip range 10.0.0.0/30\nadd c 10.0.0.4", "10.0.0.4"),
     ("create c bitmap:port", "bitmap:port"),
+    (
+        "create c bitmap:ip range 10.0.0.5-10.0.0.3 netmask 24",
+        "create c bitmap:ip range 10.0.0.5-10.0.0.3 netmask 24",
+    ),
+    (
+        "create c bitmap:ip range 10.0.0.16-10.0.0.63 netmask 28",
+        "create c bitmap:ip range 10.0.0.16-10.0.0.63 netmask 28",
+    ),
+    ("create c bitmap:ip range 10.0.0.5-10.0.0.20 netmask 28\nadd c 10.0.0.32", "10.0.0.32"),
     ("create c hash:foo", "hash:foo"),
     ("create c hash:ip\ncreate c hash:ip", "c"),
     ("create c hash:ip netmask 0", "0"),

@@ -16,7 +16,7 @@ use super::seen::{self, Known, Seen};
 use super::{CreateOptions, ElementAst, ElementExtra, Parts, SetAst, Sets, bulk, lower};
 use crate::codes;
 use crate::lexer;
-use crate::value::{self, Masked, strtoul};
+use crate::value::{self, Masked, prefix_length, strtoul};
 
 /// A word of a line, without its quotes.
 pub(super) struct Word<'t> {
@@ -274,7 +274,14 @@ impl Parser {
         let kind = SetKind::find(&kind.text)
             .ok_or_else(|| (codes::SET_TYPE, format!("there is no set type `{}`", kind.text), kind.span))?;
         let family = family(kind, rest)?;
-        let options = create_options(kind, family, rest)?;
+        let mut options = create_options(kind, family, rest)?;
+        if let (true, Some(range), Some(netmask)) = (kind.is_bitmap(), options.addresses, options.netmask) {
+            let whole = blocks_of(range, netmask).ok_or_else(|| {
+                let message = "under a netmask, the range is to begin where a prefix does that holds it and more than one block";
+                (codes::SET_OPTION, message.into(), line)
+            })?;
+            options.addresses = Some(whole);
+        }
         if kind.is_bitmap() && options.addresses.is_none() && options.ports.is_none() {
             return Err((codes::SET_OPTION, format!("a {} needs a `range`", kind.name), kind_word.span));
         }
@@ -586,11 +593,24 @@ fn create_options(
             options.addresses = Some((address_range(from, family)?.0, address_range(to, family)?.1));
         }
     }
+    // A whole mask is none, and is not saved.
+    options.netmask = options.netmask.filter(|length| *length < family.address_bits());
+    options.bitmask = options.bitmask.filter(|mask| prefix_length(*mask) != Some(family.address_bits()));
     Ok(options)
 }
 
 /// Most elements of a bitmap (net/netfilter/ipset/ip_set_bitmap.h, `IPSET_BITMAP_MAX_RANGE`, and one).
 const BITMAP_ELEMENTS_MAX: usize = 1 << 16;
+
+/// The range of a bitmap with a netmask, in whole blocks; `None` if the kernel refuses it
+/// (net/netfilter/ipset/ip_set_bitmap_ip.c, `bitmap_ip_create` and `range_to_mask`).
+fn blocks_of((first, last): (IpAddr, IpAddr), netmask: u8) -> Option<(IpAddr, IpAddr)> {
+    let (first, last) = (element::prefix_ends(first, netmask).0, element::prefix_ends(last, netmask).1);
+    let begins = |length: &u8| element::prefix_ends(last, *length).0 == first;
+    let everything = || (element::prefix_ends(first, 0) == (first, last)).then_some(0);
+    let length = (1..32).rev().find(begins).or_else(everything)?;
+    (netmask > length).then_some((first, last))
+}
 
 /// Longest timeout, in seconds: it is kept in milliseconds in 31 bits.
 const TIMEOUT_MAX: u64 = (u32::MAX as u64 >> 1) / 1_000;
