@@ -88,26 +88,23 @@ impl Held {
         if sys.uptime_ms().is_ok_and(|now| now < deadline) {
             return Ok(false);
         }
-        let known = matches!(self.slot.known(sys), Ok(Some(_)));
-        let repaired = match &lock {
-            Ok(_) if known => repair(sys, &self.slot),
-            _ => Ok(None),
-        };
-        match repaired {
-            Ok(Some(_)) => Ok(true),
-            Ok(None) if known && lock.is_ok() => {
+        let is_known = lock.is_ok() && matches!(self.slot.known(sys), Ok(Some(_)));
+        match is_known.then(|| repair(sys, &self.slot)) {
+            Some(Ok(Some(_))) => Ok(true),
+            Some(Ok(None)) => {
                 self.slot.remove(sys)?;
                 self.store.tidy(sys);
                 Ok(true)
             }
-            // Confirmed at another hook, it is here.
-            _ if in_force_with(sys, &self.slot, &self.state)
-                .is_ok_and(|with| with.iter().any(|other| other.confirmed)) =>
-            {
-                Ok(true)
-            }
-            _ => self.put_back(sys).map(|()| true),
+            Some(Err(_)) | None if self.is_confirmed_elsewhere(sys) => Ok(true),
+            Some(Err(_)) | None => self.put_back(sys).map(|()| true),
         }
+    }
+
+    /// Whether the change was confirmed at another hook, and so at this one.
+    fn is_confirmed_elsewhere(&self, sys: &Sys) -> bool {
+        let with = in_force_with(sys, &self.slot, &self.state);
+        with.is_ok_and(|with| with.iter().any(|other| other.confirmed))
     }
 
     /// Puts the old program back by what is held.
