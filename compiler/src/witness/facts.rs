@@ -211,7 +211,7 @@ mod tests {
             let text = format!("*filter\n:INPUT ACCEPT [0:0]\n{own}{both}COMMIT\n");
             let (classifier, devices) = classified(&text, attach);
             let witnesses = Witnesses::new(&classifier, &devices, 1);
-            let (directed, facts) = (&witnesses.directed, &witnesses.facts);
+            let (directed, facts) = (&witnesses.directed, witnesses.facts());
             assert!(facts.never.len() > 10, "{facts:?}");
             for input in Witnesses::new(&classifier, &devices, 2).take(witnesses.enough()) {
                 directed.frames().given(&classifier, &input, &mut |given| {

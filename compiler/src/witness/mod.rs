@@ -32,6 +32,7 @@ pub use random::Random;
 pub use rules::Aimed;
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 
 use polc_ir::classifier::Classifier;
 use polc_ir::cube::Cube;
@@ -66,7 +67,8 @@ pub struct Witnesses<'a> {
     devices: &'a [Device],
     random: Random,
     directed: Directed<'a>,
-    facts: Facts,
+    /// Worked out once entries are left that no packet takes.
+    facts: OnceCell<Facts>,
     cubes: Vec<Cow<'a, Cube>>,
     made: usize,
     /// The last packet that is not odd.
@@ -87,13 +89,12 @@ impl<'a> Witnesses<'a> {
         let cubes = entries.map(Cow::Borrowed).chain(of_sets.map(Cow::Owned)).collect();
         let mut random = Random::new(seed);
         let directed = Directed::new(classifier, devices, elements, &mut random);
-        let facts = Facts::new(classifier, directed.domain(), directed.elements().values().flatten());
         Witnesses {
             classifier,
             devices,
             random,
             directed,
-            facts,
+            facts: OnceCell::new(),
             cubes,
             made: 0,
             plain: Input::default(),
@@ -140,7 +141,14 @@ impl<'a> Witnesses<'a> {
 
     /// The entries that no packet took, to find out why.
     pub(crate) fn untaken(&self, was_taken: impl Fn(Entry) -> bool, seed: u64) -> Untaken<'_> {
-        Untaken::new(&self.directed, &self.facts, was_taken, seed)
+        Untaken::new(&self.directed, self.facts(), was_taken, seed)
+    }
+
+    fn facts(&self) -> &Facts {
+        self.facts.get_or_init(|| {
+            let elements = self.directed.elements().values().flatten();
+            Facts::new(self.classifier, self.directed.domain(), elements)
+        })
     }
 
     fn mixed(&mut self) -> Input {
