@@ -27,6 +27,7 @@ use polc_ir::ruleset::deferral::{
 };
 use polc_ir::ruleset::{Action, Behind, ClauseKind, Policy, Ruleset, Write};
 use polc_ir::set;
+use smallvec::{SmallVec, smallvec};
 
 use crate::members::Members;
 
@@ -92,6 +93,9 @@ struct Key {
     /// A clause was evaluated as for a packet without a connection.
     supposed: bool,
 }
+
+/// What a rule asks for, as alternatives: mostly one.
+type Cubes = SmallVec<[Cube; 1]>;
 
 /// An entry; its exit's stages are still numbered in the order of discovery.
 struct Entry {
@@ -314,39 +318,46 @@ impl Flattener<'_> {
     fn accept(&mut self, key: Key, by: Decider, passed: bool) -> Onward {
         let chain = self.chains[key.base];
         let Key { doubt, fragment, supposed, .. } = key;
-        let undecided = if drops_undecided(self.place, fragment) { Verdict::Drop } else { Verdict::Defer };
         let next = self.ruleset.next_base(&self.chains, key.base, passed);
         match self.start(next).map(|start| Key { doubt, fragment, supposed, ..start }) {
-            None => Onward::end(if key.doubt { undecided } else { Verdict::Accept }, by),
+            None => Onward::end(if doubt { Verdict::Defer } else { Verdict::Accept }, by),
             Some(next) => match self.ruleset.behind(chain, self.place, fragment) {
                 Behind::Known => self.go_on(next),
                 Behind::IfAbsent => self.go_on(Key { supposed: true, ..next }),
-                Behind::Unknown => Onward::end(undecided, Decider::Policy(chain)),
+                Behind::Unknown => Onward::end(Verdict::Defer, Decider::Policy(chain)),
             },
         }
     }
 
     /// Drops the packet; in a chain that was only possibly jumped to, goes on behind that jump as if it may have been.
-    fn dropped(&mut self, key: Key, by: Decider) -> Onward {
+    fn dropped(&mut self, rule: Rule, key: Key, by: Decider) -> Onward {
         match self.outermost(key.stack) {
-            Some(outermost) => self.behind(key, outermost),
+            Some(outermost) => self.behind(rule, key, outermost),
             None => Onward::drop(key, by),
         }
     }
 
+    /// A rule may have dropped the packet: on in doubt, unless what can't be decided is dropped.
+    fn doubt(&mut self, rule: Rule, on: Key) -> Onward {
+        if drops_undecided(self.place, on.fragment) {
+            return Onward::defer(rule);
+        }
+        self.go_on(Key { doubt: true, ..on })
+    }
+
     /// The packet may have been dropped in a chain that was only possibly jumped to: on behind that jump.
-    fn behind(&mut self, key: Key, outermost: u32) -> Onward {
+    fn behind(&mut self, rule: Rule, key: Key, outermost: u32) -> Onward {
         let frame = self.frames[outermost as usize];
-        self.go_on(Key {
+        let on = Key {
             chain: frame.chain,
             rule: frame.next,
             clause: 0,
             unknown: false,
             doomed: false,
             stack: frame.below,
-            doubt: true,
             ..key
-        })
+        };
+        self.doubt(rule, on)
     }
 
     fn build(&mut self, start: Key) -> Vec<Entry> {
@@ -370,7 +381,7 @@ impl Flattener<'_> {
                 return entries;
             }
             if key.doomed {
-                entries.push(Entry::rest(self.dropped(key, Decider::Hotdrop(rule))));
+                entries.push(Entry::rest(self.dropped(rule, key, Decider::Hotdrop(rule))));
                 return entries;
             }
             key = Key { rule: key.rule + 1, clause: 0, unknown: false, ..key };
@@ -394,7 +405,7 @@ impl Flattener<'_> {
         let ruleset = self.ruleset;
         let data = &ruleset.rules[rule];
         let next = Key { rule: key.rule + 1, clause: 0, unknown: false, doomed: false, ..key };
-        let mut cubes = vec![Cube::all()];
+        let mut cubes: Cubes = smallvec![Cube::all()];
         let mut unknown = key.unknown;
         for (index, clause) in data.clauses.iter().enumerate().skip(key.clause) {
             let ability = clause_ability(ruleset, self.place, clause, key.fragment);
@@ -412,7 +423,7 @@ impl Flattener<'_> {
                 }
                 ClauseAbility::Unknown(_) if clause.kind.drops_if().is_some() => {
                     if !key.doubt {
-                        let onward = self.go_on(Key { doubt: true, ..start });
+                        let onward = self.doubt(rule, start);
                         emit(entries, cubes, rule, onward);
                         return false;
                     }
@@ -438,9 +449,9 @@ impl Flattener<'_> {
                         }
                         let onward = if unknown && !key.doomed {
                             *comes_back = true;
-                            self.go_on(Key { doubt: true, ..next })
+                            self.doubt(rule, next)
                         } else {
-                            self.dropped(key, Decider::Hotdrop(rule))
+                            self.dropped(rule, key, Decider::Hotdrop(rule))
                         };
                         emit(entries, dropped, rule, onward);
                     }
@@ -451,7 +462,7 @@ impl Flattener<'_> {
                             continue;
                         }
                         let onward = if unknown {
-                            self.go_on(Key { doubt: true, ..start })
+                            self.doubt(rule, start)
                         } else {
                             Onward::go(self.stage(Key { clause: index + 1, doomed: true, ..key }))
                         };
@@ -468,7 +479,7 @@ impl Flattener<'_> {
                     ClauseKind::Effect(test) => {
                         let holds = self.stage(Key { clause: index + 1, unknown, ..key });
                         let fails = match key.doomed {
-                            true => self.dropped(key, Decider::Hotdrop(rule)),
+                            true => self.dropped(rule, key, Decider::Hotdrop(rule)),
                             false => self.go_on(next),
                         };
                         let fails = self.as_stage(fails);
@@ -497,7 +508,7 @@ impl Flattener<'_> {
         &mut self,
         rule: Rule,
         [start, key, next]: [Key; 3],
-        cubes: Vec<Cube>,
+        cubes: Cubes,
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
     ) -> bool {
@@ -507,7 +518,7 @@ impl Flattener<'_> {
             Action::Continue => {}
             Action::Drop if key.doubt => {}
             Action::Drop => {
-                let onward = self.go_on(Key { doubt: true, ..start });
+                let onward = self.doubt(rule, start);
                 emit(entries, cubes, rule, onward);
             }
             Action::Jump(to) => {
@@ -526,7 +537,7 @@ impl Flattener<'_> {
         rule: Rule,
         key: Key,
         next: Key,
-        cubes: Vec<Cube>,
+        cubes: Cubes,
         entries: &mut Vec<Entry>,
         comes_back: &mut bool,
     ) -> bool {
@@ -551,7 +562,7 @@ impl Flattener<'_> {
             }
             Action::Accept => self.accept(key, Decider::Rule(rule), false),
             Action::Pass => self.accept(key, Decider::Rule(rule), true),
-            Action::Drop => self.dropped(key, by),
+            Action::Drop => self.dropped(rule, key, by),
             Action::Reject(with) => end(Verdict::Reject(*with)),
             Action::Jump(to) => {
                 *comes_back = true;
@@ -587,16 +598,16 @@ impl Flattener<'_> {
     }
 
     /// The cubes narrowed by a conjunction of tests.
-    fn narrow_all(&mut self, cubes: Vec<Cube>, tests: &[Test]) -> Vec<Cube> {
+    fn narrow_all(&mut self, cubes: Cubes, tests: &[Test]) -> Cubes {
         tests.iter().fold(cubes, |cubes, test| self.narrow(cubes, std::slice::from_ref(test)))
     }
 
     /// The cubes narrowed by a disjunction of tests.
-    fn narrow(&mut self, mut cubes: Vec<Cube>, tests: &[Test]) -> Vec<Cube> {
+    fn narrow(&mut self, mut cubes: Cubes, tests: &[Test]) -> Cubes {
         let family = self.ruleset.family;
         let unresolved = self.place.fragments == Fragments::Unresolved;
         let looked_up = matches!(self.place.connections, Connections::LookedUp { .. });
-        let mut narrowed = Vec::new();
+        let mut narrowed = Cubes::new();
         for test in tests {
             let fixed = match test.field {
                 // Neither whole packets nor, to the rules, reassembled ones have an offset.
@@ -616,7 +627,7 @@ impl Flattener<'_> {
                 self.tested.push(derived);
             }
             if let [_] = tests {
-                cubes.retain_mut(|cube| cube.and(test, family));
+                cubes.retain(|cube| cube.and(test, family));
                 return cubes;
             }
             for cube in &cubes {
@@ -708,8 +719,8 @@ impl Flattener<'_> {
         let mut classifier = Classifier {
             family: self.ruleset.family,
             place: self.place.clone(),
-            stages: PrimaryMap::new(),
-            entries: PrimaryMap::new(),
+            stages: PrimaryMap::with_capacity(order.len()),
+            entries: PrimaryMap::with_capacity(order.iter().map(|&stage| built[stage].0.len()).sum()),
             root: renumber(root),
             derived: self.ruleset.derived.clone(),
             sets: self.ruleset.sets.clone(),
@@ -720,7 +731,8 @@ impl Flattener<'_> {
         let mut built = built;
         for old in order {
             let (entries, origin) = std::mem::take(&mut built[old]);
-            let stage = classifier.stages.push(StageData { entries: Vec::new(), origin });
+            let data = StageData { entries: Vec::with_capacity(entries.len()), origin };
+            let stage = classifier.stages.push(data);
             for Entry { cube, rule, onward: Onward { counts, exit } } in entries {
                 let exit = match exit {
                     Exit::End(_) | Exit::EndIfAbsent(_) => exit,
@@ -747,7 +759,7 @@ impl Entry {
 }
 
 /// Adds an entry for each cube, unless an entry before it has the same cube and takes every packet.
-fn emit(entries: &mut Vec<Entry>, cubes: Vec<Cube>, rule: Rule, onward: Onward) {
+fn emit(entries: &mut Vec<Entry>, cubes: Cubes, rule: Rule, onward: Onward) {
     let onwards = std::iter::repeat_n(onward, cubes.len());
     for (cube, onward) in cubes.into_iter().zip(onwards) {
         // Guards repeat from rule to rule: look back a few entries for one that covers this.

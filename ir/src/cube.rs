@@ -55,7 +55,8 @@ impl Test {
 
     /// Whether the test holds for every value of the field.
     pub fn is_always(&self, family: Family) -> bool {
-        self.values.is_superset(&IntervalSet::range(0, self.mask & max_value(self.field.bits(family))))
+        let top = self.mask & max_value(self.field.bits(family));
+        self.values.intervals().first().is_some_and(|first| first.lo() == 0 && first.hi() >= top)
     }
 }
 

@@ -232,6 +232,13 @@ impl Packet<'_, '_> {
         test.holds(self.get(test.field))
     }
 
+    /// The rule may have dropped the packet. Where what can't be decided is dropped, that is its end.
+    fn doubt(&mut self, rule: Rule) -> Option<Ending> {
+        self.doubt = true;
+        let ending = Ending { verdict: Verdict::Defer, by: Decider::Rule(rule) };
+        drops_undecided(self.place, self.view.is_fragment()).then_some(ending)
+    }
+
     fn path(&mut self, state: &mut State, trace: &mut impl FnMut(Event)) -> Ending {
         let chains = self.ruleset.path_chains(self.place);
         let mut ending = Ending { verdict: Verdict::Accept, by: Decider::Nothing };
@@ -283,7 +290,9 @@ impl Packet<'_, '_> {
                     let hypothetical = stack.iter().position(|frame| frame.hypothetical);
                     match (ending.verdict, hypothetical) {
                         (Verdict::Drop, Some(at)) => {
-                            self.doubt = true;
+                            if let Some(ending) = self.doubt(rule) {
+                                return ending;
+                            }
                             (chain, next) = (stack[at].chain, stack[at].next);
                             stack.truncate(at);
                             continue;
@@ -298,7 +307,11 @@ impl Packet<'_, '_> {
                 Truth::Unknown => {
                     trace(Event::Possible(rule));
                     match data.action {
-                        Action::Drop => self.doubt = true,
+                        Action::Drop => {
+                            if let Some(ending) = self.doubt(rule) {
+                                return ending;
+                            }
+                        }
                         Action::Continue => {}
                         Action::Jump(to) => {
                             stack.push(Frame { chain, next, hypothetical: true });
@@ -328,7 +341,9 @@ impl Packet<'_, '_> {
                 Action::Accept | Action::Pass => return end(Verdict::Accept, rule),
                 Action::Drop => match hypothetical {
                     Some(at) => {
-                        self.doubt = true;
+                        if let Some(ending) = self.doubt(rule) {
+                            return ending;
+                        }
                         (chain, next) = (stack[at].chain, stack[at].next);
                         stack.truncate(at);
                     }
@@ -381,14 +396,20 @@ impl Packet<'_, '_> {
                     return observable;
                 }
                 ClauseAbility::Unknown(_) => {
-                    match clause.kind {
-                        ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) => self.doubt = true,
+                    let ending = match clause.kind {
+                        ClauseKind::Hotdrop(_) | ClauseKind::Doom(_) => self.doubt(rule),
                         // The clause that tests what was found is unknown too.
                         ClauseKind::Beyond(_) => continue,
-                        _ => truth = Truth::Unknown,
-                    }
+                        _ => {
+                            truth = Truth::Unknown;
+                            None
+                        }
+                    };
                     trace(Event::Clause(rule, index, Truth::Unknown));
-                    continue;
+                    match ending {
+                        Some(ending) => return Err(ending),
+                        None => continue,
+                    }
                 }
                 ClauseAbility::Known => match &clause.kind {
                     ClauseKind::Any(tests) => tests.iter().any(|test| self.holds(test)),
@@ -398,16 +419,16 @@ impl Packet<'_, '_> {
                             if truth == Truth::True || doomed {
                                 return dropped;
                             }
-                            self.doubt = true;
-                            return Ok((Truth::False, false));
+                            return self.doubt(rule).map_or(Ok((Truth::False, false)), Err);
                         }
                         continue;
                     }
                     ClauseKind::Doom(tests) => {
                         if tests.iter().all(|test| self.holds(test)) && !doomed {
-                            match truth {
-                                Truth::True => doomed = true,
-                                _ => self.doubt = true,
+                            if truth == Truth::True {
+                                doomed = true;
+                            } else if let Some(ending) = self.doubt(rule) {
+                                return Err(ending);
                             }
                         }
                         continue;
