@@ -59,9 +59,13 @@ fn prune(mut classifier: Classifier) -> Classifier {
         for &entry in &entries {
             let Some(cube) = asked(&mut classifier.entries[entry].cube, &here) else { continue };
             let all = cube.is_all();
+            // What an entry before asked beside this one's tests may be known here.
+            let earlier = &kept[kept.len().saturating_sub(EARLIER_ENTRIES)..];
+            if !here.is_all() && earlier.iter().rev().any(|earlier| earlier.cube.is_superset(&cube)) {
+                continue;
+            }
             let mut data = EntryData { cube, ..take(&mut classifier.entries[entry]) };
             if data.exit.successors().next().is_some() {
-                let earlier = &kept[kept.len().saturating_sub(EARLIER_ENTRIES)..];
                 let Some(taken) = taken(&here, &data.cube, earlier, family) else {
                     classifier.entries[entry] = data;
                     continue;

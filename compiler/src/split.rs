@@ -179,9 +179,12 @@ impl Whole {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use polc_frontend_iptables::{ParseOptions, lower, parse};
     use polc_ir::env::{Attach, Env, Mode};
     use polc_ir::hook::{Hook, Semantics};
+    use polc_ir::outcome::Verdict;
     use polc_ir::source::SourceMap;
 
     use super::*;
@@ -223,6 +226,34 @@ mod tests {
         // Long enough for both; TCP that is not; UDP that is not.
         assert_eq!(stages.len(), 3, "{split}");
         assert!(stages.iter().all(|stage| *stage == stages[0]), "{split}");
+        // Of what is cut short no ports are asked: it is dropped before.
+        let asks_ports =
+            |entry: &&EntryData| entry.cube.tests().iter().any(|test| test.field == Field::DstPort);
+        let ports: BTreeSet<Stage> =
+            split.entries.values().filter(asks_ports).map(|entry| entry.stage).collect();
+        assert_eq!(ports.len(), 1, "{split}");
+    }
+
+    #[test]
+    fn fragments_end_where_they_may_be_dropped() {
+        let split = split_input(
+            "-A INPUT -p tcp -m tcp --dport 22 -j DROP\n\
+             -A INPUT -p udp -m udp --dport 53 -j ACCEPT\n\
+             -A INPUT -s 10.0.0.0/8 -j ACCEPT\n",
+        );
+        let fragment =
+            |entry: &&EntryData| entry.cube.tests().iter().any(|test| test.field == Field::Fragment);
+        let exits: Vec<Exit> =
+            split.entries.values().filter(fragment).map(|entry| entry.exit.clone()).collect();
+        let [Exit::Then { stage, .. }] = exits[..] else { panic!("{split}") };
+        // What becomes of TCP and UDP is not known, and what is not known is dropped; by address the others are told.
+        let entries = split.stages[stage].entries.iter().map(|&entry| &split.entries[entry]);
+        let verdicts = entries.map(|entry| match entry.exit {
+            Exit::End(ending) => ending.verdict,
+            _ => panic!("{split}"),
+        });
+        let expected = [Verdict::Drop, Verdict::Drop, Verdict::Accept, Verdict::Accept];
+        assert_eq!(verdicts.collect::<Vec<Verdict>>(), expected, "{split}");
     }
 
     #[test]
