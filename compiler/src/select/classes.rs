@@ -86,8 +86,27 @@ impl<T: Copy + PartialEq> Interned<T> {
 
     /// The list of a number.
     pub(super) fn get(&self, list: u32) -> &[T] {
-        let begin = if list == 0 { 0 } else { self.ends[list as usize - 1] };
-        &self.flat[begin as usize..self.ends[list as usize] as usize]
+        &self.flat[self.begin(list) as usize..self.ends[list as usize] as usize]
+    }
+
+    /// Where a list begins in [`Self::flat`].
+    pub(super) fn begin(&self, list: u32) -> u32 {
+        if list == 0 { 0 } else { self.ends[list as usize - 1] }
+    }
+
+    /// All of them, one after another.
+    pub(super) fn flat(&self) -> &[T] {
+        &self.flat
+    }
+
+    /// The same, and nothing else.
+    pub(super) fn into_flat(self) -> Vec<T> {
+        self.flat
+    }
+
+    /// All of them.
+    pub(super) fn lists(&self) -> impl Iterator<Item = &[T]> {
+        (0..self.len() as u32).map(|list| self.get(list))
     }
 
     /// The number of a list, whose hash is any function of it.
@@ -103,9 +122,14 @@ impl<T: Copy + PartialEq> Interned<T> {
             at = self.before[at as usize];
         }
         self.before.push(std::mem::replace(last, number));
+        self.push(list)
+    }
+
+    /// The number of a list that is known to be none of the others. Only if all come so, for it is not found again.
+    fn push(&mut self, list: &[T]) -> u32 {
         self.flat.extend_from_slice(list);
         self.ends.push(self.flat.len() as u32);
-        number
+        self.ends.len() as u32 - 1
     }
 }
 
@@ -120,6 +144,11 @@ impl Sets {
     /// No sets, of numbers below `size`.
     pub(super) fn new(size: usize) -> Sets {
         Sets { words: size.div_ceil(64).max(1), sets: Interned::new() }
+    }
+
+    /// No sets, of the numbers that these are of.
+    pub(super) fn none(&self) -> Sets {
+        Sets { words: self.words, sets: Interned::new() }
     }
 
     /// Words of a bit set.
@@ -148,6 +177,11 @@ impl Sets {
             (hash.rotate_left(5) ^ word.rotate_left(at)).wrapping_mul(0xd6e8_feb8_6659_fd93)
         });
         self.sets.intern(set, hash)
+    }
+
+    /// The number of a set that is known to be none of the others. Only if all come so, for it is not found again.
+    pub(super) fn push(&mut self, set: &Sparse) -> u32 {
+        self.sets.push(set)
     }
 }
 

@@ -59,12 +59,10 @@ pub(super) fn look_up(line: &mut Line<'_>, field: Masked, runs: &[Run], map: &dy
         }
         let rest = 32 * u32::from(words - 1 - index);
         // Where the number searched now is from, and what is left to search there.
-        let parts: Vec<(u64, Vec<(u128, u64)>)> = (0u64..)
-            .zip(&labels)
-            .flat_map(|(label, runs)| {
-                by_word(runs, rest).into_iter().map(move |(start, left)| (label << 32 | start, left))
-            })
-            .collect();
+        let mut parts: Vec<(u64, Vec<(u128, u64)>)> = Vec::new();
+        for (label, runs) in (0u64..).zip(&labels) {
+            by_word(runs, rest, |start, left| parts.push((label << 32 | start, left.to_vec())));
+        }
         let is_last = parts.iter().all(|(_, left)| left.len() == 1);
         let mut next: Vec<Vec<(u128, u64)>> = Vec::new();
         let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
@@ -144,9 +142,9 @@ fn by_point(line: &mut Line<'_>, label: Value, number: Value, points: &[Point]) 
     line.index(values, place)
 }
 
-/// Runs over a word and `rest` bits below it, as runs over the word: from which word on, and what is left to search
-/// there.
-pub(super) fn by_word(runs: &[(u128, u64)], rest: u32) -> Vec<(u64, Vec<(u128, u64)>)> {
+/// Runs over a word and `rest` bits below it, as runs over the word: gives `each` from which word on, and what is left to
+/// search there.
+pub(super) fn by_word(runs: &[(u128, u64)], rest: u32, mut each: impl FnMut(u64, &[(u128, u64)])) {
     let low = (1u128 << rest) - 1;
     // Words where a run begins, and those behind them if it begins within.
     let mut words: Vec<u128> = Vec::with_capacity(runs.len() + 1);
@@ -159,19 +157,19 @@ pub(super) fn by_word(runs: &[(u128, u64)], rest: u32) -> Vec<(u64, Vec<(u128, u
     // The word behind one run's is pushed before the next run's own.
     words.sort_unstable();
     words.dedup();
-    let mut found = Vec::with_capacity(words.len());
+    let mut left = Vec::new();
     let mut at = 0;
     for word in words {
         let begin = word << rest;
         while at + 1 < runs.len() && runs[at + 1].0 <= begin {
             at += 1;
         }
-        let mut left = vec![(0, runs[at].1)];
+        left.clear();
+        left.push((0, runs[at].1));
         let within = runs[at + 1..].iter().take_while(|&&(start, _)| start >> rest == word);
         left.extend(within.map(|&(start, value)| (start - begin, value)));
-        found.push((word as u64, left));
+        each(word as u64, &left);
     }
-    found
 }
 
 /// Runs without neighbours that stand for the same.
@@ -201,7 +199,8 @@ mod tests {
     fn runs_that_begin_within_one_word_are_one_label() {
         let at = |high: u128, low: u128| high << 32 | low;
         let runs = [(0, 1), (at(5, 7), 2), (at(5, 9), 3), (at(6, 0), 4), (at(8, 1), 5)];
-        let found = by_word(&runs, 32);
+        let mut found = Vec::new();
+        by_word(&runs, 32, |word, left| found.push((word, left.to_vec())));
         let expected = [
             (0, vec![(0, 1)]),
             (5, vec![(0, 1), (7, 2), (9, 3)]),

@@ -15,18 +15,15 @@
 //! others ──▶ service class ──────────────────────────────────┘
 //! ```
 
-use std::hash::{Hash, Hasher};
-
 use polc_ir::entities::{Entry, Value};
 use polc_ir::plan::{AluKind, DataTable};
-use smallvec::SmallVec;
 
-use super::classes::{FastMap, Interned, Same, mix, numbers};
+use super::classes::{Interned, mix, numbers};
 use super::column::look_up;
 use super::cuckoo::Cuckoo;
 use super::line::Line;
 use super::matrix::{Classes, classes};
-use super::problem::{Column, Masked, Problem, Run};
+use super::problem::{Column, Entries, Event, Masked, Problem, Run};
 use super::wide::{GROUPS, Group, partition};
 
 /// Pairs of classes with an entry each, over all groups: what time and memory allow.
@@ -52,9 +49,7 @@ pub(super) struct Groups {
     /// The service classes, by which rows have their cells.
     services: Option<Classes>,
     groups: Vec<Pairs>,
-    /// Rows of places in a list, from 1; 0: none.
-    rows: Vec<u16>,
-    row_cells: usize,
+    rows: Rows,
     /// The numbers of lists' entries, each list behind a [`NOBODY`].
     lists: Vec<u32>,
     /// For each number its exit, or `None` if the number is the exit's.
@@ -106,30 +101,37 @@ pub(super) fn groups(problem: &Problem) -> Option<Groups> {
     let columns = selective(problem);
     let (services, asked) = services(problem, columns);
     let told = if services.columns.is_empty() { None } else { Some(classes(&services)?) };
-    let mut lists = Lists::new(told.as_ref(), services.entries.len());
     let (numbers, exit_of, exits) = number(problem);
-    let parts = partition(problem, columns, &asked);
+    let columns = columns.map(|column| column.map(|column| &problem.columns[column]));
+    let events = columns.map(|column| column.map_or_else(Vec::new, Column::events));
+    let side = |side: usize| columns[side].map(|column| (column, events[side].as_slice()));
+    let parts = partition([side(0), side(1)], &asked);
     let mut sides = [Side::none(), Side::none()];
     let mut members: Vec<[Members; 2]> = (0..GROUPS).map(|_| Default::default()).collect();
     for (at, side) in sides.iter_mut().enumerate() {
         if let Some(column) = columns[at] {
-            let (runs, of_groups) = classes_of(&problem.columns[column], &parts, &asked, at)?;
-            *side = Side { field: Some(problem.columns[column].field), runs };
+            let (runs, of_groups) = classes_of(column, &events[at], &parts, &asked, at)?;
+            *side = Side { field: Some(column.field), runs };
             for (members, mine) in members.iter_mut().zip(of_groups) {
                 members[at] = mine;
             }
         }
     }
+    let mut rows = Rows::new(told.as_ref(), services.entries.len());
+    let mut lists = Lists::new(services.entries.len());
     let mut groups = Vec::new();
     let mut crossed: Vec<(u64, u32)> = Vec::new();
     let mut room = CROSSED_MAX;
     let mut pairs = 0;
     for (part, members) in parts.iter().zip(&members) {
         crossed.clear();
+        let classes = |entry: u32| [0, 1].map(|at: usize| members[at].of(asked[entry as usize].sides[at]));
+        let all: usize =
+            part.iter().map(|&entry| classes(entry).map(<[u32]>::len).iter().product::<usize>()).sum();
+        room = room.checked_sub(all)?;
+        crossed.reserve(all);
         for &entry in part {
-            let asked = asked[entry as usize];
-            let [left, right] = [0, 1].map(|at| members[at].of(asked.sides[at]));
-            room = room.checked_sub(left.len() * right.len())?;
+            let [left, right] = classes(entry);
             for &a in left {
                 crossed.extend(right.iter().map(|&b| (u64::from(a) << 32 | u64::from(b), entry)));
             }
@@ -139,7 +141,7 @@ pub(super) fn groups(problem: &Problem) -> Option<Groups> {
         for list in crossed.chunk_by(|a, b| a.0 == b.0) {
             let entries =
                 list.iter().map(|&(_, entry)| (asked[entry as usize].service, numbers[entry as usize]));
-            let (row, base) = lists.add(entries)?;
+            let (row, base) = lists.add(&mut rows, entries)?;
             of_group.push(([(list[0].0 >> 32) as u32, list[0].0 as u32], row, base));
         }
         pairs += of_group.len();
@@ -147,9 +149,8 @@ pub(super) fn groups(problem: &Problem) -> Option<Groups> {
     }
     Some(Groups {
         sides,
-        row_cells: lists.cells,
-        rows: lists.rows,
-        lists: lists.numbers,
+        rows,
+        lists: lists.numbers.into_flat(),
         services: told,
         groups,
         exit_of,
@@ -169,8 +170,8 @@ fn selective(problem: &Problem) -> [Option<usize>; 2] {
 
 /// The services as a problem of their own, and what every entry asks.
 fn services(problem: &Problem, sides: [Option<usize>; 2]) -> (Problem, Vec<Asked>) {
-    let mut own =
-        Problem { columns: Vec::new(), entries: Vec::new(), exit_of: Vec::new(), exits: Vec::new() };
+    let entries = Entries::default();
+    let mut own = Problem { columns: Vec::new(), entries, exit_of: Vec::new(), exits: Vec::new() };
     let mut number = vec![0u32; problem.columns.len()];
     for (column, data) in problem.columns.iter().enumerate() {
         if !sides.contains(&Some(column)) {
@@ -178,23 +179,23 @@ fn services(problem: &Problem, sides: [Option<usize>; 2]) -> (Problem, Vec<Asked
             own.columns.push(data.clone());
         }
     }
-    let mut known: FastMap<Vec<(u32, u32)>, u32> = FastMap::default();
+    let mut known: Interned<(u32, u32)> = Interned::new();
     let mut asked = Vec::with_capacity(problem.entries.len());
-    for tests in &problem.entries {
+    let mut others: Vec<(u32, u32)> = Vec::new();
+    for tests in problem.entries.iter() {
         let mut one = Asked { sides: [None; 2], service: 0 };
-        let mut others: Vec<(u32, u32)> = Vec::with_capacity(tests.len());
+        others.clear();
         for &(column, predicate) in tests {
             match sides.iter().position(|side| *side == Some(column as usize)) {
                 Some(side) => one.sides[side] = Some(predicate),
                 None => others.push((number[column as usize], predicate)),
             }
         }
-        one.service = *known.entry(others).or_insert_with_key(|others| {
-            own.entries.push(others.clone());
-            own.entries.len() as u32 - 1
-        });
+        let both = |&(column, predicate): &(u32, u32)| u64::from(column) << 32 | u64::from(predicate);
+        one.service = known.intern(&others, others.iter().map(both).fold(0, mix));
         asked.push(one);
     }
+    known.lists().for_each(|service| own.entries.push(service));
     (own, asked)
 }
 
@@ -271,6 +272,7 @@ impl Members {
 #[expect(clippy::type_complexity, reason = "two lists by group")]
 fn classes_of(
     column: &Column,
+    events: &[Event],
     parts: &[Group; GROUPS],
     asked: &[Asked],
     side: usize,
@@ -290,7 +292,6 @@ fn classes_of(
     let mut now = [0u32; GROUPS];
     let mut runs: Vec<(u128, [u32; GROUPS])> = Vec::new();
     let mut room = CROSSED_MAX;
-    let events = column.events();
     let mut at = 0;
     let mut start = 0u128;
     loop {
@@ -340,123 +341,137 @@ fn classes_of(
     Some((runs, members))
 }
 
-/// Lists of entries, with their rows.
-struct Lists {
-    /// Service classes.
-    cells: usize,
+/// Rows: what place in a list comes first, from 1, for every class of services; 0: none.
+#[derive(Debug)]
+struct Rows {
     /// For each service, the classes in which it holds.
     holds: Vec<Vec<u32>>,
-    /// For each service, the last list that has it.
-    seen: Vec<u32>,
-    count: u32,
-    rows: Vec<u16>,
-    row_of: FastMap<Vec<u32>, u32>,
-    row_contents: FastMap<Vec<u16>, u32>,
-    numbers: Vec<u32>,
-    /// By hash, where lists begin that have it.
-    base_of: FastMap<u64, SmallVec<[u32; 2]>>,
-    /// Room for the services of a list.
-    services: Vec<u32>,
+    /// The services of lists, and the row of each.
+    services: Interned<u32>,
+    row_of: Vec<u32>,
+    rows: Interned<u16>,
+    /// A row, which has a cell for each class.
+    row: Vec<u16>,
 }
 
-impl Lists {
-    fn new(told: Option<&Classes>, services: usize) -> Lists {
-        let cells = told.map_or(1, |told| told.sets.len());
+impl Rows {
+    /// Row 0, of pairs without a list.
+    fn new(told: Option<&Classes>, services: usize) -> Rows {
+        let classes = told.map_or(1, |told| told.sets.len());
         let mut holds: Vec<Vec<u32>> = vec![Vec::new(); services];
-        for class in 0..cells as u32 {
+        for class in 0..classes as u32 {
             match told {
                 None => holds[0].push(0),
                 Some(told) => {
-                    for service in numbers(told.sets.get(class)) {
-                        holds[service].push(class);
-                    }
+                    numbers(told.sets.get(class)).for_each(|service| holds[service].push(class));
                 }
             }
         }
-        // Row 0 and the number at 0 are those of pairs without a list.
-        let rows = vec![0; cells];
+        let (services, row) = (Interned::new(), vec![0; classes]);
+        let mut rows = Rows { holds, services, row_of: Vec::new(), rows: Interned::new(), row };
+        rows.rows.intern(&rows.row, row_hash(&rows.row));
+        rows
+    }
+
+    /// How many there are.
+    fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Cells of a row.
+    fn cells(&self) -> usize {
+        self.row.len()
+    }
+
+    /// Whether a service holds in all classes.
+    fn always(&self, service: u32) -> bool {
+        self.holds[service as usize].len() == self.row.len()
+    }
+
+    /// The row of a list's services. `None` if rows grow too large.
+    fn row(&mut self, services: &[u32]) -> Option<u32> {
+        let list = self.services.intern(services, list_hash(services)) as usize;
+        if list == self.row_of.len() {
+            if (self.len() + 1) * self.cells() > ROW_CELLS_MAX {
+                return None;
+            }
+            self.row.fill(0);
+            for (place, &service) in services.iter().enumerate().rev() {
+                for &class in &self.holds[service as usize] {
+                    self.row[class as usize] = place as u16 + 1;
+                }
+            }
+            self.row_of.push(self.rows.intern(&self.row, row_hash(&self.row)));
+        }
+        Some(self.row_of[list])
+    }
+
+    /// Their table.
+    fn table(&self) -> DataTable {
+        let cells = || self.rows.flat().iter().map(|&cell| cell.into());
+        DataTable::of(cells(), cells().max().unwrap_or(0))
+    }
+}
+
+/// Lists of entries.
+struct Lists {
+    /// For each service, the last list that has it.
+    seen: Vec<u32>,
+    count: u32,
+    /// The numbers of each list, behind a [`NOBODY`].
+    numbers: Interned<u32>,
+    /// Room for the services of a list, and for its numbers.
+    services: Vec<u32>,
+    list: Vec<u32>,
+}
+
+impl Lists {
+    fn new(services: usize) -> Lists {
         let mut lists = Lists {
-            cells,
-            holds,
             seen: vec![u32::MAX; services],
             count: 0,
-            row_of: FastMap::default(),
-            row_contents: FastMap::default(),
-            rows,
-            numbers: vec![NOBODY],
-            base_of: FastMap::default(),
+            numbers: Interned::new(),
             services: Vec::new(),
+            list: Vec::new(),
         };
-        lists.row_contents.insert(vec![0; cells], 0);
+        // The number at 0 is that of pairs without a list.
+        lists.numbers.intern(&[NOBODY], list_hash(&[NOBODY]));
         lists
     }
 
     /// The row and base of a list of services and numbers, ascending by number. `None` if rows grow too large.
-    fn add(&mut self, entries: impl Iterator<Item = (u32, u32)>) -> Option<(u32, u32)> {
-        let mut services = std::mem::take(&mut self.services);
-        services.clear();
-        // The numbers are written where they stay if no list has the same.
-        let base = self.numbers.len();
-        self.numbers.push(NOBODY);
+    fn add(&mut self, rows: &mut Rows, entries: impl Iterator<Item = (u32, u32)>) -> Option<(u32, u32)> {
+        self.services.clear();
+        self.list.clear();
+        self.list.push(NOBODY);
         for (service, number) in entries {
             // A service that came before never gets here.
             if std::mem::replace(&mut self.seen[service as usize], self.count) == self.count {
                 continue;
             }
-            services.push(service);
-            self.numbers.push(number);
-            if self.holds[service as usize].len() == self.cells {
+            self.services.push(service);
+            self.list.push(number);
+            if rows.always(service) {
                 break;
             }
         }
         self.count += 1;
-        if services.len() >= usize::from(u16::MAX) {
+        if self.services.len() >= usize::from(u16::MAX) {
             return None;
         }
-        let row = match self.row_of.get(services.as_slice()) {
-            Some(&row) => row,
-            None => {
-                let mut cells = vec![0u16; self.cells];
-                for (place, &service) in services.iter().enumerate().rev() {
-                    for &class in &self.holds[service as usize] {
-                        cells[class as usize] = place as u16 + 1;
-                    }
-                }
-                if self.rows.len() + self.cells > ROW_CELLS_MAX {
-                    return None;
-                }
-                let next = (self.rows.len() / self.cells) as u32;
-                let row = *self.row_contents.entry(cells).or_insert_with_key(|cells| {
-                    self.rows.extend(cells);
-                    next
-                });
-                self.row_of.insert(services.clone(), row);
-                row
-            }
-        };
-        self.services = services;
-        let base = self.listed_at(base);
-        Some((row, base))
+        let row = rows.row(&self.services)?;
+        let list = self.numbers.intern(&self.list, list_hash(&self.list));
+        Some((row, self.numbers.begin(list)))
     }
+}
 
-    /// Where the list is that was written last, at `base`: an equal one before it takes its place.
-    fn listed_at(&mut self, base: usize) -> u32 {
-        let (before, written) = self.numbers.split_at(base);
-        let mut hasher = Same::default();
-        written.hash(&mut hasher);
-        let same = self.base_of.entry(hasher.finish()).or_default();
-        let equal = |&&known: &&u32| {
-            let known = &before[known as usize..];
-            // Behind a list comes the next, or nothing.
-            known.starts_with(written) && known.get(written.len()).is_none_or(|&next| next == NOBODY)
-        };
-        if let Some(&known) = same.iter().find(equal) {
-            self.numbers.truncate(base);
-            return known;
-        }
-        same.push(base as u32);
-        base as u32
-    }
+fn list_hash(list: &[u32]) -> u64 {
+    list.iter().fold(0, |hash, &number| mix(hash, number.into()))
+}
+
+fn row_hash(row: &[u16]) -> u64 {
+    let four = |cells: &[u16]| cells.iter().fold(0, |four, &cell| four << 16 | u64::from(cell));
+    row.chunks(4).map(four).fold(0, mix)
 }
 
 /// Bits that numbers below `count` take.
@@ -468,12 +483,8 @@ impl Groups {
     /// What this is, for people.
     pub(super) fn describe(&self) -> String {
         let groups = self.groups.iter().filter(|group| !group.lists.is_empty()).count();
-        format!(
-            "{groups} groups, {} pairs, {} rows of {} services",
-            self.pairs,
-            self.rows.len() / self.row_cells,
-            self.row_cells
-        )
+        let (rows, services) = (self.rows.len(), self.rows.cells());
+        format!("{groups} groups, {} pairs, {rows} rows of {services} services", self.pairs)
     }
 
     /// Writes the look-up; the value is an index into `exits`. `None` if classes or lists are too many for a word.
@@ -494,7 +505,7 @@ impl Groups {
             return None;
         }
         let sides = [0, 1].map(|side| self.side(line, side, &groups, shifts[side]));
-        let row_bits = bits(self.rows.len() / self.row_cells);
+        let row_bits = bits(self.rows.len());
         let base_bits = bits(self.lists.len());
         let mut leaves: Vec<Value> = Vec::new();
         for &group in &groups {
@@ -554,8 +565,7 @@ impl Groups {
                 }
             });
         }
-        let largest = self.rows.iter().copied().max().unwrap_or(0);
-        let rows = line.table(DataTable::of(self.rows.iter().map(|&cell| cell.into()), largest.into()));
+        let rows = line.table(self.rows.table());
         let cell_bytes = line.width(rows);
         let service =
             self.services.as_ref().map(|told| told.write(line, &|class| u64::from(class) * cell_bytes));
@@ -565,7 +575,7 @@ impl Groups {
         let mut least: Option<Value> = None;
         for leaf in leaves {
             let row = if base_bits == 0 { leaf } else { line.with(AluKind::And, leaf, (1 << row_bits) - 1) };
-            let row = line.with(AluKind::Mul, row, self.row_cells as u64 * cell_bytes);
+            let row = line.with(AluKind::Mul, row, self.rows.cells() as u64 * cell_bytes);
             let cell = match service {
                 Some(service) => line.alu(AluKind::Add, row, service),
                 None => row,

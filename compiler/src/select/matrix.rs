@@ -5,13 +5,11 @@
 //! turns two classes into one, and the last table gives the exit. The order of the combinations is chosen by the size
 //! of the tables that come out.
 
-use polc_ir::at_once::each;
 use polc_ir::entities::Value;
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::{
-    Sets, Sparse, cut_after, differing, first_of_both, insert, numbers, numbers_of, sparse,
-};
+use super::cells::{firsts, in_both};
+use super::classes::{Sets, cut_after, first_of_both, insert, numbers, sparse};
 use super::column::look_up;
 use super::line::Line;
 use super::problem::{Masked, Problem, Run};
@@ -28,18 +26,9 @@ const CELLS_MAX: usize = 1 << 21;
 /// Words of bit sets that combining may look at.
 const WORDS_MAX: usize = 1 << 26;
 
-/// Words of the sets that the classes of a matrix's tables stand for, all together. Many columns that have nothing to do with each other make classes
-/// without end, of which each has most of the entries.
+/// Words of the sets that the classes of a matrix's tables stand for, all together. Many columns that have nothing to do
+/// with each other make classes without end, of which each has most of the entries.
 const SETS_WORDS_MAX: usize = 1 << 22;
-
-/// Words of the bit sets that say which classes have an entry.
-const HAVING_WORDS_MAX: usize = 1 << 21;
-
-/// Cells from which on a table is worth a thread.
-const CELLS_FOR_A_THREAD: usize = 1 << 15;
-
-/// Rows that another may be made like.
-const LIKE_MAX: usize = 6;
 
 /// A stage as tables.
 #[derive(Debug)]
@@ -108,11 +97,15 @@ enum Wanted {
     All,
 }
 
+/// Whether matrices may be small enough, as far as that is seen at a glance.
+pub(super) fn is_open(problem: &Problem) -> bool {
+    problem.entries.len() <= ENTRIES_MAX
+        && problem.columns.iter().all(|column| column.predicates.len() <= PREDICATES_MAX)
+}
+
 /// Combines all columns.
 fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
-    if problem.entries.len() > ENTRIES_MAX
-        || problem.columns.iter().any(|column| column.predicates.len() > PREDICATES_MAX)
-    {
+    if !is_open(problem) {
         return None;
     }
     let mut builder = Builder { problem, wanted, nodes: Vec::new(), work: 0, stored: 0 };
@@ -161,7 +154,6 @@ fn smallest(partials: &[Partial]) -> Option<(usize, usize)> {
 
 /// An order of three: two that are combined first, in a table of so many cells, and the third.
 struct Order<'a> {
-    numbers: (usize, usize, usize),
     first: usize,
     a: &'a Partial,
     b: &'a Partial,
@@ -248,41 +240,30 @@ impl Builder<'_> {
     }
 
     /// The tables of three: of every order, the one with the smallest. That whose first table is smallest comes first,
-    /// and the others can't win once they have more classes.
+    /// and another can't win once it has more classes.
     fn three(&mut self, partials: &[Partial]) -> Option<Partial> {
         let size = |one: &Partial, other: &Partial| one.sets.len() * other.sets.len();
         let mut orders = [(0, 1, 2), (0, 2, 1), (1, 2, 0)].map(|numbers| {
             let (a, b, third) = (&partials[numbers.0], &partials[numbers.1], &partials[numbers.2]);
-            Order { numbers, first: size(a, b), a, b, third }
+            Order { first: size(a, b), a, b, third }
         });
         orders.sort_by_key(|order| order.first);
-        let mut found: Vec<(usize, &Order<'_>, Node, Partial)> = Vec::new();
-        let (smallest, others) = orders.split_at(1);
-        for orders in [smallest, others] {
-            let least = found.iter().map(|(cells, ..)| *cells).min().unwrap_or(usize::MAX);
-            let mut open: Vec<&Order<'_>> = orders.iter().filter(|order| order.first < least).collect();
-            open.retain(|order| self.afford(order.first, order.a.sets.words()).is_some());
-            let table = |order: &&Order<'_>| {
-                let classes_max = CELLS_MAX.min(least - order.first) / order.third.sets.len();
-                self.table(order.a, order.b, classes_max)
-            };
-            let large = open.iter().all(|order| order.first >= CELLS_FOR_A_THREAD);
-            let tables: Vec<_> = if large { each(&open, table) } else { open.iter().map(table).collect() };
-            for (order, table) in open.into_iter().zip(tables) {
-                let Some((node, pair)) = table else { continue };
-                let cells = order.first + size(&pair, order.third);
-                if cells <= least && self.afford_last(&pair, order.third).is_some() {
-                    found.push((cells, order, node, pair));
-                }
+        let mut best: Option<(usize, &Order<'_>, Node, Partial)> = None;
+        for order in &orders {
+            let least = best.as_ref().map_or(usize::MAX, |(cells, ..)| *cells);
+            if order.first >= least || self.afford(order.first, order.a.sets.words()).is_none() {
+                continue;
+            }
+            let classes_max = CELLS_MAX.min(least - order.first) / order.third.sets.len();
+            let Some((node, pair)) = self.table(order.a, order.b, classes_max) else { continue };
+            let cells = order.first + size(&pair, order.third);
+            if cells < least && self.afford_last(&pair, order.third).is_some() {
+                best = Some((cells, order, node, pair));
             }
         }
-        found.sort_by_key(|(cells, order, ..)| (*cells, order.numbers));
-        let nodes = self.nodes.len();
-        found.into_iter().find_map(|(_, order, node, pair)| {
-            self.nodes.truncate(nodes);
-            self.nodes.push(node);
-            self.last(&pair, order.third)
-        })
+        let (_, order, node, pair) = best?;
+        self.nodes.push(node);
+        self.last(&pair, order.third)
     }
 
     /// The table of two, if there is time for it and it gives at most so many classes.
@@ -302,31 +283,9 @@ impl Builder<'_> {
     /// The same as the node that would come next.
     fn table(&self, left: &Partial, right: &Partial, classes_max: usize) -> Option<(Node, Partial)> {
         let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
+        let words_max = SETS_WORDS_MAX.saturating_sub(self.stored);
         let done = self.done(&columns);
-        let mut sets = Sets::new(self.problem.entries.len());
-        let mut both: Vec<(u32, u64)> = Vec::new();
-        let cells = cells(left, right, |like, a, b| {
-            both.clear();
-            for &(at, word) in a {
-                let word = word & b[at as usize];
-                if word == 0 {
-                    continue;
-                }
-                let finished = word & done[at as usize];
-                if finished != 0 {
-                    // Up to the lowest that is finished.
-                    both.push((at, word & (finished ^ (finished - 1))));
-                    break;
-                }
-                both.push((at, word));
-            }
-            // It may be what is there in the other row all the same.
-            let class = match like {
-                Some(class) if sets.get(class) == both => class,
-                _ => sets.intern(&both),
-            };
-            (sets.len() <= classes_max && self.stored + sets.stored() <= SETS_WORDS_MAX).then_some(class)
-        })?;
+        let (cells, sets) = in_both(&left.sets, &right.sets, &done, classes_max, words_max)?;
         let node = Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells };
         Some((node, Partial { node: self.nodes.len(), sets, columns }))
     }
@@ -347,11 +306,9 @@ impl Builder<'_> {
         }
         let mut sets = Sets::new(self.problem.entries.len());
         let mut class_of: Vec<Option<u32>> = vec![None; self.problem.exits.len()];
-        let cells = cells(left, right, |_, a, b| {
-            // A combination that no packet has may have no entry.
-            let first = first_of_both(b, a).unwrap_or(0);
-            let class = &mut class_of[self.problem.exit_of[first] as usize];
-            Some(*class.get_or_insert_with(|| sets.intern(&[(first as u32 / 64, 1 << (first % 64))])))
+        let cells = firsts(&left.sets, &right.sets, |entry| {
+            let class = &mut class_of[self.problem.exit_of[entry] as usize];
+            *class.get_or_insert_with(|| sets.push(&[(entry as u32 / 64, 1 << (entry % 64))]))
         })?;
         self.nodes.push(Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells });
         Some(Partial { node: self.nodes.len() - 1, sets, columns: Vec::new() })
@@ -362,89 +319,6 @@ impl Builder<'_> {
         self.work += cells * words;
         (cells <= CELLS_MAX && self.work <= WORDS_MAX).then_some(())
     }
-}
-
-/// Classes and their entries as bits: the entries of each class, and the classes of each entry.
-struct Bits {
-    /// Words of a set of entries, and of one of classes.
-    words: [usize; 2],
-    entries: Vec<u64>,
-    classes: Vec<u64>,
-}
-
-impl Bits {
-    /// `None` if they are too many.
-    fn new(sets: &Sets) -> Option<Bits> {
-        let words = [sets.words(), sets.len().div_ceil(64)];
-        if 64 * words[0] * words[1] > HAVING_WORDS_MAX {
-            return None;
-        }
-        let mut bits = Bits {
-            words,
-            entries: vec![0; sets.len() * words[0]],
-            classes: vec![0; 64 * words[0] * words[1]],
-        };
-        for class in 0..sets.len() {
-            let set = sets.get(class as u32);
-            for &(at, word) in set {
-                bits.entries[class * words[0] + at as usize] = word;
-            }
-            for entry in numbers(set) {
-                insert(&mut bits.classes[entry * words[1]..][..words[1]], class);
-            }
-        }
-        Some(bits)
-    }
-
-    fn entries(&self, class: usize) -> &[u64] {
-        &self.entries[class * self.words[0]..][..self.words[0]]
-    }
-
-    fn classes(&self, entry: usize) -> &[u64] {
-        &self.classes[entry * self.words[1]..][..self.words[1]]
-    }
-}
-
-/// The cells of two, row by row; `None` if they are too many, or as soon as one is. `cell` gives the cell of a left
-/// class's entries and a right class's, and is told the one of the latter in a row that is mostly the same. That row is
-/// the one of the last left class, or of one that it was made like, whichever has the most entries in common with this:
-/// hosts follow one another and are all like the prefix that they are in. Only right classes that have one of the
-/// entries by which the two differ are asked about.
-fn cells(
-    left: &Partial,
-    right: &Partial,
-    mut cell: impl FnMut(Option<u32>, &Sparse, &[u64]) -> Option<u32>,
-) -> Option<Vec<u32>> {
-    let bits = Bits::new(&right.sets)?;
-    let (height, width) = (left.sets.len(), right.sets.len());
-    let mut cells: Vec<u32> = Vec::with_capacity(height * width);
-    for b in 0..width {
-        cells.push(cell(None, left.sets.get(0), bits.entries(b))?);
-    }
-    // For each row, the one that it was made like.
-    let mut likes: Vec<u32> = vec![0];
-    let mut changed = vec![0u64; bits.words[1]];
-    for a in 1..height as u32 {
-        let row = left.sets.get(a);
-        let unlike =
-            |other: u32| differing(row, left.sets.get(other)).map(|(_, word)| word.count_ones()).sum::<u32>();
-        let before = std::iter::successors(Some(a - 1), |&row| Some(likes[row as usize]));
-        let like = before.take(LIKE_MAX).min_by_key(|&row| unlike(row)).expect("there is one before");
-        likes.push(like);
-        changed.fill(0);
-        for entry in differing(row, left.sets.get(like)).flat_map(|(at, word)| numbers_of(at, word)) {
-            for (changed, classes) in changed.iter_mut().zip(bits.classes(entry)) {
-                *changed |= classes;
-            }
-        }
-        let begin = cells.len();
-        cells.extend_from_within(like as usize * width..(like as usize + 1) * width);
-        for b in sparse(&changed).flat_map(|(at, word)| numbers_of(at, word)) {
-            let place = &mut cells[begin + b];
-            *place = cell(Some(*place), row, bits.entries(b))?;
-        }
-    }
-    Some(cells)
 }
 
 impl Matrix {

@@ -32,6 +32,7 @@ use self::matrix::matrix;
 use self::problem::Problem;
 use self::words::word_ranges;
 
+mod cells;
 mod classes;
 mod column;
 mod cost;
@@ -330,7 +331,9 @@ impl<'a> Counting<'a> {
             })
             .collect();
         lookups.sort_by_key(|exits| std::cmp::Reverse(exits.len()));
-        let mut counting = Counting { traces: Vec::new(), slots: FastMap::default() };
+        let exits = lookups.iter().map(|exits| exits.len()).sum();
+        let slots = FastMap::with_capacity_and_hasher(exits, Default::default());
+        let mut counting = Counting { traces: Vec::with_capacity(exits), slots };
         for exits in lookups {
             let ends = exits.iter().map_while(|&exit| {
                 counted(&classifier.entries[exit])
@@ -378,18 +381,16 @@ impl<'a> Counting<'a> {
 impl Keys {
     fn new(classifier: &Classifier, devices: &Devices) -> Keys {
         let family = classifier.family;
-        let mut fields: Vec<Field> = classifier
-            .entries
-            .values()
-            .flat_map(|entry| {
-                let writes = match &entry.exit {
-                    Exit::Then { writes, .. } => writes.as_slice(),
-                    _ => &[],
-                };
-                let tested = entry.cube.tests().iter().map(|test| test.field);
-                tested.chain(writes.iter().map(|write| write.field))
-            })
-            .collect();
+        let used = classifier.entries.values().flat_map(|entry| {
+            let writes = match &entry.exit {
+                Exit::Then { writes, .. } => writes.as_slice(),
+                _ => &[],
+            };
+            let tested = entry.cube.tests().iter().map(|test| test.field);
+            tested.chain(writes.iter().map(|write| write.field))
+        });
+        let used: FastMap<Field, ()> = used.map(|field| (field, ())).collect();
+        let mut fields: Vec<Field> = used.into_keys().collect();
         let looks_up = |entry: &EntryData| matches!(entry.exit, Exit::EndIfAbsent(_));
         if classifier.entries.values().any(looks_up) {
             fields.extend(LOOKED_UP_BY);
@@ -650,7 +651,8 @@ impl Selector<'_> {
         };
         let enough = |matrix: &(Shape, Tables)| prefer == Prefer::Matrix || matrix.1.bytes() <= SMALL_BYTES;
         // Of many entries each takes long, and few matrices are so small that nothing else need be tried.
-        let (matrix, groups) = if problem.entries.len() >= LARGE_ENTRIES && prefer == Prefer::Cheapest {
+        let is_large = problem.entries.len() >= LARGE_ENTRIES && matrix::is_open(&problem);
+        let (matrix, groups) = if is_large && prefer == Prefer::Cheapest {
             both(by_matrix, by_groups)
         } else {
             let matrix = by_matrix();

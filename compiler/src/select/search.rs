@@ -11,10 +11,12 @@
 //! What a structure costs follows from the sizes of its tables; so each that comes into question is written with empty
 //! tables first, and only the one that is chosen is filled.
 
+use std::rc::Rc;
+
 use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::FastMap;
+use super::classes::{FastMap, Interned, mix};
 use super::column::by_word;
 use super::cost;
 use super::line::{Line, Tables};
@@ -68,7 +70,7 @@ const CUT_INSNS: u64 = 16;
 const FIRST_BITS: [u32; 5] = [8, 11, 14, 16, 18];
 
 /// How to search.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Search {
     /// Count the runs that begin at or below the number.
     Count,
@@ -76,10 +78,10 @@ pub(super) enum Search {
     Halve,
     /// Look so many first bits up, then halve the runs that begin with them.
     First(u32),
-    /// Take so many bits at a time.
-    Trie(Vec<u32>, Alone),
-    /// Search so many low bits and the others apart: the others by the first of two ways, these by the second.
-    Cut(u32, Box<[Search; 2]>),
+    /// Take a few bits at a time.
+    Trie(Rc<Trie>, Alone),
+    /// Search the low bits and the others apart: the others by the first of two ways, these by the second.
+    Cut(Box<Parted>, Box<[Search; 2]>),
 }
 
 /// What a level of a trie has where all numbers that come there stand for one thing.
@@ -142,16 +144,17 @@ fn choose(bits: u32, runs: &Runs, frugal: bool, may_cut: bool) -> Search {
     if runs.len() > 2 && !frugal {
         // A root with many more elements than runs mostly repeats itself.
         let root_max = (ROOT_ELEMENTS_PER_RUN * runs.len()).max(ROOT_ELEMENTS);
+        let alone = alone(runs);
         for strides in strides(bits).into_iter().filter(|strides| 1 << strides[0] <= root_max) {
             let levels = strides.len() as u64;
-            if !choice.is_open(cost::least_part(LEVEL_INSNS * levels, levels, 1 << strides[0])) {
+            if !choice.is_open(cost::least_part(LEVEL_INSNS * levels, levels, 1 << strides[0]))
+                || least_elements(runs, &alone, &strides) > TRIE_ELEMENTS_MAX
+            {
                 continue;
             }
-            let Some(levels) = build(runs, &strides) else { continue };
+            let Some(trie) = Trie::new(runs, strides).map(Rc::new) else { continue };
             for alone in [Alone::Element, Alone::Node] {
-                choice.consider_by(Search::Trie(strides.clone(), alone), |line| {
-                    trie(line, &any, bits, &strides, &levels, alone)
-                });
+                choice.consider(Search::Trie(trie.clone(), alone));
             }
         }
         let few = runs.len() <= CUT_ANYWHERE_RUNS_MAX;
@@ -187,21 +190,13 @@ impl Choice<'_> {
         let (bits, frugal) = (self.bits, self.frugal);
         let Some(parts) = Parted::new(bits, self.runs, low) else { return };
         let how = [choose(bits - low, &parts.upper, frugal, false), choose(low, &parts.lower, frugal, false)];
-        let how = Box::new(how);
-        let cut = Search::Cut(low, how.clone());
-        self.consider_by(cut, |line| parts.write(line, &any, bits, low, &how));
+        self.consider(Search::Cut(Box::new(parts), Box::new(how)));
     }
 
     fn consider(&mut self, how: Search) {
-        let (bits, runs) = (self.bits, self.runs);
-        self.consider_by(how.clone(), |line| write(line, &any, bits, runs, &how));
-    }
-
-    /// The same, for what is written by other means.
-    fn consider_by(&mut self, how: Search, write: impl FnOnce(&mut Line<'_>) -> Option<Value>) {
         let mut tables = Tables::sketch();
         let mut trial = Line::new(&mut tables);
-        let Some(result) = write(&mut trial) else { return };
+        let Some(result) = write(&mut trial, &any, self.bits, self.runs, &how) else { return };
         let (ops, result) = trial.finish(result);
         let near = near(&tables, &how, self.bits, self.runs) / 10;
         let mut cost = cost::part(&ops, tables.sizes(), result).saturating_sub(near);
@@ -226,8 +221,8 @@ pub(super) fn write(
         Search::Count => Some(count(line, number, runs)),
         Search::Halve => Some(halve(line, number, runs)),
         Search::First(first) => Some(first_bits(line, number, bits, runs, *first)),
-        Search::Trie(strides, alone) => trie(line, number, bits, strides, &build(runs, strides)?, *alone),
-        Search::Cut(low, how) => Parted::new(bits, runs, *low)?.write(line, number, bits, *low, how),
+        Search::Trie(made, alone) => trie(line, number, bits, made, *alone),
+        Search::Cut(parts, how) => parts.write(line, number, bits, how),
     }
 }
 
@@ -446,8 +441,7 @@ fn trie(
     line: &mut Line<'_>,
     number: &dyn Fn(&mut Line<'_>) -> Value,
     bits: u32,
-    strides: &[u32],
-    levels: &[Level],
+    Trie { strides, levels }: &Trie,
     alone: Alone,
 ) -> Option<Value> {
     let total: u32 = strides.iter().sum();
@@ -533,7 +527,49 @@ struct Level {
     same: Vec<u64>,
 }
 
-/// Nodes of all levels, equal ones once. `None` if they are too many.
+/// For each run but the first, whether it or the one before stands for something that no other run does.
+fn alone(runs: &Runs) -> Vec<bool> {
+    let mut count: FastMap<u64, u32> = FastMap::default();
+    runs.iter().for_each(|&(_, value)| *count.entry(value).or_default() += 1);
+    runs.windows(2).map(|pair| pair.iter().any(|(_, value)| count[value] == 1)).collect()
+}
+
+/// Elements that a trie has at least: where a run begins within a node, and stands for something that no other does (or
+/// the one before it), no other node is equal.
+fn least_elements(runs: &Runs, alone: &[bool], strides: &[u32]) -> usize {
+    let mut bits: u32 = strides.iter().sum();
+    let mut elements = 0;
+    for stride in strides {
+        let mut nodes = 0;
+        let mut last = None;
+        for (&(start, _), _) in runs[1..].iter().zip(alone).filter(|&(_, alone)| *alone) {
+            let node = Some(start >> bits);
+            if start & ((1 << bits) - 1) != 0 && last != node {
+                last = node;
+                nodes += 1;
+            }
+        }
+        elements += nodes << stride;
+        bits -= stride;
+    }
+    elements
+}
+
+/// The nodes of all levels, equal ones once.
+#[derive(Debug)]
+pub(super) struct Trie {
+    /// The bits that each level takes.
+    strides: Vec<u32>,
+    levels: Vec<Level>,
+}
+
+impl Trie {
+    /// `None` if there are too many nodes.
+    fn new(runs: &Runs, strides: Vec<u32>) -> Option<Trie> {
+        build(runs, &strides).map(|levels| Trie { strides, levels })
+    }
+}
+
 fn build(runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
     let bits: u32 = strides.iter().sum();
     let mut levels: Vec<Level> = strides.iter().map(|_| Level::default()).collect();
@@ -609,13 +645,16 @@ fn build(runs: &Runs, strides: &[u32]) -> Option<Vec<Level>> {
 }
 
 /// A number cut in two: what its two parts stand for, and what both together do.
-struct Parted {
+#[derive(Debug)]
+pub(super) struct Parted {
+    /// The bits of the lower part.
+    low: u32,
     /// Runs of the bits above: where the row of their class begins.
     upper: Vec<(u64, u64)>,
     /// Runs of the low bits: where the column of theirs is in a row.
     lower: Vec<(u64, u64)>,
-    /// The columns, each with its place.
-    columns: FastMap<Vec<u64>, u64>,
+    /// The columns, in the order of their places.
+    columns: Interned<u64>,
     /// How many rows there are.
     rows: usize,
     /// The largest element.
@@ -627,41 +666,42 @@ impl Parted {
     fn new(bits: u32, runs: &Runs, low: u32) -> Option<Parted> {
         let wide: Vec<(u128, u64)> = runs.iter().map(|&(start, value)| (start.into(), value)).collect();
         // What is left to search behind the upper part, once each.
-        let mut rests: Vec<Vec<(u128, u64)>> = Vec::new();
-        let mut known: FastMap<Vec<(u128, u64)>, u64> = FastMap::default();
+        let mut rests: Interned<(u128, u64)> = Interned::new();
         let mut upper: Vec<(u64, u64)> = Vec::new();
-        for (start, rest) in by_word(&wide, low) {
-            if start >> (bits - low) != 0 {
-                continue;
+        let mut longest = 0;
+        by_word(&wide, low, |start, rest| {
+            // A rest's runs begin at as many numbers.
+            longest = rest.len().max(longest);
+            if start >> (bits - low) != 0 || rests.len() * longest > CUT_ELEMENTS_MAX {
+                return;
             }
-            let label = *known.entry(rest).or_insert_with_key(|rest| {
-                rests.push(rest.clone());
-                rests.len() as u64 - 1
-            });
+            let hash = rest.iter().fold(0, |hash, &(start, value)| mix(mix(hash, start as u64), value));
+            let label = rests.intern(rest, hash).into();
             if upper.last().is_none_or(|&(_, last)| last != label) {
                 upper.push((start, label));
             }
-        }
-        let mut starts: Vec<u128> = rests.iter().flatten().map(|&(start, _)| start).collect();
+        });
+        let mut starts: Vec<u128> = rests.lists().flatten().map(|&(start, _)| start).collect();
         starts.sort_unstable();
         starts.dedup();
         if starts.len() * rests.len() > CUT_ELEMENTS_MAX {
             return None;
         }
         // Lower parts that no rest tells apart are one class.
-        let mut columns: FastMap<Vec<u64>, u64> = FastMap::default();
+        let mut columns: Interned<u64> = Interned::new();
+        let mut column: Vec<u64> = Vec::with_capacity(rests.len());
         let mut lower: Vec<(u64, u64)> = Vec::new();
         let mut at = vec![0; rests.len()];
         for start in starts {
-            let column = rests.iter().zip(&mut at).map(|(rest, at)| {
+            column.clear();
+            column.extend(rests.lists().zip(&mut at).map(|(rest, at)| {
                 while rest.get(*at + 1).is_some_and(|next| next.0 <= start) {
                     *at += 1;
                 }
                 rest[*at].1
-            });
-            let column: Vec<u64> = column.collect();
-            let count = columns.len() as u64;
-            let class = *columns.entry(column).or_insert(count);
+            }));
+            let hash = column.iter().fold(0, |hash, &value| mix(hash, value));
+            let class = columns.intern(&column, hash).into();
             if lower.last().is_none_or(|&(_, last)| last != class) {
                 lower.push((start as u64, class));
             }
@@ -671,7 +711,7 @@ impl Parted {
         let row = columns.len() as u64 * element;
         upper.iter_mut().for_each(|(_, class)| *class *= row);
         lower.iter_mut().for_each(|(_, class)| *class *= element);
-        Some(Parted { upper, lower, columns, rows, largest })
+        Some(Parted { low, upper, lower, columns, rows, largest })
     }
 
     /// Searches both parts, and reads what they stand for together.
@@ -680,16 +720,16 @@ impl Parted {
         line: &mut Line<'_>,
         number: &dyn Fn(&mut Line<'_>) -> Value,
         bits: u32,
-        low: u32,
         how: &[Search; 2],
     ) -> Option<Value> {
+        let low = self.low;
         let width = self.columns.len();
         let count = self.rows * width;
         let table = line.table_of(count, self.largest, || {
             let mut elements = vec![0; count];
-            for (column, &class) in &self.columns {
+            for (class, column) in self.columns.lists().enumerate() {
                 for (label, &value) in column.iter().enumerate() {
-                    elements[label * width + class as usize] = value;
+                    elements[label * width + class] = value;
                 }
             }
             elements
@@ -761,15 +801,15 @@ mod tests {
                 numbers.extend((0..200).map(|_| below(&mut random, top)));
                 let mut ways = vec![Search::Count, Search::Halve];
                 ways.extend([3, 8, 11].into_iter().filter(|&first| first < bits).map(Search::First));
-                for strides in strides(bits) {
-                    ways.extend(
-                        [Alone::Element, Alone::Node].map(|alone| Search::Trie(strides.clone(), alone)),
-                    );
+                for trie in strides(bits).into_iter().filter_map(|strides| Trie::new(&runs, strides)) {
+                    let trie = Rc::new(trie);
+                    ways.extend([Alone::Element, Alone::Node].map(|alone| Search::Trie(trie.clone(), alone)));
                 }
                 let cuts = CUTS.into_iter().filter(|&cut| cut < bits && bits <= CUT_BITS_MAX);
-                ways.extend(cuts.map(|cut| Search::Cut(cut, Box::new([Search::Halve, Search::Halve]))));
+                let parted = cuts.filter_map(|cut| Parted::new(bits, &runs, cut)).map(Box::new);
+                ways.extend(parted.map(|parts| Search::Cut(parts, Box::new([Search::Halve, Search::Halve]))));
                 for how in ways {
-                    if how == Search::Count && runs.len() > COUNTED_MAX {
+                    if matches!(how, Search::Count) && runs.len() > COUNTED_MAX {
                         continue;
                     }
                     let mut tables = Tables::new();

@@ -5,10 +5,8 @@
 //! multiplied. Several thresholds are tried, and the one with the fewest pairs taken; more groups have to pay for
 //! themselves.
 
-use polc_ir::interval::IntervalSet;
-
 use super::groups::Asked;
-use super::problem::{Column, Problem};
+use super::problem::{Column, Event};
 
 /// Most groups: wide or not on each of two sides.
 pub(super) const GROUPS: usize = 4;
@@ -22,10 +20,10 @@ const THRESHOLDS: [u32; 6] = [8, 32, 128, 512, 2_048, u32::MAX];
 /// Pairs that a group more has to save.
 const GROUP_PAIRS: u64 = 1 << 14;
 
-/// The entries of each group.
-pub(super) fn partition(problem: &Problem, columns: [Option<usize>; 2], asked: &[Asked]) -> [Group; GROUPS] {
+/// The entries of each group, by the column of each side and its events.
+pub(super) fn partition(sides: [Option<(&Column, &[Event])>; 2], asked: &[Asked]) -> [Group; GROUPS] {
     let entries = asked.len() as u32;
-    let sides = columns.map(|column| column.map(|column| Ranges::new(&problem.columns[column])));
+    let sides = sides.map(|side| side.map(|(column, events)| Ranges::new(column, events)));
     let sides = [0, 1].map(|side: usize| sides[side].as_ref());
     let all = [0, 1].map(|side| widths(sides[side], asked.iter().map(|asked| asked.sides[side])));
     let mut best: Option<(u64, [Group; GROUPS])> = None;
@@ -123,22 +121,31 @@ struct Ranges {
 }
 
 impl Ranges {
-    fn new(column: &Column) -> Ranges {
-        let intervals = || column.predicates.iter().flat_map(IntervalSet::intervals);
-        let mut bounds: Vec<u128> = vec![0];
-        bounds.extend(intervals().flat_map(|range| [Some(range.lo()), range.hi().checked_add(1)]).flatten());
-        bounds.sort_unstable();
-        bounds.dedup();
-        let number = |bound: u128| bounds.partition_point(|&known| known < bound) as u32;
-        let ranges = intervals()
-            .map(|range| (number(range.lo()), range.hi().checked_add(1).map_or(bounds.len() as u32, number)));
-        let ranges = ranges.collect();
+    /// By a column's events.
+    fn new(column: &Column, events: &[Event]) -> Ranges {
         let mut end = 0;
         let ends = column.predicates.iter().map(|set| {
             end += set.intervals().len() as u32;
             end
         });
-        Ranges { ends: ends.collect(), ranges, bounds: bounds.len() }
+        let ends: Vec<u32> = ends.collect();
+        // Where each predicate's next range is that begins, and that ends.
+        let begins: Vec<u32> = std::iter::once(0).chain(ends.iter().copied()).take(ends.len()).collect();
+        let mut next = [begins.clone(), begins];
+        let mut ranges = vec![(0, u32::MAX); end as usize];
+        let (mut bound, mut at) = (0, 0);
+        for &(value, predicate, begins) in events {
+            bound += u32::from(value != at);
+            at = value;
+            let next = &mut next[usize::from(begins)][predicate as usize];
+            let range: &mut (u32, u32) = &mut ranges[*next as usize];
+            *(if begins { &mut range.0 } else { &mut range.1 }) = bound;
+            *next += 1;
+        }
+        let bounds = bound + 1;
+        // What does not end before the largest value.
+        ranges.iter_mut().for_each(|(_, to)| *to = bounds.min(*to));
+        Ranges { ends, ranges, bounds: bounds as usize }
     }
 
     fn of(&self, predicate: usize) -> &[(u32, u32)] {
