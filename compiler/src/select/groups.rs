@@ -7,7 +7,7 @@
 //! indexed directly where that is small. What an entry asks of the other columns is its *service*; all services that a
 //! packet satisfies are its service class. A list's entries differ in their services, and lists with the same services
 //! share a row that says, for every service class, which entry of the list is first. So a list is a row and where its
-//! entries' numbers begin, and the least number over all groups wins.
+//! entries' numbers begin (`rows`), and the least number over all groups wins.
 //!
 //! ```text
 //! source ──▶ classes, one for each group ─┐
@@ -18,19 +18,17 @@
 use polc_ir::entities::{Entry, Value};
 use polc_ir::plan::{AluKind, DataTable};
 
-use super::classes::{Interned, mix, numbers};
+use super::classes::{Interned, mix};
 use super::column::look_up;
 use super::cuckoo::Cuckoo;
 use super::line::Line;
 use super::matrix::{Classes, classes};
 use super::problem::{Column, Entries, Event, Masked, Problem, Run};
+use super::rows::{Lists, NOBODY, Rows};
 use super::wide::{GROUPS, Group, partition};
 
 /// Pairs of classes with an entry each, over all groups: what time and memory allow.
 const CROSSED_MAX: usize = 1 << 23;
-
-/// Cells of all rows.
-const ROW_CELLS_MAX: usize = 1 << 25;
 
 /// Bits of one value that hold a column's classes for all groups.
 const PACKED_BITS_MAX: u32 = 62;
@@ -93,9 +91,6 @@ pub(super) struct Asked {
     pub(super) service: u32,
 }
 
-/// A number behind every entry's.
-const NOBODY: u32 = u32::MAX;
-
 /// Makes the tables, if they are small enough.
 pub(super) fn groups(problem: &Problem) -> Option<Groups> {
     let columns = selective(problem);
@@ -147,16 +142,7 @@ pub(super) fn groups(problem: &Problem) -> Option<Groups> {
         pairs += of_group.len();
         groups.push(Pairs { classes: [0, 1].map(|at| members[at].count()), lists: of_group });
     }
-    Some(Groups {
-        sides,
-        rows,
-        lists: lists.numbers.into_flat(),
-        services: told,
-        groups,
-        exit_of,
-        exits,
-        pairs,
-    })
+    Some(Groups { sides, rows, lists: lists.into_numbers(), services: told, groups, exit_of, exits, pairs })
 }
 
 /// The two columns that entries ask the most different things of.
@@ -341,139 +327,6 @@ fn classes_of(
     Some((runs, members))
 }
 
-/// Rows: what place in a list comes first, from 1, for every class of services; 0: none.
-#[derive(Debug)]
-struct Rows {
-    /// For each service, the classes in which it holds.
-    holds: Vec<Vec<u32>>,
-    /// The services of lists, and the row of each.
-    services: Interned<u32>,
-    row_of: Vec<u32>,
-    rows: Interned<u16>,
-    /// A row, which has a cell for each class.
-    row: Vec<u16>,
-}
-
-impl Rows {
-    /// Row 0, of pairs without a list.
-    fn new(told: Option<&Classes>, services: usize) -> Rows {
-        let classes = told.map_or(1, |told| told.sets.len());
-        let mut holds: Vec<Vec<u32>> = vec![Vec::new(); services];
-        for class in 0..classes as u32 {
-            match told {
-                None => holds[0].push(0),
-                Some(told) => {
-                    numbers(told.sets.get(class)).for_each(|service| holds[service].push(class));
-                }
-            }
-        }
-        let (services, row) = (Interned::new(), vec![0; classes]);
-        let mut rows = Rows { holds, services, row_of: Vec::new(), rows: Interned::new(), row };
-        rows.rows.intern(&rows.row, row_hash(&rows.row));
-        rows
-    }
-
-    /// How many there are.
-    fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Cells of a row.
-    fn cells(&self) -> usize {
-        self.row.len()
-    }
-
-    /// Whether a service holds in all classes.
-    fn always(&self, service: u32) -> bool {
-        self.holds[service as usize].len() == self.row.len()
-    }
-
-    /// The row of a list's services. `None` if rows grow too large.
-    fn row(&mut self, services: &[u32]) -> Option<u32> {
-        let list = self.services.intern(services, list_hash(services)) as usize;
-        if list == self.row_of.len() {
-            if (self.len() + 1) * self.cells() > ROW_CELLS_MAX {
-                return None;
-            }
-            self.row.fill(0);
-            for (place, &service) in services.iter().enumerate().rev() {
-                for &class in &self.holds[service as usize] {
-                    self.row[class as usize] = place as u16 + 1;
-                }
-            }
-            self.row_of.push(self.rows.intern(&self.row, row_hash(&self.row)));
-        }
-        Some(self.row_of[list])
-    }
-
-    /// Their table.
-    fn table(&self) -> DataTable {
-        let cells = || self.rows.flat().iter().map(|&cell| cell.into());
-        DataTable::of(cells(), cells().max().unwrap_or(0))
-    }
-}
-
-/// Lists of entries.
-struct Lists {
-    /// For each service, the last list that has it.
-    seen: Vec<u32>,
-    count: u32,
-    /// The numbers of each list, behind a [`NOBODY`].
-    numbers: Interned<u32>,
-    /// Room for the services of a list, and for its numbers.
-    services: Vec<u32>,
-    list: Vec<u32>,
-}
-
-impl Lists {
-    fn new(services: usize) -> Lists {
-        let mut lists = Lists {
-            seen: vec![u32::MAX; services],
-            count: 0,
-            numbers: Interned::new(),
-            services: Vec::new(),
-            list: Vec::new(),
-        };
-        // The number at 0 is that of pairs without a list.
-        lists.numbers.intern(&[NOBODY], list_hash(&[NOBODY]));
-        lists
-    }
-
-    /// The row and base of a list of services and numbers, ascending by number. `None` if rows grow too large.
-    fn add(&mut self, rows: &mut Rows, entries: impl Iterator<Item = (u32, u32)>) -> Option<(u32, u32)> {
-        self.services.clear();
-        self.list.clear();
-        self.list.push(NOBODY);
-        for (service, number) in entries {
-            // A service that came before never gets here.
-            if std::mem::replace(&mut self.seen[service as usize], self.count) == self.count {
-                continue;
-            }
-            self.services.push(service);
-            self.list.push(number);
-            if rows.always(service) {
-                break;
-            }
-        }
-        self.count += 1;
-        if self.services.len() >= usize::from(u16::MAX) {
-            return None;
-        }
-        let row = rows.row(&self.services)?;
-        let list = self.numbers.intern(&self.list, list_hash(&self.list));
-        Some((row, self.numbers.begin(list)))
-    }
-}
-
-fn list_hash(list: &[u32]) -> u64 {
-    list.iter().fold(0, |hash, &number| mix(hash, number.into()))
-}
-
-fn row_hash(row: &[u16]) -> u64 {
-    let four = |cells: &[u16]| cells.iter().fold(0, |four, &cell| four << 16 | u64::from(cell));
-    row.chunks(4).map(four).fold(0, mix)
-}
-
 /// Bits that numbers below `count` take.
 fn bits(count: usize) -> u32 {
     usize::BITS - count.saturating_sub(1).leading_zeros()
@@ -565,22 +418,15 @@ impl Groups {
                 }
             });
         }
-        let rows = line.table(self.rows.table());
-        let cell_bytes = line.width(rows);
-        let service =
-            self.services.as_ref().map(|told| told.write(line, &|class| u64::from(class) * cell_bytes));
+        let services = self.services.as_ref();
+        let places = self.rows.write(line, leaves.len(), |line, map| Some(services?.write(line, map)));
         let numbers = self.lists.iter().map(|&number| self.listed(number));
         let largest = numbers.clone().max().unwrap_or(0);
         let lists = line.table(DataTable::of(numbers, largest));
         let mut least: Option<Value> = None;
         for leaf in leaves {
             let row = if base_bits == 0 { leaf } else { line.with(AluKind::And, leaf, (1 << row_bits) - 1) };
-            let row = line.with(AluKind::Mul, row, self.rows.cells() as u64 * cell_bytes);
-            let cell = match service {
-                Some(service) => line.alu(AluKind::Add, row, service),
-                None => row,
-            };
-            let place = line.read(rows, cell);
+            let place = places.write(line, row);
             let base = line.with(AluKind::Shr, leaf, row_bits.into());
             let at = line.alu(AluKind::Add, base, place);
             let number = line.index(lists, at);

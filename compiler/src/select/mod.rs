@@ -43,6 +43,7 @@ mod line;
 mod matrix;
 mod members;
 mod problem;
+mod rows;
 mod search;
 mod walk;
 mod wide;
