@@ -618,7 +618,26 @@ fn metrics_are_served_to_whoever_asks() {
     let threads = std::fs::read_dir(format!("/proc/{}/task", server.child.id())).expect("it runs").count();
     assert!(threads < 200, "{threads} threads");
     drop(idle);
+    // Of two policies one is damaged under the server, and under somebody who watches both.
+    host.apply(&["--attach", "tc-ingress"]);
+    assert!(get("GET /metrics").contains("\npolc_policies 2\n"));
+    let mut watcher = host.watch(&["trace", "--verdict", "drop"]);
+    watcher.remark();
+    let folder = std::fs::read_dir(std::path::Path::new(&host.bpffs).join("polc")).expect("pins");
+    let folder = folder.map(|entry| entry.expect("an entry").path()).next().expect("a namespace");
+    let link = folder.join("eth0-tc-ingress-4/link");
+    std::fs::remove_file(&link).expect("it is there");
+    std::fs::hard_link(folder.join("eth0-tc-ingress-4/gen-1/prog"), &link).expect("a pin");
+    let answer = get("GET /metrics");
+    for line in ["\npolc_policies 1\n", "\npolc_policies_unread 1\n"] {
+        assert!(answer.contains(line), "{answer}");
+    }
+    assert!(watcher.remark().contains("[E0812]"));
+    host.well(&["flush", "--attach", "tc-ingress"]);
+    watcher.tell(Signal::INT);
+    assert_eq!(watcher.end().code(), Some(0));
     // OpenMetrics: a counter's samples end in _total, its name does not.
+    let answer = get("GET /metrics");
     assert!(answer.contains("# TYPE polc_rule_packets counter\n"), "{answer}");
     host.well(&["flush"]);
     assert!(get("GET /metrics").contains("\npolc_policies 0\n"));

@@ -74,7 +74,8 @@ impl Followed {
         let opened = &self.0;
         let mut same = opened.policies.iter().map(|open| &open.slot).eq(&live::slots(sys, args)?);
         for open in &opened.policies {
-            same = same && open.generation.settled && open.is_attached(sys)?;
+            // What keeps it from being told keeps it from being opened again, and none of the others.
+            same = same && open.generation.settled && open.is_attached(sys).unwrap_or(false);
         }
         if !same {
             self.0 = Opened::new(sys, args)?;

@@ -64,7 +64,10 @@ pub(super) fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, Failure
             Ok(Opened { policies, failed, .. }) if policies.is_empty() => {
                 break live::all_well(failed, output).map(|_| ());
             }
-            Ok(opened) => opened.policies,
+            Ok(opened) => {
+                opened.failed.iter().for_each(|failure| output.error(&failure.to_string()));
+                opened.policies
+            }
             Err(failure) => break Err(failure),
         };
         output.remark("a policy was replaced or removed; going on with what is applied now\n");
@@ -136,7 +139,7 @@ impl<'a> Asked<'a> {
             match self.watch(policy, maps, held) {
                 Ok(watch) => watches.push(watch),
                 // It may have been replaced since it was opened.
-                Err(_) if !policy.is_attached(sys)? => {
+                Err(_) if is_gone(sys, policy) => {
                     changed = true;
                     continue;
                 }
@@ -162,7 +165,7 @@ impl<'a> Asked<'a> {
         // reporting while the others are looked at again.
         let mut tally = Tally::default();
         for (watch, Watched { policy, .. }) in watches.iter_mut().zip(&watched) {
-            let stays = matches!(end, Ok(End::Changed)) && policy.is_attached(sys)?;
+            let stays = matches!(end, Ok(End::Changed)) && !is_gone(sys, policy);
             if !stays {
                 watch.stop()?;
             }
@@ -227,6 +230,11 @@ impl<'a> Asked<'a> {
     }
 }
 
+/// Whether a policy is not what is attached any more. What keeps it from being told is told when it is opened again.
+fn is_gone(sys: &Sys, policy: &Open) -> bool {
+    !policy.is_attached(sys).unwrap_or(false)
+}
+
 /// Shows packets until something ends it.
 fn show(
     sys: &Sys,
@@ -256,7 +264,7 @@ fn show(
         }
         for (Watched { policy, .. }, before) in watched.iter().zip(&mut notes) {
             let note = policy.note(sys)?;
-            if (is_due || note != *before) && !policy.is_attached(sys)? {
+            if (is_due || note != *before) && is_gone(sys, policy) {
                 return Ok(End::Changed);
             }
             *before = note;
