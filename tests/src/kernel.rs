@@ -4,11 +4,11 @@
 //! mount another `/sys` for each command, without the bpffs. Everything made here goes away when it is dropped.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +34,24 @@ pub fn has_tools(name: &str, tools: &[&str]) -> bool {
         }
         found
     })
+}
+
+/// Runs a command on a text; whether it succeeded, and its standard error.
+///
+/// # Panics
+/// If it can't be run.
+pub fn feed(command: &str, args: &[&str], text: &str) -> (bool, String) {
+    let mut child = Command::new(command)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command}: {error}"));
+    // What it refuses it need not read to the end.
+    _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
+    let output = child.wait_with_output().unwrap_or_else(|error| panic!("{command}: {error}"));
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// Runs a command; its standard output and error together.

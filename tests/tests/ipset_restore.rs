@@ -1,13 +1,12 @@
 //! Made-up ipset files, full of ranges that overlap and masks: the line that is refused first is the one that
 //! `ipset restore` refuses, or none is.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use polc_frontend_iptables::ipset;
 use polc_ir::diag::Severity;
 use polc_ir::source::SourceMap;
-use polc_tests::kernel::{Namespace, has_tools, may_run};
+use polc_tests::kernel::{Namespace, feed, has_tools, may_run};
 
 /// Types that most kernels have, with the parts of their elements.
 const SETS: [(&str, &[&str]); 16] = [
@@ -76,18 +75,9 @@ impl Random {
 
 /// The line that the tool refuses.
 fn theirs(text: &str) -> Option<u32> {
-    let mut child = Command::new("ipset")
-        .arg("restore")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the tool runs");
-    _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
-    let output = child.wait_with_output().expect("the tool ends");
-    let said = String::from_utf8_lossy(&output.stderr);
+    let (taken, said) = feed("ipset", &["restore"], text);
     let line = said.split("Error in line ").nth(1).and_then(|rest| rest.split(':').next()?.parse().ok());
-    assert_eq!(line.is_none(), output.status.success(), "{said}\n{text}");
+    assert_eq!(line.is_none(), taken, "{said}\n{text}");
     line
 }
 

@@ -1,10 +1,9 @@
 //! The front end's tables of rows and texts, against iptables itself: each is loaded, and saved or refused as it says.
 //! Extensions that this kernel lacks are only read.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use polc_tests::kernel::{Namespace, has_tools, may_run};
+use polc_tests::kernel::{Namespace, feed, has_tools, may_run};
 
 use polc_ir::hook::TableKind;
 
@@ -30,15 +29,7 @@ fn restore(tool: &str, table: &str, lines: &str) -> bool {
 }
 
 fn restore_text(tool: &str, text: &str) -> bool {
-    let mut child = Command::new(format!("{tool}-restore"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the tool runs");
-    // What it refuses it need not read to the end.
-    _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
-    child.wait().expect("the tool ends").success()
+    feed(&format!("{tool}-restore"), &[], text).0
 }
 
 /// Extensions that many kernels lack: one was taken out of Linux 6.3, the others ask for more than a packet filter.
@@ -50,18 +41,9 @@ fn read_alone(row: &Row) -> Option<bool> {
         return None;
     }
     let (tool, table) = (row.0, row.1);
-    let mut child = Command::new(format!("{tool}-restore"))
-        .arg("--test")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the tool runs");
     let text = format!("*{table}\n:user - [0:0]\n{}COMMIT\n", line(row));
-    _ = child.stdin.take().expect("it is piped").write_all(text.as_bytes());
-    let output = child.wait_with_output().expect("the tool ends");
-    let lacks = String::from_utf8_lossy(&output.stderr).contains("missing kernel module");
-    lacks.then_some(output.status.success())
+    let (taken, said) = feed(&format!("{tool}-restore"), &["--test"], &text);
+    said.contains("missing kernel module").then_some(taken)
 }
 
 fn saved(tool: &str, table: &str) -> Vec<String> {
