@@ -13,7 +13,7 @@ use polc_backend_ebpf::manifest::Manifest;
 use polc_backend_ebpf::trace::{Config, Event, Tally, TraceManifest, config, state};
 
 use crate::error::Error;
-use crate::sys::{Map, Ring, Signals, Sys};
+use crate::sys::{Map, NameChanges, Ring, Signals, Sys};
 
 /// The maps of a program that reports.
 #[derive(Clone, Copy, Debug)]
@@ -150,9 +150,11 @@ pub fn switch_off(sys: &Sys, maps: TraceMaps<'_>) {
     let _ = set(sys, maps.config, &Config::OFF.encode());
 }
 
-/// What ends a watch besides its reports.
+/// What else is waited for beside reports.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ends<'a> {
+    /// What has to be looked at, and ends nothing by itself.
+    pub changes: Option<&'a NameChanges>,
     /// Signals that ask to end.
     pub signals: Option<&'a Signals>,
     /// Where reports are written to: once nobody reads them there any more, it is over.
@@ -165,9 +167,11 @@ pub struct Ends<'a> {
 /// The call failed.
 pub fn wait(sys: &Sys, watches: &[Watch<'_>], ends: Ends<'_>, timeout: Duration) -> Result<bool, Error> {
     let mut files: Vec<BorrowedFd<'_>> = watches.iter().map(|watch| watch.ring.as_fd()).collect();
+    files.extend(ends.changes.map(AsFd::as_fd));
+    let others = files.len();
     files.extend(ends.signals.map(AsFd::as_fd));
     let ready = sys.wait_readable(&files, ends.output, timeout).map_err(Error::call("wait for reports"))?;
-    Ok(ready[watches.len()..].contains(&true))
+    Ok(ready[others..].contains(&true))
 }
 
 /// Whether a program's reports are switched on.

@@ -151,6 +151,11 @@ impl Open {
         wish.write(sys, &self.files, self.number)
     }
 
+    /// The directory of its pins: its names change whenever the policy does.
+    pub fn pins(&self) -> &Path {
+        self.files.pins()
+    }
+
     /// What is noted of the slot: another text, should it be changed. Whoever asks often asks this before
     /// [`Open::is_attached`].
     ///

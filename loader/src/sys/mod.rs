@@ -11,6 +11,7 @@ mod bpf;
 mod files;
 mod mapped;
 mod misc;
+mod names;
 mod namespace;
 mod netlink;
 mod poll;
@@ -25,6 +26,7 @@ pub use bpf::{
     ProgramCode, ProgramInfo, ProgramSpec, ProgramType, QueryPoint, TestRun, TestRunResult,
 };
 pub use mapped::MapWords;
+pub use names::NameChanges;
 pub use namespace::Namespace;
 pub use netlink::{Message, NetlinkRequest, NetworkChanges};
 pub use poll::{Signals, without_signals};

@@ -35,8 +35,6 @@ use crate::output::Output;
 
 /// How often is told what was not reported, and asked whether the policies are still there.
 const CHECK: Duration = Duration::from_secs(1);
-/// How often is looked whether something was changed, so that it has to be asked.
-const LOOK: Duration = Duration::from_millis(50);
 /// Reports of one policy that are taken at once, to be put in order with those of the others: more than its buffer holds.
 const BATCH_MAX: usize = 4_096;
 
@@ -244,15 +242,11 @@ fn show(
     stream: &mut Stream<'_>,
 ) -> Result<End, Failure> {
     let stdout = io::stdout();
-    let ends = Ends { signals: Some(stream.signals()), output: Some(stdout.as_fd()) };
+    let pins = watched.iter().map(|watched| watched.policy.pins());
+    let mut changes = sys.name_changes(pins).map_err(Error::call("wait for changes of the policies"))?;
     let mut checked = Instant::now();
     let mut notes: Vec<Option<String>> = vec![None; watched.len()];
     loop {
-        let ended = events::wait(sys, watches, ends, LOOK)?;
-        take(watches, watched, devices, stream)?;
-        if ended || stream.is_over() {
-            return Ok(End::Asked);
-        }
         let is_due = checked.elapsed() >= CHECK;
         if is_due {
             checked = Instant::now();
@@ -268,6 +262,14 @@ fn show(
                 return Ok(End::Changed);
             }
             *before = note;
+        }
+        let ends =
+            Ends { changes: Some(&changes), signals: Some(stream.signals()), output: Some(stdout.as_fd()) };
+        let ended = events::wait(sys, watches, ends, CHECK)?;
+        changes.forget();
+        take(watches, watched, devices, stream)?;
+        if ended || stream.is_over() {
+            return Ok(End::Asked);
         }
     }
 }
