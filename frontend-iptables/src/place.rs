@@ -111,29 +111,21 @@ fn loops(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) ->
     }
     let mut refused = BTreeSet::new();
     let mut marks = vec![Mark::New; ast.chains.len()];
-    // How many chains a packet may be in at once from each on.
-    let mut depths = vec![0; ast.chains.len()];
+    // Each chain behind those that it leads to.
+    let mut done = Vec::new();
     let bases = ast.chains.iter().enumerate().filter(|(_, chain)| chain.hook.is_some());
-    for start in bases.map(|(start, _)| start) {
+    let bases: Vec<usize> = bases.map(|(base, _)| base).collect();
+    for &start in &bases {
+        if marks[start] != Mark::New {
+            continue;
+        }
         marks[start] = Mark::Open;
         let mut path = vec![(start, live(ast, loading, start).iter())];
         while let Some((chain, rest)) = path.last_mut() {
             let chain = *chain;
             let Some(&index) = rest.next() else {
                 marks[chain] = Mark::Done;
-                let mut deepest = 0;
-                for &index in live(ast, loading, chain) {
-                    let rule = &ast.rules[index as usize];
-                    let Some(to) = leads_to(rule) else { continue };
-                    if depths[to] < depth_max {
-                        deepest = deepest.max(depths[to]);
-                        continue;
-                    }
-                    refused.insert(index);
-                    let message = format!("chains are nested more than {depth_max} deep");
-                    diagnostics.push(Diagnostic::error(code, message, rule.target.span).with_hint(hint));
-                }
-                depths[chain] = 1 + deepest;
+                done.push(chain);
                 path.pop();
                 continue;
             };
@@ -155,6 +147,25 @@ fn loops(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) ->
                 }
                 Mark::Done => {}
             }
+        }
+    }
+    // How many chains a packet may be in at once, once it comes to each.
+    let mut depths = vec![0; ast.chains.len()];
+    bases.iter().for_each(|&base| depths[base] = 1);
+    for chain in done.into_iter().rev() {
+        if depths[chain] == 0 {
+            continue;
+        }
+        for &index in live(ast, loading, chain) {
+            let rule = &ast.rules[index as usize];
+            let Some(to) = leads_to(rule).filter(|_| !refused.contains(&index)) else { continue };
+            if depths[chain] < depth_max {
+                depths[to] = depths[to].max(depths[chain] + 1);
+                continue;
+            }
+            refused.insert(index);
+            let message = format!("chains are nested more than {depth_max} deep");
+            diagnostics.push(Diagnostic::error(code, message, rule.target.span).with_hint(hint));
         }
     }
     refused
