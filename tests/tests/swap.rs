@@ -37,7 +37,7 @@ use polc_loader::store::Store;
 use polc_loader::swap::{Request, apply};
 use polc_loader::sys::{LinkSpec, LiveFrames, Map, ProgramSpec, ProgramType, Sys};
 use polc_loader::{carry, net};
-use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run};
+use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
 
 /// Swaps by the kernel's call, and the pause between two, in which packets are decided.
 const SWAPS: usize = 10_000;
@@ -161,7 +161,7 @@ impl Host {
                 while !stop.load(Ordering::Relaxed) {
                     let live =
                         LiveFrames { ifindex: self.peer, template: &frame(), count: FRAMES, batch: BATCH };
-                    self.sys.run_live_frames(&self.injector, &live).expect("sent");
+                    uninterrupted(|| self.sys.run_live_frames(&self.injector, &live)).expect("sent");
                     sent.fetch_add(FRAMES.into(), Ordering::Relaxed);
                 }
             });
