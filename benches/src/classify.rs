@@ -71,17 +71,15 @@ const WHERE: &str = "Where the time goes: for a packet and 10 rules (acl1_10) th
                      checks beyond a parser, the key and the questions for fragments and for headers that are cut short, and \
                      62 search four columns and combine their classes. 4 ns have room for 65: with counters, for 12 that \
                      search. Larger sets search more, and add the tables of pairs: from 10,000 rules on these no longer lie \
-                     in the second-level cache, and each read of them that another waits for is some 10 ns.\n\nOf the \
-                     time that 100,000 rules take to compile (acl1_100k, on one CPU of this machine 1.15 s) chains to stages \
-                     are 24 %, simplifying 14 %, the structures of the stages 38 %, slots of counters 7 %, the object 10 %. \
-                     Each goes through the 300,000 entries that the rules become, some 400 bytes each, and a fifth of all time goes \
-                     into the first touch of pages (`perf record`).\n\n\
-                     Of the instructions that 1,000 rules take to compile (12 sets, all threads, valgrind's \
-                     callgrind: 154 million a set) chains to stages are 10 %, splitting and simplifying 11 %, \
-                     matrices of classes 40 %, grouped classes 24 %, the object 7 %. Both structures are made of \
-                     the stage that most packets come to, for neither's cost is known before. Half of a matrix's \
-                     time goes into the cells of pairs that are unlike those of the row they are made like; 5 ms \
-                     have room for some 50 million instructions on two CPUs.";
+                     in the second-level cache, and each read of them that another waits for is some 10 ns. Rows of grouped \
+                     classes that would take more than 1 MB are kept in pages, which takes 4 ns more at 10,000 rules and a \
+                     quarter of the memory.\n\n\
+                     Of the time that rules take to compile (12 sets, passes timed one by one while other work was stopped), \
+                     of 1,000 and of 10,000 rules, chains to stages are 11 and 24 %, splitting and simplifying 12 and 11 %, \
+                     the structures of the stages 64 and 42 %, the plan with its slots of counters 5 and 11 %, the object 8 \
+                     and 12 %. Of 1,000 rules a matrix of classes and grouped classes are made of the stage that most packets \
+                     come to, for neither's cost is known before; they take one CPU each. From 10,000 rules on a fifth of \
+                     all time goes into the first touch of pages (`perf record`).";
 
 /// What one rule set costs.
 struct Row {

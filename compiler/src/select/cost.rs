@@ -18,9 +18,6 @@ const INSN: u64 = 4;
 /// Hundredths of a nanosecond from an arithmetic operation's inputs to its result.
 const ALU: u64 = 20;
 
-/// Instructions of a read and of what makes its place.
-const INSNS_PER_READ: u64 = 8;
-
 /// Of the shorter of waiting and issuing, one part in so many is not hidden.
 const SHOWN: u64 = 4;
 
@@ -53,16 +50,6 @@ pub(super) fn read(bytes: usize) -> u64 {
         0x40_0001..=0x200_0000 => 4_000,
         _ => 9_000,
     }
-}
-
-/// Hundredths of a nanosecond that reading tables of such sizes takes, one after another, as often as `times` beside each
-/// other.
-pub(super) fn reads(sizes: &[usize], times: u64) -> u64 {
-    let one = |&bytes: &usize| {
-        let taken = read(bytes) - read(0);
-        2 * ALU + read(bytes) + times * (INSN * INSNS_PER_READ + taken / SHOWN)
-    };
-    sizes.iter().map(one).sum()
 }
 
 /// What a look-up takes.

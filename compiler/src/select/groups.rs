@@ -419,7 +419,7 @@ impl Groups {
             });
         }
         let services = self.services.as_ref();
-        let places = self.rows.write(line, leaves.len(), |line, map| Some(services?.write(line, map)));
+        let places = self.rows.write(line, |line, map| Some(services?.write(line, map)));
         let numbers = self.lists.iter().map(|&number| self.listed(number));
         let largest = numbers.clone().max().unwrap_or(0);
         let lists = line.table(DataTable::of(numbers, largest));

@@ -8,12 +8,15 @@ use polc_ir::entities::{Data, Value};
 use polc_ir::plan::{AluKind, DataTable};
 
 use super::classes::{Interned, mix, numbers};
-use super::cost;
 use super::line::Line;
 use super::matrix::Classes;
 
 /// Cells of all rows.
 const ROW_CELLS_MAX: usize = 1 << 25;
+
+/// Bytes of rows that are kept whole. A page's number is one read more, which takes 4 ns; rows beyond this would take 2 MB and
+/// more, and the caches from all else (sets of 10,000 rules: `./bench --only classify --size 10000`).
+const WHOLE_BYTES_MAX: usize = 1 << 20;
 
 /// Cells of a page of a row: as many as a processor fetches at once if each is a byte.
 const PAGE: usize = 64;
@@ -114,27 +117,20 @@ impl Rows {
         self.row.len() / PAGE
     }
 
-    /// Whether pages are quicker than whole rows where so many are read for a packet.
-    fn are_paged(&self, times: usize) -> bool {
-        let largest = |cells: &[u16]| cells.iter().max().map_or(0, |&cell| cell.into());
-        let largest = largest(self.pages.flat());
-        let size = |count: usize, largest: u64| DataTable::size(count, largest).1;
-        let whole = size(self.len() * self.cells, largest);
-        let numbers = size(self.len() * self.pages_of_row(), self.pages.len() as u64);
-        let pages = size(self.pages.len() * PAGE, largest);
-        self.cells > PAGE
-            && cost::reads(&[numbers, pages], times as u64) < cost::reads(&[whole], times as u64)
+    /// Whether rows are too large to be kept whole.
+    fn are_paged(&self) -> bool {
+        let largest = self.pages.flat().iter().copied().max().unwrap_or(0);
+        DataTable::size(self.len() * self.cells, largest.into()).1 > WHOLE_BYTES_MAX
     }
 
-    /// Writes what so many rows are looked up with. `service` writes the look-up of a packet's class of services, which
+    /// Writes what rows are looked up with. `service` writes the look-up of a packet's class of services, which
     /// stands for what it is given, if there are any.
     pub(super) fn write(
         &self,
         line: &mut Line<'_>,
-        times: usize,
         service: impl FnOnce(&mut Line<'_>, &dyn Fn(u32) -> u64) -> Option<Value>,
     ) -> Places {
-        if !self.are_paged(times) {
+        if !self.are_paged() {
             let cells = self.rows.lists().flat_map(|pages| {
                 let cells = pages.iter().flat_map(|&page| self.pages.get(page));
                 cells.take(self.cells).map(|&cell| cell.into())
@@ -272,7 +268,7 @@ mod tests {
     use super::super::line::Tables;
     use super::*;
 
-    const CLASSES: u32 = 300;
+    const CLASSES: u32 = 1_000;
 
     /// The lists' services: each holds in the classes that are multiples of its number and one.
     fn rows(lists: u32) -> (Rows, Vec<Vec<u32>>) {
@@ -283,19 +279,19 @@ mod tests {
         rows.holds =
             (0..CLASSES).map(|service| (0..CLASSES).step_by(service as usize + 1).collect()).collect();
         rows.intern();
-        let list = |list: u32| vec![1 + list % 7, 8 + list % 50, 60 + list % 200];
+        let list = |list: u32| vec![1 + list % 7, 8 + list % 50, 60 + list % 900];
         (rows, (0..lists).map(list).collect())
     }
 
     #[test]
     fn places_are_those_of_the_first_service_that_holds() {
-        for (lists, are_paged) in [(5, false), (2_000, true)] {
+        for (lists, are_paged) in [(100, false), (6_300, true)] {
             let (mut rows, lists) = rows(lists);
             let numbers: Vec<u32> = lists.iter().map(|list| rows.row(list).expect("there is room")).collect();
-            assert_eq!(rows.are_paged(1), are_paged);
+            assert_eq!(rows.are_paged(), are_paged);
             let mut tables = Tables::new();
             let mut line = Line::new(&mut tables);
-            let places = rows.write(&mut line, 1, |line, map| {
+            let places = rows.write(&mut line, |line, map| {
                 let classes = line.table(DataTable::new(&(0..CLASSES).map(map).collect::<Vec<u64>>()));
                 let class = line.word(1);
                 Some(line.index(classes, class))
@@ -303,7 +299,7 @@ mod tests {
             let row = line.word(0);
             let place = places.write(&mut line, row);
             let step = line.step(place);
-            for (list, &row) in lists.iter().zip(&numbers).step_by(3) {
+            for (list, &row) in lists.iter().zip(&numbers).step_by(33) {
                 for class in 0..CLASSES {
                     let holds = |service: &u32| class % (service + 1) == 0;
                     let expected = list.iter().position(holds).map_or(0, |place| place as u64 + 1);
