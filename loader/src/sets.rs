@@ -8,6 +8,7 @@ use polc_backend_ebpf::manifest::SetManifest;
 use polc_backend_ebpf::object::{MapKind, Object};
 use polc_ir::env::Mode;
 use polc_ir::plan::set::{Words, change::Store};
+use polc_ir::set::Pattern;
 
 use crate::attach;
 use crate::error::Error;
@@ -65,7 +66,7 @@ impl LiveSets {
     }
 
     /// The sets of a generation.
-    fn of(sys: &Sys, slot: Slot, generation: u32, mode: Option<Mode>) -> Result<LiveSets, Error> {
+    pub(crate) fn of(sys: &Sys, slot: Slot, generation: u32, mode: Option<Mode>) -> Result<LiveSets, Error> {
         let path = slot.generation_files(generation).join(SETS_FILE);
         let sets = match sys.read(&path).map_err(Error::disk(&path))? {
             Some(bytes) => serde_json::from_slice(&bytes)
@@ -75,29 +76,30 @@ impl LiveSets {
         Ok(LiveSets { name: slot.name.clone(), mode, sets, slot, generation })
     }
 
-    /// The name of a set whose elements are others than those that the generation was applied with, if there is one.
-    fn changed(&self, sys: &Sys) -> Result<Option<&str>, Error> {
+    /// The sets whose elements are others than those that the generation was applied with, each with its table's words.
+    ///
+    /// # Errors
+    /// What is kept about the generation can't be read, or the kernel refuses.
+    pub fn changed(&self, sys: &Sys) -> Result<Vec<(&SetManifest, Vec<u64>)>, Error> {
         let mut live = self.sets.iter().filter(|set| set.live).peekable();
         if live.peek().is_none() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let path = self.slot.generation_files(self.generation).join(OBJECT_FILE);
         let corrupt = |why: String| Error::Corrupt { path: path.clone(), why };
         let bytes = sys.read(&path).map_err(Error::disk(&path))?;
         let bytes = bytes.ok_or_else(|| corrupt("it is not there".into()))?;
         let object = Object::read(&bytes).map_err(|error| corrupt(error.to_string()))?;
+        let mut changed = Vec::new();
         for set in live {
-            let applied = object.maps.values().find(|map| map.name == set.map).map(|map| &map.kind);
-            let Some(MapKind::Data { contents, .. }) = applied else {
-                return Err(corrupt(format!("it has no table of set `{}`", set.name)));
-            };
-            let words = contents.chunks_exact(8);
-            let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
-            if !read(sys, &self.table(sys, set)?)?.into_iter().eq(words) {
-                return Ok(Some(&set.name));
+            let applied = table_words(&object, set)
+                .ok_or_else(|| corrupt(format!("it has no table of set `{}`", set.name)))?;
+            let words = read(sys, &self.table(sys, set)?)?;
+            if words != applied {
+                changed.push((set, words));
             }
         }
-        Ok(None)
+        Ok(changed)
     }
 
     /// The table of a set.
@@ -118,13 +120,41 @@ impl LiveSets {
     }
 }
 
-/// The name of a set of a generation whose elements are others than those that it was applied with, if there is one.
+/// The name of a set of a generation that was changed since it was applied, and whose elements an object does not have,
+/// if there is one.
 ///
 /// # Errors
 /// What is kept about the generation can't be read, or the kernel refuses.
-pub(crate) fn changed(sys: &Sys, slot: &Slot, generation: u32) -> Result<Option<String>, Error> {
+pub(crate) fn lost(
+    sys: &Sys,
+    slot: &Slot,
+    generation: u32,
+    object: &Object,
+) -> Result<Option<String>, Error> {
     let sets = LiveSets::of(sys, slot.clone(), generation, None)?;
-    Ok(sets.changed(sys)?.map(str::to_owned))
+    let lost = sets.changed(sys)?.into_iter().find(|(set, words)| {
+        let other = object.manifest.sets.iter().find(|other| other.name == set.name);
+        let given = other.and_then(|other| Some(elements(other, &table_words(object, other)?)));
+        given != Some(elements(set, words))
+    });
+    Ok(lost.map(|(set, _)| set.name.clone()))
+}
+
+/// The words of a set's table as an object has them.
+fn table_words(object: &Object, set: &SetManifest) -> Option<Vec<u64>> {
+    let map = object.maps.values().find(|map| map.name == set.map)?;
+    let MapKind::Data { contents, .. } = &map.kind else { return None };
+    let words = contents.chunks_exact(8);
+    Some(words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes"))).collect())
+}
+
+/// The elements of a table, ascending.
+pub fn elements(set: &SetManifest, words: &[u64]) -> Vec<Pattern> {
+    let mut patterns = Vec::new();
+    set.shape.decode(words, &mut |pattern| patterns.push(pattern));
+    patterns.sort_unstable();
+    patterns.dedup();
+    patterns
 }
 
 /// A table that is being read and changed.

@@ -15,6 +15,7 @@ use crate::carry;
 use crate::error::Error;
 use crate::events::TraceMaps;
 use crate::load::map_spec;
+use crate::sets::LiveSets;
 use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
 use crate::sys::{Map, ProgramInfo, Sys};
@@ -111,12 +112,12 @@ impl Open {
         Ok(attach::current(sys, &self.files, &self.state)? == Some(self.program.id))
     }
 
-    /// The name of a set whose elements are others than those that the policy was applied with, if there is one.
+    /// The policy's sets. Somebody may change them meanwhile.
     ///
     /// # Errors
-    /// What is kept can't be read, or the kernel does not tell.
-    pub fn changed_set(&self, sys: &Sys) -> Result<Option<String>, Error> {
-        crate::sets::changed(sys, &self.files, self.number)
+    /// What is kept can't be read.
+    pub fn sets(&self, sys: &Sys) -> Result<LiveSets, Error> {
+        LiveSets::of(sys, self.files.clone(), self.number, self.generation.mode)
     }
 
     /// The program, to ask the kernel more about it.

@@ -324,7 +324,7 @@ impl Change {
         let is_as_seen = match from {
             _ if request.over.is_empty() => true,
             Some(from) if before.is_some_and(|program| request.over.contains(&program)) => {
-                sets::changed(sys, slot, from)?.is_none()
+                sets::lost(sys, slot, from, request.object)?.is_none()
             }
             _ => false,
         };

@@ -312,6 +312,10 @@ fn what_is_compiled_for_a_policy_replaces_no_other() {
     let said = host.says(&[&with_set[..], &["--over", &in_force()]].concat(), 3);
     assert!(said.contains("[E0836]") && said.contains("a set was changed"), "{said}");
     host.says(&["set", "test", "bad", "10.9.7.7"], 0);
+    // With the set as it is nothing is undone.
+    host.files.file("bad", b"create bad hash:ip family inet\nadd bad 10.9.7.7\nadd bad 10.9.7.1\n");
+    host.says(&[&with_set[..], &["--over", &in_force()]].concat(), 0);
+    host.says(&["set", "test", "bad", "10.9.7.7"], 0);
     // What was taken away does not come back.
     host.says(&["flush"], 0);
     host.says(&[&APPLY[..], &["--over", &program]].concat(), 3);

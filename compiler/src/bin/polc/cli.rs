@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 
+#[cfg(feature = "kernel")]
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use polc_ir::diag::Severity;
 use polc_ir::env::{Attach, Connections, Counting, Mode};
@@ -634,15 +636,21 @@ pub(crate) struct DumpInput {
     pub input: InputArgs,
 }
 
+/// A path that means the same in processes that outlive this one, and are somewhere else.
+#[cfg(feature = "kernel")]
+fn absolute() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(std::path::absolute)
+}
+
 /// Where polc keeps what it knows about applied policies.
 #[cfg(feature = "kernel")]
 #[derive(Debug, Args)]
 pub(crate) struct StoreArgs {
     /// The bpffs that maps, programs and links are pinned in; one is mounted if there is none
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::store::DEFAULT_BPFFS, help_heading = "State")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, value_parser = absolute(), default_value = polc_loader::store::DEFAULT_BPFFS, help_heading = "State")]
     pub bpffs: PathBuf,
     /// Where the rest is kept; it need not outlive the machine
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = polc_loader::store::DEFAULT_STATE, help_heading = "State")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, value_parser = absolute(), default_value = polc_loader::store::DEFAULT_STATE, help_heading = "State")]
     pub state: PathBuf,
 }
 
@@ -860,4 +868,18 @@ pub(crate) struct WatchdogArgs {
     pub token: String,
     #[command(flatten)]
     pub store: StoreArgs,
+}
+
+#[cfg(all(test, feature = "kernel"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_policies_do_not_depend_on_where_one_is() {
+        let cli = Cli::try_parse_from(["polc", "status", "--bpffs", "fs", "--state", "state"]);
+        let Ok(Cli { command: Command::Status(args), .. }) = cli else { panic!("{cli:?}") };
+        let here = std::env::current_dir().expect("there is one");
+        assert_eq!(args.slots.store.bpffs, here.join("fs"));
+        assert_eq!(args.slots.store.state, here.join("state"));
+    }
 }

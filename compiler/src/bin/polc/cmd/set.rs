@@ -17,7 +17,7 @@ use polc_ir::plan::set::{COUNT_WORD, SetShape, Words};
 use polc_ir::ruleset::Ruleset;
 use polc_ir::set::{DimensionKind, Pattern, SetContents, SetData, patterns};
 use polc_ir::source::SourceMap;
-use polc_loader::sets::{LiveSets, LiveTable, read};
+use polc_loader::sets::{LiveSets, LiveTable, elements, read};
 use polc_loader::store::Locks;
 use polc_loader::sys::{Map, Sys};
 
@@ -280,11 +280,8 @@ fn list(args: &SetListArgs, output: &Output) -> Result<ExitCode, Failure> {
 }
 
 /// A set as `ipset save` prints it, its elements in ascending order.
-fn text(manifest: &SetManifest, family: Family, words: &[u64]) -> String {
-    let mut patterns = Vec::new();
-    manifest.shape.decode(words, &mut |pattern| patterns.push(pattern));
-    patterns.sort_unstable();
-    patterns.dedup();
+pub(super) fn text(manifest: &SetManifest, family: Family, words: &[u64]) -> String {
+    let patterns = elements(manifest, words);
     let mut sources = SourceMap::new();
     let created = sources.add("set", manifest.create.clone());
     let (sets, _) = ipset::parse(&sources, created);

@@ -11,6 +11,7 @@
 //! that reading them takes, for addresses and links the time that applying anew takes.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -27,7 +28,7 @@ use polc_loader::sys::{NetworkChanges, Signals, Sys};
 
 use super::applied::{self, Opened};
 use super::host::{self, Surroundings};
-use super::{FOUND, live};
+use super::{FOUND, live, set};
 use crate::cli::WatchArgs;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -185,13 +186,6 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> 
         return Ok(Step::Nothing);
     }
     suspend(sys, policy, true)?;
-    if let Some(set) = policy.changed_set(sys)? {
-        let what = format!(
-            "the host has changed, and so has set `{set}` since it was applied; apply it again with the set as it is"
-        );
-        said.of(&policy.slot, &what);
-        return Ok(Step::Off);
-    }
     Ok(Step::Anew(options))
 }
 
@@ -238,7 +232,34 @@ struct What {
     options: Vec<String>,
     source: String,
     rules: Option<Vec<u8>>,
+    /// The files of sets.
     sets: Vec<(String, Vec<u8>)>,
+    /// What is to be read instead of them, because sets were changed.
+    changed: Option<String>,
+}
+
+/// The text of the sets of a policy as they are now, if they are not as the policy was applied with.
+fn changed_sets(sys: &Sys, policy: &Open, files: &[(String, Vec<u8>)]) -> Result<Option<String>, Failure> {
+    let sets = policy.sets(sys)?;
+    let changed = sets.changed(sys)?;
+    if changed.is_empty() {
+        return Ok(None);
+    }
+    let adds = |line: &str| {
+        let mut words = line.split_whitespace();
+        let verb = words.next().is_some_and(|word| ["add", "-A", "--add"].contains(&word));
+        verb && words.next().is_some_and(|name| changed.iter().any(|(set, _)| set.name == name))
+    };
+    let mut text = String::new();
+    for (_, bytes) in files {
+        let kept = to_text(bytes.clone());
+        kept.lines().filter(|line| !adds(line)).for_each(|line| text.extend([line, "\n"]));
+    }
+    for (manifest, words) in &changed {
+        let now = set::text(manifest, policy.slot.family, words);
+        now.lines().filter(|line| adds(line)).for_each(|line| text.extend([line, "\n"]));
+    }
+    Ok(Some(text))
 }
 
 impl<'p> Anew<'p> {
@@ -248,11 +269,13 @@ impl<'p> Anew<'p> {
         while let Some(word) = words.next() {
             if word == "--hook" { hooks.extend(words.next().cloned()) } else { others.push(word.clone()) }
         }
+        let sets = policy.files(sys, live::SETS_PREFIX)?;
         let what = What {
             options: others,
             source: policy.generation.source.clone(),
             rules: policy.file(sys, live::RULES_FILE)?,
-            sets: policy.files(sys, live::SETS_PREFIX)?,
+            changed: changed_sets(sys, policy, &sets)?,
+            sets,
         };
         Ok(Anew { policies: vec![policy], hooks, what })
     }
@@ -279,13 +302,25 @@ impl<'p> Anew<'p> {
         self.hooks.iter().for_each(|hook| {
             command.args(["--hook", hook]);
         });
-        // The files are read before they are replaced.
-        for (name, _) in &self.what.sets {
-            command.arg("--ipset").arg(policy.path(name));
+        let changed = self.what.changed.as_deref();
+        if changed.is_some() {
+            command.args(["--ipset", "/dev/stdin"]).stdin(Stdio::piped());
+        } else {
+            // The files are read before they are replaced.
+            for (name, _) in &self.what.sets {
+                command.arg("--ipset").arg(policy.path(name));
+            }
+            command.stdin(Stdio::null());
         }
-        command.arg(policy.path(live::RULES_FILE)).stdin(Stdio::null());
+        command.arg(policy.path(live::RULES_FILE));
         command.stdout(Stdio::inherit()).stderr(Stdio::piped());
-        let output = command.output().map_err(Error::call("run polc apply"))?;
+        let running = || Error::call("run polc apply");
+        let mut child = command.spawn().map_err(running())?;
+        if let (Some(text), Some(mut stdin)) = (changed, child.stdin.take()) {
+            // Who does not read it says why.
+            _ = stdin.write_all(text.as_bytes());
+        }
+        let output = child.wait_with_output().map_err(running())?;
         Ok((output.status.success(), to_text(output.stderr)))
     }
 }
