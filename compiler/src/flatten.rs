@@ -705,13 +705,14 @@ impl Flattener<'_> {
                 path.pop();
                 continue;
             };
-            *at += 1;
-            for successor in entry.onward.exit.successors() {
-                let successor = successor.as_u32() as usize;
-                if !seen[successor] {
+            // One at a time: the second of two may lead to the first.
+            let mut successors = entry.onward.exit.successors().map(|stage| stage.as_u32() as usize);
+            match successors.find(|&stage| !seen[stage]) {
+                Some(successor) => {
                     seen[successor] = true;
                     path.push((successor, 0));
                 }
+                None => *at += 1,
             }
         }
         let renumber =
@@ -766,6 +767,37 @@ fn emit(entries: &mut Vec<Entry>, cubes: Cubes, rule: Rule, onward: Onward) {
         let covered = entries.iter().rev().take(16).any(|earlier| earlier.cube.is_superset(&cube));
         if !covered {
             entries.push(Entry { cube, rule: Some(rule), onward });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use polc_frontend_iptables::{ParseOptions, lower, parse};
+    use polc_ir::env::{Attach, Mode};
+    use polc_ir::hook::{Hook, Semantics};
+    use polc_ir::source::SourceMap;
+
+    use super::*;
+    use crate::place::place;
+
+    #[test]
+    fn stages_lead_to_smaller_numbers_where_one_way_joins_the_other() {
+        for rule in ["", "-j MARK --set-xmark 1", "-j own"] {
+            let text = format!(
+                "*filter\n:INPUT DROP [0:0]\n:own - [0:0]\n\
+                 -A INPUT -m statistic --mode nth ! --every 3 --packet 0 {rule}\n\
+                 -A INPUT -m statistic --mode random ! --probability 0.5 {rule}\n\
+                 -A INPUT -s 10.0.0.0/8 -j ACCEPT\n-A own -p tcp -j DROP\nCOMMIT\n"
+            );
+            let mut sources = SourceMap::new();
+            let file = sources.add("rules", text);
+            let (dump, findings) = parse(&sources, file, &ParseOptions::default());
+            assert!(findings.is_empty(), "{findings:?}");
+            let ruleset = lower(&dump, &[], Semantics::Legacy);
+            let place = place(&[Hook::Input], Attach::Xdp, Mode::Replace, false);
+            let flat = flatten(&ruleset, &place, &Env::default(), &mut Vec::new());
+            assert_eq!(flat.verify(), Vec::<String>::new(), "{flat}");
         }
     }
 }

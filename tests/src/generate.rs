@@ -37,6 +37,8 @@ const EITHER: &[&str] = &[
     "-m limit --limit 1/s",
     "-m string --algo bm --string x",
     "-m statistic --mode random --probability 0.5",
+    "-m statistic --mode random ! --probability 0.3",
+    "-m statistic --mode nth ! --every 3 --packet 0",
     "-m statistic --mode nth --every 3 --packet 1",
     "-m u32 --u32 4&0xFFFF=0:1024",
     "-m set --match-set hosts src",

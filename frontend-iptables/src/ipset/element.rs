@@ -246,6 +246,14 @@ fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part,
     if dimension == Dimension::Host && form == AddressForm::Prefix(0) {
         return Err(format!("`{text}`: a {} can't hold all addresses", cx.kind.name));
     }
+    if form == AddressForm::Range
+        && dimension == Dimension::Net
+        && cidrs(self::bits(first), self::bits(last), bits.into()).nth(RANGE_PREFIXES_MAX).is_some()
+    {
+        return Err(format!(
+            "`{text}`: the kernel makes more than {RANGE_PREFIXES_MAX} elements of a range that long; write prefixes"
+        ));
+    }
     if form == AddressForm::Range && dimension == Dimension::Net && prefixes(first, last)[0].1 == 0 {
         return Err(format!("`{text}` is a range of all addresses"));
     }
@@ -376,7 +384,10 @@ fn protocol(text: &str) -> Result<u8, String> {
     number.ok_or_else(|| format!("`{text}` is no known protocol"))
 }
 
-/// The prefixes that together are a range of addresses, in ascending order.
+/// Prefixes that a range may have.
+const RANGE_PREFIXES_MAX: usize = 1 << 16;
+
+/// The prefixes that the kernel makes of a range of addresses, in ascending order.
 pub(super) fn prefixes(first: IpAddr, last: IpAddr) -> Vec<(IpAddr, u8)> {
     let width = if first.is_ipv4() { 32 } else { 128 };
     let prefix = |(from, host): (u128, u32)| {
@@ -386,7 +397,26 @@ pub(super) fn prefixes(first: IpAddr, last: IpAddr) -> Vec<(IpAddr, u8)> {
         };
         (address, (width - host) as u8)
     };
-    blocks(bits(first), bits(last), width).map(prefix).collect()
+    cidrs(bits(first), bits(last), width).map(prefix).collect()
+}
+
+/// The same as [`blocks`], but that the kernel compares where IPv4 prefixes end as signed numbers: as long as the range ends
+/// 2^31 addresses or more behind the block, it takes one address alone (net/netfilter/ipset/pfxlen.c,
+/// `ip_set_range_to_cidr`).
+fn cidrs(first: u128, last: u128, width: u32) -> impl Iterator<Item = (u128, u32)> {
+    let mut rest = blocks(first, last, width).peekable();
+    let mut single = None;
+    std::iter::from_fn(move || {
+        if let Some(from) = single.take() {
+            rest = blocks(from, last, width).peekable();
+        }
+        let &(from, power) = rest.peek()?;
+        if width == 32 && last - (from + (1 << power) - 1) >= 1 << 31 {
+            single = Some(from + 1);
+            return Some((from, 0));
+        }
+        rest.next()
+    })
 }
 
 /// The aligned blocks that together are a range of numbers of so many bits, in ascending order: the first number of each,
@@ -450,6 +480,10 @@ mod tests {
         assert_eq!(v4("1.2.3.0", "1.2.3.9"), ["1.2.3.0/29", "1.2.3.8/31"]);
         assert_eq!(v4("0.0.0.0", "255.255.255.255"), ["0.0.0.0/0"]);
         assert_eq!(v4("255.255.255.255", "255.255.255.255"), ["255.255.255.255/32"]);
+        // Whose first half is too far from its end for a prefix.
+        let far = v4("9.255.255.254", "138.0.0.1");
+        let expected = ["9.255.255.254/32", "9.255.255.255/32", "10.0.0.0/7", "12.0.0.0/6", "16.0.0.0/4"];
+        assert_eq!(far[..5], expected);
         assert_eq!(v4("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), ["::/0"]);
     }
 }

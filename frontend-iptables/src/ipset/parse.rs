@@ -744,8 +744,8 @@ fn parse_priority(text: &str) -> Option<u32> {
 
 /// The prefix form of a range that is a prefix, for canonical text.
 pub(super) fn single_prefix(first: IpAddr, last: IpAddr) -> Option<AddressForm> {
-    match element::prefixes(first, last)[..] {
-        [(_, length)] => Some(AddressForm::Prefix(length)),
-        _ => None,
-    }
+    let width = if first.is_ipv4() { 32 } else { 128 };
+    let apart = element::bits(first) ^ element::bits(last);
+    let length = (width - (128 - apart.leading_zeros())) as u8;
+    (element::prefix_ends(first, length) == (first, last)).then_some(AddressForm::Prefix(length))
 }
