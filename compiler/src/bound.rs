@@ -18,6 +18,7 @@ use polc_ir::outcome::{Decider, Ending, Verdict};
 use polc_ir::ruleset::Ruleset;
 
 use crate::select::Structures;
+use crate::simplify::rebuild;
 
 /// Some packets would take more turns through the tables than the kernel's verifier follows.
 pub const TOO_DEEP: Code = Code(501);
@@ -28,16 +29,16 @@ const STEPS_PER_TURN: u32 = 5;
 /// Writes of an exit's record.
 const WRITES_PER_TURN: usize = 2;
 
-/// Replaces stages that lie too deep by deferrals, and gives where they begin. If there are any, the decision has to be
-/// made anew.
+/// Replaces stages that lie too deep by deferrals, and gives where they begin. If there are any, stages and entries have
+/// other numbers, and structures and the decision have to be made anew.
 pub fn bound(
     ruleset: &Ruleset,
-    classifier: &mut Classifier,
+    classifier: Classifier,
     decision: &Decision,
     structures: &Structures,
     diagnostics: &mut Vec<Diagnostic>,
-) -> BTreeSet<Origin> {
-    let costs = costs(classifier, decision, structures);
+) -> (Classifier, BTreeSet<Origin>) {
+    let costs = costs(&classifier, decision, structures);
     // Most turns taken before a stage is entered. Stages lead to smaller numbers: the root comes first.
     let mut reached: SecondaryMap<Stage, Option<u32>> = SecondaryMap::new();
     reached[classifier.root] = Some(0);
@@ -56,9 +57,9 @@ pub fn bound(
         }
     }
     if deep.is_empty() {
-        return BTreeSet::new();
+        return (classifier, BTreeSet::new());
     }
-    let begin = origins(classifier, &deep);
+    let begin = origins(&classifier, &deep);
     // What only deep stages led to is out of reach now, and takes no room.
     let cut: Vec<Stage> = classifier
         .stages
@@ -67,6 +68,10 @@ pub fn bound(
             reached[stage].is_none_or(|before| before.saturating_add(costs[stage]) > WALK_TURNS_CAUTIOUS)
         })
         .collect();
+    let mut entries: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
+    for (stage, data) in &classifier.stages {
+        entries[stage] = data.entries.iter().map(|&entry| classifier.entries[entry].clone()).collect();
+    }
     for stage in cut {
         let rule = classifier.stages[stage].origin.and_then(|(chain, skipped)| {
             let rules = &ruleset.chains[chain].rules;
@@ -74,15 +79,10 @@ pub fn bound(
         });
         let by = rule.map_or(Decider::Nothing, Decider::Rule);
         let exit = Exit::End(Ending { verdict: Verdict::Defer, by });
-        let entry = classifier.entries.push(EntryData {
-            stage,
-            cube: Cube::all(),
-            rule: None,
-            counts: Vec::new(),
-            exit,
-        });
-        classifier.stages[stage].entries = vec![entry];
+        entries[stage] = vec![EntryData { stage, cube: Cube::all(), rule: None, counts: Vec::new(), exit }];
     }
+    let root = classifier.root;
+    let classifier = rebuild(classifier, root, entries);
     // Ways through the rules differ in the turns they take; the first rule that one of them does not come to is told.
     let rules =
         begin.iter().filter_map(|&(chain, skipped)| ruleset.chains[chain].rules.get(skipped as usize));
@@ -100,7 +100,7 @@ pub fn bound(
                 "chains that come back, one after another, are what takes turns; let them end in a verdict",
             ),
     );
-    begin
+    (classifier, begin)
 }
 
 /// Where stages begin; where ones without a rule lead to, if they lie before the rules.

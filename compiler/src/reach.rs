@@ -316,6 +316,11 @@ mod tests {
         assert_eq!(report.compiled(), first as usize - 2);
         assert!(report.compiled() > 100, "{}", report.compiled());
         assert_eq!(report.deferred(), 1002 - report.compiled());
+        // Nothing is left of what is behind it, so that packets can be made for all entries.
+        let classifier = &compiled.classifier;
+        let listed: usize = classifier.stages.values().map(|stage| stage.entries.len()).sum();
+        assert_eq!(classifier.entries.len(), listed);
+        assert_eq!(crate::witness::Witnesses::new(classifier, &[], 1).take(200).count(), 200);
     }
 
     #[test]

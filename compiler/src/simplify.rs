@@ -363,7 +363,7 @@ fn behind(writes: &[Write], exit: &Exit) -> Option<Exit> {
 }
 
 /// The classifier with other entries and another root, without the stages that the root does not lead to.
-fn rebuild(
+pub(crate) fn rebuild(
     classifier: Classifier,
     root: Stage,
     mut entries: SecondaryMap<Stage, Vec<EntryData>>,

@@ -226,9 +226,10 @@ impl Covers {
         self.barrier[chain]
     }
 
-    /// Which chains decide every packet, and what they change: callees first. Jumps lead in no circle, which reading
-    /// refuses.
+    /// Which chains decide every packet, and what they change: callees first. Jumps lead in a circle only where no packet
+    /// comes to; which chain of one is last does not matter.
     fn follow_chains(&mut self, ruleset: &Ruleset) {
+        let mut entered: SecondaryMap<Chain, bool> = SecondaryMap::new();
         let mut known: SecondaryMap<Chain, bool> = SecondaryMap::new();
         for root in ruleset.chains.keys() {
             let mut pending = vec![root];
@@ -237,22 +238,22 @@ impl Covers {
                     pending.pop();
                     continue;
                 }
-                let waiting = pending.len();
-                let actions = ruleset.chains[chain].rules.iter().map(|rule| &ruleset.rules[*rule].action);
-                let callees = actions.filter_map(|action| match action {
-                    Action::Jump(to) | Action::Goto(to) => Some(*to),
-                    _ => None,
-                });
-                pending.extend(callees.filter(|callee| !known[*callee]));
-                if pending.len() == waiting {
-                    self.ends[chain] = self.decides_all(ruleset, chain);
-                    let mut changes = Changes::default();
-                    for &rule in &ruleset.chains[chain].rules {
-                        self.add_changes(&ruleset.rules[rule].action, &mut changes);
-                    }
-                    self.changes[chain] = changes;
-                    known[chain] = true;
+                if !std::mem::replace(&mut entered[chain], true) {
+                    let actions = ruleset.chains[chain].rules.iter().map(|rule| &ruleset.rules[*rule].action);
+                    let callees = actions.filter_map(|action| match action {
+                        Action::Jump(to) | Action::Goto(to) => Some(*to),
+                        _ => None,
+                    });
+                    pending.extend(callees.filter(|callee| !entered[*callee]));
+                    continue;
                 }
+                self.ends[chain] = self.decides_all(ruleset, chain);
+                let mut changes = Changes::default();
+                for &rule in &ruleset.chains[chain].rules {
+                    self.add_changes(&ruleset.rules[rule].action, &mut changes);
+                }
+                self.changes[chain] = changes;
+                known[chain] = true;
             }
         }
     }

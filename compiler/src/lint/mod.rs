@@ -144,6 +144,14 @@ mod tests {
     }
 
     #[test]
+    fn circles_that_no_packet_comes_to_end() {
+        let found =
+            findings(":a - [0:0]\n:b - [0:0]\n-A a -j b\n-A b -j a\n-A INPUT -j ACCEPT\n-A INPUT -j a");
+        // The rule behind the one that takes all packets.
+        assert!(found.iter().any(|(_, line)| *line == 7), "{found:?}");
+    }
+
+    #[test]
     fn a_wider_rule_with_the_same_verdict_shadows() {
         assert_eq!(
             findings(
