@@ -66,13 +66,22 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
         Via::Clsact { priority } => {
             let filters = filters(sys, state.ifindex, is_egress(slot)).map_err(ask())?;
             let own = filters.iter().find(|filter| filter.priority == priority && filter.name == FILTER_NAME);
-            Ok(own.map(|filter| filter.program_id))
+            // A first filter that could not be added, because another got the priority, was never there.
+            let is_added = |filter: &&clsact::Filter| {
+                !is_first(state) || state.generation_of(filter.program_id).is_some()
+            };
+            Ok(own.filter(is_added).map(|filter| filter.program_id))
         }
     }
 }
 
 /// What packets meet at a hook whose map of programs was lost ([`dispatch`]).
 const LEADS_NOWHERE: &str = "it is not there, so the hook's link leads to no program: every packet is dropped, or left to the kernel's own rules if a policy in accelerate mode was the first";
+
+/// Whether a slot's first program was about to be attached, or has to be confirmed.
+fn is_first(state: &SlotState) -> bool {
+    state.intent.as_ref().is_some_and(|intent| intent.from.is_none() && intent.to.is_some())
+}
 
 fn is_egress(slot: &Slot) -> bool {
     slot.name.attach == Attach::TcEgress
@@ -131,7 +140,7 @@ pub struct How<'d> {
     pub order: Order,
 }
 
-/// Attaches a program where none of polc's is.
+/// Attaches a program where none of polc's is. For a filter, qdiscs are locked.
 pub fn first(
     sys: &Sys,
     slot: &Slot,
@@ -160,7 +169,6 @@ pub fn first(
             sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
         }
         (Via::Clsact { priority }, _) => {
-            let _lock = slot.lock_qdiscs(sys)?;
             let ask = Error::call(format!("list the qdiscs of `{}`", device.name));
             if clsact::qdisc(sys, device.ifindex).map_err(ask)?.is_none() {
                 // That it is polc's is said first: nobody else removes it.
@@ -293,8 +301,7 @@ fn remove_filter(sys: &Sys, slot: &Slot, state: &SlotState, priority: u16) -> Re
     let made = sys.is_there(&mark).map_err(Error::disk(&mark))?;
     // Where polc's filter is gone without polc, so is the qdisc that it was on, and one that is there is another's; but
     // for a first filter that polc did not come to add.
-    let began = state.intent.as_ref().is_some_and(|intent| intent.from.is_none() && intent.to.is_some());
-    let removed = if made && others.is_empty() && (attached || began) {
+    let removed = if made && others.is_empty() && (attached || is_first(state)) {
         // With the filter, at once.
         clsact::remove_qdisc(sys, ifindex)
     } else if attached {
@@ -312,16 +319,19 @@ fn remove_filter(sys: &Sys, slot: &Slot, state: &SlotState, priority: u16) -> Re
     Ok(())
 }
 
-/// The priority for a filter of polc's that no other filter has.
-pub fn clsact_place(sys: &Sys, device: &Device, egress: bool) -> Result<Via, Error> {
+/// The priority for a filter of polc's that no other filter has, nor one of those that are about to be added beside it.
+/// Qdiscs have to be locked for it to stay so.
+pub fn clsact_place(sys: &Sys, device: &Device, egress: bool, beside: &[u16]) -> Result<u16, Error> {
     let ask = || Error::call(format!("list the filters of `{}`", device.name));
     let taken = match clsact::qdisc(sys, device.ifindex).map_err(ask())? {
         None => Vec::new(),
         Some(Qdisc::Ingress) if egress => return Err(Error::IngressQdisc(device.name.clone())),
         Some(_) => clsact::filters(sys, device.ifindex, egress).map_err(ask())?,
     };
-    let free = (1..u16::MAX).find(|priority| taken.iter().all(|filter| filter.priority != *priority));
-    Ok(Via::Clsact { priority: free.unwrap_or(u16::MAX) })
+    let is_free = |priority: &u16| {
+        taken.iter().all(|filter| filter.priority != *priority) && !beside.contains(priority)
+    };
+    Ok((1..u16::MAX).find(is_free).unwrap_or(u16::MAX))
 }
 
 fn refused(slot: &Slot, device: &Device, generic: bool, source: io::Error) -> Error {

@@ -101,6 +101,8 @@ pub enum Error {
         place: String,
         /// Number of the device that it is applied to.
         applied: u32,
+        /// The name of that device now, if it is in this network namespace.
+        now: Option<String>,
         /// Number of the device that has the name now.
         named: u32,
     },
@@ -326,7 +328,10 @@ impl Error {
                 "with --defrag it has to be above -400, where fragments are reassembled".into()
             }
             Error::Priority { defrag: false, .. } => "the lowest and the highest number are not to be had".into(),
-            Error::OtherDevice { .. } => "`polc flush` takes the policy off the device that was renamed".into(),
+            Error::OtherDevice { now: Some(now), .. } => {
+                format!("`polc flush --dev {now}` takes the policy off the device that was renamed")
+            }
+            Error::OtherDevice { now: None, .. } => "`polc flush` takes the policy off that device".into(),
             Error::OtherName { now, .. } => format!("`polc flush --dev {now}` takes it off; then apply again"),
             Error::OtherPlace { .. } => {
                 "apply with the same options, or `polc flush` first: packets would meet both programs for a moment"
@@ -449,10 +454,13 @@ impl fmt::Display for Error {
             Error::HalfDone { in_force, error } => {
                 write!(f, "{error}; {} could not be taken back and is in force", in_force.join(", "))
             }
-            Error::OtherDevice { place, applied, named } => write!(
-                f,
-                "the policy {place} is on device number {applied}, and the name is now that of number {named}"
-            ),
+            Error::OtherDevice { place, applied, now, named } => {
+                write!(f, "the policy {place} is on device number {applied}")?;
+                if let Some(now) = now {
+                    write!(f, ", which is called `{now}` now")?;
+                }
+                write!(f, ", and the name is that of number {named}")
+            }
             Error::OtherName { place, now } => {
                 write!(f, "the policy {place} is on this device, which is called `{now}` now")
             }

@@ -45,7 +45,7 @@ pub fn flush_all(
     }
     let mut flushed = Vec::new();
     for (lock, first) in &by_lock {
-        let taken = first.lock(sys, false).and_then(|_lock| {
+        let taken = first.lock(sys).and_then(|_lock| {
             // Until it was locked another polc may have applied something, or taken it away.
             let slots: Vec<Slot> = slots()?.into_iter().filter(|slot| slot.locked() == *lock).collect();
             if slots.is_empty() {

@@ -41,7 +41,7 @@ pub fn flush(sys: &Sys, store: &Store, namespace: u64) -> Result<usize, Error> {
     let names = store.names(sys)?;
     for name in &names {
         let slot = store.slot(name);
-        let _lock = slot.lock(sys, false)?;
+        let _lock = slot.lock(sys)?;
         if let Some(link) = attach::open_link(sys, &slot)? {
             match sys.link_detach(&link) {
                 // The device is gone already.

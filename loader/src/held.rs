@@ -5,6 +5,7 @@
 //! map that a hook goes on with, the old program, and the state as it was.
 
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use polc_ir::env::Attach;
 
@@ -69,12 +70,13 @@ impl Held {
         }
     }
 
-    /// Takes the change back if its time is over and it has not been confirmed; whether nothing is left to wait for.
+    /// Takes the change back if its time is over and it has not been confirmed; whether nothing is left to wait for. Where
+    /// another polc has the slot until then, the old program is put back all the same, and the rest is left for later.
     ///
     /// # Errors
     /// What kept it from going back.
-    pub fn go_back(&self, sys: &Sys) -> Result<bool, Error> {
-        let lock = self.slot.lock(sys, true);
+    pub fn go_back(&self, sys: &Sys, until: Instant) -> Result<bool, Error> {
+        let lock = self.slot.lock_until(sys, until);
         let Some(deadline) = self.deadline(sys) else {
             if lock.is_ok() {
                 // Of a slot that was flushed, the lock made the directory anew.
@@ -86,6 +88,12 @@ impl Held {
         };
         // Whoever makes the change may have put it off until packets met it.
         if sys.uptime_ms().is_ok_and(|now| now < deadline) {
+            return Ok(false);
+        }
+        if matches!(lock, Err(Error::Locked(_))) {
+            if !self.is_confirmed_elsewhere(sys) {
+                self.put_back(sys)?;
+            }
             return Ok(false);
         }
         let is_known = lock.is_ok() && matches!(self.slot.known(sys), Ok(Some(_)));

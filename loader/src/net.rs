@@ -104,6 +104,11 @@ pub fn find<'d>(devices: &'d [Device], name: &str) -> Result<&'d Device, Error> 
     devices.iter().find(|device| device.name == name).ok_or_else(|| Error::NoDevice(name.to_string()))
 }
 
+/// The name of the device of that number, if there is one.
+pub fn name(devices: &[Device], ifindex: u32) -> Option<&str> {
+    devices.iter().find(|device| device.ifindex == ifindex).map(|device| device.name.as_str())
+}
+
 /// The host's own addresses, as its local routing table has them: that is what decides between INPUT and FORWARD unless
 /// routing rules lead some packets to other tables that call more addresses local, as transparent proxies have it. Some addresses are what they are whatever the table
 /// says (net/ipv4/fib_frontend.c, `__inet_dev_addr_type`; net/ipv6/addrconf_core.c, `__ipv6_addr_type`).

@@ -106,6 +106,7 @@ fn keep_or_go_back(
         if let Some(intent) = &mut state.intent {
             intent.confirm = None;
         }
+        state.confirmed = Some(current);
         return Ok(Confirmation::NotNeeded);
     }
     if sys.uptime_ms().map_err(Error::call("read the clock"))? < confirm.deadline_ms {
@@ -153,7 +154,7 @@ pub fn take_back_overdue(sys: &Sys, store: &Store, name: &SlotName) -> Result<bo
     if now < confirm.deadline_ms.saturating_add(OVERDUE_MS) {
         return Ok(false);
     }
-    let _lock = slot.lock(sys, false)?;
+    let _lock = slot.lock(sys)?;
     match repair(sys, &slot)? {
         // Whoever made it was only then writing down when its time is over.
         Some(Repaired { unconfirmed: Some(_), .. }) => Ok(false),
@@ -196,6 +197,7 @@ pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error>
         via,
         generations: Default::default(),
         intent: None,
+        confirmed: None,
     };
     for number in slot.generations_present(sys)? {
         let Some(program) = attach::open_pin(sys, &slot.program(number))? else { continue };

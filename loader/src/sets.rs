@@ -14,7 +14,7 @@ use crate::attach;
 use crate::error::Error;
 use crate::repair::{Repaired, repair};
 use crate::state::SlotName;
-use crate::store::{Locks, Slot, Store as StateStore, lock_all};
+use crate::store::{LOCK_WAIT, Locks, Slot, Store as StateStore, lock_all};
 use crate::swap::OBJECT_FILE;
 use crate::sys::{Map, MapWords, Sys};
 
@@ -46,7 +46,7 @@ impl LiveSets {
         names: &[SlotName],
     ) -> Result<(Vec<LiveSets>, Locks), Error> {
         let slots: Vec<Slot> = names.iter().map(|name| store.slot(name)).collect();
-        let locks = lock_all(sys, &slots, true)?;
+        let locks = lock_all(sys, &slots, LOCK_WAIT)?;
         let mut found = Vec::new();
         for slot in slots {
             found.extend(LiveSets::open(sys, store, slot)?);

@@ -165,17 +165,22 @@ pub struct SlotState {
     /// A change that was begun and not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intent: Option<Intent>,
+    /// The generation whose coming was confirmed; none if another change was begun since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirmed: Option<u32>,
 }
 
 impl SlotState {
-    /// The state from its text; `Err`: why it is none.
-    pub(crate) fn read(bytes: &[u8]) -> Result<SlotState, String> {
+    /// The state of a slot from its text; `Err`: why it is none.
+    pub(crate) fn read(bytes: &[u8], slot: &SlotName) -> Result<SlotState, String> {
         let state: SlotState = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-        if state.version == STATE_VERSION {
-            Ok(state)
-        } else {
-            Err(format!("it has version {}, and this polc reads {STATE_VERSION}", state.version))
+        if state.version != STATE_VERSION {
+            return Err(format!("it has version {}, and this polc reads {STATE_VERSION}", state.version));
         }
+        if state.slot != *slot {
+            return Err(format!("it is that of the policy {}", state.slot));
+        }
+        Ok(state)
     }
 
     /// Its text.

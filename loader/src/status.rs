@@ -15,6 +15,7 @@ use crate::carry;
 use crate::error::Error;
 use crate::events::TraceMaps;
 use crate::load::map_spec;
+use crate::net::{self, Device};
 use crate::sets::LiveSets;
 use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
@@ -110,6 +111,12 @@ impl Open {
     /// The kernel does not tell.
     pub fn is_attached(&self, sys: &Sys) -> Result<bool, Error> {
         Ok(attach::current(sys, &self.files, &self.state)? == Some(self.program.id))
+    }
+
+    /// The name that its device has now, if that is another than the policy was applied by.
+    pub fn renamed<'d>(&self, devices: &'d [Device]) -> Option<&'d str> {
+        let own = self.slot.device.as_deref()?;
+        net::name(devices, self.state.ifindex).filter(|name| *name != own)
     }
 
     /// The policy's sets. Somebody may change them meanwhile.

@@ -24,6 +24,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use polc_ir::env::Attach;
 use polc_ir::hook::Family;
@@ -37,6 +38,11 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 /// Where state is kept unless the user names another directory.
 pub const DEFAULT_STATE: &str = "/run/polc";
 
+/// How long a polc that waits for another one to end does so.
+pub const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// How long one does that does not wait. A process that another thread is about to start has copies of all descriptors
+/// until it runs its own program (execve(2)), and so keeps a lock for a moment after it was dropped.
+const LOCK_MOMENT: Duration = Duration::from_millis(100);
 /// How often the directory of a lock is made again after another polc removed it.
 const LOCK_TRIES: usize = 16;
 const STATE_FILE: &str = "state.json";
@@ -175,7 +181,7 @@ impl Store {
         let names = sys.list(&self.pins).unwrap_or_default();
         for hooks in names.iter().filter(|name| name.starts_with(HOOKS)).map(|name| self.pins.join(name)) {
             if sys.list(&hooks).is_ok_and(|pins| pins.is_empty())
-                && let Ok(_lock) = sys.lock_directory(&hooks, false)
+                && let Ok(_lock) = sys.lock_directory(&hooks, moment())
             {
                 let _ = sys.remove_dir(&hooks);
             }
@@ -208,9 +214,17 @@ impl Slot {
     /// in common: who needs several takes [`lock_all`].
     ///
     /// # Errors
-    /// [`Error::Locked`] if another has it, and `wait` is not given.
-    pub fn lock(&self, sys: &Sys, wait: bool) -> Result<Lock, Error> {
-        lock(sys, &self.locked(), wait)
+    /// [`Error::Locked`] if another has it.
+    pub fn lock(&self, sys: &Sys) -> Result<Lock, Error> {
+        self.lock_until(sys, moment())
+    }
+
+    /// The same, waiting for whoever has it.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] if another has it all the time.
+    pub fn lock_until(&self, sys: &Sys, until: Instant) -> Result<Lock, Error> {
+        lock(sys, &self.locked(), until)
     }
 
     /// The directory that who changes the slot has locked.
@@ -250,13 +264,13 @@ impl Slot {
         Ok(names.map(|name| self.other(&name)).collect())
     }
 
-    /// Keeps every other polc from adding and removing qdiscs of the network namespace until the result is dropped;
-    /// waits for them.
+    /// Keeps every other polc from adding and removing qdiscs and filters of the network namespace until the result is
+    /// dropped; waits for them.
     ///
     /// # Errors
-    /// The directory can't be locked.
+    /// [`Error::Locked`] if another has it all the time.
     pub fn lock_qdiscs(&self, sys: &Sys) -> Result<Lock, Error> {
-        lock(sys, self.pins.parent().expect("a slot is in a store"), true)
+        lock(sys, self.pins.parent().expect("a slot is in a store"), Instant::now() + LOCK_WAIT)
     }
 
     /// Keeps every other polc from watching a generation's reports until the result is dropped.
@@ -265,7 +279,7 @@ impl Slot {
     /// [`Error::Watched`] if another does.
     pub fn lock_reports(&self, sys: &Sys, generation: u32) -> Result<Lock, Error> {
         let path = self.generation_pins(generation);
-        let directory = sys.lock_directory(&path, false).map_err(|source| match source.kind() {
+        let directory = sys.lock_directory(&path, moment()).map_err(|source| match source.kind() {
             ErrorKind::WouldBlock => Error::Watched(self.name.to_string()),
             ErrorKind::NotFound => Error::NotApplied(self.name.to_string()),
             _ => Error::Disk { path, source },
@@ -333,11 +347,11 @@ impl Slot {
     /// The state, if there is any.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if it is damaged, [`Error::Disk`] if it can't be read.
+    /// [`Error::Corrupt`] if it is damaged or another slot's, [`Error::Disk`] if it can't be read.
     pub fn read(&self, sys: &Sys) -> Result<Option<SlotState>, Error> {
         let path = self.state.join(STATE_FILE);
         let Some(bytes) = sys.read(&path).map_err(Error::disk(&path))? else { return Ok(None) };
-        SlotState::read(&bytes).map(Some).map_err(|why| Error::Corrupt { path, why })
+        SlotState::read(&bytes, &self.name).map(Some).map_err(|why| Error::Corrupt { path, why })
     }
 
     /// What the note beside the pins tells of the state, for when that is damaged or lost.
@@ -345,7 +359,7 @@ impl Slot {
     /// # Errors
     /// The call failed. A note that can't be understood is none.
     pub fn noted(&self, sys: &Sys) -> Result<Option<SlotState>, Error> {
-        Ok(self.note(sys)?.and_then(|text| SlotState::read(text.as_bytes()).ok()))
+        Ok(self.note(sys)?.and_then(|text| SlotState::read(text.as_bytes(), &self.name).ok()))
     }
 
     /// The note's text.
@@ -378,12 +392,20 @@ impl Slot {
     /// # Errors
     /// [`Error::Disk`].
     pub fn write(&self, sys: &Sys, state: &SlotState) -> Result<(), Error> {
-        let path = self.pins.join(NOTE);
-        let noted = sys.write_symlink(&path, &self.pins.join(NEW_NOTE), &state.note());
-        noted.map_err(Error::disk(&path))?;
+        self.write_note(sys, state)?;
         let path = self.state.join(STATE_FILE);
         sys.make_dirs(&self.state).map_err(Error::disk(&self.state))?;
         sys.write_whole(&path, state.text().as_bytes()).map_err(Error::disk(&path))
+    }
+
+    /// Writes the note alone, where the state is damaged.
+    ///
+    /// # Errors
+    /// [`Error::Disk`].
+    pub(crate) fn write_note(&self, sys: &Sys, state: &SlotState) -> Result<(), Error> {
+        let path = self.pins.join(NOTE);
+        let noted = sys.write_symlink(&path, &self.pins.join(NEW_NOTE), &state.note());
+        noted.map_err(Error::disk(&path))
     }
 
     /// Removes a generation's pins and files.
@@ -451,23 +473,29 @@ impl Slot {
 /// Locks of several slots.
 pub type Locks = Vec<Lock>;
 
-/// Keeps every other polc from changing any of these slots until the result is dropped.
+/// Keeps every other polc from changing any of these slots until the result is dropped; waits for `time` at most.
 ///
 /// # Errors
-/// [`Error::Locked`] if another has one, and `wait` is not given.
+/// [`Error::Locked`] if another has one all the time.
 pub fn lock_all<'a>(
     sys: &Sys,
     slots: impl IntoIterator<Item = &'a Slot>,
-    wait: bool,
+    time: Duration,
 ) -> Result<Locks, Error> {
+    let until = Instant::now() + time.max(LOCK_MOMENT);
     // In order, so that two that wait don't wait for each other.
     let directories: BTreeSet<PathBuf> = slots.into_iter().map(Slot::locked).collect();
-    directories.iter().map(|directory| lock(sys, directory, wait)).collect()
+    directories.iter().map(|directory| lock(sys, directory, until)).collect()
+}
+
+/// Until when one tries that does not wait for another polc.
+fn moment() -> Instant {
+    Instant::now() + LOCK_MOMENT
 }
 
 /// Locks a directory, which is made if it is not there.
-fn lock(sys: &Sys, path: &Path, wait: bool) -> Result<Lock, Error> {
-    let locked = || sys.make_dirs(path).and_then(|()| sys.lock_directory(path, wait));
+fn lock(sys: &Sys, path: &Path, until: Instant) -> Result<Lock, Error> {
+    let locked = || sys.make_dirs(path).and_then(|()| sys.lock_directory(path, until));
     let mut tries = 0;
     loop {
         match locked() {
@@ -521,6 +549,7 @@ mod tests {
             via: Via::Clsact { priority: 1 },
             generations: BTreeMap::from([(1, generation)]),
             intent: Some(Intent { from: None, to: Some(1), confirm: None, with: Vec::new() }),
+            confirmed: None,
         }
     }
 
@@ -529,7 +558,7 @@ mod tests {
         let (folder, slot) = slot("state");
         let (sys, state) = (Sys::new(), state(&slot));
         assert!(slot.read(&sys).unwrap().is_none());
-        let _lock = slot.lock(&sys, false).unwrap();
+        let _lock = slot.lock(&sys).unwrap();
         slot.write(&sys, &state).unwrap();
         assert_eq!(slot.read(&sys).unwrap(), Some(state.clone()));
         let path = slot.files().join(STATE_FILE);
@@ -549,7 +578,7 @@ mod tests {
     fn what_going_back_needs_is_noted_beside_the_pins() {
         let (folder, slot) = slot("noted");
         let (sys, state) = (Sys::new(), state(&slot));
-        let _lock = slot.lock(&sys, false).unwrap();
+        let _lock = slot.lock(&sys).unwrap();
         assert_eq!(slot.noted(&sys).unwrap(), None);
         slot.write(&sys, &state).unwrap();
         std::fs::remove_dir_all(slot.files()).unwrap();
@@ -566,12 +595,12 @@ mod tests {
     fn who_changes_a_slot_keeps_others_out() {
         let (folder, slot) = slot("locked");
         let sys = Sys::new();
-        let lock = slot.lock(&sys, false).unwrap();
-        assert!(matches!(slot.lock(&sys, false), Err(Error::Locked(_))));
+        let lock = slot.lock(&sys).unwrap();
+        assert!(matches!(slot.lock(&sys), Err(Error::Locked(_))));
         slot.lock_qdiscs(&sys).unwrap();
         slot.remove(&sys).unwrap();
         // What is made anew is another directory.
-        let again = slot.lock(&sys, false).unwrap();
+        let again = slot.lock(&sys).unwrap();
         drop((lock, again));
         slot.remove(&sys).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();

@@ -29,7 +29,7 @@ use crate::net;
 use crate::repair::{Repaired, attached, go_back, prune, repair, settle};
 use crate::sets;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
-use crate::store::{Locks, Slot, Store, lock_all};
+use crate::store::{Lock, Locks, Slot, Store, lock_all};
 use crate::sys::{Sys, TestRun};
 use crate::wish;
 
@@ -144,8 +144,8 @@ pub fn apply_all(
     may_change(sys)?;
     store.prepare(sys)?;
     let slots: Vec<Slot> = requests.iter().map(|request| store.slot(request.slot)).collect();
-    let locks = lock_all(sys, &slots, false)?;
-    let mut changes = Changes { slots, installed: Vec::new(), _locks: locks };
+    let locks = lock_all(sys, &slots, Duration::ZERO)?;
+    let mut changes = Changes { slots, installed: Vec::new(), qdiscs: None, _locks: locks };
     match changes.make(sys, store, requests, watch) {
         Ok(()) => Ok(changes.end(sys, requests)),
         Err(error) => Err(changes.take_back(sys, store, error)),
@@ -164,6 +164,8 @@ pub fn may_change(sys: &Sys) -> Result<(), Error> {
 struct Changes {
     slots: Vec<Slot>,
     installed: Vec<Change>,
+    /// Held from when filters get their priorities until they are there.
+    qdiscs: Option<Lock>,
     _locks: Locks,
 }
 
@@ -205,6 +207,7 @@ impl Changes {
             change.install(sys, request)?;
             self.installed.push(change);
         }
+        self.place_filters(sys)?;
         for (request, change) in requests.iter().zip(&mut self.installed) {
             let with = all.iter().filter(|(name, _)| at_once(name, &change.slot.name)).cloned().collect();
             change.announce(sys, request, with, watch)?;
@@ -221,8 +224,28 @@ impl Changes {
                 change.swap(sys, request)?;
             }
         }
+        self.qdiscs = None;
         for family in [Family::V4, Family::V6] {
             self.swap_at_hooks(sys, family)?;
+        }
+        Ok(())
+    }
+
+    /// Gives first filters their priorities. Those that others see free are free no more once this returns.
+    fn place_filters(&mut self, sys: &Sys) -> Result<(), Error> {
+        let mut given: Vec<(u32, Attach, u16)> = Vec::new();
+        let is_first =
+            |change: &&mut Change| change.from.is_none() && matches!(change.state.via, Via::Clsact { .. });
+        for Change { slot, state, device, .. } in self.installed.iter_mut().filter(is_first) {
+            if self.qdiscs.is_none() {
+                self.qdiscs = Some(slot.lock_qdiscs(sys)?);
+            }
+            let (ifindex, attach) = (device.ifindex, slot.name.attach);
+            let beside = given.iter().filter(|(other, at, _)| (*other, *at) == (ifindex, attach));
+            let beside: Vec<u16> = beside.map(|(.., priority)| *priority).collect();
+            let priority = attach::clsact_place(sys, device, attach == Attach::TcEgress, &beside)?;
+            state.via = Via::Clsact { priority };
+            given.push((ifindex, attach, priority));
         }
         Ok(())
     }
@@ -280,7 +303,9 @@ impl Changes {
     }
 
     /// Takes back what was made and clears what was begun; the failure to report.
-    fn take_back(self, sys: &Sys, store: &Store, error: Error) -> Error {
+    fn take_back(mut self, sys: &Sys, store: &Store, error: Error) -> Error {
+        // To take a filter away takes the lock.
+        self.qdiscs = None;
         let mut in_force = Vec::new();
         for Change { slot, state, from, to, .. } in self.installed.iter().rev().filter(|change| change.made) {
             if go_back(sys, slot, state, *from, *to, &[]).is_err() {
@@ -308,9 +333,11 @@ impl Change {
             }
             Some(Repaired { state, current, .. }) => {
                 if request.slot.device.is_some() && state.ifindex != device.ifindex {
+                    let now = net::name(&net::devices(sys)?, state.ifindex).map(str::to_string);
                     return Err(Error::OtherDevice {
                         place: state.slot.to_string(),
                         applied: state.ifindex,
+                        now,
                         named: device.ifindex,
                     });
                 }
@@ -365,6 +392,7 @@ impl Change {
             None => None,
         };
         state.intent = Some(Intent { from: *from, to: Some(*to), confirm: confirm.clone(), with });
+        state.confirmed = None;
         slot.write(sys, state)?;
         confirm.map_or(Ok(()), |confirm| watch(&slot.name, &confirm))
     }
@@ -458,7 +486,11 @@ fn fresh(
     }
     attach::check_occupants(sys, slot, via, device, request.order, &own)?;
     let via = match via {
-        Via::Clsact { .. } => attach::clsact_place(sys, device, slot.name.attach == Attach::TcEgress)?,
+        // The priority is another's as long as it is not locked; that there is a place is asked now.
+        Via::Clsact { .. } => {
+            let priority = attach::clsact_place(sys, device, slot.name.attach == Attach::TcEgress, &[])?;
+            Via::Clsact { priority }
+        }
         Via::Dispatch { .. } => dispatch::choose(sys, slot, request.hook_order)?,
         via @ Via::Link => via,
     };
@@ -469,6 +501,7 @@ fn fresh(
         via,
         generations: Default::default(),
         intent: None,
+        confirmed: None,
     })
 }
 
@@ -575,36 +608,65 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
     Ok(())
 }
 
-/// Confirms what a slot waits for, and what was changed together with it. The slots whose change is kept by that; none if
-/// nothing waited.
+/// What confirming found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Confirmed {
+    /// A change that waited. The slots at which it is kept: what was changed together is confirmed together.
+    Kept(Vec<SlotName>),
+    /// The last change, which had been confirmed.
+    Before,
+    /// Nothing that was to be confirmed, or no more.
+    Nothing,
+}
+
+/// Confirms what a slot waits for, and what was changed together with it. Waits for another polc until then.
+///
+/// Where the slot's state is damaged, the note beside its pins does for this.
 ///
 /// # Errors
-/// [`Error::NotApplied`] if nothing is applied (any more).
-pub fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<Vec<SlotName>, Error> {
+/// [`Error::NotApplied`] if nothing is applied (any more), [`Error::Locked`].
+pub fn confirm(sys: &Sys, store: &Store, name: &SlotName, until: Instant) -> Result<Confirmed, Error> {
     may_change(sys)?;
     let slot = store.slot(name);
-    let _lock = slot.lock(sys, true)?;
-    match repair(sys, &slot)? {
-        Some(Repaired { mut state, current, unconfirmed: Some(_) }) => {
-            let with = state.intent.take().map_or_else(Vec::new, |intent| intent.with);
-            slot.write(sys, &state)?;
-            // From here on all of it is confirmed. What can't be tidied up at the others the next polc does.
-            let mut kept = vec![name.clone()];
-            kept.extend(with.into_iter().filter_map(|(name, generation)| {
-                let there = match repair(sys, &slot.other(&name)) {
-                    Ok(repaired) => repaired.is_some_and(|repaired| repaired.current == generation),
-                    Err(_) => true,
-                };
-                there.then_some(name)
-            }));
-            prune(sys, &slot, &mut state, current)?;
-            Ok(kept)
-        }
-        Some(_) => Ok(Vec::new()),
-        None => {
+    let _lock = slot.lock_until(sys, until)?;
+    let (mut state, current, damaged) = match repair(sys, &slot) {
+        Ok(Some(Repaired { state, current, .. })) => (state, current, false),
+        Ok(None) => {
             slot.remove(sys)?;
             store.tidy(sys);
-            Err(Error::NotApplied(name.to_string()))
+            return Err(Error::NotApplied(name.to_string()));
         }
+        Err(error) => {
+            let noted = match (&error, slot.noted(sys)?) {
+                (Error::Corrupt { .. }, Some(noted)) => attached(sys, &slot, &noted)?.map(|now| (noted, now)),
+                _ => None,
+            };
+            let (noted, current) = noted.ok_or(error)?;
+            (noted, current, true)
+        }
+    };
+    if state.unconfirmed(current).is_none() {
+        let before = state.confirmed == Some(current);
+        return Ok(if before { Confirmed::Before } else { Confirmed::Nothing });
     }
+    let with = state.intent.take().map_or_else(Vec::new, |intent| intent.with);
+    state.confirmed = Some(current);
+    if damaged {
+        slot.write_note(sys, &state)?
+    } else {
+        slot.write(sys, &state)?
+    }
+    // From here on all of it is confirmed. What can't be tidied up at the others the next polc does.
+    let mut kept = vec![name.clone()];
+    kept.extend(with.into_iter().filter_map(|(name, generation)| {
+        let there = match repair(sys, &slot.other(&name)) {
+            Ok(repaired) => repaired.is_some_and(|repaired| repaired.current == generation),
+            Err(_) => true,
+        };
+        there.then_some(name)
+    }));
+    if !damaged {
+        prune(sys, &slot, &mut state, current)?;
+    }
+    Ok(Confirmed::Kept(kept))
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use polc::build::build;
@@ -27,8 +27,8 @@ use polc_loader::coexist::Order;
 use polc_loader::flush::{flush, flush_all};
 use polc_loader::held::Held;
 use polc_loader::state::{SlotName, Via};
-use polc_loader::store::Store;
-use polc_loader::swap::{self, Request};
+use polc_loader::store::{LOCK_WAIT, Store};
+use polc_loader::swap::{self, Confirmed, Request};
 use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys, TestRun};
 use polc_loader::{Error, attach, clsact, net};
 use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
@@ -152,6 +152,10 @@ fn request<'a>(slot: &'a SlotName, object: &'a Object, way: Way, confirm: Option
     }
 }
 
+fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<Confirmed, Error> {
+    swap::confirm(sys, store, name, Instant::now() + LOCK_WAIT)
+}
+
 impl Host {
     fn new(way: Way, bpffs: &Path, state: &Path, objects: Vec<Object>) -> Host {
         let slot = way.slot();
@@ -190,11 +194,13 @@ impl Host {
             Operation::First => self.apply(sys, 0, None),
             Operation::Swap => self.apply(sys, 1, None),
             Operation::SwapUnconfirmed => self.apply(sys, 1, Some(Duration::from_secs(600))),
-            Operation::Confirm => swap::confirm(sys, &self.store, &self.slot).map(|_| ()),
+            Operation::Confirm => confirm(sys, &self.store, &self.slot).map(|_| ()),
             Operation::GoBack => {
                 let state = self.store.slot(&self.slot).read(&Sys::new()).expect("readable").expect("there");
                 let token = state.intent.and_then(|intent| intent.confirm).expect("it waits").token;
-                Held::new(sys, &self.store, &self.slot, &token)?.go_back(sys).map(|_| ())
+                Held::new(sys, &self.store, &self.slot, &token)?
+                    .go_back(sys, Instant::now() + LOCK_WAIT)
+                    .map(|_| ())
             }
             Operation::Flush => flush(sys, &self.store, &self.slot).map(|_| ()),
         }
@@ -251,7 +257,7 @@ impl Host {
         let sys = Sys::new();
         let slot = self.store.slot(&self.slot);
         // An apply that has to be confirmed keeps the next one out.
-        let next = match swap::confirm(&sys, &self.store, &self.slot) {
+        let next = match confirm(&sys, &self.store, &self.slot) {
             Ok(_) => found,
             Err(Error::NotApplied(_)) => None,
             Err(error) => return Err(format!("the next polc says: {error}")),
@@ -468,7 +474,9 @@ impl Several<'_> {
     fn go_back(&self, sys: &Sys, name: &SlotName) -> Result<(), Error> {
         let state = self.store.slot(name).read(&Sys::new())?.expect("there");
         let Some(confirm) = state.intent.and_then(|intent| intent.confirm) else { return Ok(()) };
-        Held::new(&Sys::new(), self.store, name, &confirm.token)?.go_back(sys).map(|_| ())
+        Held::new(&Sys::new(), self.store, name, &confirm.token)?
+            .go_back(sys, Instant::now() + LOCK_WAIT)
+            .map(|_| ())
     }
 
     fn waits_no_more(&self, name: &SlotName) -> bool {
@@ -574,7 +582,7 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
                 false => Err(io::Error::from_raw_os_error(5)),
             });
             let result = match operation {
-                Operation::Confirm => several.each(|slot| swap::confirm(&sys, &store, slot).map(|_| ())),
+                Operation::Confirm => several.each(|slot| confirm(&sys, &store, slot).map(|_| ())),
                 Operation::GoBack => several.each(|slot| several.go_back(&sys, slot)),
                 Operation::Flush => several.flush(&sys),
                 _ => several.apply(&sys, 1),
@@ -589,11 +597,11 @@ fn killed_at_any_call_it_leaves_all_hooks_old_or_all_new() {
                 // Confirmed at one hook, it stays at both, though the other's time be over.
                 let confirmed = several.slots.each_ref().map(|slot| several.waits_no_more(slot));
                 several.let_time_pass();
-                ready(several.each(|slot| swap::confirm(&Sys::new(), &store, slot).map(|_| ())));
+                ready(several.each(|slot| confirm(&Sys::new(), &store, slot).map(|_| ())));
                 let expected = if confirmed.contains(&true) { before } else { old };
                 assert_eq!(several.attached(), expected, "call {number}: {confirmed:?}");
             } else {
-                _ = several.each(|slot| swap::confirm(&Sys::new(), &store, slot).map(|_| ()));
+                _ = several.each(|slot| confirm(&Sys::new(), &store, slot).map(|_| ()));
                 let expected = if operation == Operation::GoBack { old } else { now };
                 assert_eq!(several.attached(), expected, "{operation:?}, call {number}: after the next polc");
             }
@@ -663,6 +671,38 @@ fn two_polcs_at_several_hooks_leave_all_of_them_alike() {
     assert!(matches!(result, Err(Error::Overtaken(_))), "{result:?}");
     assert_eq!(several.attached(), before);
     several.flush(&Sys::new()).expect("flushed");
+}
+
+/// Who keeps a slot locked is waited for no longer than there is time, and keeps nothing from going back.
+#[test]
+fn a_lock_that_is_never_released_holds_nobody_up() {
+    const NAME: &str = "a_lock_that_is_never_released_holds_nobody_up";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("held");
+    let soon = || Instant::now() + Duration::from_millis(20);
+    for way in WAYS {
+        let objects = POLICIES.map(|port| object(port, way.attach())).to_vec();
+        let host = Host::new(way, Path::new(&bpffs.join("")), state.path(), objects);
+        let (sys, slot) = (Sys::new(), host.store.slot(&host.slot));
+        host.prepare(Operation::GoBack);
+        let token =
+            slot.read(&sys).expect("readable").expect("there").intent.and_then(|intent| intent.confirm);
+        let held = Held::new(&sys, &host.store, &host.slot, &token.expect("it waits").token).expect("opened");
+        let lock = slot.lock(&sys).expect("nobody is at work");
+        let confirmed = swap::confirm(&sys, &host.store, &host.slot, soon());
+        assert!(matches!(confirmed, Err(Error::Locked(_))), "{way:?}: {confirmed:?}");
+        assert_eq!(host.in_force(), Ok(Some(1)));
+        // The program goes back, and what is kept follows once it may be changed.
+        for _ in 0..2 {
+            assert!(!held.go_back(&sys, soon()).expect("put back"), "{way:?}");
+            assert_eq!(host.in_force(), Ok(Some(0)), "{way:?}");
+        }
+        drop(lock);
+        assert!(held.go_back(&sys, soon()).expect("gone back"), "{way:?}");
+        host.settle(Operation::GoBack, Some(0)).unwrap_or_else(|why| panic!("{way:?}: {why}"));
+    }
 }
 
 /// A priority that another function got after polc's was detached does not make polc's attached.

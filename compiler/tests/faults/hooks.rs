@@ -55,7 +55,60 @@ fn several_hooks_have_one_time_and_are_confirmed_together() {
         let said = host.says(confirm, 0);
         assert_eq!(said.matches("kept at netfilter").count(), 3, "{said}");
         assert!(!said.contains("nothing to confirm"), "{said}");
-        assert_eq!(host.says(confirm, 1).matches("kept").count(), 0);
+        // It need not be asked who was first, as long as nothing else was tried since.
+        let said = host.says(confirm, 0);
+        assert!(!said.contains("kept") && said.contains("confirmed before at netfilter"), "{said}");
+    }
+    host.says(&["flush"], 0);
+}
+
+/// Of two that confirm at once both are told that the change is kept.
+#[test]
+fn who_confirms_beside_another_hears_that_it_is_kept() {
+    let Some(host) = host("fault-both") else { return };
+    host.says(&APPLY, 0);
+    host.says(&[&APPLY_OTHER[..], &["--confirm", "600"]].concat(), 0);
+    let both = [(); 2].map(|()| host.command(&["confirm"]).spawn().expect("polc runs"));
+    let outputs = both.map(|child| child.wait_with_output().expect("polc ends"));
+    let said = outputs.each_ref().map(|output| String::from_utf8_lossy(&output.stderr).into_owned());
+    assert!(outputs.iter().all(|output| output.status.success()), "{said:?}");
+    assert_eq!(said.iter().filter(|said| said.contains("kept at netfilter")).count(), 1, "{said:?}");
+    // What was begun since and went back was not confirmed, though what is in force once was.
+    host.says(&[&APPLY[..], &["--confirm", "1"]].concat(), 0);
+    let before = attached(&host);
+    let began = Instant::now();
+    while attached(&host) == before {
+        assert!(began.elapsed() < PATIENCE, "it does not go back");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(host.says(&["confirm"], 1).contains("nothing to confirm"));
+    host.says(&["flush"], 0);
+}
+
+/// A damaged state keeps nobody from confirming: the note beside the pins does.
+#[test]
+fn a_change_is_confirmed_though_states_are_damaged() {
+    let Some(host) = host("fault-note") else { return };
+    host.says(&APPLY, 0);
+    for damaged in [&HOOKS[..1], &HOOKS] {
+        host.says(&[&APPLY_OTHER[..], &["--confirm", "2"]].concat(), 0);
+        let after = attached(&host);
+        for hook in damaged {
+            fs::write(host.slot(&slot(*hook)).files().join("state.json"), b"{").expect("written");
+        }
+        // Another one's damage does not matter to it.
+        let other = SlotName { family: Family::V6, ..slot(Hook::Input) };
+        fs::create_dir_all(host.slot(&other).files()).expect("a folder");
+        fs::write(host.slot(&other).files().join("state.json"), b"{").expect("written");
+        let said = host.says(&["confirm"], 3);
+        assert_eq!(said.matches("kept at netfilter").count(), 3, "{said}");
+        assert!(said.contains("[E0813] at netfilter input for IPv6: "), "{said}");
+        host.says(&["flush", "--family", "6"], 0);
+        assert!(host.says(&["confirm"], 0).contains("confirmed before"));
+        std::thread::sleep(Duration::from_millis(2_700));
+        assert_eq!(attached(&host), after);
+        host.says(&["flush"], 0);
+        host.says(&APPLY, 0);
     }
     host.says(&["flush"], 0);
 }

@@ -102,6 +102,25 @@ fn one_damaged_policy_does_not_hide_the_others() {
     assert!(host.says(&["status", "--sample", "0"], 0).contains("nothing is applied"));
 }
 
+/// A state that was copied from another slot is not believed, and what the note tells is.
+#[test]
+fn a_state_of_another_slot_is_none() {
+    let Some(host) = Host::new("fault-copied") else { return };
+    apply(&host, "rules.v4", &[]);
+    let state = |attach| host.slot(&slot(attach)).files().join("state.json");
+    fs::copy(state(Attach::Netfilter), state(Attach::Xdp)).expect("copied");
+    fs::copy(state(Attach::Xdp), state(Attach::TcIngress)).expect("copied");
+    for command in [&["status", "--sample", "0"][..], &APPLY] {
+        let said = host.says(command, 3);
+        assert!(said.contains("[E0813]") && said.contains("`polc flush` removes it"), "{said}");
+        assert!(said.contains("it is that of the policy at netfilter input for IPv4"), "{said}");
+    }
+    let said = host.says(&["flush"], 0);
+    assert_eq!(said.matches("removed at").count(), 3, "{said}");
+    assert_eq!(attached(&host), [None; 3]);
+    assert!(!has_xdp("eth0"));
+}
+
 #[test]
 fn changes_go_back_whatever_became_of_their_state() {
     let Some(host) = Host::new("fault-back") else { return };

@@ -87,6 +87,72 @@ fn the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it() {
     assert_eq!(shown(), before);
 }
 
+/// Filters of both families get priorities of their own, though they be added at the same moment.
+#[test]
+fn two_filters_at_once_do_not_get_one_priority() {
+    let Some(host) = Host::new("fault-filters") else { return };
+    host.files.file("rules.v6", RULES_V6.as_bytes());
+    let apply = |family: &str| {
+        let (file, place) =
+            (format!("rules.v{family}"), ["--dev", "eth0", "--attach", "tc-ingress", "--clsact"]);
+        host.command(&[&["apply", &file, "--replace"], &place[..]].concat()).spawn().expect("polc runs")
+    };
+    for round in 0..3 {
+        for child in ["4", "6"].map(apply) {
+            let output = child.wait_with_output().expect("polc ends");
+            assert!(output.status.success(), "{round}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        // Each is taken away alone.
+        for family in ["4", "6"] {
+            assert!(
+                host.says(&["flush", "--family", family], 0).contains("removed at tc-ingress"),
+                "{round}"
+            );
+        }
+    }
+    // A priority that somebody else gets before it is locked is no policy of polc's that was attached.
+    assert_eq!(host.says(&["flush"], 0), "nothing to remove\n");
+}
+
+/// Names come and go, and a policy stays with its device.
+#[test]
+fn a_policy_is_its_devices_whatever_that_is_called() {
+    let Some(host) = Host::new("fault-names") else { return };
+    let rename = |from: &str, to: &str| {
+        ip(&format!("link set {from} down"));
+        ip(&format!("link set {from} name {to}"));
+    };
+    for device in ["eth0", "eth1"] {
+        host.says(&["apply", "rules.v4", "--replace", "--dev", device], 0);
+    }
+    let [own, other] = ["eth0", "eth1"].map(programs);
+    for (from, to) in [("eth0", "swap"), ("eth1", "eth0"), ("swap", "eth1")] {
+        rename(from, to);
+    }
+    let said = host.says(&["status", "--sample", "0"], 0);
+    for name in ["eth0", "eth1"] {
+        assert!(said.contains(&format!("its device is called `{name}` now")), "{said}");
+    }
+    let said = host.says(&["status", "--sample", "0", "--dev", "eth1", "--format", "json"], 0);
+    assert!(said.contains("\"device_now\": \"eth1\""), "{said}");
+    let said = host.says(&["flush", "--dev", "eth0"], 0);
+    assert!(said.contains("removed at xdp of `eth1` for IPv4, whose device is called `eth0` now"), "{said}");
+    assert_eq!((programs("eth1"), programs("eth0"), other.len()), (own, Vec::new(), 1));
+    // The name of another device is not the policy's, and a name that no device has is nobody's.
+    rename("eth0", "wan");
+    ip("link add eth0 type veth peer name eth2");
+    assert_eq!(host.says(&["flush", "--dev", "eth0"], 0), "nothing to remove\n");
+    let said = host.says(&["flush", "--dev", "nosuch"], 3);
+    assert!(said.contains("[E0803] there is no device `nosuch`") && said.contains("`ip link`"), "{said}");
+    assert_eq!(programs("eth1").len(), 1);
+    let said = host.says(&APPLY, 3);
+    assert!(said.contains("[E0830]") && said.contains("`polc flush --dev eth1`"), "{said}");
+    // As long as no other device has it, the name that it was applied by does.
+    ip("link delete eth0");
+    host.says(&["flush", "--dev", "eth0"], 0);
+    assert_eq!(programs("eth1").len(), 0);
+}
+
 #[test]
 fn what_an_option_asks_for_in_vain_is_refused() {
     let Some(host) = Host::new("fault-ways") else { return };

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Sys;
 
@@ -57,17 +57,13 @@ impl Sys {
     }
 
     /// Locks a directory (flock(2)) until the result is closed, by a crash if need be. `WouldBlock` if another holds the
-    /// lock and `wait` is not given.
-    pub fn lock_directory(&self, path: &Path, wait: bool) -> io::Result<File> {
+    /// lock until then.
+    pub fn lock_directory(&self, path: &Path, until: Instant) -> io::Result<File> {
         loop {
             self.enter("open_lock")?;
             let file = File::open(path)?;
             self.enter("flock")?;
-            if wait {
-                file.lock()?;
-            } else {
-                lock_soon(&file)?;
-            }
+            lock_file(&file, until)?;
             // Whoever held it may have removed the directory; a lock on one without a name keeps nobody out.
             let named = fs::metadata(path).is_ok_and(|named| {
                 file.metadata().is_ok_and(|own| (own.dev(), own.ino()) == (named.dev(), named.ino()))
@@ -176,22 +172,19 @@ impl Sys {
     }
 }
 
-/// Locks a file that nobody holds for long. A process that another thread is about to start has copies of all
-/// descriptors until it runs its own program (execve(2)), and so keeps a lock for a moment after it was dropped.
-fn lock_soon(file: &File) -> io::Result<()> {
-    for _ in 0..LOCK_TRIES {
+/// Locks a file. To be told of its release takes a call that waits for as long as it takes, so it is tried again.
+fn lock_file(file: &File, until: Instant) -> io::Result<()> {
+    loop {
         match file.try_lock() {
-            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(LOCK_PAUSE),
             result => return Ok(result?),
         }
     }
-    Ok(file.try_lock()?)
 }
 
 /// How often directories are made again.
 const MKDIR_TRIES: u32 = 16;
-/// How often, and after which pause, a held lock is tried again before it is another polc's.
-const LOCK_TRIES: u32 = 20;
+/// Pause after which a held lock is tried again.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {

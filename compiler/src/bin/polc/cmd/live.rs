@@ -2,17 +2,17 @@
 
 use std::io::Read as _;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polc_loader::Error;
 use polc_loader::flush::flush_all;
 use polc_loader::gone;
 use polc_loader::held::Held;
-use polc_loader::net;
+use polc_loader::net::{self, Device};
 use polc_loader::repair;
 use polc_loader::state::{Confirm, SlotName};
-use polc_loader::store::Store;
-use polc_loader::swap;
+use polc_loader::store::{LOCK_WAIT, Store};
+use polc_loader::swap::{self, Confirmed};
 use polc_loader::sys::Sys;
 
 use super::FOUND;
@@ -62,17 +62,14 @@ struct Asked<'a> {
     sys: &'a Sys,
     store: &'a Store,
     args: &'a SlotArgs,
-    /// Number of the device that has the name by now.
-    ifindex: Option<u32>,
+    /// The devices there are, if one is asked for.
+    devices: Vec<Device>,
 }
 
 impl<'a> Asked<'a> {
     fn new(sys: &'a Sys, store: &'a Store, args: &'a SlotArgs) -> Result<Asked<'a>, Failure> {
-        let number = |dev: &String| -> Result<Option<u32>, Error> {
-            Ok(net::find(&net::devices(sys)?, dev).ok().map(|device| device.ifindex))
-        };
-        let ifindex = args.dev.as_ref().map(number).transpose()?.flatten();
-        Ok(Asked { sys, store, args, ifindex })
+        let devices = if args.dev.is_some() { net::devices(sys)? } else { Vec::new() };
+        Ok(Asked { sys, store, args, devices })
     }
 
     fn includes(&self, slot: &SlotName) -> bool {
@@ -80,13 +77,33 @@ impl<'a> Asked<'a> {
         args.attach.is_none_or(|attach| slot.attach == attach.into())
             && args.family.family().is_none_or(|family| slot.family == family)
             && args.hook.is_none_or(|hook| slot.hook == Some(hook.into()))
-            && args.dev.as_ref().is_none_or(|dev| slot.device.as_ref() == Some(dev) || self.was_called(slot))
+            && args.dev.as_ref().is_none_or(|dev| self.is_of(slot, dev))
     }
 
-    /// Whether a slot is the device's, by the name that it had before.
-    fn was_called(&self, slot: &SlotName) -> bool {
+    /// Whether a slot is a device's: that of the one which has the name now, whatever it was called when the policy was
+    /// applied. Where none has the name, or the slot's device is gone, the slot's own name tells.
+    fn is_of(&self, slot: &SlotName, dev: &str) -> bool {
+        let Some(own) = &slot.device else { return false };
         let applied = || self.store.slot(slot).known(self.sys).ok()?.map(|state| state.ifindex);
-        slot.device.is_some() && self.ifindex.is_some() && applied() == self.ifindex
+        match (net::find(&self.devices, dev), applied()) {
+            (Ok(named), Some(applied)) if net::name(&self.devices, applied).is_some() => {
+                named.ifindex == applied
+            }
+            _ => own == dev,
+        }
+    }
+
+    /// What there is to say where a slot's device was asked for by another name than the policy was applied by.
+    fn by_another_name(&self, slot: &SlotName) -> String {
+        match &self.args.dev {
+            Some(dev) if slot.device.as_ref() != Some(dev) => format!(", whose device is called `{dev}` now"),
+            _ => String::new(),
+        }
+    }
+
+    /// The failure that a device is asked for which does not exist.
+    fn no_device(&self) -> Option<Error> {
+        net::find(&self.devices, self.args.dev.as_ref()?).err()
     }
 }
 
@@ -113,23 +130,36 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
     let store = store(&args.store)?;
     take_back_overdue(&sys, args, output)?;
     let slots = slots(&sys, args)?;
-    if slots.is_empty() {
-        return Err(nothing(args));
-    }
-    let mut kept: Vec<SlotName> = Vec::new();
-    for slot in slots {
-        if kept.contains(&slot) {
+    // One time for all of them.
+    let until = Instant::now() + LOCK_WAIT;
+    let (mut kept, mut failed) = (Vec::new(), Vec::new());
+    let (mut before, mut gone) = (false, 0);
+    for slot in &slots {
+        if kept.contains(slot) {
             continue;
         }
-        let also = swap::confirm(&sys, &store, &slot)?;
-        if also.is_empty() {
-            output.remark(&format!("nothing to confirm {slot}\n"));
+        match swap::confirm(&sys, &store, slot, until) {
+            Ok(Confirmed::Kept(also)) => {
+                also.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
+                kept.extend(also);
+            }
+            Ok(Confirmed::Before) => {
+                output.remark(&format!("confirmed before {slot}\n"));
+                before = true;
+            }
+            Ok(Confirmed::Nothing) => output.remark(&format!("nothing to confirm {slot}\n")),
+            Err(Error::NotApplied(_)) => gone += 1,
+            Err(error) => failed.push(Failure::at(slot, error)),
         }
-        also.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
-        kept.extend(also);
+    }
+    if gone == slots.len() {
+        return Err(nothing(args));
     }
     // Who confirms too late has to hear of it.
-    Ok(if kept.is_empty() { FOUND.into() } else { ExitCode::SUCCESS })
+    match all_well(failed, output)? {
+        _ if kept.is_empty() && !before => Ok(FOUND.into()),
+        well => Ok(well),
+    }
 }
 
 pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failure> {
@@ -147,9 +177,15 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
     swap::may_change(&sys)?;
     let asked = Asked::new(&sys, &store, &args.slots)?;
     let mut failed = Vec::new();
-    for (slot, flushed) in flush_all(&sys, &store, &|slot| asked.includes(slot))? {
+    let flushed = flush_all(&sys, &store, &|slot| asked.includes(slot))?;
+    if flushed.is_empty() {
+        // As for `ip link delete` and `tc qdisc delete`, a name that no device has is a mistake.
+        asked.no_device().map_or(Ok(()), Err)?;
+        output.remark("nothing to remove\n");
+    }
+    for (slot, flushed) in flushed {
         match flushed {
-            Ok(true) => output.remark(&format!("removed {slot}\n")),
+            Ok(true) => output.remark(&format!("removed {slot}{}\n", asked.by_another_name(&slot))),
             Ok(false) => {}
             Err(error) => failed.push(Failure::at(&slot, error)),
         }
@@ -216,7 +252,7 @@ pub(super) fn watchdog(args: &WatchdogArgs) -> Result<ExitCode, Failure> {
     loop {
         let Some(deadline) = held.deadline(&sys) else { return Ok(ExitCode::SUCCESS) };
         let left = deadline.saturating_sub(sys.uptime_ms().map_err(Error::call("read the clock"))?);
-        if left == 0 && held.go_back(&sys)? {
+        if left == 0 && held.go_back(&sys, Instant::now() + LOCK_WAIT)? {
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(Duration::from_millis(left.min(500)));

@@ -9,6 +9,7 @@ use polc_ir::env::{Attach, Mode};
 use polc_ir::hook::{Family, Hook};
 use polc_loader::Error;
 use polc_loader::counters::{self, Verdicts};
+use polc_loader::net::{self, Device};
 use polc_loader::state::Via;
 use polc_loader::status::Open;
 use polc_loader::sys::Sys;
@@ -25,6 +26,8 @@ use crate::output::Output;
 struct Policy {
     attach: Attach,
     device: Option<String>,
+    /// What the device is called now, if it was renamed.
+    device_now: Option<String>,
     hook: Option<Hook>,
     family: u8,
     mode: Option<Mode>,
@@ -82,6 +85,7 @@ pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failur
     if sample {
         std::thread::sleep(Duration::from_millis(args.sample.into()));
     }
+    let devices = net::devices(&sys)?;
     let mut policies = Vec::new();
     for (policy, (began, before)) in opened.iter().zip(before) {
         let (ended, after) = read(policy)?;
@@ -96,7 +100,7 @@ pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failur
             };
             (verdict, rate)
         });
-        policies.push(describe(&sys, policy, rates.collect())?);
+        policies.push(describe(&sys, policy, &devices, rates.collect())?);
     }
     match args.format {
         TextFormat::Json => output.json(&policies)?,
@@ -132,7 +136,12 @@ fn time(seconds: u64) -> jiff::Timestamp {
     jiff::Timestamp::from_second(seconds).unwrap_or(jiff::Timestamp::MAX)
 }
 
-fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<&'static str, Rate>) -> Result<Policy, Error> {
+fn describe(
+    sys: &Sys,
+    policy: &Open,
+    devices: &[Device],
+    verdicts: BTreeMap<&'static str, Rate>,
+) -> Result<Policy, Error> {
     let goes_back_in_ms = match &policy.unconfirmed {
         Some(confirm) => {
             let now = sys.uptime_ms().map_err(Error::call("read the clock"))?;
@@ -159,6 +168,7 @@ fn describe(sys: &Sys, policy: &Open, verdicts: BTreeMap<&'static str, Rate>) ->
     Ok(Policy {
         attach: policy.slot.attach,
         device: policy.slot.device.clone(),
+        device_now: policy.renamed(devices).map(str::to_string),
         hook: policy.slot.hook,
         family: if policy.slot.family == Family::V4 { 4 } else { 6 },
         mode: policy.generation.mode,
@@ -212,6 +222,9 @@ fn human(policy: &Policy, open: &Open) -> String {
         counted(policy.instructions as usize, "instruction"),
         policy.machine_code_bytes,
     );
+    if let Some(name) = &policy.device_now {
+        let _ = writeln!(text, "  its device is called `{name}` now");
+    }
     if policy.suspended == Some(true) {
         text += "  suspended: every packet is left to the kernel's own rules; `polc watch --once` says why\n";
     }
