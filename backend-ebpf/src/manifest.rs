@@ -113,6 +113,9 @@ pub struct Counted {
     pub line: Option<u32>,
     /// The source line's text, or a few words for a policy.
     pub text: String,
+    /// The rule as a save tool prints it, if the source line is something else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canonical: Option<String>,
 }
 
 /// What a counter slot stands for.

@@ -35,6 +35,7 @@ fn what_slots_repeat_is_written_once() {
         file: Some("rules.v4".into()),
         line: Some(12),
         text: text.into(),
+        canonical: None,
     };
     let slot = &mut object.manifest.counters[0];
     (slot.table, slot.chain) = (Some("filter".into()), Some("INPUT".into()));

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use polc_backend_ebpf::budget::Budget;
 use polc_backend_ebpf::emit::{KEY_TOO_LARGE, Target, emit, key_words_max};
+use polc_backend_ebpf::manifest::Counted;
 use polc_backend_ebpf::object::Object;
+use polc_frontend_iptables::print;
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Rule};
 use polc_ir::env::{Attach, Env, Place};
@@ -12,6 +14,7 @@ use polc_ir::field::Field;
 use polc_ir::plan::KeySlot;
 
 use crate::decider::{chain_name, rule_line};
+use crate::save::rule_lines;
 use crate::select::Devices;
 use crate::session::Session;
 use crate::{Compiled, compile};
@@ -78,7 +81,8 @@ pub fn object_with(
     let at_rule = |found: Vec<Diagnostic>| -> Vec<Diagnostic> {
         found.into_iter().map(|one| at_rule(one, session, compiled, attach)).collect()
     };
-    let object = emit(&compiled.plan, &target).map_err(at_rule)?;
+    let mut object = emit(&compiled.plan, &target).map_err(at_rule)?;
+    name_canonically(session, &mut object.manifest.counted);
     let mut budgets = Vec::new();
     for program in &object.programs {
         match Budget::of(&program.code) {
@@ -93,6 +97,18 @@ pub fn object_with(
         }
     }
     Ok((object, budgets))
+}
+
+/// Gives rules their canonical texts where their lines are something else: what `polc save` prints is the same rule.
+fn name_canonically(session: &Session, counted: &mut [Counted]) {
+    let canonical = print(&session.dump, false);
+    let lines = rule_lines(&canonical);
+    for counted in counted {
+        let Some(number) = counted.rule.and_then(|number| number.checked_sub(1)) else { continue };
+        let of_chain = lines.get(&(counted.table.as_str(), counted.chain.as_str()));
+        let line = of_chain.and_then(|lines| lines.get(number as usize));
+        counted.canonical = line.filter(|line| **line != counted.text).map(|line| (*line).to_string());
+    }
 }
 
 /// What is said of a key that is too large, at the first rule for whose fields it has no room beside those of the rules

@@ -55,9 +55,30 @@ pub fn with_counts(canonical: &str, counts: &Counts, rules: bool) -> String {
     out
 }
 
+/// The lines of the rules in a canonical text by table and chain, in the order of their numbers from 1.
+pub(crate) fn rule_lines(canonical: &str) -> HashMap<(&str, &str), Vec<&str>> {
+    let mut lines: HashMap<(&str, &str), Vec<&str>> = HashMap::new();
+    let mut table = "";
+    for line in canonical.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            table = name;
+        } else if let Some(chain) = line.strip_prefix("-A ").and_then(|rule| rule.split(' ').next()) {
+            lines.entry((table, chain)).or_default().push(line);
+        }
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_are_found_by_their_numbers() {
+        let lines = rule_lines(TEXT);
+        assert_eq!(lines[&("filter", "INPUT")], ["-A INPUT -s 192.0.2.1/32 -j LOGS", "-A INPUT -j ACCEPT"]);
+        assert_eq!((lines[&("mangle", "INPUT")].len(), lines.len()), (1, 3));
+    }
 
     const TEXT: &str = "*filter\n:INPUT DROP [0:0]\n:LOGS - [0:0]\n-A INPUT -s 192.0.2.1/32 -j LOGS\n\
                         -A INPUT -j ACCEPT\n-A LOGS -m comment --comment \"-A INPUT [1:2]\"\nCOMMIT\n\

@@ -279,6 +279,11 @@ fn save_prints_live_counters_that_restore_takes() {
     host.apply(&[]);
     let again = host.well(&["save", "-c"]);
     assert_eq!(rules(&again), expected);
+    // The same rules may be written otherwise.
+    host.files.file("rules.v4", RULES.replace(" -m udp", "").as_bytes());
+    host.apply(&[]);
+    assert_eq!(rules(&host.well(&["save", "-c"])), expected);
+    host.files.file("rules.v4", RULES.as_bytes());
     let file = host.files.file("saved", saved.as_bytes());
     host.well(&["flush"]);
     host.well(&["restore", "-c", &file, "--dev", "eth0"]);
@@ -426,6 +431,26 @@ fn trace_ends_when_nobody_reads_and_follows_the_policy() {
     assert!(error.contains("[E0824]") && error.contains("end the other `polc trace` first"), "{error}");
     watcher.tell(Signal::KILL);
     watcher.end();
+
+    // A policy comes that has nobody who decides what is wanted, and goes.
+    let own = RULES.replace("80 -j ACCEPT", "80 -j OWN").replace("COMMIT", "-A OWN -j ACCEPT\nCOMMIT");
+    let own = host.files.file("own.v4", own.replace(":LOGGED", ":OWN - [0:0]\n:LOGGED").as_bytes());
+    let apply_own = || host.well(&["apply", &own, "--dev", "eth0", "--replace"]);
+    apply_own();
+    let mut watcher = host.watch(&["trace", "--chain", "OWN"]);
+    host.apply(&[]);
+    assert!(watcher.remark().contains("replaced"));
+    assert!(watcher.remark().contains("no packet is ever decided in chain `OWN`"));
+    assert!(watcher.remark().contains("watching"));
+    host.send(80, 1);
+    apply_own();
+    host.send(80, 1);
+    assert!(watcher.remark().contains("replaced"));
+    assert!(watcher.remark().contains("watching"));
+    watcher.tell(Signal::INT);
+    assert_eq!(watcher.end().code(), Some(0));
+    assert!(watcher.remarks().contains("1 packet shown"));
+    host.apply(&[]);
 
     // The policy is replaced, then removed.
     let mut watcher = host.watch(&["trace", "--format", "json", "dport", "80"]);

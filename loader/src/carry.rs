@@ -1,7 +1,7 @@
 //! Counters of rules over generations: what a rule counted stays its own when the policy is replaced.
 //!
-//! A rule is the same one if its table, chain and text are; of several that are alike in a chain the first goes with the
-//! first. A policy is its chain's. Totals are what earlier generations counted plus what the attached program did, and
+//! A rule is the same one if its table, chain and text as a save tool prints it are; of several that are alike in a chain
+//! the first goes with the first. A policy is its chain's. Totals are what earlier generations counted plus what the attached program did, and
 //! the program's map is only read.
 
 use std::collections::BTreeMap;
@@ -25,7 +25,8 @@ pub type ByRule = BTreeMap<Identity, (u64, u64)>;
 fn identities(counted: &[Counted]) -> Vec<Identity> {
     let mut seen: BTreeMap<(String, String, Option<String>), u32> = BTreeMap::new();
     let identity = |counted: &Counted| {
-        let text = counted.rule.map(|_| without_counters(counted.text.trim()).to_string());
+        let text = || counted.canonical.as_deref().unwrap_or_else(|| without_counters(counted.text.trim()));
+        let text = counted.rule.map(|_| text().to_string());
         let key = (counted.table.clone(), counted.chain.clone(), text);
         let count = seen.entry(key.clone()).or_default();
         *count += 1;
@@ -133,6 +134,13 @@ mod tests {
         assert_eq!(of("[1:10] -A INPUT -j DROP"), of("-A INPUT -j DROP"));
         assert_eq!(of("[1:10] -A INPUT -j DROP"), of("[2:20] -A INPUT -j DROP"));
         assert_ne!(of("[1:10] -A INPUT -j DROP"), of("[1:10] -A INPUT -j ACCEPT"));
+        // Nor how it was written.
+        let canonical = Some("-A INPUT -p udp -m udp --dport 99 -j DROP".to_string());
+        let written = counted("INPUT", Some(1), "[1:10] -A INPUT -p udp --dport 99 -j DROP");
+        assert_eq!(
+            identities(&[Counted { canonical, ..written }]),
+            of("-A INPUT -p udp -m udp --dport 99 -j DROP")
+        );
     }
 
     #[test]

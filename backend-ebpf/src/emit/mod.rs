@@ -734,6 +734,7 @@ fn counted_as(count: Count, target: &Target<'_>) -> Counted {
             file: Some(found.file),
             line: Some(found.line),
             text: found.text,
+            canonical: None,
         }),
         Count::Policy(chain) => (target.chain)(chain).map(|(table, chain)| Counted {
             text: format!("policy of {chain}"),

@@ -36,6 +36,13 @@ impl Opened {
         }
         Ok(opened)
     }
+
+    /// Whether all of them are what is applied, as they were since the last one was opened, with what rules counted before.
+    /// What keeps it from being told keeps nobody from reading.
+    pub(super) fn stand(&self, sys: &Sys) -> bool {
+        let stands = |open: &Open| open.generation.settled && open.is_attached(sys).unwrap_or(true);
+        self.policies.iter().all(stands)
+    }
 }
 
 /// Opens the policies that options name; there may be none. Slots whose program is gone are remarked upon.

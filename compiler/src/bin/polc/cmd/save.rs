@@ -1,7 +1,11 @@
 //! `polc save`: applied rule sets as iptables-save prints them, with live counters.
+//!
+//! Policies at several hooks are read one after the other. What is printed is of one moment all the same: if one of them
+//! was replaced in between, all are read again.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use polc::save::{Counts, with_counts};
 use polc_backend_ebpf::manifest::Counted;
@@ -10,9 +14,10 @@ use polc_ir::hook::{Family, Semantics};
 use polc_loader::Error;
 use polc_loader::counters::{self, Counter};
 use polc_loader::status::Open;
+use polc_loader::store::{LOCK_WAIT, Slot, lock_all};
 use polc_loader::sys::Sys;
 
-use super::applied::{self, Opened};
+use super::applied;
 use super::live;
 use crate::cli::SaveArgs;
 use crate::failure::Failure;
@@ -35,13 +40,45 @@ impl Saved<'_> {
     }
 }
 
+/// How often policies are read that others replace meanwhile, and after which pause again; then the others wait.
+const TRIES: usize = 8;
+const PAUSE: Duration = Duration::from_millis(5);
+
 pub(super) fn run(args: &SaveArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let Opened { policies, mut failed, .. } = applied::open_some(&sys, &args.slots, output)?;
-    let mut sets: Vec<Saved<'_>> = Vec::new();
-    for policy in &policies {
+    let mut opened = applied::open_some(&sys, &args.slots, output)?;
+    for _ in 0..TRIES {
+        let read = text(&sys, &opened.policies, args.counters);
+        if opened.stand(&sys) {
+            return print(read, opened.failed, output);
+        }
+        std::thread::sleep(PAUSE);
+        opened = applied::open_some(&sys, &args.slots, output)?;
+    }
+    let store = live::store(&args.slots.store)?;
+    let slots: Vec<Slot> = live::slots(&sys, &args.slots)?.iter().map(|name| store.slot(name)).collect();
+    let _locks = lock_all(&sys, &slots, LOCK_WAIT)?;
+    opened = applied::open_some(&sys, &args.slots, output)?;
+    print(text(&sys, &opened.policies, args.counters), opened.failed, output)
+}
+
+/// Prints what was read, and tells what was not.
+fn print(
+    (text, unread): (String, Vec<Failure>),
+    mut failed: Vec<Failure>,
+    output: &Output,
+) -> Result<ExitCode, Failure> {
+    failed.extend(unread);
+    output.result(&text)?;
+    live::all_well(failed, output)
+}
+
+/// The rule sets of policies, and why some can't be read.
+fn text(sys: &Sys, policies: &[Open], counters: bool) -> (String, Vec<Failure>) {
+    let (mut sets, mut failed): (Vec<Saved<'_>>, Vec<Failure>) = (Vec::new(), Vec::new());
+    for policy in policies {
         let counted = || -> Result<_, Error> {
-            Ok((policy.kept_text(&sys, live::CANONICAL_FILE)?, counters::by_rule(&sys, policy)?))
+            Ok((policy.kept_text(sys, live::CANONICAL_FILE)?, counters::by_rule(sys, policy)?))
         };
         let (canonical, counted) = match counted() {
             Ok(counted) => counted,
@@ -60,10 +97,9 @@ pub(super) fn run(args: &SaveArgs, output: &Output) -> Result<ExitCode, Failure>
     let mut text = String::new();
     for set in &sets {
         header(&set.policies, &mut text);
-        text += &with_counts(&set.canonical, &set.counts, args.counters);
+        text += &with_counts(&set.canonical, &set.counts, counters);
     }
-    output.result(&text)?;
-    live::all_well(failed, output)
+    (text, failed)
 }
 
 /// How a printed rule set begins.

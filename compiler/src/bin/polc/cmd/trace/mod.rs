@@ -130,6 +130,7 @@ impl<'a> Asked<'a> {
         let (sys, output) = (self.sys, self.output);
         let (mut watched, mut watches) = (Vec::new(), Vec::new());
         let (mut any, mut changed) = (false, false);
+        let is_first = held.is_empty();
         for policy in policies {
             let manifest = &policy.object.manifest;
             let Some(maps) = TraceMaps::of(manifest, |name| policy.map(name)) else { continue };
@@ -149,8 +150,13 @@ impl<'a> Asked<'a> {
             let first = policies.first().map_or_else(String::new, |policy| policy.slot.to_string());
             return Err(Error::NoReports(first).into());
         }
-        if !any {
-            return Err(Failure::Usage(nobody_decides(self.args)));
+        if !any && !changed {
+            let nobody = nobody_decides(self.args);
+            if is_first {
+                return Err(Failure::Usage(nobody));
+            }
+            // The next policy may have who does.
+            output.remark(&format!("{nobody}\n"));
         }
         for policy in policies.iter().filter(|policy| policy.object.manifest.trace.is_none()) {
             output.remark(&format!("{}: applied without reports, so not shown\n", policy.slot));
