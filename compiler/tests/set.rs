@@ -1,8 +1,12 @@
 //! `polc set` on applied policies, as people and scripts see it. Without root the test says that it is skipped.
 
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use polc_tests::kernel::{self, BpfFs, Namespace, TempDir};
+
+/// Longest wait for what comes in moments.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 const RULES: &str = "\
 *filter
@@ -73,6 +77,7 @@ fn sets_change_while_they_are_in_force() {
     host.fails("set list", 3, "no policy of polc's is applied");
     let apply = "apply rules.v4 --ipset sets --attach tc-ingress --dev eth0";
     host.well(&format!("{apply} --replace"));
+    let apply_of = |file: &str, more: &str| format!("{apply} --replace{more}").replace("rules.v4", file);
     let program =
         |text: &str| text.split("program ").nth(1).map(|rest| rest.split(' ').next().map(str::to_owned));
     let before = program(&host.well("status --sample 0"));
@@ -141,6 +146,32 @@ fn sets_change_while_they_are_in_force() {
     host.fails("set del hosts 192.0.2.1", 1, "it's not added");
     let listed = |hook: &str| host.well(&format!("set list --hook {hook}"));
     assert_eq!(listed("input"), listed("forward"));
+    host.well("flush");
+
+    // What changes while a policy waits for its confirmation has changed when the one before it comes back.
+    host.files.file("without.v4", b"*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n");
+    host.well(&apply_of("rules.v4", ""));
+    host.well(&apply_of("rules.v4", " --confirm 1"));
+    assert_eq!(host.well("set add hosts 192.0.2.2"), "");
+    assert_eq!(host.well("set del hosts 192.0.2.1"), "");
+    let listed = host.well("set list");
+    let began = Instant::now();
+    while host.well("status --sample 0").contains("unless confirmed") {
+        assert!(began.elapsed() < PATIENCE, "it does not go back");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(listed.contains("192.0.2.2") && !listed.contains("192.0.2.1\n"), "{listed}");
+    assert_eq!(host.well("set list"), listed);
+    // Where that has no room for it, or no such set, it is told.
+    host.files.file("larger", SETS.replace("maxelem 4\n", "maxelem 99\n").as_bytes());
+    host.well("set add hosts 192.0.2.4/31");
+    host.well(&apply_of("rules.v4", " --confirm 600").replace("--ipset sets", "--ipset larger"));
+    let said = host.well("set add hosts 192.0.2.8/31");
+    assert!(said.contains("unless `polc confirm` follows") && said.contains("its maxelem is 4"), "{said}");
+    host.well("flush");
+    host.well(&apply_of("without.v4", ""));
+    host.well(&apply_of("rules.v4", " --confirm 600"));
+    assert!(host.well("set del hosts 192.0.2.1").contains("it has no such set"));
     host.well("flush");
 
     host.well(&format!("{apply} --unchecked"));

@@ -31,6 +31,8 @@ pub struct LiveSets {
     pub mode: Option<Mode>,
     /// The sets that have tables.
     pub sets: Vec<SetManifest>,
+    /// Those of the policy that comes back unless the last change is confirmed, if one does.
+    pub before: Option<Box<LiveSets>>,
     slot: Slot,
     generation: u32,
 }
@@ -56,13 +58,18 @@ impl LiveSets {
 
     /// The sets of the policy that is attached at a locked slot; `None` if none is.
     fn open(sys: &Sys, store: &StateStore, slot: Slot) -> Result<Option<LiveSets>, Error> {
-        let Some(Repaired { state, current, .. }) = repair(sys, &slot)? else {
+        let Some(Repaired { state, current, unconfirmed }) = repair(sys, &slot)? else {
             slot.remove(sys)?;
             store.tidy(sys);
             return Ok(None);
         };
-        let mode = state.generations.get(&current).and_then(|generation| generation.mode);
-        LiveSets::of(sys, slot, current, mode).map(Some)
+        let of = |generation: u32| {
+            let mode = state.generations.get(&generation).and_then(|generation| generation.mode);
+            LiveSets::of(sys, slot.clone(), generation, mode)
+        };
+        let from = state.intent.as_ref().and_then(|intent| intent.from).filter(|_| unconfirmed.is_some());
+        let before = from.map(&of).transpose()?.map(Box::new);
+        Ok(Some(LiveSets { before, ..of(current)? }))
     }
 
     /// The sets of a generation.
@@ -73,7 +80,7 @@ impl LiveSets {
                 .map_err(|error| Error::Corrupt { path: path.clone(), why: error.to_string() })?,
             None => Vec::new(),
         };
-        Ok(LiveSets { name: slot.name.clone(), mode, sets, slot, generation })
+        Ok(LiveSets { name: slot.name.clone(), mode, sets, before: None, slot, generation })
     }
 
     /// The sets whose elements are others than those that the generation was applied with, each with its table's words.

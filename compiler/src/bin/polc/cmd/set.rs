@@ -3,7 +3,7 @@
 //! Elements are read and printed as ipset does, and so are the messages. A change is made in every policy that has the
 //! set, by stores of single words, so that each packet meets the set as it was before or as it is after; no program is
 //! loaded. An element that stands for several (a range of hosts or ports) is several changes, of which none is made if one
-//! of them can't be.
+//! of them can't be. While a policy waits for its confirmation the change is made in the one that would come back, too.
 
 use std::process::ExitCode;
 
@@ -49,6 +49,16 @@ struct Found {
     map: Map,
 }
 
+impl Found {
+    /// The set of that name, if the policy has one that can be changed.
+    fn new(sys: &Sys, sets: LiveSets, name: &str) -> Result<Option<Found>, Failure> {
+        let manifest = sets.sets.iter().find(|set| set.name == name && set.live).cloned();
+        let Some(manifest) = manifest else { return Ok(None) };
+        let map = sets.table(sys, &manifest)?;
+        Ok(Some(Found { sets, manifest, map }))
+    }
+}
+
 /// The policies that options name, with their sets. Nobody else changes them as long as the locks live.
 fn policies(sys: &Sys, args: &SlotArgs) -> Result<(Vec<LiveSets>, Locks), Failure> {
     let found = LiveSets::open_all(sys, &live::store(&args.store)?, &live::slots(sys, args)?)?;
@@ -62,11 +72,7 @@ fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<(Vec<Found>, Locks), F
     let (policies, locks) = policies(sys, args)?;
     for sets in policies {
         accelerates |= sets.mode != Some(Mode::Replace);
-        let manifest = sets.sets.iter().find(|set| set.name == name && set.live).cloned();
-        if let Some(manifest) = manifest {
-            let map = sets.table(sys, &manifest)?;
-            found.push(Found { sets, manifest, map });
-        }
+        found.extend(Found::new(sys, sets, name)?);
     }
     match (found.is_empty(), accelerates) {
         (false, _) => Ok((found, locks)),
@@ -152,7 +158,9 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         return Err(Failure::Usage("an element is needed after the set".into()));
     }
     let sys = Sys::new();
-    let (found, _locks) = find(&sys, &args.slots, name)?;
+    let (mut found, _locks) = find(&sys, &args.slots, name)?;
+    let before: Vec<LiveSets> =
+        found.iter_mut().filter_map(|found| Some(*found.sets.before.take()?)).collect();
     let mut tables = Vec::new();
     for found in &found {
         let Some(asked) = element(&found.manifest, found.sets.name.family, words, output)? else {
@@ -174,10 +182,7 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
     };
     // What can't be done is found before anything is changed.
     for (found, asked, table) in &tables {
-        let shape = &found.manifest.shape;
-        let mut new = 0;
-        for (index, pattern) in asked.patterns.iter().enumerate() {
-            let present = change::test(shape, table, pattern).is_some();
+        for index in 0..asked.patterns.len() {
             match verb {
                 Verb::Add if !exist && in_all(index, true) => {
                     return refuse(found, "Element cannot be added to the set: it's already added".into());
@@ -185,25 +190,13 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
                 Verb::Del if !exist && in_all(index, false) => {
                     return refuse(found, "Element cannot be deleted from the set: it's not added".into());
                 }
-                Verb::Add if !present => {
-                    new += 1;
-                    if let Err(refusal) = change::add(shape, table, pattern, true) {
-                        return refuse(found, why(refusal));
-                    }
-                }
                 _ => {}
             }
         }
+        let fits = if verb == Verb::Add { takes(&found.manifest, asked, table) } else { Ok(()) };
         table.check()?;
-        if verb == Verb::Add && asked.hash && new > 0 {
-            let have = table.word(COUNT_WORD) as usize;
-            if have + new > found.manifest.elements_max {
-                let max = found.manifest.elements_max;
-                return refuse(
-                    found,
-                    format!("Hash is full, cannot add more elements: its maxelem is {max}"),
-                );
-            }
+        if let Err(message) = fits {
+            return refuse(found, message);
         }
     }
     if verb == Verb::Test {
@@ -214,21 +207,85 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         return Ok(if inside { ExitCode::SUCCESS } else { ExitCode::from(FOUND) });
     }
     for (found, asked, table) in &tables {
-        let shape = &found.manifest.shape;
-        for pattern in &asked.patterns {
-            let stores = match verb {
-                Verb::Add => change::add(shape, table, pattern, true),
-                _ => change::remove(shape, table, pattern),
-            };
-            match stores {
-                Ok(stores) => table.make(&sys, &stores)?,
-                // It was not there.
-                Err(Refusal::Absent) => {}
-                Err(refusal) => return refuse(found, why(refusal)),
-            }
+        if let Err(refusal) = make(&sys, verb, &found.manifest, asked, table)? {
+            return refuse(found, why(refusal));
+        }
+    }
+    for sets in before {
+        let place = sets.name.to_string();
+        if let Some(message) = make_before(&sys, verb, sets, name, words, output)? {
+            output.remark(&format!(
+                "set `{name}` {place}: unless `polc confirm` follows, a policy comes back without this change: {message}\n"
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a change in the policy that comes back unless the last change is confirmed; why not, if it can't be.
+fn make_before(
+    sys: &Sys,
+    verb: Verb,
+    sets: LiveSets,
+    name: &str,
+    words: &[&str],
+    output: &Output,
+) -> Result<Option<String>, Failure> {
+    let family = sets.name.family;
+    let Some(found) = Found::new(sys, sets, name)? else {
+        return Ok(Some("it has no such set that can be changed".into()));
+    };
+    let Some(asked) = element(&found.manifest, family, words, output)? else {
+        return Ok(Some("its set is of another kind".into()));
+    };
+    let table = LiveTable::new(sys, &found.map)?;
+    let fits = if verb == Verb::Add { takes(&found.manifest, &asked, &table) } else { Ok(()) };
+    table.check()?;
+    if let Err(message) = fits {
+        return Ok(Some(message));
+    }
+    Ok(make(sys, verb, &found.manifest, &asked, &table)?.err().map(why))
+}
+
+/// Whether a table takes what there is of an element that it does not have; `Err`: why not.
+fn takes(manifest: &SetManifest, asked: &Asked, table: &LiveTable<'_>) -> Result<(), String> {
+    let shape = &manifest.shape;
+    let mut new = 0;
+    for pattern in &asked.patterns {
+        if change::test(shape, table, pattern).is_none() {
+            new += 1;
+            change::add(shape, table, pattern, true).map_err(why)?;
+        }
+    }
+    let max = manifest.elements_max;
+    if asked.hash && new > 0 && table.word(COUNT_WORD) as usize + new > max {
+        return Err(format!("Hash is full, cannot add more elements: its maxelem is {max}"));
+    }
+    Ok(())
+}
+
+/// Makes a change in a table; `Err`: why it can't be made.
+fn make(
+    sys: &Sys,
+    verb: Verb,
+    manifest: &SetManifest,
+    asked: &Asked,
+    table: &LiveTable<'_>,
+) -> Result<Result<(), Refusal>, Failure> {
+    let shape = &manifest.shape;
+    for pattern in &asked.patterns {
+        let stores = match verb {
+            Verb::Add => change::add(shape, table, pattern, true),
+            _ => change::remove(shape, table, pattern),
+        };
+        match stores {
+            Ok(stores) => table.make(sys, &stores)?,
+            // It was not there.
+            Err(Refusal::Absent) => {}
+            Err(refusal) => return Ok(Err(refusal)),
+        }
+    }
+    Ok(Ok(()))
 }
 
 fn why(refusal: Refusal) -> String {
