@@ -640,9 +640,23 @@ fn metrics_are_served_to_whoever_asks() {
     let idle: Vec<_> =
         (0..300).map(|_| std::net::TcpStream::connect(&address).expect("it listens")).collect();
     assert!(get("GET /metrics").contains(&rule));
+    drop(idle);
+    // Of many that ask at once each is answered.
+    let asking: Vec<_> = (0..200)
+        .map(|_| {
+            use std::io::Write as _;
+            let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
+            write!(stream, "GET /metrics HTTP/1.1\r\nHost: polc\r\n\r\n").expect("sent");
+            stream
+        })
+        .collect();
     let threads = std::fs::read_dir(format!("/proc/{}/task", server.child.id())).expect("it runs").count();
     assert!(threads < 200, "{threads} threads");
-    drop(idle);
+    for mut stream in asking {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.contains(&rule), "{answer}");
+    }
     // Of two policies one is damaged under the server, and under somebody who watches both.
     host.apply(&["--attach", "tc-ingress"]);
     assert!(get("GET /metrics").contains("\npolc_policies 2\n"));

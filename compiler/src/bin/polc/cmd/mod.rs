@@ -20,6 +20,8 @@ mod man;
 mod metrics;
 mod place;
 #[cfg(feature = "kernel")]
+mod retry;
+#[cfg(feature = "kernel")]
 mod save;
 #[cfg(feature = "kernel")]
 mod set;

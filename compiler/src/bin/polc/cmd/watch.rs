@@ -4,8 +4,8 @@
 //! not tell when they change, so they are read at intervals; a program whose rules are no longer the kernel's is
 //! suspended by one word in its memory, and leaves every packet to the kernel until they are again. Addresses, links and
 //! announced connections are what programs were compiled for: when they change, the policy is applied anew, which swaps
-//! its programs at once; not, though, where `polc set` has changed a set since, which is told instead. Changes of the
-//! network are told over netlink and wake the command at once.
+//! its programs at once, with the sets as they are. Changes of the network are told over netlink and wake the command at
+//! once. What can't be applied is tried again at the next such change, and after longer and longer pauses.
 //!
 //! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
 //! that reading them takes, for addresses and links the time that applying anew takes.
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polc::session::{ReadOptions, Session};
 use polc_backend_ebpf::emit::SUSPEND_MAP;
@@ -28,6 +28,7 @@ use polc_loader::sys::{NetworkChanges, Signals, Sys};
 
 use super::applied::{self, Opened};
 use super::host::{self, Surroundings};
+use super::retry::{self, Retries};
 use super::{FOUND, live, set};
 use crate::cli::WatchArgs;
 use crate::failure::Failure;
@@ -38,7 +39,7 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
     let mut said = Said { output, by_slot: BTreeMap::new() };
     if args.once {
         let Opened { policies, mut failed, .. } = applied::open_some(&sys, &args.slots, output)?;
-        let (well, failures) = look_at(&sys, &policies, &mut said);
+        let (well, failures) = look_at(&sys, &policies, &mut Tries::new(Duration::ZERO), &mut said);
         failed.extend(failures.into_iter().map(|(_, failure)| failure));
         live::all_well(failed, output)?;
         return Ok(if well { ExitCode::SUCCESS } else { FOUND.into() });
@@ -47,6 +48,7 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
     let signals = sys.signals().map_err(Error::call("wait for signals"))?;
     let mut changes = sys.network_changes().map_err(Error::call("listen for changes of the network"))?;
     let interval = Duration::from_millis(args.interval.into());
+    let mut tries = Tries::new(interval);
     loop {
         live::take_back_overdue(&sys, &args.slots, output)?;
         let mut policies = Vec::new();
@@ -56,7 +58,7 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
                 Err(error) => said.of(&slot, &Failure::from(error).to_string()),
             }
         }
-        for (policy, failure) in look_at(&sys, &policies, &mut said).1 {
+        for (policy, failure) in look_at(&sys, &policies, &mut tries, &mut said).1 {
             // A policy that is replaced or removed meanwhile is looked at again, or no more.
             if policy.is_attached(&sys).unwrap_or(true) {
                 said.of(&policy.slot, &failure.to_string());
@@ -74,17 +76,25 @@ enum Step {
     Nothing,
     /// More than can be done here, as was said.
     Off,
-    /// To be applied with these options anew.
-    Anew(Vec<String>),
+    /// To be applied with these options anew, for what the host is now.
+    Anew(Vec<String>, Surroundings),
 }
 
+/// Which policies could not be applied anew: their programs, and the host as it was then.
+type Tries = Retries<SlotName, (u32, Surroundings)>;
+
 /// Brings policies in step with the host; whether they are, and what failed.
-fn look_at<'p>(sys: &Sys, policies: &'p [Open], said: &mut Said<'_>) -> (bool, Vec<(&'p Open, Failure)>) {
+fn look_at<'p>(
+    sys: &Sys,
+    policies: &'p [Open],
+    tries: &mut Tries,
+    said: &mut Said<'_>,
+) -> (bool, Vec<(&'p Open, Failure)>) {
     let (mut well, mut failed) = (true, Vec::new());
     let mut anew: Vec<Anew<'_>> = Vec::new();
     for policy in policies {
         let step = look(sys, policy, said).and_then(|step| match step {
-            Step::Anew(options) => Anew::new(sys, policy, &options).map(Some),
+            Step::Anew(options, now) => Anew::new(sys, policy, &options, now).map(Some),
             Step::Off => {
                 well = false;
                 Ok(None)
@@ -97,6 +107,7 @@ fn look_at<'p>(sys: &Sys, policies: &'p [Open], said: &mut Said<'_>) -> (bool, V
             Ok(Some(one)) => match anew.iter_mut().find(|other| other.what == one.what) {
                 Some(other) => {
                     other.policies.extend(one.policies);
+                    other.host.extend(one.host);
                     other.hooks.extend(one.hooks);
                 }
                 None => anew.push(one),
@@ -105,11 +116,17 @@ fn look_at<'p>(sys: &Sys, policies: &'p [Open], said: &mut Said<'_>) -> (bool, V
         }
     }
     for one in &anew {
-        match one.apply() {
-            Ok((applied, told)) => {
-                well &= applied;
-                one.said(&told, said);
-            }
+        let now = Instant::now();
+        if one.tried().all(|(slot, seen)| tries.waits(slot, &seen, now)) {
+            well = false;
+            continue;
+        }
+        let applied = one.apply();
+        let is_applied = matches!(applied, Ok((true, _)));
+        one.tried().for_each(|(slot, seen)| tries.tried(slot, &seen, is_applied, now));
+        well &= is_applied;
+        match applied {
+            Ok((_, told)) => one.said(is_applied, &told, said),
             Err(failure) => failed.push((one.policies[0], failure)),
         }
     }
@@ -186,7 +203,7 @@ fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> 
         return Ok(Step::Nothing);
     }
     suspend(sys, policy, true)?;
-    Ok(Step::Anew(options))
+    Ok(Step::Anew(options, now))
 }
 
 /// Why the kernel's rules are not those that a policy was compiled from, if they aren't.
@@ -221,6 +238,8 @@ fn suspend(sys: &Sys, policy: &Open, on: bool) -> Result<bool, Failure> {
 /// Policies to be applied anew by one `polc apply`.
 struct Anew<'p> {
     policies: Vec<&'p Open>,
+    /// The host as each was looked at.
+    host: Vec<Surroundings>,
     /// The hooks of their programs.
     hooks: Vec<String>,
     what: What,
@@ -263,7 +282,7 @@ fn changed_sets(sys: &Sys, policy: &Open, files: &[(String, Vec<u8>)]) -> Result
 }
 
 impl<'p> Anew<'p> {
-    fn new(sys: &Sys, policy: &'p Open, options: &[String]) -> Result<Anew<'p>, Failure> {
+    fn new(sys: &Sys, policy: &'p Open, options: &[String], host: Surroundings) -> Result<Anew<'p>, Failure> {
         let (mut others, mut hooks) = (Vec::new(), Vec::new());
         let mut words = options.iter();
         while let Some(word) = words.next() {
@@ -277,15 +296,28 @@ impl<'p> Anew<'p> {
             changed: changed_sets(sys, policy, &sets)?,
             sets,
         };
-        Ok(Anew { policies: vec![policy], hooks, what })
+        Ok(Anew { policies: vec![policy], host: vec![host], hooks, what })
+    }
+
+    /// What is tried: each policy as it is, for the host as it is.
+    fn tried(&self) -> impl Iterator<Item = (&SlotName, (u32, Surroundings))> {
+        let seen = |(policy, host): (&&'p Open, &Surroundings)| (policy.generation.program_id, host.clone());
+        self.policies.iter().zip(&self.host).map(move |one| (&one.0.slot, seen(one)))
     }
 
     /// Says what was done, and what that told.
-    fn said(&self, told: &str, said: &mut Said<'_>) {
+    fn said(&self, applied: bool, told: &str, said: &mut Said<'_>) {
         const DONE: &str = "the host has changed, applying anew";
         let (first, others) = self.policies.split_first().expect("there is one");
         others.iter().for_each(|policy| said.of(&policy.slot, DONE));
-        said.of(&first.slot, &format!("{DONE}\n{}", told.trim_end()));
+        let mut text = format!("{DONE}\n{}", told.trim_end());
+        if !applied {
+            let longest = retry::PAUSE_MAX.as_secs();
+            text += &format!(
+                "\nwhat was in force stays so; tried again at a change of the host, and after pauses of up to {longest} s"
+            );
+        }
+        said.of(&first.slot, &text);
     }
 
     /// Applies the rules again, as `polc apply` does; whether that went well, and what it told. What was in force before
