@@ -97,7 +97,7 @@ pub fn bound(
                 "the kernel's verifier follows every turn of a program's loop, up to a million instructions",
             )
             .with_hint(
-                "chains that come back, one after another, are what takes turns; let them end in a verdict",
+                "what takes turns, one after another: rules that change marks or ask for chance, chains that come back without a verdict",
             ),
     );
     (classifier, begin)

@@ -735,11 +735,7 @@ impl Flattener<'_> {
             let data = StageData { entries: Vec::with_capacity(entries.len()), origin };
             let stage = classifier.stages.push(data);
             for Entry { cube, rule, onward: Onward { counts, exit } } in entries {
-                let exit = match exit {
-                    Exit::End(_) | Exit::EndIfAbsent(_) => exit,
-                    Exit::Then { writes, stage } => Exit::Then { writes, stage: renumber(stage) },
-                    Exit::Test { test, yes, no } => Exit::Test { test, yes: renumber(yes), no: renumber(no) },
-                };
+                let exit = exit.renumbered(renumber);
                 let all = cube.is_all();
                 let entry = classifier.entries.push(EntryData { stage, cube, rule, counts, exit });
                 classifier.stages[stage].entries.push(entry);

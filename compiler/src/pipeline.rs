@@ -57,14 +57,15 @@ pub fn compile_with(
     let mut reach = Reach::new(ruleset, &flat, BTreeSet::new());
     let classifier = simplify(split(flat));
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
-    let mut structures = structure(&classifier, devices, prefer);
+    let (classifier, mut structures) = structure(classifier, devices, prefer);
+    assert_eq!(classifier.verify(), Vec::<String>::new(), "structure leaves a well-formed classifier");
     let mut decision = decide(&classifier, &structures.walked);
-    let (classifier, cut) = bound(ruleset, classifier, &decision, &structures, &mut diagnostics);
+    let (mut classifier, cut) = bound(ruleset, classifier, &decision, &structures, &mut diagnostics);
     if !cut.is_empty() {
         // Few rule sets meet the bound; the others need not keep what they are made from.
         reach = Reach::new(ruleset, &flatten(ruleset, place, env, &mut Vec::new()), cut);
         assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
-        structures = structure(&classifier, devices, prefer);
+        (classifier, structures) = structure(classifier, devices, prefer);
         decision = decide(&classifier, &structures.walked);
     }
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");

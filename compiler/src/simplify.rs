@@ -395,11 +395,7 @@ pub(crate) fn rebuild(
         number[old] = Some(stage);
         let to = |old: Stage| number[old].expect("what an exit leads to has a smaller number");
         for entry in std::mem::take(&mut entries[old]) {
-            let exit = match entry.exit {
-                Exit::End(_) | Exit::EndIfAbsent(_) => entry.exit,
-                Exit::Then { writes, stage } => Exit::Then { writes, stage: to(stage) },
-                Exit::Test { test, yes, no } => Exit::Test { test, yes: to(yes), no: to(no) },
-            };
+            let exit = entry.exit.renumbered(to);
             let entry = rebuilt.entries.push(EntryData { stage, exit, ..entry });
             rebuilt.stages[stage].entries.push(entry);
         }

@@ -161,13 +161,7 @@ impl Whole {
                 if !takes(entry) {
                     continue;
                 }
-                let exit = match entry.exit.clone() {
-                    Exit::Then { writes, stage } => Exit::Then { writes, stage: to(&number, stage) },
-                    Exit::Test { test, yes, no } => {
-                        Exit::Test { test, yes: to(&number, yes), no: to(&number, no) }
-                    }
-                    ends => ends,
-                };
+                let exit = entry.exit.clone().renumbered(|stage| to(&number, stage));
                 let (cube, rule, counts) = (entry.cube.clone(), entry.rule, entry.counts.clone());
                 let entry = into.entries.push(EntryData { stage, cube, rule, counts, exit });
                 into.stages[stage].entries.push(entry);

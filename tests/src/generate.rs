@@ -300,7 +300,14 @@ pub fn case() -> impl Strategy<Value = Case> {
             select(vec![Semantics::Legacy, Semantics::Nft]),
             mode(),
             select(vec![Counting::Exact, Counting::Terminal, Counting::Exact, Counting::Off]),
-            select(vec![Prefer::Linear, Prefer::Matrix, Prefer::Groups, Prefer::Walk, Prefer::Cheapest]),
+            select(vec![
+                Prefer::Linear,
+                Prefer::Matrix,
+                Prefer::Groups,
+                Prefer::Parts,
+                Prefer::Walk,
+                Prefer::Cheapest,
+            ]),
             select(vec!["ACCEPT", "DROP"]),
             vec(vec(rule(family), 0..7), 1..5),
         )

@@ -27,7 +27,7 @@ fn a_column_that_tells_nothing_apart_is_not_the_result() {
         fixed_out: None,
     };
     let env = Env::default();
-    for prefer in [Prefer::Matrix, Prefer::Cheapest, Prefer::Linear, Prefer::Walk] {
+    for prefer in [Prefer::Matrix, Prefer::Cheapest, Prefer::Linear, Prefer::Parts, Prefer::Walk] {
         let compiled = polc::compile_with(&ruleset, &place, &env, &devices, prefer);
         let mut dropped = 0;
         for mut input in Witnesses::new(&compiled.classifier, &devices.declared, 1).take(1_000) {

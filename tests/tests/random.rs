@@ -195,6 +195,66 @@ fn large_rule_sets_are_decided_by_groups() {
     }
 }
 
+/// A chain of many rules of which each asks for something of everything: classes of them all together are without end.
+fn unlike(random: &mut Random, family: Family, count: usize) -> String {
+    let host = |random: &mut Random| {
+        let host = random.below(400) * 163;
+        let (high, low) = (host >> 8, host & 0xff);
+        match family {
+            Family::V4 => format!("10.7.{high}.{low}/32"),
+            Family::V6 => format!("2001:db8::{high:x}:{low:x}/128"),
+        }
+    };
+    let mut text = String::from("*filter\n:INPUT DROP [0:0]\n");
+    for rule in 0..count {
+        let (from, to) = (host(random), host(random));
+        write!(text, "-A INPUT -s {from}").expect("strings take text");
+        if random.below(3) > 0 {
+            write!(text, " -d {to}").expect("strings take text");
+        }
+        if rule % 20 == 3 {
+            write!(text, " -i eth{}", random.below(4)).expect("strings take text");
+        }
+        let protocol = pick(random, &["tcp", "udp"]);
+        write!(text, " -p {protocol} -m {protocol}").expect("strings take text");
+        for option in ["--sport", "--dport"] {
+            let port = random.below(60_000);
+            match random.below(3) {
+                0 => write!(text, " {option} {port}"),
+                1 => write!(text, " {option} {port}:{}", port + random.below(5_000)),
+                _ => Ok(()),
+            }
+            .expect("strings take text");
+        }
+        if rule % 20 == 7 {
+            write!(text, " -m length --length {}:{}", random.below(100), 100 + random.below(1_900))
+                .expect("strings take text");
+        }
+        text.push_str(pick(random, &[" -j ACCEPT\n", " -j DROP\n"]));
+    }
+    text + "COMMIT\n"
+}
+
+#[test]
+fn large_rule_sets_with_nothing_in_common_are_decided_in_parts() {
+    for (seed, family) in [(1, Family::V4), (2, Family::V6)] {
+        let text = unlike(&mut Random::new(seed), family, 2_000);
+        let mut sources = SourceMap::new();
+        let file = sources.add("unlike", text.as_str());
+        let options = ParseOptions { family: Some(family), ..ParseOptions::default() };
+        let (dump, found) = parse(&sources, file, &options);
+        assert!(found.is_empty(), "{found:?}");
+        let ruleset = lower(&dump, &[], Semantics::Legacy);
+        let place = place(&[Hook::Input], attach_for(Hook::Input), Mode::Replace, false);
+        let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
+        let env = Env::default();
+        let compiled = polc::compile_with(&ruleset, &place, &env, &devices, Prefer::Cheapest);
+        assert!(compiled.diagnostics.is_empty(), "{family}: {:?}", compiled.diagnostics);
+        assert!(compiled.plan.walk.nodes.is_empty(), "{family}: nothing is left to the walk");
+        all_levels_agree(&ruleset, &compiled, &env, seed);
+    }
+}
+
 /// Fields that say whether a packet is in a set share words of the key then, those of stages and of tables alike.
 #[test]
 fn a_hundred_and_fifty_sets_are_asked_on_one_path() {
@@ -246,7 +306,7 @@ fn all_levels_agree(ruleset: &Ruleset, compiled: &Compiled, env: &Env, seed: u64
     let object = emit(&compiled.plan, &target(attach)).expect("it is small");
     let program = Some(Program::new(&compiled.plan, attach, &object).expect("the check VM takes it"));
     let mut levels = Levels { ruleset, compiled, env, program };
-    for input in Witnesses::new(&compiled.classifier, &[], seed).take(PACKETS) {
+    for input in Witnesses::new(&compiled.classifier, &devices_of(ruleset), seed).take(PACKETS) {
         levels.agree(&input).unwrap_or_else(|why| panic!("{} {why}", ruleset.family));
     }
 }

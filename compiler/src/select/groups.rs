@@ -27,9 +27,6 @@ use super::problem::{Column, Entries, Event, Masked, Problem, Run};
 use super::rows::{Lists, NOBODY, Rows};
 use super::wide::{GROUPS, Group, partition};
 
-/// Pairs of classes with an entry each, over all groups: what time and memory allow.
-const CROSSED_MAX: usize = 1 << 23;
-
 /// Bits of one value that hold a column's classes for all groups.
 const PACKED_BITS_MAX: u32 = 62;
 
@@ -105,18 +102,19 @@ pub(super) fn groups(problem: &Problem) -> Option<Groups> {
     let mut members: Vec<[Members; 2]> = (0..GROUPS).map(|_| Default::default()).collect();
     for (at, side) in sides.iter_mut().enumerate() {
         if let Some(column) = columns[at] {
-            let (runs, of_groups) = classes_of(column, &events[at], &parts, &asked, at)?;
+            let (runs, of_groups) =
+                classes_of(column, &events[at], &parts, &asked, at, problem.room.crossed)?;
             *side = Side { field: Some(column.field), runs };
             for (members, mine) in members.iter_mut().zip(of_groups) {
                 members[at] = mine;
             }
         }
     }
-    let mut rows = Rows::new(told.as_ref(), services.entries.len());
+    let mut rows = Rows::new(told.as_ref(), services.entries.len(), problem.room.row_cells);
     let mut lists = Lists::new(services.entries.len());
     let mut groups = Vec::new();
     let mut crossed: Vec<(u64, u32)> = Vec::new();
-    let mut room = CROSSED_MAX;
+    let mut room = problem.room.crossed;
     let mut pairs = 0;
     for (part, members) in parts.iter().zip(&members) {
         crossed.clear();
@@ -157,7 +155,8 @@ fn selective(problem: &Problem) -> [Option<usize>; 2] {
 /// The services as a problem of their own, and what every entry asks.
 fn services(problem: &Problem, sides: [Option<usize>; 2]) -> (Problem, Vec<Asked>) {
     let entries = Entries::default();
-    let mut own = Problem { columns: Vec::new(), entries, exit_of: Vec::new(), exits: Vec::new() };
+    let (exit_of, exits) = (Vec::new(), Vec::new());
+    let mut own = Problem { columns: Vec::new(), entries, exit_of, exits, room: problem.room };
     let mut number = vec![0u32; problem.columns.len()];
     for (column, data) in problem.columns.iter().enumerate() {
         if !sides.contains(&Some(column)) {
@@ -262,6 +261,7 @@ fn classes_of(
     parts: &[Group; GROUPS],
     asked: &[Asked],
     side: usize,
+    mut room: usize,
 ) -> Option<(Vec<(u128, [u32; GROUPS])>, [Members; GROUPS])> {
     let mut in_groups: Vec<u8> = vec![0; column.predicates.len()];
     for (group, part) in parts.iter().enumerate() {
@@ -277,7 +277,6 @@ fn classes_of(
     let mut changed = [true; GROUPS];
     let mut now = [0u32; GROUPS];
     let mut runs: Vec<(u128, [u32; GROUPS])> = Vec::new();
-    let mut room = CROSSED_MAX;
     let mut at = 0;
     let mut start = 0u128;
     loop {

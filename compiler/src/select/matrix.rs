@@ -20,16 +20,6 @@ const ENTRIES_MAX: usize = 1 << 13;
 /// Sets that a column's entries may ask for.
 const PREDICATES_MAX: usize = 1 << 12;
 
-/// Cells of a table.
-const CELLS_MAX: usize = 1 << 21;
-
-/// Words of bit sets that combining may look at.
-const WORDS_MAX: usize = 1 << 26;
-
-/// Words of the sets that the classes of a matrix's tables stand for, all together. Many columns that have nothing to do
-/// with each other make classes without end, of which each has most of the entries.
-const SETS_WORDS_MAX: usize = 1 << 22;
-
 /// A stage as tables.
 #[derive(Debug)]
 pub(super) struct Matrix {
@@ -129,7 +119,7 @@ fn combine(problem: &Problem, wanted: Wanted) -> Option<(Vec<Node>, Partial)> {
         let (left, right) = smallest(&partials)?;
         let right = partials.remove(right);
         let left = partials.remove(left);
-        let pair = builder.pair(&left, &right, CELLS_MAX)?;
+        let pair = builder.pair(&left, &right, problem.room.cells)?;
         partials.push(pair);
     }
     if partials.len() == 3 {
@@ -254,7 +244,7 @@ impl Builder<'_> {
             if order.first >= least || self.afford(order.first, order.a.sets.words()).is_none() {
                 continue;
             }
-            let classes_max = CELLS_MAX.min(least - order.first) / order.third.sets.len();
+            let classes_max = self.problem.room.cells.min(least - order.first) / order.third.sets.len();
             let Some((node, pair)) = self.table(order.a, order.b, classes_max) else { continue };
             let cells = order.first + size(&pair, order.third);
             if cells < least && self.afford_last(&pair, order.third).is_some() {
@@ -283,7 +273,7 @@ impl Builder<'_> {
     /// The same as the node that would come next.
     fn table(&self, left: &Partial, right: &Partial, classes_max: usize) -> Option<(Node, Partial)> {
         let columns: Vec<bool> = left.columns.iter().zip(&right.columns).map(|(a, b)| a | b).collect();
-        let words_max = SETS_WORDS_MAX.saturating_sub(self.stored);
+        let words_max = self.problem.room.sets_words.saturating_sub(self.stored);
         let done = self.done(&columns);
         let (cells, sets) = in_both(&left.sets, &right.sets, &done, classes_max, words_max)?;
         let node = Node::Pair { left: left.node, right: right.node, width: right.sets.len(), cells };
@@ -317,7 +307,8 @@ impl Builder<'_> {
     /// Whether so many cells of so many words can be looked at.
     fn afford(&mut self, cells: usize, words: usize) -> Option<()> {
         self.work += cells * words;
-        (cells <= CELLS_MAX && self.work <= WORDS_MAX).then_some(())
+        let room = self.problem.room;
+        (cells <= room.cells && self.work <= room.words).then_some(())
     }
 }
 

@@ -5,31 +5,30 @@
 //! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
 //! and everything behind it.
 use cranelift_entity::{PrimaryMap, SecondaryMap};
-use polc_ir::at_once::{both, each};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;
 use polc_ir::decision::Decision;
 use polc_ir::derived::DerivedData;
-use polc_ir::entities::{Entry, Stage, Step, Value};
+use polc_ir::entities::{Entry, Stage, Step};
 use polc_ir::env::{Attach, Device};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, max_value};
-use polc_ir::limits::{KEY_WORDS_MAX, LOOKUP_OPS_MAX};
+use polc_ir::limits::KEY_WORDS_MAX;
 use polc_ir::outcome::{Count, Ending, FrameKind, Verdict};
 use polc_ir::packet::frame_ending;
 use polc_ir::plan::{
-    DeviceClasses, KeySlot, LinearEntry, LinearStep, LinearTest, LookupStep, Op, PRESSURE_MAX, Plan,
-    PlanExit, StepData, Target, Trace, WalkTable, WordTest, WordWrite,
+    DeviceClasses, KeySlot, LinearEntry, LinearStep, LookupStep, Plan, PlanExit, StepData, Target, Trace,
+    WalkTable, WordTest, WordWrite,
 };
 use polc_ir::ruleset::Write;
 
 use self::classes::FastMap;
 pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
-use self::groups::groups;
-use self::line::{Line, Tables};
-use self::matrix::matrix;
-use self::problem::Problem;
+use self::line::Tables;
+use self::parts::Cut;
+use self::room::Room;
+use self::shape::Shape;
 use self::words::word_ranges;
 
 mod cells;
@@ -42,9 +41,12 @@ mod groups;
 mod line;
 mod matrix;
 mod members;
+mod parts;
 mod problem;
+mod room;
 mod rows;
 mod search;
+mod shape;
 mod walk;
 mod wide;
 mod words;
@@ -72,42 +74,18 @@ pub enum Prefer {
     Matrix,
     /// Grouped classes.
     Groups,
+    /// Parts of stages, as if no structure took a whole one.
+    Parts,
     /// The walk table.
     Walk,
 }
-
-/// Word tests that a stage decided by comparing may have: what is more, tables decide faster.
-const LINEAR_TESTS_MAX: usize = 400;
-
-/// Entries up to which a stage that only rare packets come to is compared.
-const RARE_ENTRIES_MAX: usize = 16;
-
-/// Entries from which on a stage's look-up is worth a thread, and how many stages may have theirs found ahead: of more,
-/// most will not be decided by code.
-const LARGE_ENTRIES: usize = 256;
-const LARGE_STAGES_MAX: usize = 16;
-
-/// Entries of a stage that tells rare packets from others.
-const GUARD_ENTRIES_MAX: usize = 8;
 
 /// Instructions of a program that stages decided by code may take, of the 32,767 that it may have: the rest is for
 /// headers, searches of the packet and the walk.
 const CODE_INSNS_MAX: usize = 24_000;
 
-/// Instructions that an operation of a look-up becomes, those included that make room for its value.
-const INSNS_PER_OP: usize = 3;
-
-/// Instructions that follow a look-up: what its exit's word says.
-const INSNS_PER_LOOKUP: usize = 24;
-
-/// Instructions that a word test becomes, and an exit.
-const INSNS_PER_TEST: usize = 4;
-
 /// Instructions that an exit becomes which code takes, for it goes on in code: finding it, counting, going.
 const INSNS_PER_EXIT: usize = 12;
-
-/// Bytes of tables below which no other structure is tried.
-const SMALL_BYTES: usize = 256 << 10;
 
 /// Fields that are 0 or 1 and have a word each, rather than a bit of one that takes two more operations to read.
 const FLAGS_APART_MAX: usize = 16;
@@ -116,9 +94,6 @@ const FLAGS_APART_MAX: usize = 16;
 const WORDS_MAX: u8 = 128;
 
 const _: () = assert!(WORDS_MAX as usize > KEY_WORDS_MAX);
-
-/// Bytes that the tables of one stage may have.
-const TABLE_BYTES_MAX: usize = 64 << 20;
 
 /// What a program needs of a packet to look its connection up.
 pub const LOOKED_UP_BY: [Field; 7] = [
@@ -139,6 +114,8 @@ pub struct Structures {
     shapes: SecondaryMap<Stage, Option<Shape>>,
     /// The stages that the walk table decides.
     pub walked: SecondaryMap<Stage, bool>,
+    /// Where stages would have to be cut to be decided by code.
+    cuts: Vec<Cut>,
 }
 
 impl Structures {
@@ -148,8 +125,20 @@ impl Structures {
     }
 }
 
-/// Finds a structure for every stage, by preference.
-pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
+/// Finds a structure for every stage, by preference. Stages that need it are cut.
+pub fn structure(classifier: Classifier, devices: &Devices, prefer: Prefer) -> (Classifier, Structures) {
+    let structures = structure_whole(&classifier, devices, prefer);
+    if structures.cuts.is_empty() {
+        return (classifier, structures);
+    }
+    let classifier = parts::cut(classifier, &structures.cuts);
+    // What was taken as a part is taken.
+    let structures = structure_whole(&classifier, devices, Prefer::Cheapest);
+    (classifier, structures)
+}
+
+/// Finds a structure for every stage as it is.
+fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
     let keys = Keys::new(classifier, devices);
     let selector = Selector { classifier, keys: &keys };
     let busy = busy(classifier);
@@ -161,42 +150,58 @@ pub fn structure(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> 
     by_code[classifier.root] = true;
     // Exits of look-ups that lead to a stage: if it is decided by code, they are code.
     let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
-    let mut insns = 0;
+    let (mut insns, mut cuts) = (0, Vec::new());
     for stage in classifier.stages.keys().rev() {
+        let entries = &classifier.stages[stage].entries;
+        let mut is_code = false;
         if by_code[stage] {
-            let shape = if insns < CODE_INSNS_MAX {
+            let left = CODE_INSNS_MAX.saturating_sub(insns + led[stage] * INSNS_PER_EXIT);
+            let whole = (left > 0 && (prefer != Prefer::Parts || entries.len() < 3)).then(|| {
                 let lookup = || {
                     let ahead = ahead.iter_mut().find(|(known, _)| *known == stage);
                     ahead.map_or_else(
-                        || selector.lookup(stage, busy[stage], prefer),
+                        || selector.lookup(entries, busy[stage], prefer, Room::WHOLE),
                         |(_, lookup)| lookup.take(),
                     )
                 };
-                selector.shape(stage, busy[stage], prefer, lookup, &mut tables)
-            } else {
-                None
+                selector.shape(entries, busy[stage], prefer, lookup, &mut tables)
+            });
+            let parts = match whole.flatten() {
+                Some(shape) => Some(vec![(entries.len(), shape)]),
+                None if matches!(prefer, Prefer::Cheapest | Prefer::Parts) => {
+                    selector.parts(entries, busy[stage], left)
+                }
+                None => None,
             };
-            let taken = |shape: &Shape| shape.insns() + led[stage] * INSNS_PER_EXIT;
-            match shape.filter(|shape| insns + taken(shape) <= CODE_INSNS_MAX) {
-                Some(shape) => {
-                    insns += taken(&shape);
-                    if let Shape::Lookup { exits, .. } = &shape {
-                        let exits = exits.iter().map(|&entry| &classifier.entries[entry].exit);
-                        exits.flat_map(Exit::successors).for_each(|next| led[next] += 1);
+            let taken =
+                |parts: &[(usize, Shape)]| parts.iter().map(|(_, shape)| shape.insns()).sum::<usize>();
+            match parts.filter(|parts| taken(parts) <= left) {
+                Some(mut parts) => {
+                    insns += taken(&parts) + led[stage] * INSNS_PER_EXIT;
+                    for (_, shape) in &parts {
+                        if let Shape::Lookup { exits, .. } = shape {
+                            let exits = exits.iter().map(|&entry| &classifier.entries[entry].exit);
+                            exits.flat_map(Exit::successors).for_each(|next| led[next] += 1);
+                        }
                     }
-                    shapes[stage] = Some(shape);
+                    if parts.len() == 1 {
+                        shapes[stage] = parts.pop().map(|(_, shape)| shape);
+                    } else {
+                        cuts.push(Cut { stage, ends: parts.iter().map(|&(end, _)| end).collect() });
+                    }
+                    is_code = true;
                 }
                 None => walked[stage] = true,
             }
         }
-        for &entry in &classifier.stages[stage].entries {
+        for &entry in entries {
             for next in classifier.entries[entry].exit.successors() {
-                by_code[next] |= shapes[stage].is_some();
+                by_code[next] |= is_code;
                 walked[next] |= walked[stage];
             }
         }
     }
-    Structures { keys, tables, shapes, walked }
+    Structures { keys, tables, shapes, walked, cuts }
 }
 
 /// The stages that more than rare packets come to.
@@ -228,7 +233,7 @@ fn is_rare(test: &Test) -> bool {
 
 /// Makes a plan of the structures. `decision` is what the walk table is made of.
 pub fn select(classifier: &Classifier, decision: &Decision, structures: Structures) -> Plan {
-    let Structures { keys, tables, mut shapes, walked } = structures;
+    let Structures { keys, tables, mut shapes, walked, .. } = structures;
     let selector = Selector { classifier, keys: &keys };
     let counting = Counting::new(classifier, &shapes);
     let (mut walk, walk_roots) = selector.walk(&counting, decision, &walked);
@@ -261,38 +266,6 @@ pub fn select(classifier: &Classifier, decision: &Decision, structures: Structur
         derived: classifier.derived.clone(),
         sets: classifier.sets.clone(),
         effect_tests: classifier.effect_tests.iter().map(|(_, test)| test.kind).collect(),
-    }
-}
-
-/// How a stage is decided by code, its exits still those of the classifier.
-#[derive(Clone, Debug)]
-enum Shape {
-    /// By comparing: for each entry that can hold, its tests.
-    Linear(Vec<(Entry, Vec<LinearTest>)>),
-    /// By looking up: the operations, the result, what they are, and the exits, each by an entry that has it.
-    Lookup { ops: PrimaryMap<Value, Op>, result: Value, structure: String, exits: Vec<Entry>, modelled: u32 },
-}
-
-impl Shape {
-    /// Most instructions that it becomes: comparing with all its exits, a look-up with those that end or walk.
-    fn insns(&self) -> usize {
-        match self {
-            Shape::Linear(entries) => entries
-                .iter()
-                .map(|(_, tests)| {
-                    let tests = tests.iter().flat_map(|test| &test.any);
-                    INSNS_PER_EXIT + INSNS_PER_TEST * tests.map(|all| all.len() + 1).sum::<usize>()
-                })
-                .sum(),
-            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
-        }
-    }
-
-    fn modelled(&self) -> u32 {
-        match self {
-            Shape::Linear(entries) => cost::linear(entries.iter().map(|(_, tests)| tests.as_slice())),
-            Shape::Lookup { modelled, .. } => *modelled,
-        }
     }
 }
 
@@ -540,133 +513,6 @@ impl Selector<'_> {
         }
     }
 
-    /// The best way to decide a stage by code, if there is one. To one that is not `busy` only rare packets come: it is
-    /// small rather than quick.
-    fn shape(
-        &self,
-        stage: Stage,
-        busy: bool,
-        prefer: Prefer,
-        lookup: impl FnOnce() -> Option<(Shape, Tables)>,
-        tables: &mut Tables,
-    ) -> Option<Shape> {
-        let linear = self.linear(stage);
-        match prefer {
-            Prefer::Walk => return None,
-            Prefer::Linear => return linear,
-            Prefer::Cheapest | Prefer::Matrix | Prefer::Groups => {}
-        }
-        // Code that compares stands beside its rules, which costs nothing where hardly a packet comes.
-        let most = if busy || prefer != Prefer::Cheapest { 1 } else { RARE_ENTRIES_MAX };
-        let few = linear.as_ref().is_some_and(|shape| match shape {
-            Shape::Linear(entries) => entries.len() <= most,
-            Shape::Lookup { .. } => false,
-        });
-        if few || (self.is_guard(stage) && linear.is_some()) {
-            return linear;
-        }
-        let lookup = lookup().filter(|(lookup, _)| {
-            let cheaper = |linear: &Shape| linear.modelled() <= lookup.modelled();
-            prefer != Prefer::Cheapest || !linear.as_ref().is_some_and(cheaper)
-        });
-        let Some((mut lookup, own)) = lookup else { return linear };
-        if let Shape::Lookup { ops, .. } = &mut lookup {
-            tables.adopt(own, ops);
-        }
-        Some(lookup)
-    }
-
-    /// The look-ups of large stages, which take longest to find: several at once.
-    fn ahead(
-        &self,
-        busy: &SecondaryMap<Stage, bool>,
-        prefer: Prefer,
-    ) -> Vec<(Stage, Option<(Shape, Tables)>)> {
-        let large = |stage: &Stage| self.classifier.stages[*stage].entries.len() >= LARGE_ENTRIES;
-        let stages: Vec<Stage> =
-            self.classifier.stages.keys().rev().filter(large).take(LARGE_STAGES_MAX).collect();
-        if stages.len() < 2 || matches!(prefer, Prefer::Walk | Prefer::Linear) {
-            return Vec::new();
-        }
-        let lookups = each(&stages, |&stage| self.lookup(stage, busy[stage], prefer));
-        stages.into_iter().zip(lookups).collect()
-    }
-
-    /// Whether a stage only tells rare packets from others: a branch for them is foreseen.
-    fn is_guard(&self, stage: Stage) -> bool {
-        let entries = &self.classifier.stages[stage].entries;
-        let asks = |entry: &Entry, fields: &[Field]| {
-            self.classifier.entries[*entry].cube.tests().iter().all(|test| fields.contains(&test.field))
-        };
-        entries.len() <= GUARD_ENTRIES_MAX
-            && entries
-                .first()
-                .is_some_and(|first| asks(first, &[Field::Fragment, Field::FragOffset, Field::L4Len]))
-            && entries
-                .iter()
-                .all(|entry| asks(entry, &[Field::Fragment, Field::FragOffset, Field::L4Len, Field::Proto]))
-    }
-
-    /// A stage as comparisons, if they are few.
-    fn linear(&self, stage: Stage) -> Option<Shape> {
-        let classifier = self.classifier;
-        // Each counts for one at least.
-        if classifier.stages[stage].entries.len() > LINEAR_TESTS_MAX {
-            return None;
-        }
-        let mut entries = Vec::new();
-        let mut total = 0;
-        for &entry in &classifier.stages[stage].entries {
-            let data = &classifier.entries[entry];
-            let tests: Vec<LinearTest> =
-                data.cube.tests().iter().map(|test| LinearTest { any: self.word_tests(test) }).collect();
-            total += 1 + tests.iter().flat_map(|test| &test.any).map(Vec::len).sum::<usize>();
-            if total > LINEAR_TESTS_MAX {
-                return None;
-            }
-            if tests.iter().any(|test| test.any.is_empty()) {
-                continue;
-            }
-            entries.push((entry, tests));
-        }
-        Some(Shape::Linear(entries))
-    }
-
-    /// A stage as a look-up with its tables, if a structure takes it; of two, the cheaper.
-    fn lookup(&self, stage: Stage, busy: bool, prefer: Prefer) -> Option<(Shape, Tables)> {
-        let problem = Problem::new(self, stage);
-        let by_groups = || {
-            let groups = groups(&problem)?;
-            let tables = if busy { Tables::new() } else { Tables::frugal() };
-            write(stage, groups.describe(), &groups.exits, tables, |line| groups.write(line))
-        };
-        if !busy
-            && prefer == Prefer::Cheapest
-            && let Some(groups) = by_groups()
-        {
-            return Some(groups);
-        }
-        let by_matrix = || {
-            let matrix = if prefer == Prefer::Groups { None } else { matrix(&problem) }?;
-            write(stage, matrix.describe(), &problem.exits, Tables::new(), |line| Some(matrix.write(line)))
-        };
-        let enough = |matrix: &(Shape, Tables)| prefer == Prefer::Matrix || matrix.1.bytes() <= SMALL_BYTES;
-        // Of many entries each takes long, and few matrices are so small that nothing else need be tried.
-        let is_large = problem.entries.len() >= LARGE_ENTRIES && matrix::is_open(&problem);
-        let (matrix, groups) = if is_large && prefer == Prefer::Cheapest {
-            both(by_matrix, by_groups)
-        } else {
-            let matrix = by_matrix();
-            let groups = if matrix.as_ref().is_some_and(enough) { None } else { by_groups() };
-            (matrix, groups)
-        };
-        match (matrix, groups) {
-            (Some(matrix), _) if enough(&matrix) => Some(matrix),
-            (Some(matrix), Some(groups)) if matrix.0.modelled() <= groups.0.modelled() => Some(matrix),
-            (matrix, groups) => groups.or(matrix),
-        }
-    }
-
     /// A stage's step, once the stages it leads to have theirs.
     fn step(
         &self,
@@ -693,26 +539,6 @@ impl Selector<'_> {
             }
         }
     }
-}
-
-/// Writes a look-up and its tables; `None` if it grows too large.
-fn write(
-    stage: Stage,
-    structure: String,
-    exits: &[Entry],
-    mut tables: Tables,
-    ops: impl FnOnce(&mut Line<'_>) -> Option<Value>,
-) -> Option<(Shape, Tables)> {
-    let mut line = Line::new(&mut tables);
-    let result = ops(&mut line)?;
-    let (ops, result) = line.finish(result);
-    let step = LookupStep { stage, structure, ops, result, exits: Vec::new(), modelled: 0 };
-    if tables.bytes() > TABLE_BYTES_MAX || step.ops.len() > LOOKUP_OPS_MAX || step.pressure() > PRESSURE_MAX {
-        return None;
-    }
-    let modelled = cost::line(&step.ops, tables.sizes(), result);
-    let LookupStep { ops, structure, .. } = step;
-    Some((Shape::Lookup { ops, result, structure, exits: exits.to_vec(), modelled }, tables))
 }
 
 /// What a packet that takes the entry is counted in; `None` if in nothing.

@@ -6,7 +6,7 @@
 use std::hash::{Hash, Hasher};
 
 use polc_ir::classifier::Exit;
-use polc_ir::entities::{Entry, Stage};
+use polc_ir::entities::Entry;
 use polc_ir::field::Field;
 use polc_ir::interval::{Interval, IntervalSet, max_value};
 use polc_ir::outcome::Count;
@@ -14,6 +14,7 @@ use polc_ir::plan::KeySlot;
 
 use super::Selector;
 use super::classes::{FastMap, Same};
+use super::room::Room;
 
 /// Tests that most entries have at the most.
 const TESTS: usize = 5;
@@ -83,6 +84,8 @@ pub(super) struct Problem {
     pub(super) exit_of: Vec<u32>,
     /// The distinct exits, what is counted there included, each by an entry that has it.
     pub(super) exits: Vec<Entry>,
+    /// What finding a structure for it may take.
+    pub(super) room: Room,
 }
 
 /// A value from which on a set holds (true) or does not any more, by its number.
@@ -98,15 +101,15 @@ pub(super) struct Run {
 }
 
 impl Problem {
-    /// The stage's entries as columns.
-    pub(super) fn new(selector: &Selector<'_>, stage: Stage) -> Problem {
+    /// A stage's entries as columns, or some of them; the last one's cube always holds.
+    pub(super) fn new(selector: &Selector<'_>, entries: &[Entry], room: Room) -> Problem {
         let classifier = selector.classifier;
-        let entries = &classifier.stages[stage].entries;
         let mut problem = Problem {
             columns: Vec::new(),
             entries: Entries::with_capacity(entries.len(), TESTS),
             exit_of: Vec::with_capacity(entries.len()),
             exits: Vec::with_capacity(entries.len()),
+            room,
         };
         let mut known = Known { entries: entries.len(), ..Known::default() };
         let mut exit_of: FastMap<(&Exit, &[Count]), u32> =

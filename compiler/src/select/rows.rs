@@ -11,9 +11,6 @@ use super::classes::{Interned, mix, numbers};
 use super::line::Line;
 use super::matrix::Classes;
 
-/// Cells of all rows.
-const ROW_CELLS_MAX: usize = 1 << 25;
-
 /// Bytes of rows that are kept whole. A page's number is one read more, which takes 4 ns; rows beyond this would take 2 MB and
 /// more, and the caches from all else (sets of 10,000 rules: `./bench --only classify --size 10000`).
 const WHOLE_BYTES_MAX: usize = 1 << 20;
@@ -37,6 +34,8 @@ pub(super) struct Rows {
     pages: Interned<u16>,
     /// Cells of a row: one for each class.
     cells: usize,
+    /// Cells that all rows may have.
+    cells_max: usize,
     /// Room for a row in whole pages, and for the numbers of those.
     row: Vec<u16>,
     numbers: Vec<u32>,
@@ -44,7 +43,7 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Row 0, of pairs without a list.
-    pub(super) fn new(told: Option<&Classes>, services: usize) -> Rows {
+    pub(super) fn new(told: Option<&Classes>, services: usize, cells_max: usize) -> Rows {
         let classes = told.map_or(1, |told| told.sets.len());
         let mut holds: Vec<Vec<u32>> = vec![Vec::new(); services];
         for class in 0..classes as u32 {
@@ -62,6 +61,7 @@ impl Rows {
             rows: Interned::new(),
             pages: Interned::new(),
             cells: classes,
+            cells_max,
             row: vec![0; classes.next_multiple_of(PAGE)],
             numbers: Vec::new(),
         };
@@ -97,7 +97,7 @@ impl Rows {
     fn row(&mut self, services: &[u32]) -> Option<u32> {
         let list = self.services.intern(services, list_hash(services)) as usize;
         if list == self.row_of.len() {
-            if (self.len() + 1) * self.cells > ROW_CELLS_MAX {
+            if (self.len() + 1) * self.cells > self.cells_max {
                 return None;
             }
             self.row.fill(0);

@@ -113,6 +113,16 @@ impl Exit {
         };
         pair.into_iter().flatten()
     }
+
+    /// The same where stages have other numbers.
+    #[must_use]
+    pub fn renumbered(self, to: impl Fn(Stage) -> Stage) -> Exit {
+        match self {
+            Exit::End(_) | Exit::EndIfAbsent(_) => self,
+            Exit::Then { writes, stage } => Exit::Then { writes, stage: to(stage) },
+            Exit::Test { test, yes, no } => Exit::Test { test, yes: to(yes), no: to(no) },
+        }
+    }
 }
 
 impl fmt::Display for Exit {

@@ -1,0 +1,100 @@
+//! Parts: a stage that no structure takes as a whole is cut into runs of entries that one takes each.
+//!
+//! Entries with nothing in common make classes without end, but of a few hundred there are few enough. So the stage becomes
+//! a line of stages: each has some of the entries, in their order, and sends what none of them takes on to the next. A run
+//! that is still too much is halved; a single entry is compared. What a packet takes grows with the number of parts, some
+//! hundred times slower than with the number of entries.
+
+use cranelift_entity::{PrimaryMap, SecondaryMap};
+use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
+use polc_ir::cube::Cube;
+use polc_ir::entities::{Entry, Stage};
+
+use super::line::Tables;
+use super::room::Room;
+use super::shape::Shape;
+use super::{INSNS_PER_EXIT, Prefer, Selector};
+
+/// Where a stage is cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// The stage.
+    pub(super) stage: Stage,
+    /// How many entries come before each part's end, but for the last entry, which all parts share.
+    pub(super) ends: Vec<usize>,
+}
+
+impl Selector<'_> {
+    /// Parts that structures take each, in at most so many instructions altogether: where they end, and what takes them.
+    pub(super) fn parts(
+        &self,
+        entries: &[Entry],
+        busy: bool,
+        insns_max: usize,
+    ) -> Option<Vec<(usize, Shape)>> {
+        let (&last, body) = entries.split_last()?;
+        if body.len() < 2 {
+            return None;
+        }
+        [Room::PART, Room::LARGE_PART, Room::WHOLE].into_iter().find_map(|room| {
+            let mut insns = 0;
+            let mut parts: Vec<(usize, Shape)> = Vec::new();
+            let middle = body.len() / 2;
+            let mut pending = vec![(middle, body.len()), (0, middle)];
+            while let Some((from, to)) = pending.pop() {
+                let part: Vec<Entry> = body[from..to].iter().copied().chain([last]).collect();
+                let lookup = || self.lookup(&part, busy, Prefer::Cheapest, room);
+                match self.shape(&part, busy, Prefer::Cheapest, lookup, &mut Tables::new()) {
+                    Some(shape) => {
+                        insns += shape.insns() + INSNS_PER_EXIT;
+                        if insns > insns_max {
+                            return None;
+                        }
+                        parts.push((to, shape));
+                    }
+                    None if to - from > 1 => {
+                        let middle = from + (to - from) / 2;
+                        pending.extend([(middle, to), (from, middle)]);
+                    }
+                    None => return None,
+                }
+            }
+            Some(parts)
+        })
+    }
+}
+
+/// The classifier with stages cut so.
+pub(super) fn cut(classifier: Classifier, cuts: &[Cut]) -> Classifier {
+    let mut ends: SecondaryMap<Stage, &[usize]> = SecondaryMap::new();
+    cuts.iter().for_each(|cut| ends[cut.stage] = &cut.ends);
+    let Classifier { stages, entries, root, .. } = classifier;
+    let mut cut = Classifier { stages: PrimaryMap::new(), entries: PrimaryMap::new(), ..classifier };
+    let mut number: SecondaryMap<Stage, Option<Stage>> = SecondaryMap::new();
+    for (old, StageData { entries: whole, origin }) in &stages {
+        let to = |old: Stage| number[old].expect("what an exit leads to has a smaller number");
+        let inner = ends[old].len().saturating_sub(1);
+        let ends = ends[old][..inner].iter().copied().chain([whole.len()]);
+        let begins: Vec<usize> = std::iter::once(0).chain(ends.clone()).take(inner + 1).collect();
+        let mut next: Option<Stage> = None;
+        for (begin, end) in begins.into_iter().zip(ends.collect::<Vec<_>>()).rev() {
+            let stage = cut.stages.push(StageData { entries: Vec::new(), origin: *origin });
+            let own = whole[begin..end].iter().map(|&entry| {
+                let EntryData { cube, rule, counts, exit, .. } = entries[entry].clone();
+                EntryData { stage, cube, rule, counts, exit: exit.renumbered(to) }
+            });
+            let on = next.map(|next| {
+                let exit = Exit::Then { writes: Vec::new(), stage: next };
+                EntryData { stage, cube: Cube::all(), rule: None, counts: Vec::new(), exit }
+            });
+            for data in own.chain(on) {
+                let entry = cut.entries.push(data);
+                cut.stages[stage].entries.push(entry);
+            }
+            next = Some(stage);
+        }
+        number[old] = next;
+    }
+    cut.root = number[root].expect("every stage has a number");
+    cut
+}
