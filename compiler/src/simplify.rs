@@ -25,8 +25,10 @@ const KNOWN_INTERVALS_MAX: usize = 32;
 /// Entries before one that are asked for what a packet which comes so far is not. A rule's guards are right before it.
 const EARLIER_ENTRIES: usize = 16;
 
-/// Entries that leading exits past stages may ask, for each that there is.
+/// Entries that leading exits past stages may ask, for each that there is, and altogether if that is more: each of four
+/// thousand rules that mark may ask all behind it.
 const ASKED_PER_ENTRY: usize = 32;
+const ASKED: usize = 8 << 20;
 
 /// Entries of one stage that an exit may ask: what chains come back to is cut in blocks, and where thousands follow one
 /// another, each would ask those of all before it.
@@ -47,7 +49,7 @@ type Known = Option<Cube>;
 /// nothing leads to have no entries.
 fn prune(mut classifier: Classifier) -> Classifier {
     let family = classifier.family;
-    let mut asks = ASKED_PER_ENTRY * classifier.entries.len();
+    let mut asks = ASKED.max(ASKED_PER_ENTRY * classifier.entries.len());
     let mut known: SecondaryMap<Stage, Known> = SecondaryMap::new();
     known[classifier.root] = Some(Cube::all());
     let mut pruned: SecondaryMap<Stage, Vec<EntryData>> = SecondaryMap::new();
@@ -462,6 +464,19 @@ mod tests {
         assert_eq!(depth(&simple), 2, "{simple}");
         assert_eq!(simple.stages.len(), 1 + SERVICES);
         assert_eq!(simple.entries.len(), SERVICES + 1 + 2 * SERVICES);
+    }
+
+    #[test]
+    fn rules_that_mark_a_host_each_are_one_stage() {
+        let mut rules = String::new();
+        for host in 0..1_000 {
+            writeln!(rules, "-A INPUT -s 10.0.{}.{}/32 -j MARK --set-xmark {host}", host / 256, host % 256)
+                .expect("strings take text");
+        }
+        let [flat, simple] = both(&rules);
+        assert!(depth(&flat) > 1_000, "{}", depth(&flat));
+        // A packet of one host is not one of the others, so that it is marked and goes on where all end.
+        assert_eq!(depth(&simple), 2, "{simple}");
     }
 
     #[test]

@@ -36,7 +36,10 @@ impl Selector<'_> {
         if body.len() < 2 {
             return None;
         }
-        [Room::PART, Room::LARGE_PART, Room::WHOLE].into_iter().find_map(|room| {
+        // Stages behind this one need room as well.
+        let rooms =
+            [(Room::PART, insns_max / 2), (Room::LARGE_PART, insns_max / 4 * 3), (Room::WHOLE, insns_max)];
+        rooms.into_iter().find_map(|(room, insns_max)| {
             let mut insns = 0;
             let mut parts: Vec<(usize, Shape)> = Vec::new();
             let middle = body.len() / 2;
