@@ -272,7 +272,7 @@ mod tests {
 
     /// The lists' services: each holds in the classes that are multiples of its number and one.
     fn rows(lists: u32) -> (Rows, Vec<Vec<u32>>) {
-        let mut rows = Rows::new(None, 1);
+        let mut rows = Rows::new(None, 1, usize::MAX);
         (rows.rows, rows.pages) = (Interned::new(), Interned::new());
         rows.cells = CLASSES as usize;
         rows.row = vec![0; rows.cells.next_multiple_of(PAGE)];
