@@ -82,7 +82,9 @@ fn take_away(sys: &Sys, slots: &[Slot]) -> Result<Vec<Flushed>, Error> {
 /// What is known about a slot's policy. What is damaged or lost can't be confirmed either, and what the pins tell is enough
 /// to take it away; `None` if even they don't.
 fn known(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error> {
-    if let Ok(Some(state)) = slot.known(sys) {
+    if let Ok(Some(state)) = slot.known(sys)
+        && !matches!(attached(sys, slot, &state), Err(Error::Corrupt { .. }))
+    {
         return Ok(Some(state));
     }
     match recall(sys, slot) {

@@ -32,10 +32,16 @@ pub struct Repaired {
 /// # Errors
 /// [`Error::Corrupt`] if the state is damaged; an overdue change was taken back all the same.
 pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
-    let (mut state, lost) = match slot.read(sys) {
-        Ok(Some(state)) => (state, false),
+    let read = slot.read(sys).and_then(|state| {
+        state.map(|state| attached(sys, slot, &state).map(|current| (state, current))).transpose()
+    });
+    let (mut state, mut current, lost) = match read {
+        Ok(Some((state, current))) => (state, current, false),
         Ok(None) => match recall(sys, slot)? {
-            Some(state) => (state, true),
+            Some(state) => {
+                let current = attached(sys, slot, &state)?;
+                (state, current, true)
+            }
             None => {
                 // Pins and files of a change that was never written down.
                 for generation in slot.generations_present(sys)? {
@@ -53,7 +59,6 @@ pub fn repair(sys: &Sys, slot: &Slot) -> Result<Option<Repaired>, Error> {
             return Err(error);
         }
     };
-    let mut current = attached(sys, slot, &state)?;
     let mut unconfirmed = None;
     if let Some(now) = current {
         match keep_or_go_back(sys, slot, &mut state, now)? {
@@ -175,7 +180,15 @@ pub(crate) fn attached(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Opti
     let Some(id) = attach::current(sys, slot, state)? else { return Ok(None) };
     match state.generation_of(id) {
         Some(number) => Ok(Some(number)),
-        None => Err(Error::Replaced { place: slot.name.to_string(), by: id }),
+        None => Err(unknown(sys, slot, id)),
+    }
+}
+
+/// Why a slot's state does not tell of the program that is attached: it is another's, or the state is not the last one.
+pub(crate) fn unknown(sys: &Sys, slot: &Slot, id: u32) -> Error {
+    match slot.noted(sys) {
+        Ok(Some(noted)) if noted.generation_of(id).is_some() => slot.outdated(),
+        _ => Error::Replaced { place: slot.name.to_string(), by: id },
     }
 }
 

@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::events::TraceMaps;
 use crate::load::map_spec;
 use crate::net::{self, Device};
+use crate::repair::unknown;
 use crate::sets::LiveSets;
 use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
@@ -267,8 +268,7 @@ pub fn open(sys: &Sys, store: &Store, name: &SlotName) -> Result<Open, Error> {
 /// Opens the generation of a slot whose program has that number.
 fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Open, Error> {
     let name = &slot.name;
-    let replaced = || Error::Replaced { place: name.to_string(), by: id };
-    let number = state.generation_of(id).ok_or_else(replaced)?;
+    let number = state.generation_of(id).ok_or_else(|| unknown(sys, slot, id))?;
     let object = carry::object(sys, slot, number)?;
     let program = attach::program(sys, slot, number)?;
     let program = sys.prog_info(&program).map_err(Error::call("ask about the pinned program"))?;

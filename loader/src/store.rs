@@ -387,6 +387,14 @@ impl Slot {
         }
     }
 
+    /// The failure that the state does not tell of what is applied, and the note does.
+    pub(crate) fn outdated(&self) -> Error {
+        Error::Corrupt {
+            path: self.state.join(STATE_FILE),
+            why: "it is from before what is applied, which the note beside the pins tells of".into(),
+        }
+    }
+
     /// Writes the state: whoever reads it later finds the old one or this one, whole.
     ///
     /// # Errors

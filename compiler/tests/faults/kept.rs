@@ -115,10 +115,23 @@ fn a_state_of_another_slot_is_none() {
         assert!(said.contains("[E0813]") && said.contains("`polc flush` removes it"), "{said}");
         assert!(said.contains("it is that of the policy at netfilter input for IPv4"), "{said}");
     }
-    let said = host.says(&["flush"], 0);
-    assert_eq!(said.matches("removed at").count(), 3, "{said}");
-    assert_eq!(attached(&host), [None; 3]);
-    assert!(!has_xdp("eth0"));
+    let removes_all = || {
+        let said = host.says(&["flush"], 0);
+        assert_eq!(said.matches("removed at").count(), 3, "{said}");
+        assert_eq!(attached(&host), [None; 3]);
+        assert!(!has_xdp("eth0"));
+    };
+    removes_all();
+    // Nor is its own of another time.
+    apply(&host, "rules.v4", &[]);
+    let all = PLACES.map(|(_, attach)| (state(attach), fs::read(state(attach)).expect("a state")));
+    (0..2).for_each(|_| apply(&host, "rules.v4", &[]));
+    all.iter().for_each(|(path, bytes)| fs::write(path, bytes).expect("written"));
+    for command in [&["status", "--sample", "0"][..], &APPLY] {
+        let said = host.says(command, 3);
+        assert!(said.contains("[E0813]") && said.contains("it is from before what is applied"), "{said}");
+    }
+    removes_all();
 }
 
 #[test]
