@@ -13,7 +13,7 @@ use crate::clsact::{self, FILTER_NAME, Qdisc};
 use crate::coexist::{self, Order};
 use crate::dispatch;
 use crate::error::Error;
-use crate::net::Device;
+use crate::net::{self, Device};
 use crate::probe::{Feature, missing};
 use crate::state::{SlotState, Via};
 use crate::store::Slot;
@@ -77,6 +77,27 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
 
 /// What packets meet at a hook whose map of programs was lost ([`dispatch`]).
 const LEADS_NOWHERE: &str = "it is not there, so the hook's link leads to no program: every packet is dropped, or left to the kernel's own rules if a policy in accelerate mode was the first";
+
+/// Where the filter with one of these programs is, at the side of whichever device: the device's number and the filter's
+/// priority.
+pub(crate) fn filter(
+    sys: &Sys,
+    slot: &Slot,
+    is_one: impl Fn(u32) -> bool,
+) -> Result<Option<(u32, u16)>, Error> {
+    if !matches!(slot.name.attach, Attach::TcIngress | Attach::TcEgress) {
+        return Ok(None);
+    }
+    for device in net::devices(sys)? {
+        let filters = filters(sys, device.ifindex, is_egress(slot));
+        let filters = filters.map_err(Error::call(format!("list the filters of `{}`", device.name)))?;
+        let found = filters.iter().find(|filter| filter.name == FILTER_NAME && is_one(filter.program_id));
+        if let Some(filter) = found {
+            return Ok(Some((device.ifindex, filter.priority)));
+        }
+    }
+    Ok(None)
+}
 
 /// Whether a slot's first program was about to be attached, or has to be confirmed.
 fn is_first(state: &SlotState) -> bool {

@@ -4,6 +4,7 @@
 //! else goes. What is kept about the slot may be damaged or lost: then the note beside the pins tells, or the pins do.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use polc_backend_ebpf::manifest::Manifest;
 
@@ -197,21 +198,7 @@ pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error>
     if let Some(noted) = slot.noted(sys)? {
         return Ok(Some(noted));
     }
-    let Some(link) = attach::open_link(sys, slot)? else { return Ok(None) };
-    let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
-    let via = match info.kind {
-        LinkKind::Netfilter { priority, defrag, .. } => Via::Dispatch { priority, defrag },
-        LinkKind::Xdp { .. } | LinkKind::Tcx { .. } | LinkKind::Other(_) => Via::Link,
-    };
-    let mut state = SlotState {
-        version: STATE_VERSION,
-        slot: slot.name.clone(),
-        ifindex: 0,
-        via,
-        generations: Default::default(),
-        intent: None,
-        confirmed: None,
-    };
+    let mut generations = BTreeMap::new();
     for number in slot.generations_present(sys)? {
         let Some(program) = attach::open_pin(sys, &slot.program(number))? else { continue };
         let info = sys.prog_info(&program).map_err(Error::call("ask about a pinned program"))?;
@@ -223,9 +210,32 @@ pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error>
             carried: Vec::new(),
             settled: true,
         };
-        state.generations.insert(number, generation);
+        generations.insert(number, generation);
     }
-    Ok(Some(state))
+    let (via, ifindex) = match attach::open_link(sys, slot)? {
+        Some(link) => {
+            let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
+            let via = match info.kind {
+                LinkKind::Netfilter { priority, defrag, .. } => Via::Dispatch { priority, defrag },
+                LinkKind::Xdp { .. } | LinkKind::Tcx { .. } | LinkKind::Other(_) => Via::Link,
+            };
+            (via, 0)
+        }
+        None => {
+            let is_own = |program| generations.values().any(|generation| generation.program_id == program);
+            let Some((ifindex, priority)) = attach::filter(sys, slot, is_own)? else { return Ok(None) };
+            (Via::Clsact { priority }, ifindex)
+        }
+    };
+    Ok(Some(SlotState {
+        version: STATE_VERSION,
+        slot: slot.name.clone(),
+        ifindex,
+        via,
+        generations,
+        intent: None,
+        confirmed: None,
+    }))
 }
 
 /// Takes a change back: generation `from` in place of `to`, or nothing; and with it unconfirmed ones at other hooks.

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::events::TraceMaps;
 use crate::load::map_spec;
 use crate::net::{self, Device};
-use crate::repair::unknown;
+use crate::repair::{recall, unknown};
 use crate::sets::LiveSets;
 use crate::state::{Confirm, Generation, SlotName, SlotState, Via};
 use crate::store::{Lock, Slot, Store};
@@ -297,10 +297,8 @@ fn open_program(sys: &Sys, slot: &Slot, state: &SlotState, id: u32) -> Result<Op
 
 /// Whether a program of a slot without state is attached, as far as its pins tell.
 fn is_pinned(sys: &Sys, slot: &Slot) -> Result<bool, Error> {
-    match slot.noted(sys)? {
-        Some(noted) => Ok(attach::current(sys, slot, &noted)?.is_some()),
-        None => Ok(attach::open_link(sys, slot)?.is_some()),
-    }
+    let Some(state) = recall(sys, slot)? else { return Ok(false) };
+    Ok(attach::current(sys, slot, &state)?.is_some())
 }
 
 /// A pinned map, if it is what an object's map has to be.
