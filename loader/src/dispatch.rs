@@ -3,7 +3,8 @@
 //! A netfilter link takes no other program (net/netfilter/nf_bpf_link.c, `bpf_nf_link_update`), and two links at once
 //! would have packets decided, and counted, twice. So what is linked to the hook stays the same for good: a program that
 //! jumps to one of the two in a map of the hook's, by the lowest bit of a word that all hooks of a family share. New
-//! programs are put where no packet goes; then one store to the word, and packets meet them at all of these hooks.
+//! programs are put where no packet goes; then one store to the word, and packets meet them at all of these hooks. One that
+//! a host sends to itself may have passed OUTPUT by then, and meets the new program at INPUT: each hook reads the word.
 //! Between changes both places of a hook have the same program, so that a change at other hooks leaves it. That costs a
 //! packet one load and one jump, since both places are known when the program is translated, and jumps to them direct
 //! (arch/x86/net/bpf_jit_comp.c, `emit_bpf_tail_call_direct`).

@@ -14,7 +14,8 @@
 //! | [`coexist`] | others' programs |
 //! | [`state`] | what is kept about applied policies |
 //! | [`store`] | where: on disk and in bpffs, and the locks |
-//! | [`swap`] | applying, confirming |
+//! | [`swap`] | applying |
+//! | [`confirm`] | keeping what was applied to be confirmed |
 //! | [`flush`] | taking policies away |
 //! | [`repair`] | making a slot whole again |
 //! | [`held`] | going back when nobody confirms, whatever became of files and pins |
@@ -34,6 +35,7 @@ pub mod attach;
 pub mod carry;
 pub mod clsact;
 pub mod coexist;
+pub mod confirm;
 pub mod counters;
 pub mod dispatch;
 pub mod error;

@@ -1,4 +1,4 @@
-//! Applying and confirming: changes of slots, in an order that a crash can't spoil.
+//! Applying: changes of slots, in an order that a crash can't spoil.
 //!
 //! A change is made in seven steps: lock; repair; load and test the new program; pin it and write its files; write down
 //! what is about to happen; swap; tidy. Only the swap changes what packets meet, and it is one call of the kernel's. Up
@@ -606,67 +606,4 @@ pub fn check(sys: &Sys, loaded: &Loaded, checks: &[Check]) -> Result<(), Error> 
         }
     }
     Ok(())
-}
-
-/// What confirming found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Confirmed {
-    /// A change that waited. The slots at which it is kept: what was changed together is confirmed together.
-    Kept(Vec<SlotName>),
-    /// The last change, which had been confirmed.
-    Before,
-    /// Nothing that was to be confirmed, or no more.
-    Nothing,
-}
-
-/// Confirms what a slot waits for, and what was changed together with it. Waits for another polc until then.
-///
-/// Where the slot's state is damaged, the note beside its pins does for this.
-///
-/// # Errors
-/// [`Error::NotApplied`] if nothing is applied (any more), [`Error::Locked`].
-pub fn confirm(sys: &Sys, store: &Store, name: &SlotName, until: Instant) -> Result<Confirmed, Error> {
-    may_change(sys)?;
-    let slot = store.slot(name);
-    let _lock = slot.lock_until(sys, until)?;
-    let (mut state, current, damaged) = match repair(sys, &slot) {
-        Ok(Some(Repaired { state, current, .. })) => (state, current, false),
-        Ok(None) => {
-            slot.remove(sys)?;
-            store.tidy(sys);
-            return Err(Error::NotApplied(name.to_string()));
-        }
-        Err(error) => {
-            let noted = match (&error, slot.noted(sys)?) {
-                (Error::Corrupt { .. }, Some(noted)) => attached(sys, &slot, &noted)?.map(|now| (noted, now)),
-                _ => None,
-            };
-            let (noted, current) = noted.ok_or(error)?;
-            (noted, current, true)
-        }
-    };
-    if state.unconfirmed(current).is_none() {
-        let before = state.confirmed == Some(current);
-        return Ok(if before { Confirmed::Before } else { Confirmed::Nothing });
-    }
-    let with = state.intent.take().map_or_else(Vec::new, |intent| intent.with);
-    state.confirmed = Some(current);
-    if damaged {
-        slot.write_note(sys, &state)?
-    } else {
-        slot.write(sys, &state)?
-    }
-    // From here on all of it is confirmed. What can't be tidied up at the others the next polc does.
-    let mut kept = vec![name.clone()];
-    kept.extend(with.into_iter().filter_map(|(name, generation)| {
-        let there = match repair(sys, &slot.other(&name)) {
-            Ok(repaired) => repaired.is_some_and(|repaired| repaired.current == generation),
-            Err(_) => true,
-        };
-        there.then_some(name)
-    }));
-    if !damaged {
-        prune(sys, &slot, &mut state, current)?;
-    }
-    Ok(Confirmed::Kept(kept))
 }

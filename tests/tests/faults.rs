@@ -24,11 +24,12 @@ use polc_ir::env::{Attach, Env, Mode};
 use polc_ir::hook::{Family, Hook};
 use polc_ir::source::SourceMap;
 use polc_loader::coexist::Order;
+use polc_loader::confirm::{self, Confirmed};
 use polc_loader::flush::{flush, flush_all};
 use polc_loader::held::Held;
 use polc_loader::state::{SlotName, Via};
 use polc_loader::store::{LOCK_WAIT, Store};
-use polc_loader::swap::{self, Confirmed, Request};
+use polc_loader::swap::{self, Request};
 use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys, TestRun};
 use polc_loader::{Error, attach, clsact, net};
 use polc_tests::kernel::{BpfFs, Namespace, TempDir, has_tools, may_run, run, uninterrupted};
@@ -153,7 +154,7 @@ fn request<'a>(slot: &'a SlotName, object: &'a Object, way: Way, confirm: Option
 }
 
 fn confirm(sys: &Sys, store: &Store, name: &SlotName) -> Result<Confirmed, Error> {
-    swap::confirm(sys, store, name, Instant::now() + LOCK_WAIT)
+    confirm::confirm(sys, store, name, Instant::now() + LOCK_WAIT)
 }
 
 impl Host {
@@ -691,7 +692,7 @@ fn a_lock_that_is_never_released_holds_nobody_up() {
             slot.read(&sys).expect("readable").expect("there").intent.and_then(|intent| intent.confirm);
         let held = Held::new(&sys, &host.store, &host.slot, &token.expect("it waits").token).expect("opened");
         let lock = slot.lock(&sys).expect("nobody is at work");
-        let confirmed = swap::confirm(&sys, &host.store, &host.slot, soon());
+        let confirmed = confirm::confirm(&sys, &host.store, &host.slot, soon());
         assert!(matches!(confirmed, Err(Error::Locked(_))), "{way:?}: {confirmed:?}");
         assert_eq!(host.in_force(), Ok(Some(1)));
         // The program goes back, and what is kept follows once it may be changed.

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use polc_loader::Error;
+use polc_loader::confirm::{self, Confirmed};
 use polc_loader::flush::flush_all;
 use polc_loader::gone;
 use polc_loader::held::Held;
@@ -12,7 +13,7 @@ use polc_loader::net::{self, Device};
 use polc_loader::repair;
 use polc_loader::state::{Confirm, SlotName};
 use polc_loader::store::{LOCK_WAIT, Store};
-use polc_loader::swap::{self, Confirmed};
+use polc_loader::swap;
 use polc_loader::sys::Sys;
 
 use super::FOUND;
@@ -138,7 +139,7 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
         if kept.contains(slot) {
             continue;
         }
-        match swap::confirm(&sys, &store, slot, until) {
+        match confirm::confirm(&sys, &store, slot, until) {
             Ok(Confirmed::Kept(also)) => {
                 also.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
                 kept.extend(also);
