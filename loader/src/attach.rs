@@ -195,8 +195,15 @@ pub fn first(
                 // That it is polc's is said first: nobody else removes it.
                 let mark = slot.qdisc_mark(device.ifindex);
                 sys.make_dirs(&mark).map_err(Error::disk(&mark))?;
-                clsact::add_qdisc(sys, device.ifindex)
-                    .map_err(Error::call(format!("add a clsact qdisc to `{}`", device.name)))?;
+                match clsact::add_qdisc(sys, device.ifindex) {
+                    // Somebody else came first.
+                    Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                        sys.remove_dir(&mark).map_err(Error::disk(&mark))?;
+                    }
+                    added => {
+                        added.map_err(Error::call(format!("add a clsact qdisc to `{}`", device.name)))?;
+                    }
+                }
             }
             clsact::set_filter(sys, device.ifindex, is_egress(slot), priority, program, false).map_err(fail)
         }

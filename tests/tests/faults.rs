@@ -706,6 +706,50 @@ fn a_lock_that_is_never_released_holds_nobody_up() {
     }
 }
 
+/// A priority that another polc, whose store is elsewhere, gave its filter first makes that filter nobody else's.
+#[test]
+fn a_filter_that_was_there_first_is_not_polcs() {
+    const NAME: &str = "a_filter_that_was_there_first_is_not_polcs";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("first");
+    let others = (BpfFs::new("first-fs-other"), TempDir::in_memory("first-other"));
+    let host = |bpffs: &BpfFs, state: &TempDir| {
+        let objects = POLICIES.map(|port| object(port, Way::Clsact.attach())).to_vec();
+        Host::new(Way::Clsact, Path::new(&bpffs.join("")), state.path(), objects)
+    };
+    let (host, other) = (host(&bpffs, &state), Arc::new(host(&others.0, &others.1)));
+    let (mut refused, mut added) = (0, 0);
+    for number in 1..=CALLS_MAX {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let (counted, beside) = (calls.clone(), other.clone());
+        let sys = Sys::with_hook(move |call| {
+            if call == "netlink" && counted.fetch_add(1, Ordering::Relaxed) + 1 == number {
+                beside.apply(&Sys::new(), 1, None).expect("nothing is in its way");
+            }
+            Ok(())
+        });
+        match host.apply(&sys, 0, None) {
+            Ok(()) => added += 1,
+            Err(Error::Occupied { .. }) => {
+                refused += 1;
+                assert_eq!(host.store.names(&Sys::new()).expect("readable"), [], "call {number}");
+            }
+            Err(error) => panic!("call {number}: {error}"),
+        }
+        for host in [&host, &other] {
+            flush(&Sys::new(), &host.store, &host.slot)
+                .unwrap_or_else(|error| panic!("call {number}: {error}"));
+        }
+        if calls.load(Ordering::Relaxed) < number {
+            break;
+        }
+    }
+    assert!(refused > 0 && added > 2, "{refused} refused, {added} added");
+    host.clear().expect("nothing is left");
+}
+
 /// A priority that another function got after polc's was detached does not make polc's attached.
 #[test]
 fn a_hook_that_was_detached_and_taken_is_not_polcs() {
