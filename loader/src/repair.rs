@@ -215,11 +215,11 @@ pub(crate) fn recall(sys: &Sys, slot: &Slot) -> Result<Option<SlotState>, Error>
     let (via, ifindex) = match attach::open_link(sys, slot)? {
         Some(link) => {
             let info = sys.link_info(&link).map_err(Error::call("ask about the pinned link"))?;
-            let via = match info.kind {
-                LinkKind::Netfilter { priority, defrag, .. } => Via::Dispatch { priority, defrag },
-                LinkKind::Xdp { .. } | LinkKind::Tcx { .. } | LinkKind::Other(_) => Via::Link,
-            };
-            (via, 0)
+            match info.kind {
+                LinkKind::Netfilter { priority, defrag, .. } => (Via::Dispatch { priority, defrag }, 0),
+                LinkKind::Xdp { ifindex } | LinkKind::Tcx { ifindex, .. } => (Via::Link, ifindex),
+                LinkKind::Other(_) => (Via::Link, 0),
+            }
         }
         None => {
             let is_own = |program| generations.values().any(|generation| generation.program_id == program);

@@ -231,7 +231,7 @@ impl Changes {
         Ok(())
     }
 
-    /// Gives first filters their priorities. Those that others see free are free no more once this returns.
+    /// Gives first filters their priorities, which no other polc gives away until they are there.
     fn place_filters(&mut self, sys: &Sys) -> Result<(), Error> {
         let mut given: Vec<(u32, Attach, u16)> = Vec::new();
         let is_first =
@@ -486,7 +486,7 @@ fn fresh(
     }
     attach::check_occupants(sys, slot, via, device, request.order, &own)?;
     let via = match via {
-        // The priority is another's as long as it is not locked; that there is a place is asked now.
+        // Which it is, is said once qdiscs are locked; that there is one, before anything is loaded.
         Via::Clsact { .. } => {
             let priority = attach::clsact_place(sys, device, slot.name.attach == Attach::TcEgress, &[])?;
             Via::Clsact { priority }

@@ -136,18 +136,26 @@ fn a_state_of_another_slot_is_none() {
 
 /// Where nothing is left to read, what is pinned tells what is polc's.
 #[test]
-fn what_nothing_tells_of_can_be_taken_away() {
+fn what_nothing_tells_of_can_be_replaced_and_taken_away() {
     let Some(host) = Host::new("fault-nothing") else { return };
     apply(&host, "rules.v4", &[]);
     let shown = || kernel::run("tc", &["filter", "show", "dev", "eth0", "ingress"]).expect("tc");
     assert!(shown().contains("polc"));
-    for (_, attach) in PLACES {
-        let slot = host.slot(&slot(attach));
-        fs::remove_dir_all(slot.files()).expect("it is there");
-        fs::remove_file(slot.pins().join("note")).expect("it is there");
-    }
-    let said = host.says(&["status", "--sample", "0"], 3);
-    assert_eq!(said.matches("[E0813]").count(), 3, "{said}");
+    let lose_all = || {
+        for (_, attach) in PLACES {
+            let slot = host.slot(&slot(attach));
+            fs::remove_dir_all(slot.files()).expect("it is there");
+            fs::remove_file(slot.pins().join("note")).expect("it is there");
+        }
+        let said = host.says(&["status", "--sample", "0"], 3);
+        assert_eq!(said.matches("[E0813]").count(), 3, "{said}");
+    };
+    lose_all();
+    // What is applied takes its place.
+    apply(&host, "rules.v4", &[]);
+    let said = host.says(&["status", "--sample", "0"], 0);
+    assert_eq!(said.matches("generation 2").count(), 3, "{said}");
+    lose_all();
     let said = host.says(&["flush"], 0);
     assert_eq!(said.matches("removed at").count(), 3, "{said}");
     assert!(!has_xdp("eth0") && shown().is_empty(), "{}", shown());

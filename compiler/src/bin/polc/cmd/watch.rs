@@ -313,9 +313,7 @@ impl<'p> Anew<'p> {
         let mut text = format!("{DONE}\n{}", told.trim_end());
         if !applied {
             let longest = retry::PAUSE_MAX.as_secs();
-            text += &format!(
-                "\nwhat was in force stays so; tried again at a change of the host, and after pauses of up to {longest} s"
-            );
+            text += &format!("\ntried again when the host changes, and after pauses of up to {longest} s");
         }
         said.of(&first.slot, &text);
     }
