@@ -80,8 +80,8 @@ enum Step {
     Anew(Vec<String>, Surroundings),
 }
 
-/// Which policies could not be applied anew: their programs, and the host as it was then.
-type Tries = Retries<SlotName, (u32, Surroundings)>;
+/// Which policies could not be applied anew: what was noted of them, which tells of every change, and the host as it was.
+type Tries = Retries<SlotName, (Option<String>, Surroundings)>;
 
 /// Brings policies in step with the host; whether they are, and what failed.
 fn look_at<'p>(
@@ -117,13 +117,14 @@ fn look_at<'p>(
     }
     for one in &anew {
         let now = Instant::now();
-        if one.tried().all(|(slot, seen)| tries.waits(slot, &seen, now)) {
+        let tried = one.tried(sys);
+        if tried.iter().all(|(slot, seen)| tries.waits(slot, seen, now)) {
             well = false;
             continue;
         }
         let applied = one.apply();
         let is_applied = matches!(applied, Ok((true, _)));
-        one.tried().for_each(|(slot, seen)| tries.tried(slot, &seen, is_applied, now));
+        tried.iter().for_each(|(slot, seen)| tries.tried(slot, seen, is_applied, now));
         well &= is_applied;
         match applied {
             Ok((_, told)) => one.said(is_applied, &told, said),
@@ -300,9 +301,12 @@ impl<'p> Anew<'p> {
     }
 
     /// What is tried: each policy as it is, for the host as it is.
-    fn tried(&self) -> impl Iterator<Item = (&SlotName, (u32, Surroundings))> {
-        let seen = |(policy, host): (&&'p Open, &Surroundings)| (policy.generation.program_id, host.clone());
-        self.policies.iter().zip(&self.host).map(move |one| (&one.0.slot, seen(one)))
+    fn tried(&self, sys: &Sys) -> Vec<(&'p SlotName, (Option<String>, Surroundings))> {
+        let one = |(policy, host): (&&'p Open, &Surroundings)| {
+            // A note that can't be read is that of no change.
+            (&policy.slot, (policy.note(sys).ok().flatten(), host.clone()))
+        };
+        self.policies.iter().zip(&self.host).map(one).collect()
     }
 
     /// Says what was done, and what that told.
