@@ -110,7 +110,7 @@ fn two_filters_at_once_do_not_get_one_priority() {
             );
         }
     }
-    // A priority that somebody else gets before it is locked is no policy of polc's that was attached.
+    // Nothing is left of either.
     assert_eq!(host.says(&["flush"], 0), "nothing to remove\n");
 }
 
