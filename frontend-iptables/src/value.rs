@@ -116,13 +116,13 @@ pub fn port(text: &str, protocol: Option<&str>) -> Option<u16> {
 }
 
 /// A port as `getaddrinfo` resolves one, for extensions that ask it: a decimal number, of which the lower 16 bits count,
-/// nothing for 0, or the name of a service of any protocol. What spells -1 is taken for a name.
+/// nothing for 0, or the name of a service of any protocol. What is negative as an `int` is taken for a name.
 pub fn resolved_port(text: &str) -> Option<u16> {
     if text.is_empty() {
         return Some(0);
     }
     match strtoul_negating(text, 10) {
-        Some((number, "")) if number as u32 != u32::MAX => Some(number as u16),
+        Some((number, "")) if number as i32 >= 0 => Some(number as u16),
         _ => names::service(text, None),
     }
 }
@@ -379,9 +379,18 @@ pub fn address(text: &str, family: Family) -> Option<IpAddr> {
 pub fn host(text: &str, family: Family) -> Option<IpAddr> {
     address(text, family).or_else(|| match family {
         Family::V4 => inet_aton(text).or_else(|| names::ipv4_host(text)).map(IpAddr::V4),
-        // No name of IPv6 is on every system, but the loopback device is, and a scope does not outlive the reading.
-        Family::V6 => text.strip_suffix("%lo").and_then(|text| address(text, family)),
+        Family::V6 => scoped(text).map(IpAddr::V6),
     })
+}
+
+/// An IPv6 address with a scope, which does not outlive the reading: a number, or for addresses of a link a device
+/// (glibc's inet/inet6_scopeid_pton.c). The loopback device is on every system.
+fn scoped(text: &str) -> Option<Ipv6Addr> {
+    let (address, scope) = text.split_once('%')?;
+    let address: Ipv6Addr = address.parse().ok()?;
+    let of_link = address.is_unicast_link_local() || address.is_multicast() && address.octets()[1] & 15 == 2;
+    let is_number = scope.bytes().all(|byte| byte.is_ascii_digit()) && scope.parse::<u32>().is_ok();
+    (is_number || of_link && scope == "lo").then_some(address)
 }
 
 /// An IPv4 address with one to four parts, the last one filling the rest (`inet_aton`): `127.1` is 127.0.0.1.

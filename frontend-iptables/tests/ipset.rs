@@ -173,7 +173,7 @@ fn what_exists_is_given_anew_where_it_may() {
     let created = "create a hash:net comment\nadd a 10.0.0.0/8 comment old\nadd a 11.0.0.0/8\n";
     let printed = |more: &str| {
         let (_, sets, diagnostics) = read(&format!("{created}{more}"));
-        let again = usize::from(more.contains("-exist"));
+        let again = usize::from(more.starts_with("add -exist"));
         assert!(diagnostics.iter().all(|finding| finding.severity == Severity::Warning), "{diagnostics:?}");
         assert_eq!(diagnostics.len(), again, "{more}: {diagnostics:?}");
         ipset::print(&sets)
@@ -193,6 +193,19 @@ fn what_exists_is_given_anew_where_it_may() {
         assert_eq!(diagnostics.len(), 1, "{wrong}");
         assert_eq!(diagnostics[0].severity, Severity::Error, "{wrong}");
     }
+}
+
+/// `-exist` is for everything behind it, but not for the rest of what `ipset` sends in one message with lines before it.
+#[test]
+fn from_where_it_is_said_on_everything_may_exist() {
+    let found = |lines: &str| {
+        let text = format!("create s hash:ip\ncreate t hash:ip\n{lines}\n");
+        read(&text).2.into_iter().map(|one| one.severity).collect::<Vec<_>>()
+    };
+    assert_eq!(found("add -exist s 1.1.1.1\nadd t 1.1.1.1\nadd t 1.1.1.1\nadd s 1.1.1.0-1.1.1.3"), []);
+    assert_eq!(found("add s 1.1.1.1\nadd t 1.1.1.1\nadd s 1.1.1.1 -exist\ncreate t hash:ip"), []);
+    assert_eq!(found("add s 1.1.1.1\n\n# s\nadd -! s 1.1.1.1"), [Severity::Warning]);
+    assert_eq!(found("add s 1.1.1.1\nadd s 1.1.1.1\n-exist add t 1.1.1.1"), [Severity::Error]);
 }
 
 /// Ranges may overlap where what exists may be given again, but not where the last would decide.
@@ -222,6 +235,36 @@ fn a_bitmap_leaves_out_the_rest_of_a_range() {
     };
     assert_eq!(covered("10.0.0.5-10.0.0.20"), covered("10.0.0.0/28"));
     assert_eq!(covered("10.0.0.5-10.0.0.21"), covered("10.0.0.0/27"));
+}
+
+/// The kernel masks what is written first, then puts the ends in order, then adds one address after the other
+/// (ip_set_hash_ip.c, ip_set_hash_ipport.c): under a mask, packets find those that are masked themselves.
+#[test]
+fn ranges_that_run_backwards_under_a_mask_begin_later() {
+    let covered = |options: &str, element: &str| {
+        let (_, sets, found) = read(&format!("create c {options}\nadd c {element}"));
+        if let Some(error) = found.first() {
+            return error.message.clone();
+        }
+        let mut ruleset = Ruleset::new(Family::V4, Semantics::Legacy);
+        ipset::lower(&sets, Family::V4, &mut ruleset);
+        let (_, again, _) = read(&ipset::print(&sets));
+        assert_eq!(ipset::print(&again), ipset::print(&sets));
+        let SetContents::Elements(elements) = &ruleset.sets[Set::from_u32(0)].contents else {
+            panic!("some")
+        };
+        elements.iter().map(|element| format!("{:?}", element.values)).collect::<String>()
+    };
+    let masked = "hash:ip bitmask 255.255.255.248";
+    assert_eq!(covered(masked, "10.0.0.20-10.0.0.3"), covered(masked, "10.0.0.8-10.0.0.16"));
+    assert_eq!(covered(masked, "10.0.0.20-10.0.0.17"), covered(masked, "10.0.0.16"));
+    assert_eq!(covered(masked, "10.0.0.8-10.0.0.1"), covered(masked, "10.0.0.8"));
+    assert_eq!(covered(masked, "10.0.0.20-10.0.0.16"), covered(masked, "10.0.0.16"));
+    let with_port = "hash:ip,port netmask 30";
+    assert_eq!(covered(with_port, "10.0.0.9-10.0.0.3,80"), covered(with_port, "10.0.0.4-10.0.0.8,80"));
+    let blocks = "hash:ip netmask 29";
+    assert_eq!(covered(blocks, "10.0.0.20-10.0.0.8"), covered(blocks, "10.0.0.8-10.0.0.20"));
+    assert!(covered(blocks, "10.0.0.20-10.0.0.3").contains("no address is"));
 }
 
 /// One Ethernet address an address, and it is the last (ip_set_bitmap_ipmac.c).

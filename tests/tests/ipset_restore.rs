@@ -62,8 +62,8 @@ impl Random {
     }
 
     fn text(&mut self, (create, parts): (&str, &[&str])) -> String {
-        // Under a mask ipset makes addresses of a range that runs backwards that nothing finds; here it is refused.
-        let forwards = create.contains("mask");
+        // In steps ipset makes addresses of a range that runs backwards that nothing finds; here it is refused.
+        let forwards = create.starts_with("hash:ip netmask");
         let mut text = format!("create s {create}\n");
         for _ in 0..2 + self.below(6) {
             let parts: Vec<String> = parts.iter().map(|kind| self.part(kind, forwards)).collect();

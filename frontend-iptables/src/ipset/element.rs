@@ -73,6 +73,8 @@ pub(super) struct PartContext {
     pub(super) family: Family,
     /// What of hosts' addresses the set stores.
     mask: Option<IpAddr>,
+    /// Of a range it takes one address in each block of the mask.
+    steps: bool,
 }
 
 impl PartContext {
@@ -83,12 +85,13 @@ impl PartContext {
             Family::V6 => IpAddr::from(Ipv6Addr::from_bits(u128::MAX)),
         };
         let netmask = set.options.netmask.map(|length| prefix_ends(ones, length).0);
-        PartContext { kind: set.kind, family, mask: netmask.or(set.options.bitmask) }
+        let mask = netmask.or(set.options.bitmask);
+        PartContext { kind: set.kind, family, mask, steps: set.unit_bits() > 0 }
     }
 
     /// That of an option of `create`.
     pub(super) fn of_option(kind: &'static SetKind, family: Family) -> PartContext {
-        PartContext { kind, family, mask: None }
+        PartContext { kind, family, mask: None, steps: false }
     }
 }
 
@@ -263,19 +266,31 @@ fn addresses(text: &str, dimension: Dimension, cx: &PartContext) -> Result<Part,
     let masked = dimension == Dimension::Host && (first == last || !cx.kind.is_bitmap());
     let (first, last) = match (cx.mask.filter(|_| masked), form) {
         (Some(mask), AddressForm::Prefix(length)) => prefix_ends(and(first, mask), length),
-        // The kernel masks the address that is written first before it swaps the ends.
-        (Some(_), AddressForm::Range) if runs_backwards(text, cx.family) => {
-            return Err(format!(
-                "`{text}` runs backwards, of which ipset makes other addresses under a mask; write it forwards"
-            ));
+        // The kernel masks the address that is written first, and swaps the ends then.
+        (Some(mask), AddressForm::Range) => {
+            let (begin, end) = if runs_backwards(text, cx.family) { (last, first) } else { (first, last) };
+            let begin = and(begin, mask);
+            if begin > end && cx.steps && and(end, mask) != end {
+                return Err(format!(
+                    "`{text}` runs backwards, of which ipset makes elements that no address is; write it forwards"
+                ));
+            }
+            (begin.min(end), begin.max(end))
         }
-        (Some(mask), AddressForm::Range) => (and(first, mask), last),
         (None, _) => (first, last),
     };
+    let form = if first == last { AddressForm::Prefix(bits) } else { form };
     if dimension == Dimension::Host && cx.kind.refuses_null && first.is_unspecified() {
         return Err(format!("`{text}`: a {} can't hold the address {first}", cx.kind.name));
     }
     Ok(Part::Address { first, last, form })
+}
+
+/// Whether a range of hosts has to be written from its end for a set to hold it: its first address is none that the set
+/// would begin with.
+pub(super) fn is_backwards(set: &SetAst, first: IpAddr) -> bool {
+    let mask = PartContext::of(set).mask;
+    !set.kind.is_bitmap() && mask.is_some_and(|mask| and(first, mask) != first)
 }
 
 /// An address under a mask of its family.
@@ -289,15 +304,22 @@ fn and(address: IpAddr, mask: IpAddr) -> IpAddr {
 
 /// Whether the end of a range lies before its beginning.
 fn runs_backwards(text: &str, family: Family) -> bool {
-    let first = split_range(text).ok().and_then(|(first, _)| value::host(first, family));
+    let first = split_range(text).ok().and_then(|(first, _)| host(first, family));
     address_range(text, family).is_ok_and(|(low, _, _)| first != Some(low))
+}
+
+/// A host address; ipset takes none with a scope.
+fn host(text: &str, family: Family) -> Option<IpAddr> {
+    match family {
+        Family::V4 => value::host(text, family),
+        Family::V6 => value::address(text, family),
+    }
 }
 
 /// `address`, `address/length` or `address-address`, whose ends the kernel swaps if it runs backwards.
 pub(super) fn address_range(text: &str, family: Family) -> Result<(IpAddr, IpAddr, AddressForm), String> {
     let bits = family.address_bits();
-    let read =
-        |text: &str| value::host(text, family).ok_or_else(|| format!("`{text}` is not an {family} address"));
+    let read = |text: &str| host(text, family).ok_or_else(|| format!("`{text}` is not an {family} address"));
     if let Some((address, length)) = text.split_once('/') {
         let length = value::number(length, 0, bits.into());
         let length =

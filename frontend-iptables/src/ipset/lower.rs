@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use polc_ir::entities::Set;
 use polc_ir::field::DeviceName;
@@ -178,6 +178,7 @@ fn elements(set: &SetAst) -> Option<ElementList> {
                 let lengths = [if is_net { *length } else { 0 }, 0, 0];
                 give(lengths, &[DimensionValue::Address(interval((*first, *last)))], ast.nomatch);
             }
+            parts if mask.is_some_and(|length| is_never_found(set, parts, length)) => {}
             _ => {
                 let (lengths, values) = values(set, ast)?;
                 give(lengths, &values, ast.nomatch);
@@ -193,6 +194,29 @@ fn elements(set: &SetAst) -> Option<ElementList> {
 /// How many leading bits of addresses count, if not all.
 fn mask(set: &SetAst) -> Option<u8> {
     set.options.netmask.or(set.options.bitmask.and_then(prefix_length))
+}
+
+/// Where the first whole block of a range of hosts begins. Most ranges begin with one; of those that were written
+/// backwards the set holds the addresses from the last on. `None` if there is none.
+fn first_block(set: &SetAst, first: IpAddr, length: u8) -> Option<IpAddr> {
+    let (start, end) = prefix_ends(first, length);
+    if start == first || set.kind.is_bitmap() {
+        return Some(start);
+    }
+    match end {
+        IpAddr::V4(end) => end.to_bits().checked_add(1).map(|next| Ipv4Addr::from_bits(next).into()),
+        IpAddr::V6(end) => end.to_bits().checked_add(1).map(|next| Ipv6Addr::from_bits(next).into()),
+    }
+}
+
+/// Whether no packet's address, of which so many bits count, is one that the set holds of an element.
+fn is_never_found(set: &SetAst, parts: &[Part], length: u8) -> bool {
+    parts.iter().zip(set.kind.dimensions).any(|(part, dimension)| match part {
+        Part::Address { first, last, .. } if *dimension == Dimension::Host => {
+            first_block(set, *first, length).is_none_or(|first| first > *last)
+        }
+        _ => false,
+    })
 }
 
 type Lengths = [u8; DIMENSIONS_MAX];
@@ -211,9 +235,9 @@ fn values(set: &SetAst, ast: &ElementAst) -> Option<(Lengths, Values)> {
             }
             Part::Address { first, last, .. } => {
                 let (first, last) = (*first, set.last_taken(*first, *last));
-                // Both the element and the packet's address are masked, so the element covers whole prefixes.
+                // The packet's address is masked, so the element covers whole prefixes.
                 DimensionValue::Address(interval(match mask(set) {
-                    Some(length) => (prefix_ends(first, length).0, prefix_ends(last, length).1),
+                    Some(length) => (first_block(set, first, length)?, prefix_ends(last, length).1),
                     None => (first, last),
                 }))
             }

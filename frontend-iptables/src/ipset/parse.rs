@@ -95,6 +95,15 @@ fn warnings(set: &SetAst, with_extra: bool) -> Vec<Diagnostic> {
     warnings
 }
 
+/// Lines that add to one set, one behind another.
+#[derive(Clone, Copy)]
+struct Message {
+    /// The set.
+    set: usize,
+    /// Whether what they add may exist.
+    may_exist: bool,
+}
+
 #[derive(Default)]
 struct Parser {
     sets: Vec<SetAst>,
@@ -108,6 +117,10 @@ struct Parser {
     diagnostics: Vec<Diagnostic>,
     suppressed: usize,
     elements: usize,
+    /// A line has said `-exist`: from there on `ipset` takes what exists already.
+    may_exist: bool,
+    /// What `ipset` sends in one message: lines that add to one set, which all may exist or not as the first may.
+    message: Option<Message>,
     /// That something was given again has been told.
     tolerated: bool,
 }
@@ -130,6 +143,7 @@ impl Parser {
     /// Reads a long text's lines from `at` on, those that add elements to one set on other threads; gives where it
     /// ended, at the beginning of a line.
     fn run(&mut self, text: &str, at: usize, file: File, index: usize) -> usize {
+        self.send_to(index);
         let set = &mut self.sets[index];
         let mut elements = std::mem::take(&mut set.elements);
         let (before, mut hashes) = (elements.len(), Vec::with_capacity(elements.capacity()));
@@ -188,7 +202,7 @@ impl Parser {
             let element_at = 5 + name.len();
             let name = Word { text: Cow::Borrowed(name), span: span(4, element_at - 1) };
             let element = Word { text: Cow::Borrowed(element), span: span(element_at, text.len()) };
-            return self.add(&[&name, &element], span(0, text.len()), false);
+            return self.add(&[&name, &element], span(0, text.len()));
         }
         let trimmed = text.trim_start_matches([' ', '\t', '\r', '\x0b', '\x0c']);
         if trimmed.is_empty() || trimmed.starts_with('#') || matches!(trimmed.trim_end(), "COMMIT" | "commit")
@@ -208,11 +222,14 @@ impl Parser {
         let mut words: Vec<&Word<'_>> = words.iter().collect();
         let all = words.len();
         words.retain(|word| !matches!(&*word.text, "-exist" | "-!"));
-        let may_exist = words.len() < all;
+        self.may_exist |= words.len() < all;
         let Some((command, rest)) = words.split_first() else { return Ok(()) };
-        match command.text.trim_start_matches('-') {
-            "create" | "N" | "n" | "new" => self.create(rest, line, may_exist),
-            "add" | "A" | "a" => self.add(rest, line, may_exist),
+        let command_name = command.text.trim_start_matches('-');
+        let is_add = matches!(command_name, "add" | "A" | "a");
+        self.message = self.message.filter(|_| is_add);
+        match command_name {
+            _ if is_add => self.add(rest, line),
+            "create" | "N" | "n" | "new" => self.create(rest, line),
             "flush" | "F" => self.flush(rest, line),
             other => {
                 let message =
@@ -222,13 +239,21 @@ impl Parser {
         }
     }
 
-    /// Tells, once, that `ipset restore` takes what exists already only if it is itself called with `-exist`
-    /// (ipset 7.17).
+    /// Begins a message if the last one is for another set.
+    fn send_to(&mut self, set: usize) {
+        if self.message.is_none_or(|message| message.set != set) {
+            self.message = Some(Message { set, may_exist: self.may_exist });
+        }
+    }
+
+    /// Tells, once, that `ipset restore` takes what exists already only if `-exist` was said before the first of the lines
+    /// that it sends together (lib/session.c of ipset 7.17, `ipset_cmd`).
     fn given_again(&mut self, span: Span) {
-        if !std::mem::replace(&mut self.tolerated, true) {
+        let is_taken = self.message.is_some_and(|message| message.may_exist);
+        if !is_taken && !std::mem::replace(&mut self.tolerated, true) {
             let message =
                 "what exists already is given again, which `ipset restore` refuses in spite of `-exist` here";
-            let hint = "call `ipset restore -exist`";
+            let hint = "say `-exist` where the set's elements begin, or call `ipset restore -exist`";
             self.report(Diagnostic::warning(codes::SET_TOLERATED, message, span).with_hint(hint));
         }
     }
@@ -258,7 +283,7 @@ impl Parser {
             .ok_or_else(|| (codes::UNKNOWN_SET, format!("set `{}` is not created", name.text), name.span))
     }
 
-    fn create(&mut self, words: &[&Word<'_>], line: Span, may_exist: bool) -> Result<(), Fault> {
+    fn create(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
         let [name, kind, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`create` needs a name and a type".into(), line));
         };
@@ -267,7 +292,7 @@ impl Parser {
             return Err((codes::SET_NAME, message, name.span));
         }
         let existing = self.by_name.get(&*name.text).copied();
-        if existing.is_some() && !may_exist {
+        if existing.is_some() && !self.may_exist {
             return Err((codes::SET_NAME, format!("set `{}` exists already", name.text), name.span));
         }
         let kind_word = kind;
@@ -300,7 +325,6 @@ impl Parser {
         if let Some(existing) = existing {
             let known = &self.sets[existing];
             if known.kind == kind && known.family == set.family && known.options.holds_as(&set.options) {
-                self.given_again(line);
                 return Ok(());
             }
             let message = format!("set `{}` exists with another type or other options", name.text);
@@ -315,7 +339,7 @@ impl Parser {
         Ok(())
     }
 
-    fn add(&mut self, words: &[&Word<'_>], line: Span, may_exist: bool) -> Result<(), Fault> {
+    fn add(&mut self, words: &[&Word<'_>], line: Span) -> Result<(), Fault> {
         let [name, element, rest @ ..] = words else {
             return Err((codes::SET_LINE, "`add` needs a set and an element".into(), line));
         };
@@ -323,14 +347,15 @@ impl Parser {
         let last = self.last.filter(|&last| self.sets[last].name == name.text);
         let index = last.map_or_else(|| self.find(name), Ok)?;
         self.last = Some(index);
+        self.send_to(index);
         let parts = parts(element, &PartContext::of(&self.sets[index]))?;
         for parts in element::prefix_by_prefix(self.sets[index].kind, parts) {
-            self.take(index, parts, element, rest, may_exist)?;
+            self.take(index, parts, element, rest)?;
         }
         Ok(())
     }
 
-    /// Adds an element to a set, unless something is against it. One that is there may be given again where `may_exist`:
+    /// Adds an element to a set, unless something is against it. One that is there may be given again behind an `-exist`:
     /// then its options are those given last (net/netfilter/ipset/ip_set_hash_gen.h, `mtype_add`).
     fn take(
         &mut self,
@@ -338,7 +363,6 @@ impl Parser {
         parts: Parts,
         element: &Word<'_>,
         rest: &[&Word<'_>],
-        may_exist: bool,
     ) -> Result<(), Fault> {
         let set = &self.sets[index];
         let hash = self.seen[index].hash(&parts);
@@ -368,7 +392,7 @@ impl Parser {
                 return Err((codes::SET_LIMIT, message, element.span));
             }
             Known::New => {}
-            Known::Same if may_exist => {
+            Known::Same if self.may_exist => {
                 let at = seen.find(&set.elements, &ast.parts, hash).expect("it is known");
                 seen.with_extra |= ast.extra.is_some();
                 seen.with_nomatch |= ast.nomatch;
@@ -376,7 +400,7 @@ impl Parser {
                 self.given_again(element.span);
                 return Ok(());
             }
-            Known::Partly if may_exist && !decides => self.given_again(element.span),
+            Known::Partly if self.may_exist && !decides => self.given_again(element.span),
             Known::Same | Known::Partly => {
                 let what = if known == Known::Same { "the element" } else { "some of the element" };
                 let message = format!("set `{}` has {what} `{}` already", set.name, element.text);

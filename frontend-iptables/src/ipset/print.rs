@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use polc_ir::hook::Family;
 
-use super::element::{AddressForm, ICMP, ICMPV6, Part};
+use super::element::{AddressForm, ICMP, ICMPV6, Part, is_backwards};
 use super::parse::single_prefix;
 use super::{ElementAst, SetAst, Sets};
 use crate::names;
@@ -129,6 +129,7 @@ fn text(part: &Part, set: &SetAst) -> String {
             AddressForm::Prefix(length) => prefix(*first, *length),
             AddressForm::Range => match single_prefix(*first, *last) {
                 Some(AddressForm::Prefix(length)) => prefix(*first, length),
+                _ if is_backwards(set, *first) => format!("{}-{}", Ip(*last), Ip(*first)),
                 _ => format!("{}-{}", Ip(*first), Ip(*last)),
             },
         },

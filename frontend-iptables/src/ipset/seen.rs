@@ -344,7 +344,7 @@ fn join(spans: &mut Spans, (mut first, mut last): (u128, u128)) {
 
 impl SetAst {
     /// How many lower bits of hosts' addresses make no other element.
-    fn unit_bits(&self) -> u32 {
+    pub(super) fn unit_bits(&self) -> u32 {
         match (self.options.netmask, self.kind.dimensions) {
             (Some(netmask), [Dimension::Host]) => {
                 u32::from(self.family.unwrap_or(Family::V4).address_bits() - netmask)

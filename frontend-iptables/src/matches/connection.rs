@@ -33,18 +33,7 @@ pub(super) const ALL: &[Extension] = &[
             Opt::not("ctexpire", Arg::Range(':', u32::MAX as u64)),
             Opt::new("ctdir", Arg::Name(&[("ORIGINAL", 0), ("REPLY", 1)], Spelling::AnyCase)),
         ],
-        finish: Some(|options, _| {
-            if options.given.is_empty() {
-                return Err("some option is needed".into());
-            }
-            // Next to others, `NONE` asks for nothing.
-            if let Some(Given { value: Value::List(bits), .. }) = options.get_mut("ctstatus")
-                && bits.iter().any(|&bit| bit != 0)
-            {
-                bits.retain(|&bit| bit != 0);
-            }
-            Ok(())
-        }),
+        finish: Some(tracked),
         ..base(
             "conntrack",
             Meaning::Match(conntrack),
@@ -88,6 +77,27 @@ const STATES: [(&str, u64); 7] =
 /// `enum ip_conntrack_status` of include/uapi/linux/netfilter/nf_conntrack_common.h.
 const STATUSES: &[(&str, u64)] =
     &[("NONE", 0), ("EXPECTED", 1), ("SEEN_REPLY", 2), ("ASSURED", 4), ("CONFIRMED", 8)];
+
+fn tracked(options: &mut Options, _: &Context) -> Result<(), String> {
+    if options.given.is_empty() {
+        return Err("some option is needed".into());
+    }
+    // extensions/libxt_conntrack.c takes `XT_CONNTRACK_STATUS`, which is set by then, for `XT_INV_PROTO`.
+    let place = |name: &str| options.get(name).map(|given| options.given.iter().position(|one| one == given));
+    if let (Some((_, true)), Some((Value::Number(0), _))) =
+        (options.value("ctstatus"), options.value("ctproto"))
+        && place("ctstatus") < place("ctproto")
+    {
+        return Err("`--ctproto` can't ask for all protocols behind `! --ctstatus`".into());
+    }
+    // Next to others, `NONE` asks for nothing.
+    if let Some(Given { value: Value::List(bits), .. }) = options.get_mut("ctstatus")
+        && bits.iter().any(|&bit| bit != 0)
+    {
+        bits.retain(|&bit| bit != 0);
+    }
+    Ok(())
+}
 
 fn parse_protocol(words: &[&str], _: &Context) -> Result<Value, String> {
     crate::names::protocol(words[0])

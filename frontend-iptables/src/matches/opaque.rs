@@ -193,12 +193,15 @@ const IPV6_HEADERS: &[(&str, u64)] = &[
 /// What stands for every protocol that is no extension header.
 const ANY_PROTOCOL: u64 = 255;
 
-/// Headers by name, or by number as protocols.
+/// Headers by name, or as protocols: by name, or by number spelled as it is printed.
 fn parse_headers(words: &[&str], _: &Context) -> Result<Value, String> {
     let number = |item: &str| {
+        let is_name = value::number(item, 0, u64::MAX).is_none();
         let named = IPV6_HEADERS.iter().find(|(name, _)| *name == item).map(|&(_, number)| number);
         named
-            .or_else(|| names::protocol(item).map(u64::from))
+            .or_else(|| {
+                names::protocol(item).filter(|number| is_name || number.to_string() == item).map(u64::from)
+            })
             .filter(|number| IPV6_HEADERS.iter().any(|(_, known)| known == number))
             .ok_or_else(|| format!("`{item}` is no extension header"))
     };

@@ -22,7 +22,7 @@ pub(super) const ALL: &[Extension] = &[Extension {
         Opt::new("hmark-rnd", WORD).must(),
         Opt::new("hmark-mod", Arg::Number(1, u32::MAX as u64)).must(),
         Opt::new("hmark-offset", Arg::Number(0, u32::MAX as u64)),
-        Opt::new("hmark-tuple", Arg::Names(PARTS, Spelling::AnyCase)),
+        Opt::new("hmark-tuple", Arg::Names(PARTS, Spelling::Abbreviated)),
     ],
     finish: Some(hash),
     ..base(

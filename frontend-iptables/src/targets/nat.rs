@@ -5,7 +5,7 @@ use polc_ir::ruleset::Action;
 
 use super::kernel;
 use crate::extension::{Arg, Context, Extension, Meaning, Opt, Options, Value, base, print_word};
-use crate::value;
+use crate::{names, value};
 
 const NAT: &[TableKind] = &[TableKind::Nat];
 const RANDOM: Opt = Opt::new("random", Arg::Flag);
@@ -154,9 +154,7 @@ fn parse_range(words: &[&str], context: &Context) -> Result<Value, String> {
 fn port_range(text: &str) -> Result<String, String> {
     let bad = || format!("`{text}` is not a port or a range of ports");
     let (range, shift) = match text.split_once('/') {
-        Some((range, shift)) => {
-            (range, Some(value::port(shift, None).filter(|&port| port > 0).ok_or_else(bad)?))
-        }
+        Some((range, shift)) => (range, Some(base_port(shift).ok_or_else(bad)?)),
         None => (text, None),
     };
     // A service name may hold a `-`, so the whole is tried first.
@@ -180,6 +178,13 @@ fn port_range(text: &str) -> Result<String, String> {
         out = format!("{out}/{shift}");
     }
     Ok(out)
+}
+
+/// A port that is not 0: a number, with anything behind it (extensions/libxt_NAT.c), or a service's name.
+fn base_port(text: &str) -> Option<u16> {
+    let number = value::strtoul(text, 0).map(|(number, _)| number);
+    let port = number.and_then(|number| number.try_into().ok()).filter(|&port| port > 0);
+    port.or_else(|| names::service(text, None)).filter(|&port| port > 0)
 }
 
 fn parse_ports(words: &[&str], _: &Context) -> Result<Value, String> {
