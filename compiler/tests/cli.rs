@@ -696,6 +696,7 @@ fn verify_asks_the_kernel_and_its_packet_filter() {
             let places = &schema["properties"]["places"]["items"]["properties"];
             documented(&place["kernel"], &places["kernel"]["properties"]);
         }
+        documented(&result["not_compared"], &schema["properties"]["not_compared"]["properties"]);
         let ways = result["netfilter"].as_array().expect("a list");
         assert_eq!(ways.len(), 2);
         for way in ways {

@@ -8,8 +8,10 @@
 //!
 //! Left out are packets on which the rules' meaning says nothing (deferred: a limit, a search of the payload), and
 //! what a kernel can't be asked in this way: `nat` tables are not restored, since a connection's first packet decides
-//! for the others.
+//! for the others, and packets come from outside and go no further than FORWARD, so none is sent through OUTPUT and
+//! POSTROUTING ([`not_compared`] names what is there).
 
+mod left;
 mod packets;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +36,7 @@ use self::packets::{hop, rewrite};
 use crate::place::place as place_of;
 use crate::session::Session;
 
+pub use self::left::{NotCompared, not_compared};
 pub use self::packets::{Sample, device_names, renumbered, samples};
 
 /// Targets that change neither the packet nor its fate.

@@ -539,7 +539,7 @@ pub(crate) struct VerifyArgs {
     #[arg(long)]
     pub kernel: bool,
     /// Also restore the rules with iptables-legacy, or iptables-nft for --semantics nft, in a network namespace of their
-    /// own, and compare verdicts, marks and counters of packets sent through; needs root
+    /// own, and compare verdicts, marks and counters of packets sent through PREROUTING to INPUT and FORWARD; needs root
     #[cfg(feature = "kernel")]
     #[arg(long)]
     pub netfilter: bool,

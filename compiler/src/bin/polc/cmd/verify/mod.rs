@@ -11,6 +11,8 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use polc::decider::{Named, describe, named};
+#[cfg(feature = "kernel")]
+use polc::netfilter::{NotCompared, not_compared};
 use polc::report::Report;
 use polc::session::Session;
 use polc::verify::{Disagreement, Said, Verified, verify};
@@ -54,6 +56,9 @@ struct VerifyResult<'a> {
     #[cfg(feature = "kernel")]
     #[serde(skip_serializing_if = "Option::is_none")]
     netfilter: Option<Vec<netfilter::NetfilterRun>>,
+    #[cfg(feature = "kernel")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_compared: Option<NotCompared>,
     diagnostics: Vec<json::Finding<'a>>,
 }
 
@@ -164,6 +169,8 @@ pub(super) fn run(args: &VerifyArgs, output: &Output) -> Result<ExitCode, Failur
                     .collect(),
                 #[cfg(feature = "kernel")]
                 netfilter: outside.netfilter.take(),
+                #[cfg(feature = "kernel")]
+                not_compared: outside.not_compared.take(),
                 diagnostics: json::findings(&session.sources, &findings),
             };
             output.json(&result)?;
@@ -178,6 +185,8 @@ struct Outside {
     /// For each place, in their order; empty if not asked.
     kernel: Vec<kernel::KernelRun>,
     netfilter: Option<Vec<netfilter::NetfilterRun>>,
+    /// Of the rules, what those runs can't compare.
+    not_compared: Option<NotCompared>,
 }
 
 #[cfg(feature = "kernel")]
@@ -190,7 +199,7 @@ impl Outside {
         devices: &polc::select::Devices,
         verified: &[Verified],
     ) -> Result<Outside, Failure> {
-        let mut outside = Outside { kernel: Vec::new(), netfilter: None };
+        let mut outside = Outside { kernel: Vec::new(), netfilter: None, not_compared: None };
         if args.kernel {
             for result in verified {
                 let (place, packets) = (&result.place, result.packets);
@@ -204,6 +213,7 @@ impl Outside {
             }
             let packets = args.random as usize + PACKETS_PER_RULE * session.ruleset.rules.len();
             let packets = packets.min(NETFILTER_PACKETS_MAX.max(args.random as usize));
+            outside.not_compared = Some(not_compared(&session.ruleset));
             outside.netfilter = Some(netfilter::verify(session, &sets, args.seed, packets)?);
         }
         Ok(outside)
@@ -232,7 +242,9 @@ impl Outside {
     }
 
     fn netfilter_text(&self) -> String {
-        self.netfilter.iter().flatten().map(netfilter::text).collect()
+        let mut text: String = self.netfilter.iter().flatten().map(netfilter::text).collect();
+        text.extend(self.not_compared.as_ref().and_then(netfilter::not_compared_text));
+        text
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use polc::decider::describe;
-use polc::netfilter::{Compared, Comparison, Difference, compare};
+use polc::netfilter::{Compared, Comparison, Difference, NotCompared, compare};
 use polc::session::Session;
 use polc_ir::hook::Semantics;
 use polc_loader::netfilter::{Route, Tool};
@@ -125,4 +125,11 @@ pub(super) fn text(run: &NetfilterRun) -> String {
         text += &format!("  {count} left out: {why}\n");
     }
     text
+}
+
+/// What no packet was sent through, in a line; nothing if there is nothing.
+pub(super) fn not_compared_text(left: &NotCompared) -> Option<String> {
+    let rules = counted(left.rules, "rule");
+    (!left.chains.is_empty())
+        .then(|| format!("iptables was not compared in {} ({rules})\n", left.chains.join(", ")))
 }
