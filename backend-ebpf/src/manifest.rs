@@ -113,9 +113,18 @@ pub struct Counted {
     pub line: Option<u32>,
     /// The source line's text, or a few words for a policy.
     pub text: String,
-    /// The rule as a save tool prints it, if the source line is something else.
+    /// The rule as a save tool prints it, if the source line is something else, counts aside.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canonical: Option<String>,
+}
+
+impl Counted {
+    /// The text without the counts that a dump has before a rule (`[packets:bytes]`): they differ from save to save.
+    pub fn without_counts(&self) -> &str {
+        let text = self.text.trim();
+        let rest = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+        rest.map_or(text, |(_, rule)| rule.trim_start())
+    }
 }
 
 /// What a counter slot stands for.

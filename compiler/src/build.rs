@@ -107,7 +107,8 @@ fn name_canonically(session: &Session, counted: &mut [Counted]) {
         let Some(number) = counted.rule.and_then(|number| number.checked_sub(1)) else { continue };
         let of_chain = lines.get(&(counted.table.as_str(), counted.chain.as_str()));
         let line = of_chain.and_then(|lines| lines.get(number as usize));
-        counted.canonical = line.filter(|line| **line != counted.text).map(|line| (*line).to_string());
+        counted.canonical =
+            line.filter(|line| **line != counted.without_counts()).map(|line| (*line).to_string());
     }
 }
 

@@ -25,7 +25,7 @@ pub type ByRule = BTreeMap<Identity, (u64, u64)>;
 fn identities(counted: &[Counted]) -> Vec<Identity> {
     let mut seen: BTreeMap<(String, String, Option<String>), u32> = BTreeMap::new();
     let identity = |counted: &Counted| {
-        let text = || counted.canonical.as_deref().unwrap_or_else(|| without_counters(counted.text.trim()));
+        let text = || counted.canonical.as_deref().unwrap_or_else(|| counted.without_counts());
         let text = counted.rule.map(|_| text().to_string());
         let key = (counted.table.clone(), counted.chain.clone(), text);
         let count = seen.entry(key.clone()).or_default();
@@ -33,12 +33,6 @@ fn identities(counted: &[Counted]) -> Vec<Identity> {
         (key.0, key.1, key.2, *count)
     };
     counted.iter().map(identity).collect()
-}
-
-/// A rule's text without the counts that a dump has before it (`[packets:bytes]`): they differ from save to save.
-fn without_counters(text: &str) -> &str {
-    let rest = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
-    rest.map_or(text, |(_, rule)| rule.trim_start())
 }
 
 /// Adds counts to `carried`, which is by the order of the manifest's `counted`. Counts of rules that it doesn't have are
