@@ -9,7 +9,7 @@
 //! before does not hold then either, and every stage has at most one such double. Entries therefore grow linearly with the rules for each return stack; their
 //! number is bounded all the same, and what lies beyond the bound is deferred.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use cranelift_entity::PrimaryMap;
 use polc_ir::classifier::{Classifier, EntryData, Exit, Origin, StageData};
@@ -49,7 +49,7 @@ pub fn flatten(ruleset: &Ruleset, place: &Place, env: &Env, diagnostics: &mut Ve
         frames: Vec::new(),
         frame_ids: HashMap::new(),
         ids: HashMap::new(),
-        queue: Vec::new(),
+        queue: VecDeque::new(),
         built: Vec::new(),
         entries: 0,
         entries_max: CLASSIFIER_ENTRIES_MAX.min(ENTRIES_BASE + ENTRIES_PER_RULE_MAX * ruleset.rules.len()),
@@ -158,7 +158,7 @@ struct Flattener<'a> {
     frames: Vec<Frame>,
     frame_ids: HashMap<Frame, u32>,
     ids: HashMap<Key, Stage>,
-    queue: Vec<(Key, Stage)>,
+    queue: VecDeque<(Key, Stage)>,
     built: Vec<(Vec<Entry>, Option<Origin>)>,
     entries: usize,
     entries_max: usize,
@@ -192,7 +192,7 @@ impl Flattener<'_> {
             }
         };
         let mut refused = None;
-        while let Some((key, id)) = self.queue.pop() {
+        while let Some((key, id)) = self.queue.pop_front() {
             let entries = if self.entries > self.entries_max {
                 let rule = self.ruleset.chains[key.chain].rules.get(key.rule).copied();
                 let by = rule.map_or(Decider::Policy(self.chains[key.base]), Decider::Rule);
@@ -253,7 +253,7 @@ impl Flattener<'_> {
         }
         let id = self.add(Vec::new(), None);
         self.ids.insert(key, id);
-        self.queue.push((key, id));
+        self.queue.push_back((key, id));
         id
     }
 

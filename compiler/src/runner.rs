@@ -1,6 +1,6 @@
 //! Runs a packet through every level, the emitted program under rbpf included.
 
-use polc_backend_ebpf::emit::{COUNTERS_MAP, Told};
+use polc_backend_ebpf::emit::{COUNTERS_MAP, Told, writes_mark};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
 use polc_ir::derived;
@@ -122,6 +122,18 @@ impl Program {
         self.mark
     }
 
+    /// Whether the last packet left with the mark that it has to have if this is its outcome.
+    ///
+    /// # Errors
+    /// What it left with.
+    pub fn left_marked(&self, plan: &Plan, input: &Input, outcome: &Outcome) -> Result<(), String> {
+        let expected = mark_left(plan, self.attach, input, outcome);
+        if self.mark == expected {
+            return Ok(());
+        }
+        Err(format!("the packet leaves with mark {:#x} instead of {expected:#x}", self.mark))
+    }
+
     /// Starts the random numbers that a [`State`] of the same seed draws.
     pub fn set_random_seed(&mut self, seed: u64) {
         self.vm.set_random_seed(seed);
@@ -198,6 +210,11 @@ impl Program {
         }
         Told::new(plan, self.attach, &grown, result.return_value as i32)
     }
+}
+
+/// The mark that a packet leaves a program with: the rules', if the program is the one to write it, else its own.
+pub fn mark_left(plan: &Plan, attach: Attach, input: &Input, outcome: &Outcome) -> u32 {
+    if writes_mark(plan, attach) { outcome.mark } else { input.mark }
 }
 
 /// What a packet carries of its connection, `skb->_nfct`.

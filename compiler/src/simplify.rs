@@ -25,10 +25,10 @@ const KNOWN_INTERVALS_MAX: usize = 32;
 /// Entries before one that are asked for what a packet which comes so far is not. A rule's guards are right before it.
 const EARLIER_ENTRIES: usize = 16;
 
-/// Entries that leading exits past stages may ask, for each that there is, and altogether if that is more: each of four
-/// thousand rules that mark may ask all behind it.
+/// Entries that leading exits past stages may ask, for each that there is, and altogether if that is more: each of five
+/// thousand rules that mark may ask all behind it, and as they see fragments once more.
 const ASKED_PER_ENTRY: usize = 32;
-const ASKED: usize = 8 << 20;
+const ASKED: usize = 32 << 20;
 
 /// Entries of one stage that an exit may ask: what chains come back to is cut in blocks, and where thousands follow one
 /// another, each would ask those of all before it.

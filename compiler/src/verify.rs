@@ -278,11 +278,7 @@ impl<'a> Levels<'a> {
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
         let taken = &mut self.taken;
-        let mut last = None;
-        let mut note = |entry| {
-            taken.insert(entry);
-            last = Some(entry);
-        };
+        let mut note = |entry| _ = taken.insert(entry);
         let outcomes: Vec<Outcome> = which
             .iter()
             .zip(&mut self.states)
@@ -290,17 +286,17 @@ impl<'a> Levels<'a> {
                 run_noting(level, self.ruleset, self.compiled, self.env, input, state, &mut note)
             })
             .collect();
-        // Beyond a bound the rules could tell, and the object leaves it to the kernel: at a stage that does nothing else.
-        let classifier = &self.compiled.classifier;
-        let beyond = self.bounded
-            && last.is_some_and(|last| classifier.stages[classifier.entries[last].stage].entries == [last]);
+        // Beyond a bound the rules could tell, and the object leaves it to the kernel.
         let reference = match outcomes.get(1) {
-            Some(classified) if beyond && classified.ending.verdict == Verdict::Defer => classified,
+            Some(classified) if self.bounded && classified.ending.verdict == Verdict::Defer => classified,
             _ => &outcomes[0],
         };
         let plan = &self.compiled.plan;
         let said = self.program.as_mut().map(|program| match program.tell(plan, input) {
-            Ok(told) => Said::Told(told),
+            Ok(told) => match program.left_marked(plan, input, reference) {
+                Ok(()) => Said::Told(told),
+                Err(error) => Said::Wrong(error),
+            },
             Err(error) => Said::Wrong(error),
         });
         let attach = plan.place.attach;

@@ -55,7 +55,10 @@ impl Levels<'_> {
         }
         if let Some(program) = &mut self.program {
             match program.run(&self.compiled.plan, input) {
-                Ok((ending, counted)) if expected.is(ending, &counted) => {}
+                Ok((ending, counted)) if expected.is(ending, &counted) => {
+                    let left = program.left_marked(&self.compiled.plan, input, &expected);
+                    left.map_err(|error| format!("rbpf: {error} for {input:02x?}"))?;
+                }
                 other => return Err(format!("rbpf: {other:?} instead of {expected:?} for {input:02x?}")),
             }
         }

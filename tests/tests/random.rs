@@ -110,6 +110,9 @@ fn one(case: &Case) -> Result<(), TestCaseError> {
         if !said.as_ref().is_ok_and(|told| told.is(&expected, &compiled.plan, attach)) {
             return fail(format!("rbpf: {said:?} instead of {expected:?} for {input:02x?}"));
         }
+        if let Err(error) = program.left_marked(&compiled.plan, &input, &expected) {
+            return fail(format!("rbpf: {error} for {input:02x?}"));
+        }
     }
     Ok(())
 }
@@ -253,6 +256,60 @@ fn large_rule_sets_with_nothing_in_common_are_decided_in_parts() {
         assert!(compiled.plan.walk.nodes.is_empty(), "{family}: nothing is left to the walk");
         all_levels_agree(&ruleset, &compiled, &env, seed);
     }
+}
+
+/// A rule set at INPUT, compiled in replace mode, and what all levels say of packets made for it.
+fn agreed(text: &str) -> (Ruleset, Compiled) {
+    let mut sources = SourceMap::new();
+    let file = sources.add("rules", text);
+    let (dump, found) = parse(&sources, file, &ParseOptions::default());
+    assert!(found.is_empty(), "{found:?}");
+    let ruleset = lower(&dump, &[], Semantics::Legacy);
+    let place = place(&[Hook::Input], attach_for(Hook::Input), Mode::Replace, false);
+    let compiled = polc::compile(&ruleset, &place, &Env::default(), &Devices::default());
+    all_levels_agree(&ruleset, &compiled, &Env::default(), 1);
+    (ruleset, compiled)
+}
+
+/// An exit that counts and writes on its way is many instructions, and prefixes that overlap make many of them.
+#[test]
+fn rules_that_mark_overlapping_prefixes_have_room() {
+    let mut text = String::from("*mangle\n:INPUT ACCEPT [0:0]\n");
+    for net in 0..1_000 {
+        let (c, d, length) = (net / 256, net % 256, 24 + net % 9);
+        writeln!(text, "-A INPUT -s 10.0.{c}.{d}/{length} -j MARK --set-xmark {net}")
+            .expect("strings take text");
+    }
+    let (_, compiled) = agreed(&(text + "COMMIT\n"));
+    assert!(compiled.diagnostics.is_empty(), "{:?}", compiled.diagnostics);
+}
+
+/// Every chain is jumped to from the two before it and comes back, so that ways double. What lies far is left out.
+#[test]
+fn ways_without_end_are_cut_off_at_their_ends() {
+    const CHAINS: usize = 20;
+    let (mut chains, mut rules) = (String::new(), String::new());
+    for chain in 0..CHAINS {
+        writeln!(chains, ":C{chain} - [0:0]").expect("strings take text");
+        for next in chain + 1..CHAINS.min(chain + 3) {
+            writeln!(rules, "-A C{chain} -p tcp -m tcp --dport {chain}{next} -j C{next}")
+                .expect("strings take text");
+        }
+        writeln!(rules, "-A C{chain} -s 10.{chain}.0.0/16 -j DROP").expect("strings take text");
+    }
+    let head = "-A INPUT -s 192.0.2.0/24 -j DROP\n-A INPUT -s 10.0.0.0/8 -j C0\n";
+    let text = format!("*filter\n:INPUT ACCEPT [0:0]\n{chains}{head}{rules}COMMIT\n");
+    let (ruleset, compiled) = agreed(&text);
+    let [finding] = &compiled.diagnostics[..] else { panic!("{:?}", compiled.diagnostics) };
+    assert_eq!(finding.code, polc::flatten::TOO_MANY_ENTRIES);
+    // Only what jumps to chain after chain is left to the kernel.
+    let devices = devices_of(&ruleset);
+    let deferred = Witnesses::new(&compiled.classifier, &devices, 1).take(PACKETS).filter(|input| {
+        let (env, state) = (Env::default(), &mut State::new(1));
+        run(Level::Plan, &ruleset, &compiled, &env, input, state).ending.verdict == Verdict::Defer
+    });
+    let deferred = deferred.count();
+    assert!(deferred < PACKETS / 3, "{deferred}");
 }
 
 /// Fields that say whether a packet is in a set share words of the key then, those of stages and of tables alike.

@@ -115,6 +115,11 @@ impl Emitter<'_> {
             a.load(Size::W, Reg::R3, CTX, sk_buff::LEN);
         }
         self.clear_key();
+        if !xdp && let Some(slot) = self.slot(Field::Mark) {
+            // Frames that no rule sees have one, too, and keep it.
+            self.asm.load(Size::W, Reg::R0, CTX, sk_buff::MARK);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), Reg::R0);
+        }
     }
 
     /// Zeros in all words of the key that may be read before they are stored. `r3` is the packet's length, at XDP not yet
@@ -437,18 +442,16 @@ impl Emitter<'_> {
         }
     }
 
-    /// What the context alone knows.
+    /// What the context alone knows, but for the mark.
     fn given(&mut self) {
         match self.target.attach {
             Attach::Xdp => return,
             Attach::Netfilter => return self.given_by_kernel(),
             Attach::TcIngress | Attach::TcEgress => {}
         }
-        for (field, offset) in [(Field::Mark, sk_buff::MARK), (Field::PacketType, sk_buff::PKT_TYPE)] {
-            if let Some(slot) = self.slot(field) {
-                self.asm.load(Size::W, Reg::R0, CTX, offset);
-                self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), Reg::R0);
-            }
+        if let Some(slot) = self.slot(Field::PacketType) {
+            self.asm.load(Size::W, Reg::R0, CTX, sk_buff::PKT_TYPE);
+            self.asm.store(Size::W, Reg::FP, self.layout.word(slot.word), Reg::R0);
         }
     }
 

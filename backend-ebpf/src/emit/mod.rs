@@ -231,6 +231,20 @@ impl Told {
     }
 }
 
+/// Whether a program for `plan` gives packets the mark that the rules leave: in replace mode at tc, if any rule changes it.
+/// Elsewhere the kernel's rules write it.
+pub fn writes_mark(plan: &Plan, attach: Attach) -> bool {
+    let Some(slot) = plan.key.iter().find(|slot| slot.field == Field::Mark) else { return false };
+    let mut exits = plan.steps.values().flat_map(StepData::exits).chain(&plan.walk.exits);
+    let is_written = |exit: &PlanExit| match exit {
+        PlanExit::Then { writes, .. } => writes.iter().any(|write| write.word == slot.word),
+        _ => false,
+    };
+    plan.place.mode == Mode::Replace
+        && matches!(attach, Attach::TcIngress | Attach::TcEgress)
+        && exits.any(is_written)
+}
+
 /// The code generator's state.
 struct Emitter<'a> {
     asm: Asm,
@@ -495,23 +509,13 @@ impl<'a> Emitter<'a> {
         a.bind(done);
     }
 
-    /// In replace mode at tc the mark that the rules leave is the packet's; elsewhere the kernel's rules write it.
+    /// Writes the packet's mark, if that is the program's to do.
     fn write_mark_back(&mut self) {
         let Some(slot) = self.slot(Field::Mark) else { return };
-        let written = self.exits().any(|exit| match exit {
-            PlanExit::Then { writes, .. } => writes.iter().any(|write| write.word == slot.word),
-            _ => false,
-        });
-        let writable = matches!(self.target.attach, Attach::TcIngress | Attach::TcEgress);
-        if self.plan.place.mode == Mode::Replace && writable && written {
+        if writes_mark(self.plan, self.target.attach) {
             self.asm.load(Size::W, Reg::R1, Reg::FP, self.layout.word(slot.word));
             self.asm.store(Size::W, CTX, abi::sk_buff::MARK, Reg::R1);
         }
-    }
-
-    fn exits(&self) -> impl Iterator<Item = &'a PlanExit> {
-        let plan = self.plan;
-        plan.steps.values().flat_map(StepData::exits).chain(&plan.walk.exits)
     }
 
     /// Ends with an ending's slot.

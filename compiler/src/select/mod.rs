@@ -84,8 +84,10 @@ pub enum Prefer {
 /// headers, searches of the packet and the walk.
 const CODE_INSNS_MAX: usize = 24_000;
 
-/// Instructions that an exit becomes which code takes, for it goes on in code: finding it, counting, going.
+/// Instructions that an exit becomes which code takes, for it goes on in code: finding it and going, counting, a write.
 const INSNS_PER_EXIT: usize = 12;
+const INSNS_PER_COUNT: usize = 16;
+const INSNS_PER_WRITE: usize = 4;
 
 /// Fields that are 0 or 1 and have a word each, rather than a bit of one that takes two more operations to read.
 const FLAGS_APART_MAX: usize = 16;
@@ -148,14 +150,14 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
     // Where packets may come from: the root comes first, stages lead to smaller numbers.
     let (mut by_code, mut walked) = (SecondaryMap::new(), SecondaryMap::new());
     by_code[classifier.root] = true;
-    // Exits of look-ups that lead to a stage: if it is decided by code, they are code.
+    // Instructions of the exits of look-ups that lead to a stage: if it is decided by code, they are code.
     let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
     let (mut insns, mut cuts) = (0, Vec::new());
     for stage in classifier.stages.keys().rev() {
         let entries = &classifier.stages[stage].entries;
         let mut is_code = false;
         if by_code[stage] {
-            let left = CODE_INSNS_MAX.saturating_sub(insns + led[stage] * INSNS_PER_EXIT);
+            let left = CODE_INSNS_MAX.saturating_sub(insns + led[stage]);
             let whole = (left > 0 && (prefer != Prefer::Parts || entries.len() < 3)).then(|| {
                 let lookup = || {
                     let ahead = ahead.iter_mut().find(|(known, _)| *known == stage);
@@ -173,15 +175,17 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
                 }
                 None => None,
             };
-            let taken =
-                |parts: &[(usize, Shape)]| parts.iter().map(|(_, shape)| shape.insns()).sum::<usize>();
+            let taken = |parts: &[(usize, Shape)]| {
+                parts.iter().map(|(_, shape)| selector.insns(shape)).sum::<usize>()
+            };
             match parts.filter(|parts| taken(parts) <= left) {
                 Some(mut parts) => {
-                    insns += taken(&parts) + led[stage] * INSNS_PER_EXIT;
+                    insns += taken(&parts) + led[stage];
                     for (_, shape) in &parts {
                         if let Shape::Lookup { exits, .. } = shape {
-                            let exits = exits.iter().map(|&entry| &classifier.entries[entry].exit);
-                            exits.flat_map(Exit::successors).for_each(|next| led[next] += 1);
+                            for entry in exits.iter().map(|&entry| &classifier.entries[entry]) {
+                                entry.exit.successors().for_each(|next| led[next] += exit_insns(entry));
+                            }
                         }
                     }
                     if parts.len() == 1 {
@@ -202,6 +206,14 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
         }
     }
     Structures { keys, tables, shapes, walked, cuts }
+}
+
+/// Instructions that an entry's exit becomes.
+fn exit_insns(entry: &EntryData) -> usize {
+    let ends = matches!(entry.exit, Exit::End(_) | Exit::EndIfAbsent(_));
+    let counts = usize::from(!ends && !entry.counts.is_empty());
+    let writes = if let Exit::Then { writes, .. } = &entry.exit { writes.len() } else { 0 };
+    INSNS_PER_EXIT + INSNS_PER_COUNT * counts + INSNS_PER_WRITE * writes
 }
 
 /// The stages that more than rare packets come to.

@@ -2,8 +2,8 @@
 //!
 //! Entries with nothing in common make classes without end, but of a few hundred there are few enough. So the stage becomes
 //! a line of stages: each has some of the entries, in their order, and sends what none of them takes on to the next. A run
-//! that is still too much is halved; a single entry is compared. What a packet takes grows with the number of parts, some
-//! hundred times slower than with the number of entries.
+//! that is still too much is halved, the next one is tried with twice as many; a single entry is compared. What a packet
+//! takes grows with the number of parts, some hundred times slower than with the number of entries.
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
@@ -14,6 +14,9 @@ use super::line::Tables;
 use super::room::Room;
 use super::shape::Shape;
 use super::{INSNS_PER_EXIT, Prefer, Selector};
+
+/// Entries of the first part that is tried.
+const FIRST_ENTRIES: usize = 1 << 11;
 
 /// Where a stage is cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,28 +40,30 @@ impl Selector<'_> {
             return None;
         }
         // Stages behind this one need room as well.
-        let rooms =
-            [(Room::PART, insns_max / 2), (Room::LARGE_PART, insns_max / 4 * 3), (Room::WHOLE, insns_max)];
+        let rooms = [
+            (Room::PART, insns_max / 2),
+            (Room::LARGE_PART, insns_max / 4 * 3),
+            (Room::LARGEST_PART, insns_max),
+        ];
         rooms.into_iter().find_map(|(room, insns_max)| {
             let mut insns = 0;
             let mut parts: Vec<(usize, Shape)> = Vec::new();
-            let middle = body.len() / 2;
-            let mut pending = vec![(middle, body.len()), (0, middle)];
-            while let Some((from, to)) = pending.pop() {
+            let mut size = (body.len() / 2).min(FIRST_ENTRIES);
+            let mut from = 0;
+            while from < body.len() {
+                let to = body.len().min(from + size);
                 let part: Vec<Entry> = body[from..to].iter().copied().chain([last]).collect();
                 let lookup = || self.lookup(&part, busy, Prefer::Cheapest, room);
                 match self.shape(&part, busy, Prefer::Cheapest, lookup, &mut Tables::new()) {
                     Some(shape) => {
-                        insns += shape.insns() + INSNS_PER_EXIT;
+                        insns += self.insns(&shape) + INSNS_PER_EXIT;
                         if insns > insns_max {
                             return None;
                         }
                         parts.push((to, shape));
+                        (from, size) = (to, 2 * (to - from));
                     }
-                    None if to - from > 1 => {
-                        let middle = from + (to - from) / 2;
-                        pending.extend([(middle, to), (from, middle)]);
-                    }
+                    None if to - from > 1 => size = (to - from) / 2,
                     None => return None,
                 }
             }

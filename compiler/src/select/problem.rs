@@ -101,8 +101,9 @@ pub(super) struct Run {
 }
 
 impl Problem {
-    /// A stage's entries as columns, or some of them; the last one's cube always holds.
-    pub(super) fn new(selector: &Selector<'_>, entries: &[Entry], room: Room) -> Problem {
+    /// A stage's entries as columns, or some of them; the last one's cube always holds. `None` if they are more columns
+    /// than there is room for.
+    pub(super) fn new(selector: &Selector<'_>, entries: &[Entry], room: Room) -> Option<Problem> {
         let classifier = selector.classifier;
         let mut problem = Problem {
             columns: Vec::new(),
@@ -149,6 +150,9 @@ impl Problem {
                 let mask = u128::from(u16::MAX);
                 tests.push(problem.predicate(selector, &mut known, field, mask, classes));
             }
+            if problem.columns.len() > room.columns {
+                return None;
+            }
             if !possible {
                 continue;
             }
@@ -163,7 +167,7 @@ impl Problem {
                 break;
             }
         }
-        problem
+        Some(problem)
     }
 
     fn predicate(

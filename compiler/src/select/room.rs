@@ -3,6 +3,8 @@
 /// Bounds of a search for a structure; what would go beyond any is handed back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
+    /// Columns: each takes time to make classes of, and a search in the program.
+    pub(super) columns: usize,
     /// Cells of a table of two classes.
     pub(super) cells: usize,
     /// Words of bit sets that combining classes may look at.
@@ -21,6 +23,7 @@ pub(super) struct Room {
 impl Room {
     /// For a stage.
     pub(super) const WHOLE: Room = Room {
+        columns: 128,
         cells: 1 << 21,
         words: 1 << 26,
         sets_words: 1 << 22,
@@ -29,8 +32,12 @@ impl Room {
         table_bytes: 64 << 20,
     };
 
+    /// For the largest parts of a stage.
+    pub(super) const LARGEST_PART: Room = Room { columns: 32, ..Room::WHOLE };
+
     /// For a part of a stage of which small ones are too many.
     pub(super) const LARGE_PART: Room = Room {
+        columns: 32,
         cells: 1 << 19,
         words: 1 << 24,
         sets_words: 1 << 20,
@@ -42,6 +49,7 @@ impl Room {
     /// For one part of many of a stage: tables that stay in the second cache, and to know of what is too large takes
     /// milliseconds.
     pub(super) const PART: Room = Room {
+        columns: 16,
         cells: 1 << 17,
         words: 1 << 22,
         sets_words: 1 << 19,

@@ -12,7 +12,7 @@ use super::line::{Line, Tables};
 use super::matrix::{self, matrix};
 use super::problem::Problem;
 use super::room::Room;
-use super::{INSNS_PER_EXIT, Prefer, Selector, cost};
+use super::{Prefer, Selector, cost, exit_insns};
 
 /// Word tests that a stage decided by comparing may have: what is more, tables decide faster.
 const LINEAR_TESTS_MAX: usize = 400;
@@ -51,20 +51,6 @@ pub(super) enum Shape {
 }
 
 impl Shape {
-    /// Most instructions that it becomes: comparing with all its exits, a look-up with those that end or walk.
-    pub(super) fn insns(&self) -> usize {
-        match self {
-            Shape::Linear(entries) => entries
-                .iter()
-                .map(|(_, tests)| {
-                    let tests = tests.iter().flat_map(|test| &test.any);
-                    INSNS_PER_EXIT + INSNS_PER_TEST * tests.map(|all| all.len() + 1).sum::<usize>()
-                })
-                .sum(),
-            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
-        }
-    }
-
     pub(super) fn modelled(&self) -> u32 {
         match self {
             Shape::Linear(entries) => cost::linear(entries.iter().map(|(_, tests)| tests.as_slice())),
@@ -74,6 +60,21 @@ impl Shape {
 }
 
 impl Selector<'_> {
+    /// Most instructions that a shape becomes: comparing with all its exits, a look-up with those that end or walk.
+    pub(super) fn insns(&self, shape: &Shape) -> usize {
+        match shape {
+            Shape::Linear(entries) => entries
+                .iter()
+                .map(|(entry, tests)| {
+                    let tests = tests.iter().flat_map(|test| &test.any);
+                    let tests = tests.map(|all| all.len() + 1).sum::<usize>();
+                    exit_insns(&self.classifier.entries[*entry]) + INSNS_PER_TEST * tests
+                })
+                .sum(),
+            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
+        }
+    }
+
     /// The best way to decide a stage by code, if there is one. To one that is not `busy` only rare packets come: it is
     /// small rather than quick.
     pub(super) fn shape(
@@ -176,7 +177,7 @@ impl Selector<'_> {
         room: Room,
     ) -> Option<(Shape, Tables)> {
         let stage = self.classifier.entries[entries[0]].stage;
-        let problem = Problem::new(self, entries, room);
+        let problem = Problem::new(self, entries, room)?;
         let by_groups = || {
             let groups = groups(&problem)?;
             let tables = if busy { Tables::new() } else { Tables::frugal() };

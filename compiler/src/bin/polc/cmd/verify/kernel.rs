@@ -1,7 +1,7 @@
 //! `verify --kernel`: the loaded program decides packets as the plan says, in the running kernel.
 
 use polc::build::object;
-use polc::runner::{Level, run};
+use polc::runner::{Level, mark_left, run};
 use polc::select::Devices;
 use polc::session::Session;
 use polc::verify::Said;
@@ -62,12 +62,12 @@ pub(super) fn verify(
         };
         ran.packets += 1;
         let expected = run(Level::Plan, &session.ruleset, &compiled, env, &input, &mut state);
-        // A dropped packet has no mark that anybody could see, and none has at XDP.
-        let unseen = place.attach == Some(Attach::Xdp)
+        // A dropped packet has no mark that anybody could see, and only at tc is there a context to have one.
+        let unseen = !matches!(place.attach, Some(Attach::TcIngress | Attach::TcEgress))
             || matches!(expected.ending.verdict, Verdict::Drop | Verdict::Reject(_));
         let attach = place.attach.expect("programs are made for an attach point");
         let agrees = result.as_ref().is_ok_and(|told| told.is(&expected, plan, attach))
-            && (unseen || mark == expected.mark);
+            && (unseen || mark == mark_left(plan, attach, &input, &expected));
         if !agrees {
             let said = match result {
                 Ok(told) => format!("{}, mark {mark:#x}", said_text(session, &Said::Told(told))),
