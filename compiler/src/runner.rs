@@ -3,8 +3,10 @@
 use polc_backend_ebpf::emit::{COUNTERS_MAP, Told, writes_mark};
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::{Connection, Context, Input as VmInput, Vm, VmError};
+use polc_ir::classifier::Fields;
+use polc_ir::decision::FirstOfList;
 use polc_ir::derived;
-use polc_ir::entities::Entry;
+use polc_ir::entities::{Entry, Stage};
 use polc_ir::env::{Attach, Env, Input, ct_state};
 use polc_ir::field::{DeviceName, Field};
 use polc_ir::outcome::{Count, Ending, Outcome};
@@ -56,18 +58,27 @@ pub fn run(
     input: &Input,
     state: &mut State,
 ) -> Outcome {
-    run_noting(level, ruleset, compiled, env, input, state, &mut |_| ())
+    let classifier = &compiled.classifier;
+    let mut decide = |stage, fields: &Fields<'_>| {
+        let first = classifier.first_of(&classifier.stages[stage].entries, fields);
+        first.expect("a stage's last entry always holds")
+    };
+    let list = |_, entries: &[Entry], fields: &Fields<'_>| classifier.first_of(entries, fields);
+    run_by(level, ruleset, compiled, env, input, state, &mut decide, &list)
 }
 
-/// The same, and tells `note` each entry that the packet takes, at [`Level::Classifier`].
-pub fn run_noting(
+/// The same, where `decide` says which entry of a stage a packet takes at [`Level::Classifier`], and `list` which of a
+/// list at [`Level::Decision`].
+#[expect(clippy::too_many_arguments, reason = "those of `run`, and who looks at entries")]
+pub(crate) fn run_by(
     level: Level,
     ruleset: &Ruleset,
     compiled: &Compiled,
     env: &Env,
     input: &Input,
     state: &mut State,
-    note: &mut dyn FnMut(Entry),
+    decide: &mut dyn FnMut(Stage, &Fields<'_>) -> Entry,
+    list: &FirstOfList<'_>,
 ) -> Outcome {
     let place = &compiled.plan.place;
     if level == Level::Ruleset {
@@ -87,8 +98,8 @@ pub fn run_noting(
         field => view.get(field),
     };
     match level {
-        Level::Ruleset | Level::Classifier => compiled.classifier.eval_noting(&given, state, note),
-        Level::Decision => compiled.decision.eval(&compiled.classifier, &given, state),
+        Level::Ruleset | Level::Classifier => compiled.classifier.eval_by(&given, state, decide),
+        Level::Decision => compiled.decision.eval_by(&compiled.classifier, &given, state, list),
         Level::Plan | Level::Rbpf => compiled.plan.eval(&given, state),
     }
 }

@@ -14,6 +14,7 @@ use polc_backend_ebpf::emit::Told;
 use polc_backend_ebpf::object::Object;
 use polc_backend_ebpf::vm::VmError;
 use polc_ir::at_once::both;
+use polc_ir::classifier::Fields;
 use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::Entry;
 use polc_ir::env::{Env, Input, Place};
@@ -23,10 +24,10 @@ use polc_ir::state::State;
 
 use crate::build;
 use crate::reach::Reach;
-use crate::runner::{Level, Program, run_noting};
+use crate::runner::{Level, Program, run_by};
 use crate::select::Devices;
 use crate::session::Session;
-use crate::witness::{Aimed, Effort, Witnesses};
+use crate::witness::{Aimed, Effort, First, FirstOfList, Witnesses};
 use crate::{Compiled, compile};
 
 /// Code of a program that the check VM can't run.
@@ -250,6 +251,8 @@ struct Levels<'a> {
     states: [State; Level::ABOVE.len()],
     /// Whether rules were left out for their number.
     bounded: bool,
+    first: First<'a>,
+    first_of_list: FirstOfList<'a>,
     /// Entries that packets took.
     taken: EntitySet<Entry>,
 }
@@ -268,7 +271,10 @@ impl<'a> Levels<'a> {
         }
         let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
         let states = Level::ABOVE.map(|_| State::new(seed));
-        Levels { ruleset, compiled, env, devices, program, states, bounded, taken: EntitySet::new() }
+        let first = First::new(&compiled.classifier);
+        let first_of_list = FirstOfList::new(&compiled.classifier, &compiled.decision);
+        let taken = EntitySet::new();
+        Levels { ruleset, compiled, env, devices, program, states, bounded, first, first_of_list, taken }
     }
 
     /// Runs a packet through the first of the levels above the object, `which`, and the program: what the rules make of
@@ -278,12 +284,18 @@ impl<'a> Levels<'a> {
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
         let taken = &mut self.taken;
-        let mut note = |entry| _ = taken.insert(entry);
+        let mut decide = |stage, fields: &Fields<'_>| {
+            let entry = self.first.of(stage, fields);
+            taken.insert(entry);
+            entry
+        };
+        let list =
+            |list, entries: &[Entry], fields: &Fields<'_>| self.first_of_list.of(list, entries, fields);
         let outcomes: Vec<Outcome> = which
             .iter()
             .zip(&mut self.states)
             .map(|(&level, state)| {
-                run_noting(level, self.ruleset, self.compiled, self.env, input, state, &mut note)
+                run_by(level, self.ruleset, self.compiled, self.env, input, state, &mut decide, &list)
             })
             .collect();
         // Beyond a bound the rules could tell, and the object leaves it to the kernel.

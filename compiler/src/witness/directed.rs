@@ -18,6 +18,7 @@ use polc_ir::hook::{Family, Hook};
 use polc_ir::interval::{Interval, IntervalSet, max_value};
 use polc_ir::ruleset::Write;
 
+use super::first::First;
 use super::frame::{Frames, Wanted};
 use super::random::Random;
 use super::region::{Literal, Region};
@@ -71,6 +72,7 @@ pub(super) struct Directed<'a> {
     classifier: &'a Classifier,
     devices: &'a [Device],
     frames: Frames<'a>,
+    first: First<'a>,
     /// For each stage, the entries that lead to it, by their stage.
     into: SecondaryMap<Stage, Vec<Vec<Entry>>>,
     /// What no input can be but.
@@ -108,6 +110,7 @@ impl<'a> Directed<'a> {
         Directed {
             classifier,
             devices,
+            first: First::new(classifier),
             frames: Frames { family: classifier.family, derived: &classifier.derived },
             into,
             domain: domain(classifier, devices),
@@ -121,6 +124,10 @@ impl<'a> Directed<'a> {
 
     pub(super) fn frames(&self) -> &Frames<'a> {
         &self.frames
+    }
+
+    pub(super) fn first(&self) -> &First<'a> {
+        &self.first
     }
 
     pub(super) fn elements(&self) -> &BTreeMap<Derived, Vec<Cube>> {
@@ -460,13 +467,9 @@ impl<'a> Directed<'a> {
             let mut fields = Fields::new(given);
             let mut written: Vec<Field> = Vec::new();
             for (index, &step) in way.iter().enumerate() {
-                let stage = &self.classifier.stages[entries[step].stage].entries;
-                let before = stage.iter().take_while(|&&entry| entry != step);
-                for &entry in before {
-                    if entries[entry].cube.holds(|field| fields.get(field)) {
-                        followed = Followed::Caught { by: entry, written };
-                        return;
-                    }
+                if let Some(by) = self.first.before(step, &fields) {
+                    followed = Followed::Caught { by, written };
+                    return;
                 }
                 if index + 1 < way.len() && !entries[step].cube.holds(|field| fields.get(field)) {
                     return;

@@ -264,7 +264,11 @@ impl<'a> Untaken<'a> {
         self.directed.frames().given(classifier, input, &mut |given| {
             let mut state = State::new(0);
             for _ in 0..shows {
-                classifier.eval_noting(given, &mut state, &mut |taken| takes |= taken == entry);
+                classifier.eval_by(given, &mut state, |stage, fields| {
+                    let taken = self.directed.first().of(stage, fields);
+                    takes |= taken == entry;
+                    taken
+                });
             }
         });
         if takes { shows } else { 0 }

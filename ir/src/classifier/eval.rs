@@ -62,16 +62,29 @@ impl Classifier {
         state: &mut State,
         note: &mut dyn FnMut(Entry),
     ) -> Outcome {
+        self.eval_by(given, state, |stage, fields| {
+            let first = self.first_of(&self.stages[stage].entries, fields);
+            let taken = first.expect("a stage's last entry always holds");
+            note(taken);
+            taken
+        })
+    }
+
+    /// The first of these entries that holds for a packet with these fields.
+    pub fn first_of(&self, entries: &[Entry], fields: &Fields<'_>) -> Option<Entry> {
+        let holds = |entry: &&Entry| self.entries[**entry].cube.holds(|field| fields.get(field));
+        entries.iter().find(holds).copied()
+    }
+
+    /// The same, with each stage decided by `decide`.
+    pub fn eval_by(
+        &self,
+        given: &dyn Fn(Field) -> u128,
+        state: &mut State,
+        decide: impl FnMut(Stage, &Fields<'_>) -> Entry,
+    ) -> Outcome {
         let mut fields = Fields::new(given);
-        let ending = self.eval_with(&mut fields, state, |stage, fields| {
-            let entries = &self.stages[stage].entries;
-            let taken = entries
-                .iter()
-                .find(|&&entry| self.entries[entry].cube.holds(|field| fields.get(field)))
-                .expect("a stage's last entry always holds");
-            note(*taken);
-            *taken
-        });
+        let ending = self.eval_with(&mut fields, state, decide);
         let counted = std::mem::take(&mut state.counted);
         Outcome { ending, mark: fields.get(Field::Mark) as u32, counted }
     }

@@ -7,19 +7,30 @@ use crate::field::Field;
 use crate::outcome::Outcome;
 use crate::state::State;
 
+/// Finds the first of a list's entries that holds for a packet with these fields.
+pub type FirstOfList<'a> = dyn Fn(Node, &[Entry], &Fields<'_>) -> Option<Entry> + 'a;
+
 impl Decision {
     /// What becomes of a packet with these fields, where `classifier` is what the decision was made from.
     pub fn eval(&self, classifier: &Classifier, given: &dyn Fn(Field) -> u128, state: &mut State) -> Outcome {
-        let mut fields = Fields::new(given);
-        let ending = classifier.eval_with(&mut fields, state, |stage, fields| {
-            self.decide(classifier, stage, fields).expect("a stage's decision gives an entry")
-        });
-        let counted = std::mem::take(&mut state.counted);
-        Outcome { ending, mark: fields.get(Field::Mark) as u32, counted }
+        self.eval_by(classifier, given, state, &|_, entries, fields| classifier.first_of(entries, fields))
+    }
+
+    /// The same, where `first` says which of a list's entries is the first that holds.
+    pub fn eval_by(
+        &self,
+        classifier: &Classifier,
+        given: &dyn Fn(Field) -> u128,
+        state: &mut State,
+        first: &FirstOfList<'_>,
+    ) -> Outcome {
+        classifier.eval_by(given, state, |stage, fields| {
+            self.decide(stage, fields, first).expect("a stage's decision gives an entry")
+        })
     }
 
     /// The entry of a stage that a packet takes.
-    pub fn decide(&self, classifier: &Classifier, stage: Stage, fields: &Fields<'_>) -> Option<Entry> {
+    fn decide(&self, stage: Stage, fields: &Fields<'_>, first: &FirstOfList<'_>) -> Option<Entry> {
         let mut best: Option<Entry> = None;
         let mut pending = vec![self.roots[stage]?];
         while let Some(node) = pending.pop() {
@@ -33,10 +44,7 @@ impl Decision {
                     pending.extend(children);
                     None
                 }
-                NodeData::List { entries } => entries
-                    .iter()
-                    .copied()
-                    .find(|&entry| classifier.entries[entry].cube.holds(|field| fields.get(field))),
+                NodeData::List { entries } => first(node, entries, fields),
                 NodeData::Done { entry } => Some(*entry),
                 NodeData::None => None,
             };

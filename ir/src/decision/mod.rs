@@ -5,6 +5,8 @@
 
 mod eval;
 
+pub use eval::FirstOfList;
+
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 
 use crate::entities::{Entry, Node, Stage};
