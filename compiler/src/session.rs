@@ -32,6 +32,8 @@ pub struct Session {
     pub sources: SourceMap,
     /// Which of them holds the rules.
     pub rules_file: File,
+    /// Which of them hold the sets.
+    pub set_files: Vec<File>,
     /// The syntax tree.
     pub dump: Dump,
     /// The meaning. Rules that were not accepted are not in it.
@@ -41,11 +43,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// Reads the rules in `rules` and the sets in `sets`.
-    pub fn read(sources: SourceMap, rules: File, sets: &[File], options: &ReadOptions) -> Session {
+    /// Reads the rules in `rules` and the sets in `set_files`.
+    pub fn read(sources: SourceMap, rules: File, set_files: &[File], options: &ReadOptions) -> Session {
         let mode = if options.strict { Mode::Strict } else { Mode::Tolerant };
         let (sets, findings): (Vec<Sets>, Vec<Vec<Diagnostic>>) =
-            sets.iter().map(|file| ipset::parse(&sources, *file)).unzip();
+            set_files.iter().map(|file| ipset::parse(&sources, *file)).unzip();
         let mut diagnostics: Vec<Diagnostic> = findings.into_iter().flatten().collect();
         let families: SetFamilies =
             sets.iter().flat_map(Sets::iter).map(|set| (set.name.clone(), set.family)).collect();
@@ -60,7 +62,8 @@ impl Session {
         diagnostics.extend(findings);
         let semantics = options.semantics.unwrap_or(dump.generator.semantics());
         let ruleset = lower(&dump, &sets, semantics);
-        Session { sources, rules_file: rules, dump, ruleset, diagnostics }
+        let set_files = set_files.to_vec();
+        Session { sources, rules_file: rules, set_files, dump, ruleset, diagnostics }
     }
 
     /// The address family that the rules were read for.

@@ -121,6 +121,10 @@ fn sets_change_while_they_are_in_force() {
     assert_eq!(host.well("set list"), listed);
     host.well("set test hosts 192.0.2.2");
     assert_eq!(host.well("watch --once"), "");
+    // And the next time: what it was given through a pipe is kept.
+    kernel::run("ip", &["addr", "add", "192.0.2.76/32", "dev", "eth0"]).unwrap();
+    assert!(host.well("watch --once").contains("applying anew"));
+    assert_eq!(host.well("set list"), listed);
     // What is listed can be applied again.
     host.files.file("listed", host.well("set list").as_bytes());
     host.well("apply rules.v4 --ipset listed --attach tc-ingress --dev eth0 --replace");

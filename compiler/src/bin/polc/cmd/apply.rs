@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -144,7 +143,9 @@ impl Job<'_> {
         };
         let given = !self.options.input.local.is_empty();
         let surroundings = Surroundings::now(&sys, session.family(), self.options.dev.as_deref(), !given)?;
-        let sets = self.sets()?;
+        // As they were read: a pipe gives them once.
+        let sets = session.set_files.iter().map(|&file| session.sources.file(file).text().to_string());
+        let sets: Vec<String> = sets.collect();
         if self.mode == Mode::Accelerate
             && !self.options.unchecked
             && let Some(why) = host::disagreement(&sys, &session, &sets)?
@@ -366,15 +367,6 @@ impl Job<'_> {
             )));
         }
         Ok(dispatch::Order { priority, before, defrag: self.options.defrag })
-    }
-
-    /// The texts of the sets.
-    fn sets(&self) -> Result<Vec<String>, Failure> {
-        let read = |path: &PathBuf| {
-            let read = std::fs::read(path).map_err(|error| Failure::read(path, error))?;
-            Ok(bytes::to_text(read))
-        };
-        self.options.input.ipset.iter().map(read).collect()
     }
 
     /// Puts all parts in force, or none.
