@@ -1,23 +1,28 @@
 //! Keeping a change that goes back by itself unless somebody says so.
 //!
 //! What is written down is that nothing waits any more: the process that would take the change back, and whichever polc
-//! comes first after the time is over, look for that. It is written for one slot, and thereby holds for all that were
-//! changed at once with it ([`crate::repair`]).
+//! comes first after the time is over, look for that. It is written into the note beside one slot's pins, for which a full
+//! disk has room, and thereby holds for all that were changed at once with it ([`crate::repair`]).
 
 use std::time::Instant;
 
 use crate::error::Error;
-use crate::repair::{Repaired, attached, prune, repair};
+use crate::repair::{Repaired, attached, repair};
 use crate::state::SlotName;
 use crate::store::Store;
 use crate::swap::may_change;
 use crate::sys::Sys;
 
 /// What confirming found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Confirmed {
-    /// A change that waited. The slots at which it is kept: what was changed together is confirmed together.
-    Kept(Vec<SlotName>),
+    /// A change that waited.
+    Kept {
+        /// The slots at which it is kept: what was changed together is confirmed together.
+        slots: Vec<SlotName>,
+        /// What could not be tidied up; the next polc will.
+        untidy: Option<Error>,
+    },
     /// The last change, which had been confirmed.
     Before,
     /// Nothing that was to be confirmed, or no more.
@@ -54,24 +59,22 @@ pub fn confirm(sys: &Sys, store: &Store, name: &SlotName, until: Instant) -> Res
         let before = state.confirmed == Some(current);
         return Ok(if before { Confirmed::Before } else { Confirmed::Nothing });
     }
-    let with = state.intent.take().map_or_else(Vec::new, |intent| intent.with);
-    state.confirmed = Some(current);
-    if damaged {
-        slot.write_note(sys, &state)?
-    } else {
-        slot.write(sys, &state)?
+    let mut with = Vec::new();
+    if let Some(intent) = &mut state.intent {
+        intent.confirm = None;
+        with = std::mem::take(&mut intent.with);
     }
-    // From here on all of it is confirmed. What can't be tidied up at the others the next polc does.
-    let mut kept = vec![name.clone()];
-    kept.extend(with.into_iter().filter_map(|(name, generation)| {
+    state.confirmed = Some(current);
+    slot.write_note(sys, &state)?;
+    // From here on all of it is confirmed. What can't be tidied up the next polc does.
+    let untidy = if damaged { None } else { repair(sys, &slot).err() };
+    let mut slots = vec![name.clone()];
+    slots.extend(with.into_iter().filter_map(|(name, generation)| {
         let there = match repair(sys, &slot.other(&name)) {
             Ok(repaired) => repaired.is_some_and(|repaired| repaired.current == generation),
             Err(_) => true,
         };
         there.then_some(name)
     }));
-    if !damaged {
-        prune(sys, &slot, &mut state, current)?;
-    }
-    Ok(Confirmed::Kept(kept))
+    Ok(Confirmed::Kept { slots, untidy })
 }

@@ -294,6 +294,12 @@ impl Error {
         })
     }
 
+    /// Whether it is that nothing can be written to a file system, so that another one would do.
+    pub fn is_unwritable(&self) -> bool {
+        let Error::Disk { source, .. } = self else { return false };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::ReadOnlyFilesystem)
+    }
+
     /// What the user can do.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
@@ -363,10 +369,10 @@ impl Error {
                 path.display()
             ),
             Error::Disk { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                "make room on the file system, or name another directory with --state".into()
+                "make room on the file system".into()
             }
             Error::Disk { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                "mount the file system for writing, or name another directory with --state".into()
+                "mount the file system for writing".into()
             }
             Error::Disk { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 "name directories that this user may write with --state and --bpffs".into()

@@ -320,22 +320,25 @@ pub(crate) fn settle(
     slot.write(sys, state)
 }
 
-/// Removes every generation but `current`, unless a change waits for its confirmation.
+/// Removes every generation but `current`, unless a change waits for its confirmation. Where there is no room to write that
+/// down, the note beside the pins says it, and what is removed may make the room.
 pub(crate) fn prune(sys: &Sys, slot: &Slot, state: &mut SlotState, current: u32) -> Result<(), Error> {
     let waits =
         state.intent.as_ref().is_some_and(|intent| intent.confirm.is_some() && intent.to == Some(current));
     if waits {
         return Ok(());
     }
+    let mut written = Ok(());
     if state.intent.is_some() || state.generations.len() > 1 {
         state.intent = None;
         state.generations.retain(|number, _| *number == current);
-        slot.write(sys, state)?;
+        slot.write_note(sys, state)?;
+        written = slot.write_file(sys, state);
     }
     for number in slot.generations_present(sys)? {
         if number != current {
             slot.remove_generation(sys, number)?;
         }
     }
-    Ok(())
+    written.or_else(|_| slot.write_file(sys, state))
 }

@@ -37,23 +37,27 @@ pub struct LiveSets {
     generation: u32,
 }
 
+/// The sets of a slot's policy, or why they can't be told.
+pub type Opened = Result<LiveSets, (SlotName, Error)>;
+
 impl LiveSets {
-    /// The sets of the policies that are attached at slots, which are locked as long as the locks live.
+    /// The sets of the policies that are attached at slots, which are locked as long as the locks live. What fails for some
+    /// does not keep the others.
     ///
     /// # Errors
-    /// What is kept about a slot can't be read, or the kernel refuses.
+    /// [`Error::Locked`] if another polc has a slot all the time.
     pub fn open_all(
         sys: &Sys,
         store: &StateStore,
         names: &[SlotName],
-    ) -> Result<(Vec<LiveSets>, Locks), Error> {
+    ) -> Result<(Vec<Opened>, Locks), Error> {
         let slots: Vec<Slot> = names.iter().map(|name| store.slot(name)).collect();
         let locks = lock_all(sys, &slots, LOCK_WAIT)?;
-        let mut found = Vec::new();
-        for slot in slots {
-            found.extend(LiveSets::open(sys, store, slot)?);
-        }
-        Ok((found, locks))
+        let open = |slot: Slot| {
+            let name = slot.name.clone();
+            LiveSets::open(sys, store, slot).map_err(|error| (name, error)).transpose()
+        };
+        Ok((slots.into_iter().filter_map(open).collect(), locks))
     }
 
     /// The sets of the policy that is attached at a locked slot; `None` if none is.

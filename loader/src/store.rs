@@ -344,14 +344,19 @@ impl Slot {
         self.state.join(format!("gen-{generation}"))
     }
 
-    /// The state, if there is any.
+    /// The state, if there is any. The note is written first, so of a change that waits, or was confirmed, it has the last
+    /// word: the file may be from before, for want of room or because somebody put an old one back.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if it is damaged or another slot's, [`Error::Disk`] if it can't be read.
+    /// [`Error::Corrupt`] if it is damaged or another slot's, [`Error::Disk`] if it or the note can't be read.
     pub fn read(&self, sys: &Sys) -> Result<Option<SlotState>, Error> {
         let path = self.state.join(STATE_FILE);
         let Some(bytes) = sys.read(&path).map_err(Error::disk(&path))? else { return Ok(None) };
-        SlotState::read(&bytes, &self.name).map(Some).map_err(|why| Error::Corrupt { path, why })
+        let mut state = SlotState::read(&bytes, &self.name).map_err(|why| Error::Corrupt { path, why })?;
+        if let Some(noted) = self.noted(sys)? {
+            (state.intent, state.confirmed) = (noted.intent, noted.confirmed);
+        }
+        Ok(Some(state))
     }
 
     /// What the note beside the pins tells of the state, for when that is damaged or lost.
@@ -401,12 +406,20 @@ impl Slot {
     /// [`Error::Disk`].
     pub fn write(&self, sys: &Sys, state: &SlotState) -> Result<(), Error> {
         self.write_note(sys, state)?;
+        self.write_file(sys, state)
+    }
+
+    /// Writes the state's file alone, where the note tells the same.
+    ///
+    /// # Errors
+    /// [`Error::Disk`].
+    pub(crate) fn write_file(&self, sys: &Sys, state: &SlotState) -> Result<(), Error> {
         let path = self.state.join(STATE_FILE);
         sys.make_dirs(&self.state).map_err(Error::disk(&self.state))?;
         sys.write_whole(&path, state.text().as_bytes()).map_err(Error::disk(&path))
     }
 
-    /// Writes the note alone, where the state is damaged.
+    /// Writes the note alone, which says what became of a change.
     ///
     /// # Errors
     /// [`Error::Disk`].

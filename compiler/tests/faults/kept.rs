@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use polc_ir::env::Attach;
@@ -192,6 +192,95 @@ fn changes_go_back_whatever_became_of_their_state() {
         come_back(&host, [None; 3]);
         host.says(&["flush"], 0);
     }
+}
+
+/// The note beside the pins has the last word, whatever the state says of a change, or has no room to say.
+#[test]
+fn what_is_confirmed_stays_whatever_became_of_its_state() {
+    let Some(host) = Host::new("fault-confirmed") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    let disk = FullDisk::new(host.state.clone());
+    disk.make_room();
+    let states = || {
+        PLACES.map(|(_, attach)| {
+            let path = host.slot(&slot(attach)).files().join("state.json");
+            let bytes = fs::read(&path).expect("a state");
+            (path, bytes)
+        })
+    };
+    let put_back = |states: [(PathBuf, Vec<u8>); 3]| {
+        states.iter().for_each(|(path, bytes)| fs::write(path, bytes).expect("written"));
+    };
+    let confirm = || {
+        let said = host.says(&["confirm"], 0);
+        assert_eq!(said.matches("kept at").count(), 3, "{said}");
+        said
+    };
+    let stays = |programs| {
+        std::thread::sleep(Duration::from_millis(2_700));
+        let said = host.says(&["status", "--sample", "0"], 0);
+        assert_eq!((attached(&host), said.contains("unless confirmed")), (programs, false), "{said}");
+        assert_eq!(host.says(&["confirm"], 0).matches("confirmed before").count(), 3);
+    };
+    // Where nothing was before, nothing that goes makes room.
+    apply(&host, "other.v4", &["--confirm", "2"]);
+    let other = attached(&host);
+    disk.fill();
+    let said = confirm();
+    assert_eq!(said.matches("the next polc does it").count(), 3, "{said}");
+    stays(other);
+    disk.make_room();
+    apply(&host, "rules.v4", &[]);
+    apply(&host, "other.v4", &["--confirm", "2"]);
+    let other = attached(&host);
+    disk.fill();
+    confirm();
+    stays(other);
+    disk.make_room();
+    // Nor does an old state undo it.
+    apply(&host, "rules.v4", &["--confirm", "2"]);
+    let (other, waiting) = (attached(&host), states());
+    confirm();
+    put_back(waiting);
+    stays(other);
+    // What waits goes back, though an old state knows nothing of it.
+    host.says(&["flush"], 0);
+    apply(&host, "rules.v4", &[]);
+    let (before, old) = (attached(&host), states());
+    apply(&host, "other.v4", &["--confirm", "2"]);
+    put_back(old);
+    come_back(&host, before);
+    host.says(&["flush"], 0);
+    assert_eq!(attached(&host), [None; 3]);
+}
+
+/// A set is changed and shown wherever it can be.
+#[test]
+fn one_damaged_policy_does_not_hold_up_the_sets_of_others() {
+    let Some(host) = Host::new("fault-sets") else { return };
+    let rules = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m set --match-set bad src -j DROP\nCOMMIT\n";
+    host.files.file("set.v4", rules.as_bytes());
+    host.files.file("bad", b"create bad hash:ip family inet\nadd bad 10.9.7.1\n");
+    apply(&host, "set.v4", &["--ipset", "bad"]);
+    let damaged = host.slot(&slot(Attach::TcIngress)).files().join("state.json");
+    fs::write(&damaged, b"{").expect("written");
+    let tells = |command: &[&str], result: &str| {
+        let said = host.says(command, 3);
+        assert_eq!(said.matches("[E0813] at tc-ingress of `eth0` for IPv4").count(), 1, "{said}");
+        assert!(said.contains(result), "{said}");
+        said
+    };
+    tells(&["set", "add", "bad", "10.9.7.7"], "");
+    tells(&["set", "test", "bad", "10.9.7.7"], "10.9.7.7 is in set bad.");
+    for command in [&["set", "list"][..], &["set", "list", "bad"]] {
+        assert_eq!(tells(command, "# at xdp of `eth0`").matches("add bad 10.9.7.7").count(), 2);
+    }
+    tells(&["set", "del", "bad", "10.9.7.7"], "");
+    // Whether the damaged one has a set that the others have not can't be told.
+    let said = tells(&["set", "add", "good", "10.9.7.7"], "is damaged");
+    assert!(!said.contains("does not exist"), "{said}");
+    host.says(&["set", "test", "bad", "10.9.7.7", "--attach", "xdp"], 1);
+    host.says(&["flush"], 0);
 }
 
 #[test]

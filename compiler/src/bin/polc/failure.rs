@@ -82,7 +82,14 @@ impl fmt::Display for Failure {
             #[cfg(feature = "kernel")]
             Failure::Netfilter(error) => write!(f, "the kernel's packet filter can't be asked: {error}"),
             #[cfg(feature = "kernel")]
-            Failure::Kernel(error) => refused(f, "", error),
+            Failure::Kernel(error) => {
+                refused(f, "", error)?;
+                // Of a policy that is applied (`At`), what is kept stays where it is.
+                if error.is_unwritable() {
+                    f.write_str(", or name another directory with --state")?;
+                }
+                Ok(())
+            }
             #[cfg(feature = "kernel")]
             Failure::At(slot, error) => refused(f, &format!("{slot}: "), error),
         }

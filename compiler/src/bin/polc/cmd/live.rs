@@ -140,9 +140,14 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
             continue;
         }
         match confirm::confirm(&sys, &store, slot, until) {
-            Ok(Confirmed::Kept(also)) => {
-                also.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
-                kept.extend(also);
+            Ok(Confirmed::Kept { slots, untidy }) => {
+                slots.iter().for_each(|slot| output.remark(&format!("kept {slot}\n")));
+                kept.extend(slots);
+                if let Some(error) = untidy {
+                    output.remark(&format!(
+                        "what is kept could not be brought up to date ({error}); the next polc does it\n"
+                    ));
+                }
             }
             Ok(Confirmed::Before) => {
                 output.remark(&format!("confirmed before {slot}\n"));

@@ -54,35 +54,62 @@ impl Found {
     fn new(sys: &Sys, sets: LiveSets, name: &str) -> Result<Option<Found>, Failure> {
         let manifest = sets.sets.iter().find(|set| set.name == name && set.live).cloned();
         let Some(manifest) = manifest else { return Ok(None) };
-        let map = sets.table(sys, &manifest)?;
+        let map = sets.table(sys, &manifest).map_err(|error| Failure::at(&sets.name, error))?;
         Ok(Some(Found { sets, manifest, map }))
     }
 }
 
-/// The policies that options name, with their sets. Nobody else changes them as long as the locks live.
-fn policies(sys: &Sys, args: &SlotArgs) -> Result<(Vec<LiveSets>, Locks), Failure> {
-    let found = LiveSets::open_all(sys, &live::store(&args.store)?, &live::slots(sys, args)?)?;
-    if found.0.is_empty() { Err(live::nothing(args)) } else { Ok(found) }
+/// What the policies that options name have, and nobody else changes as long as the locks live.
+struct Policies<T> {
+    all: Vec<T>,
+    /// Why others can't be opened.
+    failed: Vec<Failure>,
+    locks: Locks,
+}
+
+/// The policies that options name, with their sets.
+fn policies(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Policies<LiveSets>, Failure> {
+    let (opened, locks) = LiveSets::open_all(sys, &live::store(&args.store)?, &live::slots(sys, args)?)?;
+    let (mut all, mut failed) = (Vec::new(), Vec::new());
+    for policy in opened {
+        match policy {
+            Ok(sets) => all.push(sets),
+            Err((slot, error)) => failed.push(Failure::at(&slot, error)),
+        }
+    }
+    if all.is_empty() {
+        live::all_well(failed, output)?;
+        return Err(live::nothing(args));
+    }
+    Ok(Policies { all, failed, locks })
 }
 
 /// The tables of the set of that name.
-fn find(sys: &Sys, args: &SlotArgs, name: &str) -> Result<(Vec<Found>, Locks), Failure> {
+fn find(sys: &Sys, args: &SlotArgs, name: &str, output: &Output) -> Result<Policies<Found>, Failure> {
+    let Policies { all, mut failed, locks } = policies(sys, args, output)?;
     let mut found = Vec::new();
     let mut accelerates = false;
-    let (policies, locks) = policies(sys, args)?;
-    for sets in policies {
+    for sets in all {
         accelerates |= sets.mode != Some(Mode::Replace);
-        found.extend(Found::new(sys, sets, name)?);
+        match Found::new(sys, sets, name) {
+            Ok(table) => found.extend(table),
+            Err(failure) => failed.push(failure),
+        }
     }
-    match (found.is_empty(), accelerates) {
-        (false, _) => Ok((found, locks)),
-        (true, true) => Err(Failure::Usage(format!(
+    if !found.is_empty() {
+        return Ok(Policies { all: found, failed, locks });
+    }
+    // One that can't be opened may have it.
+    live::all_well(failed, output)?;
+    Err(Failure::Usage(if accelerates {
+        format!(
             "in accelerate mode the kernel's own set `{name}` decides: change it with ipset, then `polc apply` the rules and sets again"
-        ))),
-        (true, false) => Err(Failure::Usage(format!(
+        )
+    } else {
+        format!(
             "the set with the given name does not exist: no rule in force looks up a set `{name}` that can be changed"
-        ))),
-    }
+        )
+    }))
 }
 
 /// The element of a command line as patterns of a set's table, and how it prints.
@@ -149,7 +176,6 @@ fn lowered(sets: &Sets, family: Family) -> Option<(SetData, &ipset::SetAst)> {
 }
 
 fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let exist = args.exist;
     let words: Vec<&str> = args.words.iter().map(String::as_str).collect();
     let [name, words @ ..] = words.as_slice() else {
         return Err(Failure::Usage("a set and an element are needed".into()));
@@ -158,7 +184,21 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         return Err(Failure::Usage("an element is needed after the set".into()));
     }
     let sys = Sys::new();
-    let (mut found, _locks) = find(&sys, &args.slots, name)?;
+    let Policies { all, failed, locks: _locks } = find(&sys, &args.slots, name, output)?;
+    let status = change_in(&sys, all, verb, args.exist, name, words, output)?;
+    live::all_well(failed, output).map(|_| status)
+}
+
+/// Makes or asks for a change in policies that all have the set.
+fn change_in(
+    sys: &Sys,
+    mut found: Vec<Found>,
+    verb: Verb,
+    exist: bool,
+    name: &str,
+    words: &[&str],
+    output: &Output,
+) -> Result<ExitCode, Failure> {
     let before: Vec<LiveSets> =
         found.iter_mut().filter_map(|found| Some(*found.sets.before.take()?)).collect();
     let mut tables = Vec::new();
@@ -166,7 +206,7 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         let Some(asked) = element(&found.manifest, found.sets.name.family, words, output)? else {
             return Ok(ExitCode::from(2));
         };
-        tables.push((found, asked, LiveTable::new(&sys, &found.map)?));
+        tables.push((found, asked, LiveTable::new(sys, &found.map)?));
     }
     let refuse = |found: &Found, message: String| {
         output.error(&format!("set `{name}` {}: {message}", found.sets.name));
@@ -207,13 +247,13 @@ fn change(verb: Verb, args: &SetChangeArgs, output: &Output) -> Result<ExitCode,
         return Ok(if inside { ExitCode::SUCCESS } else { ExitCode::from(FOUND) });
     }
     for (found, asked, table) in &tables {
-        if let Err(refusal) = make(&sys, verb, &found.manifest, asked, table)? {
+        if let Err(refusal) = make(sys, verb, &found.manifest, asked, table)? {
             return refuse(found, why(refusal));
         }
     }
     for sets in before {
         let place = sets.name.to_string();
-        if let Some(message) = make_before(&sys, verb, sets, name, words, output)? {
+        if let Some(message) = make_before(sys, verb, sets, name, words, output)? {
             output.remark(&format!(
                 "set `{name}` {place}: unless `polc confirm` follows, a policy comes back without this change: {message}\n"
             ));
@@ -313,27 +353,29 @@ fn holds(shape: &SetShape, table: &LiveTable<'_>, asked: &Asked) -> bool {
 
 fn list(args: &SetListArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
-    let (policies, _locks) = match &args.set {
+    let Policies { all, mut failed, locks: _locks } = match &args.set {
         Some(name) => {
-            let (found, locks) = find(&sys, &args.slots, name)?;
-            (found.into_iter().map(|found| found.sets).collect(), locks)
+            let Policies { all, failed, locks } = find(&sys, &args.slots, name, output)?;
+            Policies { all: all.into_iter().map(|found| found.sets).collect(), failed, locks }
         }
-        None => policies(&sys, &args.slots)?,
+        None => policies(&sys, &args.slots, output)?,
     };
-    let several = policies.len() > 1;
-    for sets in &policies {
+    let several = all.len() > 1;
+    for sets in &all {
         if several {
             output.result(&format!("# {}\n", sets.name))?;
         }
         for manifest in &sets.sets {
             let wanted = args.set.as_ref().is_none_or(|name| *name == manifest.name);
             if wanted && manifest.live {
-                let words = read(&sys, &sets.table(&sys, manifest)?)?;
-                output.result(&text(manifest, sets.name.family, &words))?;
+                match sets.table(&sys, manifest).and_then(|table| read(&sys, &table)) {
+                    Ok(words) => output.result(&text(manifest, sets.name.family, &words))?,
+                    Err(error) => failed.push(Failure::at(&sets.name, error)),
+                }
             }
         }
     }
-    Ok(ExitCode::SUCCESS)
+    live::all_well(failed, output)
 }
 
 /// A set as `ipset save` prints it, its elements in ascending order.
