@@ -4,7 +4,7 @@
 //! Packets are counted by the kernel's own rules and by the program, so that it shows who dropped what. Without root
 //! the tests say that they are skipped.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroU32;
@@ -329,6 +329,124 @@ fn addresses_are_followed() {
     let said = host.says(&["watch", "--once"], 1);
     assert!(said.contains("part of the bridge `br0`"), "{said}");
     host.says(&["watch", "--once"], 1);
+}
+
+/// Rules go by names, and so does what is kept: a renamed device's policy is not applied anew behind its user's back.
+#[test]
+fn a_renamed_devices_policy_waits_for_its_user() {
+    let Some(host) = Host::new("acc-renamed", STATEFUL) else { return };
+    host.apply("xdp");
+    let suspended = || host.says(&["status", "--sample", "0"], 0).contains("suspended: every packet");
+    let rename = |from: &str, to: &str| {
+        ip(&format!("link set {from} down"));
+        ip(&format!("link set {from} name {to}"));
+        ip(&format!("link set {to} up"));
+    };
+    rename("eth0", "wan0");
+    ip("addr add 192.0.2.9/32 dev wan0");
+    let said = host.says(&["watch", "--once"], 1);
+    assert!(said.contains("suspended, its device is called `wan0` now"), "{said}");
+    assert!(said.contains("`polc flush --dev wan0`") && !said.contains("[E0803]"), "{said}");
+    assert!(suspended());
+    // Under its old name it is what it was, and follows the host.
+    rename("wan0", "eth0");
+    assert!(host.says(&["watch", "--once"], 0).contains("applying anew"));
+    assert!(!suspended());
+    rename("eth0", "wan0");
+    host.says(&["watch", "--once"], 1);
+    // What is said to be done does.
+    host.says(&["flush", "--dev", "wan0"], 0);
+    host.says(&["apply", "rules.v4", "--attach", "xdp", "--dev", "wan0"], 0);
+    host.says(&["watch", "--once"], 0);
+    assert!(!suspended());
+    // In replace mode nothing else would decide its packets.
+    host.says(&["flush"], 0);
+    host.files.file("plain.v4", b"*filter\n:INPUT DROP [0:0]\nCOMMIT\n");
+    host.says(&["apply", "plain.v4", "--attach", "xdp", "--dev", "wan0", "--replace"], 0);
+    rename("wan0", "eth0");
+    let said = host.says(&["watch", "--once"], 1);
+    assert!(said.contains(": its device is called `eth0` now"), "{said}");
+    host.says(&["flush"], 0);
+}
+
+/// Whatever is damaged of what is kept, a program that nobody can judge leaves its packets to the kernel.
+#[test]
+fn what_cant_be_judged_is_suspended() {
+    let Some(host) = Host::new("acc-damaged", STATEFUL) else { return };
+    host.apply("xdp");
+    // Who drops a packet, the kernel's rules or the program.
+    let kernel_decides = |host: &Host| {
+        let before = host.kernel_drops();
+        host.send("192.0.2.2:4000", "192.0.2.1:5000", 1);
+        let began = Instant::now();
+        while host.kernel_drops() == before {
+            if began.elapsed() > SILENCE {
+                return false;
+            }
+        }
+        true
+    };
+    assert!(!kernel_decides(&host));
+    let state = fs::read_dir(host.files.path().join("state")).expect("state");
+    let slot =
+        state.map(|entry| entry.expect("an entry").path().join("eth0-xdp-4")).find(|path| path.is_dir());
+    let slot = slot.expect("the policy's files");
+    let other = STATEFUL.replace("--dport 22", "--dport 23");
+    for (file, contents) in [
+        ("gen-1/rules", Some("junk")),
+        ("gen-1/rules", Some("")),
+        ("gen-1/rules", Some(other.as_str())),
+        ("gen-1/rules", None),
+        ("gen-1/canonical", None),
+        ("gen-1/host.json", Some("junk")),
+        ("gen-1/host.json", None),
+        ("gen-1/options.json", Some("{}")),
+        ("gen-1/options.json", None),
+        ("gen-1/sets-0", Some("junk")),
+        ("gen-1/object.o", Some("junk")),
+        ("state.json", Some("junk")),
+        ("state.json", None),
+    ] {
+        let path = slot.join(file);
+        let whole = fs::read(&path).ok();
+        match contents {
+            Some(contents) => fs::write(&path, contents).expect("written"),
+            None => fs::remove_file(&path).expect("removed"),
+        }
+        let said = host.says(&["watch", "--once"], 3);
+        assert!(said.contains("suspended, ") && said.contains("[E0813]"), "{file} {contents:?}: {said}");
+        assert!(kernel_decides(&host), "{file} {contents:?}");
+        match whole {
+            Some(whole) => fs::write(&path, whole).expect("written"),
+            None => fs::remove_file(&path).expect("removed"),
+        }
+        let said = host.says(&["watch", "--once"], 0);
+        assert!(said.contains("goes on"), "{file} {contents:?}: {said}");
+    }
+    assert!(!kernel_decides(&host));
+    // Who watches all the time says it once, and rules that say nothing do not agree with a kernel that has none.
+    fs::write(slot.join("gen-1/rules"), "junk").expect("written");
+    kernel::run("iptables-legacy", &["-F"]).expect("the rules are gone");
+    kernel::run("iptables-legacy", &["-P", "INPUT", "ACCEPT"]).expect("the policy is taken");
+    let mut watcher = Command::new(env!("CARGO_BIN_EXE_polc"))
+        .args(["watch", "--interval", "50", "--bpffs", &host.pins.join(""), "--state"])
+        .arg(host.files.path().join("state"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("polc runs");
+    let local = socket("192.0.2.1:5000");
+    local.set_read_timeout(Some(Duration::from_millis(5))).expect("a time");
+    until(|| {
+        host.send("192.0.2.2:4000", "192.0.2.1:5000", 1);
+        received(&local) > 0
+    });
+    thread::sleep(SILENCE);
+    watcher.kill().expect("it runs");
+    let said = watcher.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(!said.contains("goes on"), "{said}");
+    assert_eq!((said.matches("suspended, ").count(), said.matches("[E0813]").count()), (1, 1), "{said}");
+    host.says(&["flush"], 0);
 }
 
 /// A rule set that stands at several hooks is applied anew at all of them together.

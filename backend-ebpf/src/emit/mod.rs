@@ -62,6 +62,11 @@ pub const TABLES_MAP: &str = "tables";
 /// What the names of data maps of sets' tables start with, before the set's number.
 pub const SET_MAP_PREFIX: &str = "set";
 
+/// The data map [`SUSPEND_MAP`], at 0.
+pub fn suspend_map() -> MapDef {
+    MapDef::data(SUSPEND_MAP, DataSection::Data, vec![0; 8])
+}
+
 /// Most words of the key of a program there.
 pub fn key_words_max(attach: Attach) -> usize {
     if attach == Attach::Netfilter { NETFILTER_KEY_WORDS_MAX } else { KEY_WORDS_MAX }
@@ -357,8 +362,7 @@ impl<'a> Emitter<'a> {
             emitter.add_trace();
         }
         if target.suspend {
-            let word = MapDef::data(SUSPEND_MAP, DataSection::Data, vec![0; 8]);
-            emitter.suspend = Some(emitter.maps.push(word));
+            emitter.suspend = Some(emitter.maps.push(suspend_map()));
         }
         if emitter.diagnostics.is_empty() { Ok(emitter) } else { Err(emitter.diagnostics) }
     }

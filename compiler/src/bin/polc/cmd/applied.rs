@@ -19,6 +19,8 @@ pub(super) struct Opened {
     pub policies: Vec<Open>,
     /// Why others can't.
     pub failed: Vec<Failure>,
+    /// Which these are.
+    pub unread: Vec<SlotName>,
     /// Slots where nothing is attached any more.
     gone: Vec<SlotName>,
 }
@@ -31,7 +33,10 @@ impl Opened {
             match status::open(sys, &store, &slot) {
                 Ok(policy) => opened.policies.push(policy),
                 Err(Error::NotApplied(_)) => opened.gone.push(slot),
-                Err(error) => opened.failed.push(Failure::at(&slot, error)),
+                Err(error) => {
+                    opened.failed.push(Failure::at(&slot, error));
+                    opened.unread.push(slot);
+                }
             }
         }
         Ok(opened)

@@ -146,9 +146,10 @@ impl Job<'_> {
         // As they were read: a pipe gives them once.
         let sets = session.set_files.iter().map(|&file| session.sources.file(file).text().to_string());
         let sets: Vec<String> = sets.collect();
+        let given_sets = || sets.iter().map(|text| host::sets(text).0).collect::<Vec<_>>();
         if self.mode == Mode::Accelerate
             && !self.options.unchecked
-            && let Some(why) = host::disagreement(&sys, &session, &sets)?
+            && let Some(why) = host::disagreement(&sys, &session, &given_sets())?
         {
             return Err(Error::Disagrees(why).into());
         }

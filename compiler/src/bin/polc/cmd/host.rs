@@ -13,6 +13,7 @@ use polc_backend_ebpf::kernel_api::{KernelField, KernelFunction};
 use polc_frontend_iptables::ast::Dump;
 use polc_frontend_iptables::ipset::{self, Sets};
 use polc_frontend_iptables::{ParseOptions, parse, print};
+use polc_ir::diag::Diagnostic;
 use polc_ir::env::{Attach, Connections};
 use polc_ir::field::Field;
 use polc_ir::hook::{Family, Hook, Semantics};
@@ -139,7 +140,7 @@ pub(super) fn connections(session: &Session, attach: Attach, surroundings: &Surr
 }
 
 /// Why the kernel's rules do not bear out what a rule set with these sets says, if they don't.
-pub(super) fn disagreement(sys: &Sys, session: &Session, sets: &[String]) -> Result<Option<String>, Failure> {
+pub(super) fn disagreement(sys: &Sys, session: &Session, sets: &[Sets]) -> Result<Option<String>, Failure> {
     let family = session.family();
     let prefix = match family {
         Family::V4 => "iptables",
@@ -185,7 +186,7 @@ pub(super) fn disagreement(sys: &Sys, session: &Session, sets: &[String]) -> Res
 }
 
 /// The first difference between sets that were given and the kernel's.
-fn set_difference(given: &[String]) -> Result<Option<Difference>, Failure> {
+fn set_difference(given: &[Sets]) -> Result<Option<Difference>, Failure> {
     if given.is_empty() {
         return Ok(None);
     }
@@ -193,16 +194,19 @@ fn set_difference(given: &[String]) -> Result<Option<Difference>, Failure> {
         let source = std::io::Error::from(std::io::ErrorKind::NotFound);
         return Err(Error::Call { what: "run `ipset` to compare the sets".into(), source }.into());
     };
-    let read = |text: &str| -> Sets {
-        let mut sources = SourceMap::new();
-        let file = sources.add("sets", text);
-        ipset::parse(&sources, file).0
-    };
-    let live = read(&live);
-    Ok(given.iter().find_map(|text| agree::sets(&read(text), &live)))
+    let (live, _) = sets(&live);
+    Ok(given.iter().find_map(|given| agree::sets(given, &live)))
 }
 
-fn dump(text: &str, family: Family) -> Dump {
+/// The sets of a text, and what there is to say about it.
+pub(super) fn sets(text: &str) -> (Sets, Vec<Diagnostic>) {
+    let mut sources = SourceMap::new();
+    let file = sources.add("sets", text);
+    ipset::parse(&sources, file)
+}
+
+/// The rules of a text, as far as they can be read.
+pub(super) fn dump(text: &str, family: Family) -> Dump {
     let mut sources = SourceMap::new();
     let file = sources.add("the kernel's rules", text);
     parse(&sources, file, &ParseOptions { family: Some(family), ..ParseOptions::default() }).0

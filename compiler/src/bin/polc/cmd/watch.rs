@@ -2,9 +2,10 @@
 //!
 //! An accelerating program is right as long as the kernel's rules and sets are those it was compiled from. x_tables does
 //! not tell when they change, so they are read at intervals; a program whose rules are no longer the kernel's is
-//! suspended by one word in its memory, and leaves every packet to the kernel until they are again. Addresses, links and
-//! announced connections are what programs were compiled for: when they change, the policy is applied anew, which swaps
-//! its programs at once, with the sets as they are. Changes of the network are told over netlink and wake the command at
+//! suspended by one word in its memory, and leaves every packet to the kernel until they are again. So is one of which
+//! that can't be told: what is kept of it is damaged, or the kernel does not tell. Addresses, links and announced
+//! connections are what programs were compiled for: when they change, the policy is applied anew, which swaps its
+//! programs at once, with the sets as they are. Changes of the network are told over netlink and wake the command at
 //! once. What can't be applied is tried again at the next such change, and after longer and longer pauses.
 //!
 //! Until a change is seen a program still drops by the old state: for rules and sets at most the interval and the time
@@ -16,15 +17,20 @@ use std::os::fd::AsFd as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use polc::agree;
 use polc::session::{ReadOptions, Session};
-use polc_backend_ebpf::emit::SUSPEND_MAP;
+use polc_backend_ebpf::emit::{SUSPEND_MAP, suspend_map};
+use polc_ir::diag::Severity;
 use polc_ir::env::Mode;
 use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
-use polc_loader::Error;
+use polc_loader::load::map_spec;
 use polc_loader::state::SlotName;
 use polc_loader::status::{self, Open};
-use polc_loader::sys::{NetworkChanges, Signals, Sys};
+use polc_loader::store::Store;
+use polc_loader::sys::{Map, NetworkChanges, Signals, Sys};
+use polc_loader::{Error, net};
+use serde::de::DeserializeOwned;
 
 use super::applied::{self, Opened};
 use super::host::{self, Surroundings};
@@ -34,11 +40,23 @@ use crate::cli::WatchArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
+/// What is said of a policy of which nobody knows whether the kernel's rules are its own.
+const UNJUDGED: &str = "suspended, whether the kernel's rules are its own can't be told";
+/// What is wrong with a kept file that says something else than when it was written.
+const NOT_APPLIED: &str = "it is not what was applied";
+
 pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
     let mut said = Said { output, by_slot: BTreeMap::new() };
     if args.once {
-        let Opened { policies, mut failed, .. } = applied::open_some(&sys, &args.slots, output)?;
+        let store = live::store(&args.slots.store)?;
+        let Opened { policies, mut failed, unread, .. } = applied::open_all(&sys, &args.slots, output)?;
+        if policies.is_empty() && failed.is_empty() {
+            return Err(live::nothing(&args.slots));
+        }
+        for slot in &unread {
+            failed.extend(suspend_unread(&sys, &store, slot, &mut said).err());
+        }
         let (well, failures) = look_at(&sys, &policies, &mut Tries::new(Duration::ZERO), &mut said);
         failed.extend(failures.into_iter().map(|(_, failure)| failure));
         live::all_well(failed, output)?;
@@ -55,7 +73,17 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
         for slot in live::slots(&sys, &args.slots)? {
             match status::open(&sys, &store, &slot) {
                 Ok(policy) => policies.push(policy),
-                Err(error) => said.of(&slot, &Failure::from(error).to_string()),
+                Err(error) => {
+                    let suspended = match &error {
+                        Error::NotApplied(_) => Ok(()),
+                        _ => suspend_unread(&sys, &store, &slot, &mut said),
+                    };
+                    let mut text = Failure::from(error).to_string();
+                    if let Err(failure) = suspended {
+                        text += &format!("\n{failure}");
+                    }
+                    said.of(&slot, &text);
+                }
             }
         }
         for (policy, failure) in look_at(&sys, &policies, &mut tries, &mut said).1 {
@@ -74,8 +102,8 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
 enum Step {
     /// Nothing: it is.
     Nothing,
-    /// More than can be done here, as was said.
-    Off,
+    /// More than can be done here, for this reason.
+    Off(String),
     /// To be applied with these options anew, for what the host is now.
     Anew(Vec<String>, Surroundings),
 }
@@ -95,7 +123,7 @@ fn look_at<'p>(
     for policy in policies {
         let step = look(sys, policy, said).and_then(|step| match step {
             Step::Anew(options, now) => Anew::new(sys, policy, &options, now).map(Some),
-            Step::Off => {
+            Step::Off(_) => {
                 well = false;
                 Ok(None)
             }
@@ -168,64 +196,94 @@ fn wait(
 
 /// Suspends a policy, or lets it go on, as the host has it; what else it takes.
 fn look(sys: &Sys, policy: &Open, said: &mut Said<'_>) -> Result<Step, Failure> {
+    let step = judge(sys, policy);
+    // What can't be judged does not go on dropping.
+    let in_step = matches!(step, Ok(Step::Nothing));
+    let map = policy.map(SUSPEND_MAP);
+    let changed = map.map_or(Ok(false), |map| suspend(sys, &policy.slot, map, !in_step))?;
+    match &step {
+        Ok(Step::Nothing) => {
+            if changed {
+                said.of(&policy.slot, "goes on, the kernel's rules are its own again");
+            }
+            said.nothing_of(&policy.slot);
+        }
+        Ok(Step::Off(why)) => {
+            let suspended = if map.is_some() { "suspended, " } else { "" };
+            said.of(&policy.slot, &format!("{suspended}{why}"));
+        }
+        Ok(Step::Anew(..)) => {}
+        // Of a policy that is replaced meanwhile nothing is kept any more.
+        Err(_) if changed && policy.is_attached(sys).unwrap_or(true) => said.of(&policy.slot, UNJUDGED),
+        Err(_) => {}
+    }
+    step
+}
+
+/// What a policy takes to be in step with the host.
+fn judge(sys: &Sys, policy: &Open) -> Result<Step, Failure> {
     let manifest = &policy.object.manifest;
+    let kept: Surroundings = kept_json(sys, policy, live::HOST_FILE)?;
+    let options: Vec<String> = kept_json(sys, policy, live::OPTIONS_FILE)?;
     let accelerates = manifest.mode == Some(Mode::Accelerate);
-    let kept: Option<Vec<u8>> = policy.file(sys, live::HOST_FILE)?;
-    let kept: Option<Surroundings> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let options = policy.file(sys, live::OPTIONS_FILE)?;
-    let options: Option<Vec<String>> = options.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let (Some(kept), Some(options)) = (kept, options) else {
-        said.of(&policy.slot, "applied by a polc that kept no record of the host; apply it again");
-        return Ok(Step::Off);
-    };
     let checked = accelerates && !options.iter().any(|option| option == "--unchecked");
     if checked && let Some(why) = disagreement(sys, policy)? {
-        suspend(sys, policy, true)?;
-        said.of(&policy.slot, &format!("suspended, the kernel's rules are not its own: {why}"));
-        return Ok(Step::Off);
+        return Ok(Step::Off(format!("the kernel's rules are not its own: {why}")));
+    }
+    // Rules and options name devices, and so does the place that the policy is kept at.
+    if let Some(name) = policy.renamed(&net::devices(sys)?) {
+        return Ok(Step::Off(format!(
+            "its device is called `{name}` now, by which it can't be applied anew: `polc flush --dev {name}`, and apply it with --dev {name}"
+        )));
     }
     let family = manifest.family.unwrap_or(policy.slot.family);
-    let device = policy.slot.device.as_deref();
-    let now = match Surroundings::now(sys, family, device, kept.addresses.is_some()) {
-        Ok(now) => now,
-        Err(error) => {
-            // What can't be judged does not go on dropping.
-            if suspend(sys, policy, true)? {
-                said.of(&policy.slot, "suspended, its host can't be told");
-            }
-            return Err(error);
-        }
-    };
-    if now == kept {
-        if suspend(sys, policy, false)? {
-            said.of(&policy.slot, "goes on, the kernel's rules are its own again");
-        }
-        said.nothing_of(&policy.slot);
-        return Ok(Step::Nothing);
-    }
-    suspend(sys, policy, true)?;
-    Ok(Step::Anew(options, now))
+    let now = Surroundings::now(sys, family, policy.slot.device.as_deref(), kept.addresses.is_some())?;
+    Ok(if now == kept { Step::Nothing } else { Step::Anew(options, now) })
+}
+
+/// What is kept with a policy as JSON.
+fn kept_json<T: DeserializeOwned>(sys: &Sys, policy: &Open, name: &str) -> Result<T, Error> {
+    let text = policy.kept_text(sys, name)?;
+    serde_json::from_str(&text).map_err(|error| damaged(policy, name, error))
+}
+
+/// The failure that a file kept with a policy is damaged.
+fn damaged(policy: &Open, name: &str, why: impl ToString) -> Error {
+    Error::Corrupt { path: policy.path(name), why: why.to_string() }
 }
 
 /// Why the kernel's rules are not those that a policy was compiled from, if they aren't.
+///
+/// # Errors
+/// The kernel does not tell, or what is kept is not what was applied.
 fn disagreement(sys: &Sys, policy: &Open) -> Result<Option<String>, Failure> {
     let manifest = &policy.object.manifest;
     let mut sources = SourceMap::new();
     let rules = sources.add("rules", policy.kept_text(sys, live::RULES_FILE)?);
     let options =
         ReadOptions { family: manifest.family, semantics: manifest.semantics, ..ReadOptions::default() };
-    let sets: Vec<String> =
-        policy.files(sys, live::SETS_PREFIX)?.into_iter().map(|(_, bytes)| to_text(bytes)).collect();
     let session = Session::read(sources, rules, &[], &options);
+    let printed = host::dump(&policy.kept_text(sys, live::CANONICAL_FILE)?, session.family());
+    // Rules with errors are not applied, and what stands for no rule at all would agree with a kernel that has none.
+    if session.has_errors() || agree::rules(&session.dump, &printed).is_some() {
+        return Err(damaged(policy, live::RULES_FILE, NOT_APPLIED).into());
+    }
+    let mut sets = Vec::new();
+    for (name, bytes) in policy.files(sys, live::SETS_PREFIX)? {
+        let (given, findings) = host::sets(&to_text(bytes));
+        if findings.iter().any(|finding| finding.severity == Severity::Error) {
+            return Err(damaged(policy, &name, NOT_APPLIED).into());
+        }
+        sets.push(given);
+    }
     host::disagreement(sys, &session, &sets)
 }
 
-/// Suspends a program or lets it go on; whether that is a change. Programs in replace mode can't be suspended: nothing
-/// else would decide their packets.
-fn suspend(sys: &Sys, policy: &Open, on: bool) -> Result<bool, Failure> {
-    let Some(map) = policy.map(SUSPEND_MAP) else { return Ok(false) };
+/// Suspends a program, by its map, or lets it go on; whether that is a change. Programs in replace mode have no such map:
+/// nothing else would decide their packets.
+fn suspend(sys: &Sys, slot: &SlotName, map: &Map, on: bool) -> Result<bool, Failure> {
     let key = 0u32.to_ne_bytes();
-    let failed = || Error::call(format!("suspend the program {}", policy.slot));
+    let failed = || Error::call(format!("suspend the program {slot}"));
     let Some(mut value) = sys.map_lookup(map, &key).map_err(failed())? else { return Ok(false) };
     let word = u32::from(on).to_ne_bytes();
     if value.get(..4) == Some(&word) {
@@ -234,6 +292,24 @@ fn suspend(sys: &Sys, policy: &Open, on: bool) -> Result<bool, Failure> {
     value[..4].copy_from_slice(&word);
     sys.map_update(map, &key, &value).map_err(failed())?;
     Ok(true)
+}
+
+/// Suspends a policy that can't be opened, by its pins.
+fn suspend_unread(sys: &Sys, store: &Store, name: &SlotName, said: &mut Said<'_>) -> Result<(), Failure> {
+    let (slot, def) = (store.slot(name), suspend_map());
+    for number in slot.generations_present(sys)? {
+        match status::pinned_map(sys, &slot.map(number, SUSPEND_MAP), &map_spec(&def)) {
+            Ok(map) => {
+                if suspend(sys, name, &map, true)? {
+                    said.of(name, UNJUDGED);
+                }
+            }
+            // There is none in replace mode.
+            Err(Error::Pin { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Policies to be applied anew by one `polc apply`.
