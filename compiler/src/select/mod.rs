@@ -82,11 +82,11 @@ pub enum Prefer {
 
 /// Instructions of a program that stages decided by code may take, of the 32,767 that it may have: the rest is for
 /// headers, searches of the packet and the walk.
-const CODE_INSNS_MAX: usize = 24_000;
+const CODE_INSNS_MAX: usize = 28_000;
 
 /// Instructions that an exit becomes which code takes, for it goes on in code: finding it and going, counting, a write.
-const INSNS_PER_EXIT: usize = 12;
-const INSNS_PER_COUNT: usize = 16;
+const INSNS_PER_EXIT: usize = 6;
+const INSNS_PER_COUNT: usize = 18;
 const INSNS_PER_WRITE: usize = 4;
 
 /// Fields that are 0 or 1 and have a word each, rather than a bit of one that takes two more operations to read.
@@ -176,7 +176,7 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
                 None => None,
             };
             let taken = |parts: &[(usize, Shape)]| {
-                parts.iter().map(|(_, shape)| selector.insns(shape)).sum::<usize>()
+                parts.iter().map(|(_, shape)| shape.insns(classifier)).sum::<usize>()
             };
             match parts.filter(|parts| taken(parts) <= left) {
                 Some(mut parts) => {

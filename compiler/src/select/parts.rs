@@ -56,7 +56,7 @@ impl Selector<'_> {
                 let lookup = || self.lookup(&part, busy, Prefer::Cheapest, room);
                 match self.shape(&part, busy, Prefer::Cheapest, lookup, &mut Tables::new()) {
                     Some(shape) => {
-                        insns += self.insns(&shape) + INSNS_PER_EXIT;
+                        insns += shape.insns(self.classifier) + INSNS_PER_EXIT;
                         if insns > insns_max {
                             return None;
                         }

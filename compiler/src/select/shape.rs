@@ -2,6 +2,7 @@
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::at_once::{both, each};
+use polc_ir::classifier::Classifier;
 use polc_ir::entities::{Entry, Stage, Value};
 use polc_ir::field::Field;
 use polc_ir::limits::LOOKUP_OPS_MAX;
@@ -51,6 +52,21 @@ pub(super) enum Shape {
 }
 
 impl Shape {
+    /// Most instructions that it becomes: comparing with all its exits, a look-up with those that end or walk.
+    pub(super) fn insns(&self, classifier: &Classifier) -> usize {
+        match self {
+            Shape::Linear(entries) => entries
+                .iter()
+                .map(|(entry, tests)| {
+                    let tests = tests.iter().flat_map(|test| &test.any);
+                    let tests = tests.map(|all| all.len() + 1).sum::<usize>();
+                    exit_insns(&classifier.entries[*entry]) + INSNS_PER_TEST * tests
+                })
+                .sum(),
+            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
+        }
+    }
+
     pub(super) fn modelled(&self) -> u32 {
         match self {
             Shape::Linear(entries) => cost::linear(entries.iter().map(|(_, tests)| tests.as_slice())),
@@ -60,21 +76,6 @@ impl Shape {
 }
 
 impl Selector<'_> {
-    /// Most instructions that a shape becomes: comparing with all its exits, a look-up with those that end or walk.
-    pub(super) fn insns(&self, shape: &Shape) -> usize {
-        match shape {
-            Shape::Linear(entries) => entries
-                .iter()
-                .map(|(entry, tests)| {
-                    let tests = tests.iter().flat_map(|test| &test.any);
-                    let tests = tests.map(|all| all.len() + 1).sum::<usize>();
-                    exit_insns(&self.classifier.entries[*entry]) + INSNS_PER_TEST * tests
-                })
-                .sum(),
-            Shape::Lookup { ops, .. } => INSNS_PER_OP * ops.len() + INSNS_PER_LOOKUP,
-        }
-    }
-
     /// The best way to decide a stage by code, if there is one. To one that is not `busy` only rare packets come: it is
     /// small rather than quick.
     pub(super) fn shape(
