@@ -2,8 +2,8 @@
 //!
 //! A structure takes a stage or hands it back. Comparing (`linear`) takes short stages, matrices of classes
 //! (`matrix`) all whose tables stay small, grouped classes (`groups`) any number of entries that ask for few different
-//! things beside two columns; of two that take a stage the cost model (`cost`) chooses. The walk table takes anything,
-//! and everything behind it.
+//! things beside two columns; of two that take a stage the cost model (`cost`) chooses. What none of them takes is cut into
+//! parts that they take (`parts`), as far as a program has room. The walk table takes anything, and everything behind it.
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit};
 use polc_ir::cube::Test;

@@ -3,7 +3,7 @@
 //! Entries with nothing in common make classes without end, but of a few hundred there are few enough. So the stage becomes
 //! a line of stages: each has some of the entries, in their order, and sends what none of them takes on to the next. A run
 //! that is still too much is halved, the next one is tried with twice as many; a single entry is compared. What a packet
-//! takes grows with the number of parts, some hundred times slower than with the number of entries.
+//! takes grows with the number of parts, of which each has a hundred entries and more.
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
