@@ -42,7 +42,11 @@ const WORK_MAX: usize = 400_000_000;
 /// Of that bound, one part in so many is for packets aimed at rules: they get deep into the rules, and take longest.
 const AIMED_PART: usize = 4;
 
-/// Packets at each place however many entries there are.
+/// Bound on the stages that packets at a place pass together: in rules that write marks one after another each packet
+/// passes as many as there are rules, at every level.
+const STEPS_MAX: usize = 2_000_000;
+
+/// Packets of each kind at each place however many entries there are, and stages on the way.
 const PACKETS_MIN: usize = 1_000;
 
 /// What one level made of a packet.
@@ -160,7 +164,17 @@ pub fn verify(
         verified.disagreement.is_none()
     };
     let aimed = Aimed::new(&session.ruleset, &compiled.classifier, env, &devices.declared, seed).take(total);
-    let mut agree = aimed.chain(witnesses.by_ref().take(total)).all(|input| show(&mut levels, input));
+    let mut agree = true;
+    let kinds: [(Box<dyn Iterator<Item = Input> + '_>, usize); 2] =
+        [(Box::new(aimed), STEPS_MAX / AIMED_PART), (Box::new(witnesses.by_ref().take(total)), STEPS_MAX)];
+    for (packets, steps_max) in kinds {
+        for (shown, input) in packets.enumerate() {
+            if !agree || shown >= PACKETS_MIN && levels.steps >= steps_max {
+                break;
+            }
+            agree = show(&mut levels, input);
+        }
+    }
     // Then those that no packet came to while packets for others were made, unless none can.
     let mut untaken = witnesses.untaken(|entry| levels.taken.contains(entry), seed);
     for entry in compiled.classifier.entries.keys() {
@@ -255,6 +269,8 @@ struct Levels<'a> {
     first_of_list: FirstOfList<'a>,
     /// Entries that packets took.
     taken: EntitySet<Entry>,
+    /// Stages that packets passed.
+    steps: usize,
 }
 
 impl<'a> Levels<'a> {
@@ -274,7 +290,19 @@ impl<'a> Levels<'a> {
         let first = First::new(&compiled.classifier);
         let first_of_list = FirstOfList::new(&compiled.classifier, &compiled.decision);
         let taken = EntitySet::new();
-        Levels { ruleset, compiled, env, devices, program, states, bounded, first, first_of_list, taken }
+        Levels {
+            ruleset,
+            compiled,
+            env,
+            devices,
+            program,
+            states,
+            bounded,
+            first,
+            first_of_list,
+            taken,
+            steps: 0,
+        }
     }
 
     /// Runs a packet through the first of the levels above the object, `which`, and the program: what the rules make of
@@ -283,10 +311,11 @@ impl<'a> Levels<'a> {
         // Where the program sits, every packet comes or leaves by the one device.
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
-        let taken = &mut self.taken;
+        let (taken, steps) = (&mut self.taken, &mut self.steps);
         let mut decide = |stage, fields: &Fields<'_>| {
             let entry = self.first.of(stage, fields);
             taken.insert(entry);
+            *steps += 1;
             entry
         };
         let list =

@@ -38,6 +38,32 @@ fn every_dump_is_verified_in_time() {
     assert!(packets > 4_000 * valid.len() as u64, "only {packets} packets");
 }
 
+/// A packet passes as many stages as there are rules that write the mark one after another, and there are as many packets
+/// as rules: together they are bounded, and no entry stays open for that.
+#[test]
+fn chained_marks_are_verified_with_fewer_packets() {
+    const RULES: usize = 240;
+    let rules: String = (0..RULES)
+        .map(|rule| {
+            let (from, bit) = (1 + 50 * rule, 1u32 << (rule % 32));
+            let ports = format!("{from}:{}", from + 3_000);
+            format!("-A PREROUTING -p tcp -m tcp --dport {ports} -j MARK --or-mark {bit:#x}\n")
+        })
+        .collect();
+    let file = std::env::temp_dir().join(format!("polc-chained-marks-{}", std::process::id()));
+    std::fs::write(&file, format!("*mangle\n:PREROUTING ACCEPT [0:0]\n{rules}COMMIT\n"))
+        .expect("a file is written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+    let output = command.args(["verify", "--format", "json"]).arg(&file).output().expect("polc runs");
+    std::fs::remove_file(&file).expect("it was written");
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
+    assert_eq!((&said["agree"], &said["compiled"]), (&true.into(), &RULES.into()));
+    let (packets, not_taken) = (&said["packets"], &said["places"][0]["not_taken"]);
+    assert_eq!(not_taken, 0, "{packets}");
+    let packets = packets.as_u64().expect("a count");
+    assert!((4_000..20_000).contains(&packets), "{packets}");
+}
+
 fn verify(dump: &Dump) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
     command.args(["verify", "--format", "json"]).arg(&dump.rules).stdin(Stdio::null());

@@ -174,7 +174,7 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
         }
         (None, Some(path)) => {
             let mut findings = Vec::new();
-            let packets = list::read(&mut session.sources, path, &mut findings)?;
+            let packets = list::read(&mut session.sources, path, args.attach.map(Into::into), &mut findings)?;
             show(output, &session.sources, &findings);
             if worst(&findings) == Some(Severity::Error) {
                 let lines = counted(findings.len(), "line");

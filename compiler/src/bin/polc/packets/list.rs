@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use polc_ir::diag::{Code, Diagnostic};
-use polc_ir::env::Input;
+use polc_ir::env::{Attach, Input};
 use polc_ir::packet::text::{self, PacketSpec};
 use polc_ir::source::{SourceMap, Span};
 
@@ -14,11 +14,22 @@ use crate::input;
 pub(crate) const BAD_LINE: Code = Code(700);
 /// Code of a packet with a value that no packet has.
 pub(crate) const BAD_PACKET: Code = Code(701);
+/// Code of a packet with a mark where none has one.
+pub(crate) const MARK_AT_XDP: Code = Code(702);
 
-/// Reads a list. Lines that are not understood each have a finding.
+/// Why a packet can't be as it is given at an attach point, and what to do: programs at XDP see frames that no packet has
+/// been made of yet, so none can be run on one with a mark.
+pub(crate) fn marked_too_early(packet: &Input, attach: Option<Attach>) -> Option<(String, &'static str)> {
+    const HINT: &str = "leave the mark out, or ask at `--attach tc-ingress`, where packets have marks";
+    let found = packet.mark != 0 && attach == Some(Attach::Xdp);
+    found.then(|| (format!("no packet has a mark yet at XDP, and this one has {:#x}", packet.mark), HINT))
+}
+
+/// Reads a list for an attach point. Lines that are not understood each have a finding.
 pub(crate) fn read(
     sources: &mut SourceMap,
     path: &Path,
+    attach: Option<Attach>,
     findings: &mut Vec<Diagnostic>,
 ) -> Result<Vec<Input>, Failure> {
     let file = input::text(sources, path, findings)?;
@@ -28,9 +39,15 @@ pub(crate) fn read(
     for line in text.split_inclusive('\n') {
         let json = line.trim();
         if !json.is_empty() {
-            match packet(json) {
+            let unmarked = |input: Input| match marked_too_early(&input, attach) {
+                None => Ok(input),
+                Some((message, hint)) => {
+                    Err(Wrong { code: MARK_AT_XDP, message, hint, at: json.find("mark") })
+                }
+            };
+            match packet(json).and_then(unmarked) {
                 Ok(input) => packets.push(input),
-                Err(Wrong { code, message, at }) => {
+                Err(Wrong { code, message, hint, at }) => {
                     let begin = start + (line.len() - line.trim_start().len()) as u32;
                     let span = match at {
                         None => Span::new(file, begin, begin + json.len() as u32),
@@ -42,7 +59,7 @@ pub(crate) fn read(
                             Span::new(file, begin + at as u32, begin + (at + len) as u32)
                         }
                     };
-                    findings.push(Diagnostic::error(code, message, span).with_hint(HINT));
+                    findings.push(Diagnostic::error(code, message, span).with_hint(hint));
                 }
             }
         }
@@ -59,6 +76,7 @@ const HINT: &str = "write a JSON object a line, such as `{\"packet\": \"tcp 10.0
 struct Wrong {
     code: Code,
     message: String,
+    hint: &'static str,
     /// Where in the line, in bytes; `None`: all of it.
     at: Option<usize>,
 }
@@ -78,7 +96,7 @@ impl Wrong {
                 .rfind(|c: char| c.is_whitespace() || ",:{[".contains(c))
                 .map_or(at, |before| before + 1);
         }
-        Wrong { code: BAD_LINE, message, at: Some(at) }
+        Wrong { code: BAD_LINE, message, hint: HINT, at: Some(at) }
     }
 }
 
@@ -88,17 +106,18 @@ fn packet(json: &str) -> Result<Input, Wrong> {
         Some(serde_json::Value::String(words)) => {
             if value.as_object().is_some_and(|object| object.len() > 1) {
                 let message = "`packet` says everything; other fields can't stand beside it".into();
-                return Err(Wrong { code: BAD_LINE, message, at: None });
+                return Err(Wrong { code: BAD_LINE, message, hint: HINT, at: None });
             }
             // With escapes in it, the text stands nowhere in the line as it is.
             let begin = json.find(words.as_str());
             text::parse(words).map_err(|error| Wrong {
                 code: BAD_LINE,
                 message: error.message,
+                hint: HINT,
                 at: begin.map(|begin| begin + error.at),
             })?
         }
         _ => serde_json::from_str::<PacketSpec>(json).map_err(|error| Wrong::json(json, &error))?,
     };
-    spec.input().map_err(|message| Wrong { code: BAD_PACKET, message, at: None })
+    spec.input().map_err(|message| Wrong { code: BAD_PACKET, message, hint: HINT, at: None })
 }

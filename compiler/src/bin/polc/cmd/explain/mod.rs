@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use polc::place::refusal;
 use polc_ir::diag::Diagnostic;
-use polc_ir::env::{Connections, Counting, Fragments, Input, Place};
+use polc_ir::env::{Attach, Connections, Counting, Fragments, Input, Place};
 use polc_ir::hook::Hook;
 use polc_ir::packet::text as packet_text;
 use polc_ir::source::{SourceMap, Span};
@@ -19,7 +19,7 @@ use crate::cli::ExplainArgs;
 use crate::failure::Failure;
 use crate::input;
 use crate::output::Output;
-use crate::packets::list::{BAD_LINE, BAD_PACKET};
+use crate::packets::list::{BAD_LINE, BAD_PACKET, MARK_AT_XDP, marked_too_early};
 
 pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failure> {
     let mut session = input::session(&args.file, &args.input)?;
@@ -27,7 +27,7 @@ pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failu
     if session.has_errors() {
         return Ok(FOUND.into());
     }
-    let packet = match packet(&args.packet) {
+    let packet = match packet(&args.packet, args.attach.map(Into::into)) {
         Ok(packet) => packet,
         Err(wrong) => {
             let (sources, finding) = *wrong;
@@ -41,20 +41,26 @@ pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failu
     Ok(ExitCode::SUCCESS)
 }
 
+/// What a packet may be.
+const HINT: &str =
+    "write `PROTO SRC[:PORT] > DST[:PORT] [key=value]...`, such as `tcp 10.0.0.1:5000 > 10.0.0.2:22 in=eth0`";
+
 /// The packet, or a finding about its text.
-fn packet(words: &str) -> Result<Input, Box<(SourceMap, Diagnostic)>> {
-    let fail = |at: usize, message: String, code| {
+fn packet(words: &str, attach: Option<Attach>) -> Result<Input, Box<(SourceMap, Diagnostic)>> {
+    let fail = |at: usize, message: String, code, hint: &str| {
         let mut sources = SourceMap::new();
         let file = sources.add("--packet", words);
         let rest = words.get(at..).unwrap_or("");
         let len = rest.find(char::is_whitespace).unwrap_or(rest.len());
         let span = Span::new(file, at as u32, (at + len) as u32);
-        let finding = Diagnostic::error(code, message, span)
-            .with_hint("write `PROTO SRC[:PORT] > DST[:PORT] [key=value]...`, such as `tcp 10.0.0.1:5000 > 10.0.0.2:22 in=eth0`");
-        Box::new((sources, finding))
+        Box::new((sources, Diagnostic::error(code, message, span).with_hint(hint)))
     };
-    let spec = packet_text::parse(words).map_err(|error| fail(error.at, error.message, BAD_LINE))?;
-    spec.input().map_err(|message| fail(0, message, BAD_PACKET))
+    let spec = packet_text::parse(words).map_err(|error| fail(error.at, error.message, BAD_LINE, HINT))?;
+    let packet = spec.input().map_err(|message| fail(0, message, BAD_PACKET, HINT))?;
+    match marked_too_early(&packet, attach) {
+        None => Ok(packet),
+        Some((message, hint)) => Err(fail(words.find("mark").unwrap_or(0), message, MARK_AT_XDP, hint)),
+    }
 }
 
 /// Where the packet is explained: the place that was named; else the rules' own meaning, on the hooks that the packet's
