@@ -9,14 +9,14 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use polc_ir::env::Attach;
 
-use crate::clsact::{self, FILTER_NAME, Qdisc};
+use crate::clsact::{self, Qdisc};
 use crate::coexist::{self, Order};
 use crate::dispatch;
 use crate::error::Error;
 use crate::net::{self, Device};
 use crate::probe::{Feature, missing};
 use crate::state::{SlotState, Via};
-use crate::store::Slot;
+use crate::store::{Slot, lock_qdiscs};
 use crate::sys::{LinkKind, LinkSpec, Map, Sys};
 
 /// The way to attach at a place of this kernel.
@@ -65,7 +65,7 @@ pub fn current(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<Option<u32>,
         }
         Via::Clsact { priority } => {
             let filters = filters(sys, state.ifindex, is_egress(slot)).map_err(ask())?;
-            let own = filters.iter().find(|filter| filter.priority == priority && filter.name == FILTER_NAME);
+            let own = filters.iter().find(|filter| filter.priority == priority && filter.is_polcs());
             // A first filter that could not be added, because another got the priority, was never there.
             let is_added = |filter: &&clsact::Filter| {
                 !is_first(state) || state.generation_of(filter.program_id).is_some()
@@ -91,7 +91,7 @@ pub(crate) fn filter(
     for device in net::devices(sys)? {
         let filters = filters(sys, device.ifindex, is_egress(slot));
         let filters = filters.map_err(Error::call(format!("list the filters of `{}`", device.name)))?;
-        let found = filters.iter().find(|filter| filter.name == FILTER_NAME && is_one(filter.program_id));
+        let found = filters.iter().find(|filter| filter.is_polcs() && is_one(filter.program_id));
         if let Some(filter) = found {
             return Ok(Some((device.ifindex, filter.priority)));
         }
@@ -190,27 +190,57 @@ pub fn first(
             sys.obj_pin(&link, &pin).map_err(Error::disk(&pin))
         }
         (Via::Clsact { priority }, _) => {
-            let ask = Error::call(format!("list the qdiscs of `{}`", device.name));
-            if clsact::qdisc(sys, device.ifindex).map_err(ask)?.is_none() {
-                // That it is polc's is said first: nobody else removes it.
-                let mark = slot.qdisc_mark(device.ifindex);
-                sys.make_dirs(&mark).map_err(Error::disk(&mark))?;
-                match clsact::add_qdisc(sys, device.ifindex) {
-                    // Somebody else came first.
-                    Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                        sys.remove_dir(&mark).map_err(Error::disk(&mark))?;
-                    }
-                    added => {
-                        added.map_err(Error::call(format!("add a clsact qdisc to `{}`", device.name)))?;
-                    }
-                }
-            }
-            clsact::set_filter(sys, device.ifindex, is_egress(slot), priority, program, false).map_err(fail)
+            let name = clsact::filter_name(ensure_qdisc(sys, slot, device)?);
+            let added =
+                clsact::set_filter(sys, device.ifindex, is_egress(slot), priority, program, name, false);
+            added.map_err(fail)
         }
         (Via::Dispatch { .. }, _) => {
             at_hooks(sys, &[AtHook { slot, state, from: None, to: Some(generation) }])
         }
     }
+}
+
+/// Gives a device a qdisc for filters if it has none; whether a polc made the one that it has, which is marked then. Where
+/// that polc keeps its files elsewhere, its filters tell. Qdiscs are locked.
+fn ensure_qdisc(sys: &Sys, slot: &Slot, device: &Device) -> Result<bool, Error> {
+    let (name, ifindex) = (&device.name, device.ifindex);
+    let mark = slot.qdisc_mark(ifindex);
+    let is_marked = sys.is_there(&mark).map_err(Error::disk(&mark))?;
+    let ask = Error::call(format!("list the qdiscs of `{name}`"));
+    if clsact::qdisc(sys, ifindex).map_err(ask)?.is_none() {
+        // That it is polc's is said first: nobody else removes it.
+        sys.make_dirs(&mark).map_err(Error::disk(&mark))?;
+        match clsact::add_qdisc(sys, ifindex) {
+            // Somebody else came first.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                sys.remove_dir(&mark).map_err(Error::disk(&mark))?;
+                return Ok(false);
+            }
+            added => added.map_err(Error::call(format!("add a clsact qdisc to `{name}`")))?,
+        }
+        return Ok(true);
+    }
+    let mut there = Vec::new();
+    for egress in [false, true] {
+        let ask = Error::call(format!("list the filters of `{name}`"));
+        there.extend(filters(sys, ifindex, egress).map_err(ask)?);
+    }
+    let (made, not_made) = (
+        there.iter().any(clsact::Filter::tells_made),
+        there.iter().any(|filter| filter.is_polcs() && !filter.tells_made()),
+    );
+    // A polc that was killed before it added its filter left a mark and no filter.
+    let made = made || is_marked && !not_made;
+    let marked = if made { sys.make_dirs(&mark) } else { sys.remove_dir(&mark) };
+    marked.map_err(Error::disk(&mark))?;
+    Ok(made)
+}
+
+/// The name that a slot's filter has on its device.
+pub(crate) fn filter_name(sys: &Sys, slot: &Slot, ifindex: u32) -> Result<&'static str, Error> {
+    let mark = slot.qdisc_mark(ifindex);
+    Ok(clsact::filter_name(sys.is_there(&mark).map_err(Error::disk(&mark))?))
 }
 
 /// A change of what packets meet at a netfilter hook.
@@ -281,7 +311,8 @@ pub fn swap(sys: &Sys, slot: &Slot, state: &SlotState, to: u32, from: u32) -> Re
         }
         Via::Dispatch { .. } => at_hooks(sys, &[AtHook { slot, state, from: Some(from), to: Some(to) }]),
         Via::Clsact { priority } => {
-            clsact::set_filter(sys, state.ifindex, is_egress(slot), priority, &new, true)
+            let name = filter_name(sys, slot, state.ifindex)?;
+            clsact::set_filter(sys, state.ifindex, is_egress(slot), priority, &new, name, true)
                 .map_err(Error::call(format!("replace the program {}", slot.name)))
         }
     }
@@ -314,13 +345,13 @@ pub fn detach(sys: &Sys, slot: &Slot, state: &SlotState) -> Result<(), Error> {
 /// it.
 fn remove_filter(sys: &Sys, slot: &Slot, state: &SlotState, priority: u16) -> Result<(), Error> {
     let fail = || Error::call(format!("detach the program {}", slot.name));
-    let _lock = slot.lock_qdiscs(sys)?;
+    let _lock = lock_qdiscs(sys)?;
     let ifindex = state.ifindex;
     let attached = current(sys, slot, state)?.is_some();
     let mut others = Vec::new();
     for egress in [false, true] {
         let own = |filter: &clsact::Filter| {
-            attached && egress == is_egress(slot) && filter.priority == priority && filter.name == FILTER_NAME
+            attached && egress == is_egress(slot) && filter.priority == priority && filter.is_polcs()
         };
         others
             .extend(filters(sys, ifindex, egress).map_err(fail())?.into_iter().filter(|filter| !own(filter)));
@@ -341,7 +372,9 @@ fn remove_filter(sys: &Sys, slot: &Slot, state: &SlotState, priority: u16) -> Re
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {}
         removed => removed.map_err(fail())?,
     }
-    if others.iter().all(|filter| filter.name != FILTER_NAME) {
+    // Filters of a polc that keeps its files elsewhere have a mark there.
+    let own = slot.programs_beside(sys)?;
+    if !others.iter().any(|filter| filter.is_polcs() && own.contains(&filter.program_id)) {
         sys.remove_dir(&mark).map_err(Error::disk(&mark))?;
     }
     Ok(())
@@ -353,8 +386,15 @@ pub fn clsact_place(sys: &Sys, device: &Device, egress: bool, beside: &[u16]) ->
     let ask = || Error::call(format!("list the filters of `{}`", device.name));
     let taken = match clsact::qdisc(sys, device.ifindex).map_err(ask())? {
         None => Vec::new(),
-        Some(Qdisc::Ingress) if egress => return Err(Error::IngressQdisc(device.name.clone())),
-        Some(_) => clsact::filters(sys, device.ifindex, egress).map_err(ask())?,
+        Some(Qdisc { has_egress: false, .. }) if egress => {
+            return Err(Error::IngressQdisc(device.name.clone()));
+        }
+        Some(Qdisc { blocks, .. }) => {
+            if let Some(block) = blocks[usize::from(egress)] {
+                return Err(Error::SharedBlock { device: device.name.clone(), block });
+            }
+            clsact::filters(sys, device.ifindex, egress).map_err(ask())?
+        }
     };
     let is_free = |priority: &u16| {
         taken.iter().all(|filter| filter.priority != *priority) && !beside.contains(priority)

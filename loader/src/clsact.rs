@@ -17,6 +17,8 @@ const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+const TCA_INGRESS_BLOCK: u16 = 13;
+const TCA_EGRESS_BLOCK: u16 = 14;
 const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
@@ -32,7 +34,15 @@ const ALL_PROTOCOLS: u32 = 0x0003u16.to_be() as u32;
 const HANDLE: u32 = 1;
 const MESSAGE_BYTES: usize = 20;
 /// Name of polc's filters.
-pub const FILTER_NAME: &str = "polc";
+const FILTER_NAME: &str = "polc";
+/// The same on a qdisc that polc made, whose last filter takes it along. It tells one polc what another did that keeps
+/// its files elsewhere.
+const FILTER_NAME_MADE: &str = "polc-clsact";
+
+/// The name of a filter of polc's on a qdisc that polc made, or on one that was there.
+pub const fn filter_name(made: bool) -> &'static str {
+    if made { FILTER_NAME_MADE } else { FILTER_NAME }
+}
 
 /// A filter of type `bpf`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +55,18 @@ pub struct Filter {
     pub kind: String,
     /// Its name.
     pub name: String,
+}
+
+impl Filter {
+    /// Whether a polc added it.
+    pub fn is_polcs(&self) -> bool {
+        self.name == FILTER_NAME || self.tells_made()
+    }
+
+    /// Whether a polc added it on a qdisc that a polc had made.
+    pub fn tells_made(&self) -> bool {
+        self.name == FILTER_NAME_MADE
+    }
 }
 
 fn message(ifindex: u32, handle: u32, parent: u32, info: u32) -> Vec<u8> {
@@ -60,28 +82,33 @@ const fn side(egress: bool) -> u32 {
     if egress { EGRESS } else { INGRESS }
 }
 
-/// The qdisc that a device's filters are on. There is room for one of the two.
+/// The qdisc that a device's filters are on: `clsact`, which has both sides, or `ingress`, which has one and whose filters
+/// are named as on the other's. There is room for one of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Qdisc {
-    /// `clsact`, which has both sides.
-    Clsact,
-    /// `ingress`, which has one. Filters on it are named as on the other's.
-    Ingress,
+pub struct Qdisc {
+    /// Whether it has the side that packets leave by.
+    pub has_egress: bool,
+    /// The blocks of filters that it shares with other devices, where packets come in and where they leave. Their filters
+    /// are not the device's.
+    pub blocks: [Option<u32>; 2],
 }
 
-/// Which of the two a device has.
+/// The one of the two that a device has.
 pub fn qdisc(sys: &Sys, ifindex: u32) -> io::Result<Option<Qdisc>> {
     let body = message(ifindex, 0, 0, 0);
     let answers = sys.netlink(&NetlinkRequest { kind: RTM_GETQDISC, flags: NetlinkRequest::DUMP, body })?;
     let mut own = answers.iter().filter(|answer| u32_at(&answer.body, 4) == Some(ifindex));
     Ok(own.find_map(|answer| {
-        let mut attributes = attributes(answer.body.get(MESSAGE_BYTES..).unwrap_or_default());
-        let kind = attributes.find_map(|(kind, value)| (kind == TCA_KIND).then(|| text(value)))?;
-        match kind.as_str() {
-            "clsact" => Some(Qdisc::Clsact),
-            "ingress" => Some(Qdisc::Ingress),
-            _ => None,
-        }
+        let find = |wanted| {
+            let mut all = attributes(answer.body.get(MESSAGE_BYTES..).unwrap_or_default());
+            all.find_map(|(kind, value)| (kind == wanted).then_some(value))
+        };
+        let kind = text(find(TCA_KIND)?);
+        let block = |kind| find(kind).and_then(|value| u32_at(value, 0)).filter(|block| *block != 0);
+        matches!(kind.as_str(), "clsact" | "ingress").then(|| Qdisc {
+            has_egress: kind == "clsact",
+            blocks: [block(TCA_INGRESS_BLOCK), block(TCA_EGRESS_BLOCK)],
+        })
     }))
 }
 
@@ -140,20 +167,21 @@ pub fn filters(sys: &Sys, ifindex: u32, egress: bool) -> io::Result<Vec<Filter>>
     Ok(found)
 }
 
-/// Adds a program as a filter, or puts it in place of the one of that priority, at once for every packet.
+/// Adds a program as a filter of that name, or puts it in place of the one of that priority, at once for every packet.
 pub fn set_filter(
     sys: &Sys,
     ifindex: u32,
     egress: bool,
     priority: u16,
     program: impl AsFd,
+    name: &str,
     replace: bool,
 ) -> io::Result<()> {
     let mut body = message(ifindex, HANDLE, side(egress), u32::from(priority) << 16 | ALL_PROTOCOLS);
     put(&mut body, TCA_KIND, b"bpf\0");
     let mut options = Vec::new();
     put(&mut options, TCA_BPF_FD, &(program.as_fd().as_raw_fd() as u32).to_ne_bytes());
-    put(&mut options, TCA_BPF_NAME, format!("{FILTER_NAME}\0").as_bytes());
+    put(&mut options, TCA_BPF_NAME, format!("{name}\0").as_bytes());
     put(&mut options, TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes());
     put(&mut body, TCA_OPTIONS, &options);
     let flags = NetlinkRequest::CREATE | if replace { NetlinkRequest::REPLACE } else { NetlinkRequest::EXCL };

@@ -31,7 +31,12 @@ pub enum Error {
     /// The kernel lacks something that is needed.
     Kernel(Vec<Missing>),
     /// A device does not exist in this network namespace.
-    NoDevice(String),
+    NoDevice {
+        /// Its name.
+        name: String,
+        /// Those that do.
+        there: Vec<String>,
+    },
     /// A device went away.
     DeviceGone(String),
     /// The driver can't run XDP programs with the device's MTU.
@@ -95,6 +100,13 @@ pub enum Error {
     OtherFamily(String),
     /// A device has an `ingress` qdisc, and so none with the other side.
     IngressQdisc(String),
+    /// A device shares a block of filters with others, and so has none of its own there.
+    SharedBlock {
+        /// The device.
+        device: String,
+        /// The block's number.
+        block: u32,
+    },
     /// A policy is applied to a device that had the name, which another has now.
     OtherDevice {
         /// Where.
@@ -237,6 +249,9 @@ pub struct Refusal {
     pub source: io::Error,
 }
 
+/// How many devices are named of those that exist.
+const DEVICES_NAMED: usize = 10;
+
 impl Error {
     /// For `map_err`: the failure of a call made to do `what`.
     pub fn call(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
@@ -256,7 +271,7 @@ impl Error {
             Error::Capabilities(_) => 800,
             Error::NoBpffs { .. } => 801,
             Error::Kernel(_) => 802,
-            Error::NoDevice(_) => 803,
+            Error::NoDevice { .. } => 803,
             Error::DeviceGone(_) => 804,
             Error::MtuTooLarge { .. } => 805,
             Error::NoNativeXdp { .. } => 806,
@@ -291,6 +306,7 @@ impl Error {
             Error::LocalByPolicy { .. } => 835,
             Error::Overtaken(_) => 836,
             Error::OtherName { .. } => 837,
+            Error::SharedBlock { .. } => 838,
         })
     }
 
@@ -312,7 +328,14 @@ impl Error {
                 format!("mount one (`mount -t bpf bpf {}`), or name another directory with --bpffs", path.display())
             }
             Error::Kernel(_) => "a newer kernel has it; `polc compile` writes an object without one".into(),
-            Error::NoDevice(_) => "`ip link` lists the devices of this network namespace".into(),
+            Error::NoDevice { there, .. } => {
+                let named = there.iter().take(DEVICES_NAMED).map(|name| format!("`{name}`"));
+                let named = named.collect::<Vec<_>>().join(", ");
+                match there.len().saturating_sub(DEVICES_NAMED) {
+                    0 => format!("this network namespace has {named}"),
+                    more => format!("this network namespace has {named} and {more} more (`ip link`)"),
+                }
+            }
             Error::DeviceGone(_) => "what was attached to it went with it; apply again once it is back".into(),
             Error::MtuTooLarge { device, .. } => {
                 format!(
@@ -347,6 +370,9 @@ impl Error {
             Error::OtherFamily(_) => "apply one of the two with --attach tc-ingress, where there is room for both".into(),
             Error::IngressQdisc(device) => format!(
                 "if nobody needs it, `tc qdisc del dev {device} ingress`; a kernel with tcx (6.6) needs neither"
+            ),
+            Error::SharedBlock { device, .. } => format!(
+                "use --attach xdp, or tcx (Linux 6.6, without --clsact), which takes no qdisc; or give `{device}` a qdisc without a shared block"
             ),
             Error::HalfDone { .. } => "`polc status` shows what is in force; apply again, or `polc flush`".into(),
             Error::LocalByPolicy { .. } => {
@@ -415,7 +441,7 @@ impl fmt::Display for Error {
                 }
                 Ok(())
             }
-            Error::NoDevice(name) => write!(f, "there is no device `{name}`"),
+            Error::NoDevice { name, .. } => write!(f, "there is no device `{name}`"),
             Error::DeviceGone(name) => write!(f, "the device `{name}` is gone"),
             Error::MtuTooLarge { device, mtu, source } => {
                 let peer =
@@ -455,6 +481,12 @@ impl fmt::Display for Error {
                 write!(
                     f,
                     "`{device}` has an ingress qdisc, beside which there is no clsact qdisc for tc-egress"
+                )
+            }
+            Error::SharedBlock { device, block } => {
+                write!(
+                    f,
+                    "the qdisc of `{device}` has the filters of block {block}, which other devices may share, and none of its own"
                 )
             }
             Error::HalfDone { in_force, error } => {

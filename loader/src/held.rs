@@ -124,8 +124,13 @@ impl Held {
             Via::Link => sys.link_update(self.link.as_ref().ok_or_else(gone)?, old, None),
             Via::Dispatch { .. } => dispatch::put_everywhere(sys, self.place.as_ref().ok_or_else(gone)?, old),
             Via::Clsact { priority } => {
+                // One that was flushed meanwhile would be added anew.
+                if attach::current(sys, slot, state)?.is_none() {
+                    return Ok(());
+                }
                 let egress = slot.name.attach == Attach::TcEgress;
-                clsact::set_filter(sys, state.ifindex, egress, priority, old, true)
+                let name = attach::filter_name(sys, slot, state.ifindex)?;
+                clsact::set_filter(sys, state.ifindex, egress, priority, old, name, true)
             }
         };
         put.map_err(Error::call("go back to the old program"))

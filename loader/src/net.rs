@@ -101,7 +101,10 @@ pub fn devices(sys: &Sys) -> Result<Vec<Device>, Error> {
 /// # Errors
 /// [`Error::NoDevice`].
 pub fn find<'d>(devices: &'d [Device], name: &str) -> Result<&'d Device, Error> {
-    devices.iter().find(|device| device.name == name).ok_or_else(|| Error::NoDevice(name.to_string()))
+    devices.iter().find(|device| device.name == name).ok_or_else(|| Error::NoDevice {
+        name: name.to_string(),
+        there: devices.iter().map(|device| device.name.clone()).collect(),
+    })
 }
 
 /// The name of the device of that number, if there is one.
@@ -281,7 +284,7 @@ mod tests {
     fn the_loopback_device_and_its_addresses_are_there() {
         let devices = devices(&Sys::new()).unwrap();
         assert_eq!(find(&devices, "lo").unwrap().ifindex, 1);
-        assert!(matches!(find(&devices, "no such device"), Err(Error::NoDevice(_))));
+        assert!(matches!(find(&devices, "no such device"), Err(Error::NoDevice { .. })));
     }
 
     #[test]

@@ -161,14 +161,20 @@ pub fn take_back_overdue(sys: &Sys, store: &Store, name: &SlotName) -> Result<bo
         return Ok(false);
     }
     let _lock = slot.lock(sys)?;
+    // Of what was flushed since, only a file may be left, which could not be removed.
+    let in_force = |state: SlotState| {
+        let to = state.intent.as_ref().and_then(|intent| intent.to);
+        to.is_some() && matches!(attached(sys, &slot, &state), Ok(now) if now == to)
+    };
+    let waits = slot.known(sys)?.is_some_and(in_force);
     match repair(sys, &slot)? {
         // Whoever made it was only then writing down when its time is over.
         Some(Repaired { unconfirmed: Some(_), .. }) => Ok(false),
-        Some(_) => Ok(true),
+        Some(_) => Ok(waits),
         None => {
             slot.remove(sys)?;
             store.tidy(sys);
-            Ok(true)
+            Ok(waits)
         }
     }
 }

@@ -38,6 +38,9 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 /// Where state is kept unless the user names another directory.
 pub const DEFAULT_STATE: &str = "/run/polc";
 
+/// The calling thread's network namespace.
+const NAMESPACE: &str = "/proc/thread-self/ns/net";
+
 /// How long a polc that waits for another one to end does so.
 pub const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How long one does that does not wait. A process that another thread is about to start has copies of all descriptors
@@ -63,8 +66,8 @@ pub struct Store {
 impl Store {
     /// The store of the calling thread's network namespace.
     pub fn new(bpffs: &Path, state: &Path) -> Result<Store, Error> {
-        let namespace = "/proc/thread-self/ns/net";
-        let inode = std::fs::metadata(namespace).map_err(Error::disk(namespace))?.ino().to_string();
+        let namespace = std::fs::metadata(NAMESPACE).map_err(Error::disk(NAMESPACE))?;
+        let inode = namespace.ino().to_string();
         Ok(Store {
             bpffs: bpffs.to_path_buf(),
             pins: bpffs.join("polc").join(&inode),
@@ -164,13 +167,7 @@ impl Store {
     pub fn programs(&self, sys: &Sys) -> Result<BTreeSet<u32>, Error> {
         let mut found = BTreeSet::new();
         for name in self.names(sys)? {
-            let slot = self.slot(&name);
-            for generation in slot.generations_present(sys)? {
-                // Another polc may be taking it away.
-                let Ok(program) = sys.obj_get(&slot.program(generation)) else { continue };
-                let info = sys.prog_info(&program).map_err(Error::call("ask about a pinned program"))?;
-                found.insert(info.id);
-            }
+            found.extend(self.slot(&name).programs(sys)?);
         }
         Ok(found)
     }
@@ -181,7 +178,7 @@ impl Store {
         let names = sys.list(&self.pins).unwrap_or_default();
         for hooks in names.iter().filter(|name| name.starts_with(HOOKS)).map(|name| self.pins.join(name)) {
             if sys.list(&hooks).is_ok_and(|pins| pins.is_empty())
-                && let Ok(_lock) = sys.lock_directory(&hooks, moment())
+                && let Ok(_lock) = sys.lock_file(&hooks, moment())
             {
                 let _ = sys.remove_dir(&hooks);
             }
@@ -206,7 +203,7 @@ pub struct Slot {
 /// Held while a slot is being changed, or its reports are watched.
 #[derive(Debug)]
 pub struct Lock {
-    _directory: File,
+    _file: File,
 }
 
 impl Slot {
@@ -264,13 +261,31 @@ impl Slot {
         Ok(names.map(|name| self.other(&name)).collect())
     }
 
-    /// Keeps every other polc from adding and removing qdiscs and filters of the network namespace until the result is
-    /// dropped; waits for them.
+    /// Numbers of the programs that the slot has pinned.
+    fn programs(&self, sys: &Sys) -> Result<Vec<u32>, Error> {
+        let mut found = Vec::new();
+        for generation in self.generations_present(sys)? {
+            // Another polc may be taking it away.
+            let Ok(program) = sys.obj_get(&self.program(generation)) else { continue };
+            let info = sys.prog_info(&program).map_err(Error::call("ask about a pinned program"))?;
+            found.push(info.id);
+        }
+        Ok(found)
+    }
+
+    /// Numbers of the programs that the store's other slots have pinned.
     ///
     /// # Errors
-    /// [`Error::Locked`] if another has it all the time.
-    pub fn lock_qdiscs(&self, sys: &Sys) -> Result<Lock, Error> {
-        lock(sys, self.pins.parent().expect("a slot is in a store"), Instant::now() + LOCK_WAIT)
+    /// The directories can't be listed, or the kernel does not tell.
+    pub(crate) fn programs_beside(&self, sys: &Sys) -> Result<BTreeSet<u32>, Error> {
+        let all = self.pins.parent().expect("a slot is in a store");
+        let mut found = BTreeSet::new();
+        for name in sys.list(all).map_err(Error::disk(all))? {
+            if let Some(name) = SlotName::of_directory(&name).filter(|name| *name != self.name) {
+                found.extend(self.other(&name).programs(sys)?);
+            }
+        }
+        Ok(found)
     }
 
     /// Keeps every other polc from watching a generation's reports until the result is dropped.
@@ -279,12 +294,12 @@ impl Slot {
     /// [`Error::Watched`] if another does.
     pub fn lock_reports(&self, sys: &Sys, generation: u32) -> Result<Lock, Error> {
         let path = self.generation_pins(generation);
-        let directory = sys.lock_directory(&path, moment()).map_err(|source| match source.kind() {
+        let directory = sys.lock_file(&path, moment()).map_err(|source| match source.kind() {
             ErrorKind::WouldBlock => Error::Watched(self.name.to_string()),
             ErrorKind::NotFound => Error::NotApplied(self.name.to_string()),
             _ => Error::Disk { path, source },
         })?;
-        Ok(Lock { _directory: directory })
+        Ok(Lock { _file: directory })
     }
 
     /// Another slot of the same store.
@@ -509,6 +524,16 @@ pub fn lock_all<'a>(
     directories.iter().map(|directory| lock(sys, directory, until)).collect()
 }
 
+/// Keeps every other polc, wherever it keeps its files, from adding and removing qdiscs and filters of the network
+/// namespace until the result is dropped; waits for them.
+///
+/// # Errors
+/// [`Error::Locked`] if another has it all the time.
+pub fn lock_qdiscs(sys: &Sys) -> Result<Lock, Error> {
+    let locked = sys.lock_file(NAMESPACE.as_ref(), Instant::now() + LOCK_WAIT);
+    locked.map(|file| Lock { _file: file }).map_err(|source| not_locked(NAMESPACE.as_ref(), source))
+}
+
 /// Until when one tries that does not wait for another polc.
 fn moment() -> Instant {
     Instant::now() + LOCK_MOMENT
@@ -516,16 +541,23 @@ fn moment() -> Instant {
 
 /// Locks a directory, which is made if it is not there.
 fn lock(sys: &Sys, path: &Path, until: Instant) -> Result<Lock, Error> {
-    let locked = || sys.make_dirs(path).and_then(|()| sys.lock_directory(path, until));
+    let locked = || sys.make_dirs(path).and_then(|()| sys.lock_file(path, until));
     let mut tries = 0;
     loop {
         match locked() {
-            Ok(directory) => return Ok(Lock { _directory: directory }),
+            Ok(directory) => return Ok(Lock { _file: directory }),
             // Whoever ends a slot takes its directories along, and may just have done so.
             Err(error) if error.kind() == ErrorKind::NotFound && tries < LOCK_TRIES => tries += 1,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(Error::Locked(path.into())),
-            Err(source) => return Err(Error::Disk { path: path.into(), source }),
+            Err(source) => return Err(not_locked(path, source)),
         }
+    }
+}
+
+/// Why a lock can't be had.
+fn not_locked(path: &Path, source: io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::WouldBlock => Error::Locked(path.into()),
+        _ => Error::Disk { path: path.into(), source },
     }
 }
 
@@ -618,7 +650,7 @@ mod tests {
         let sys = Sys::new();
         let lock = slot.lock(&sys).unwrap();
         assert!(matches!(slot.lock(&sys), Err(Error::Locked(_))));
-        slot.lock_qdiscs(&sys).unwrap();
+        lock_qdiscs(&sys).unwrap();
         slot.remove(&sys).unwrap();
         // What is made anew is another directory.
         let again = slot.lock(&sys).unwrap();

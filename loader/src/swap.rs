@@ -29,7 +29,7 @@ use crate::net;
 use crate::repair::{Repaired, attached, go_back, prune, repair, settle};
 use crate::sets;
 use crate::state::{Confirm, Generation, Intent, STATE_VERSION, SlotName, SlotState, Via};
-use crate::store::{Lock, Locks, Slot, Store, lock_all};
+use crate::store::{Lock, Locks, Slot, Store, lock_all, lock_qdiscs};
 use crate::sys::{Sys, TestRun};
 use crate::wish;
 
@@ -238,7 +238,7 @@ impl Changes {
             |change: &&mut Change| change.from.is_none() && matches!(change.state.via, Via::Clsact { .. });
         for Change { slot, state, device, .. } in self.installed.iter_mut().filter(is_first) {
             if self.qdiscs.is_none() {
-                self.qdiscs = Some(slot.lock_qdiscs(sys)?);
+                self.qdiscs = Some(lock_qdiscs(sys)?);
             }
             let (ifindex, attach) = (device.ifindex, slot.name.attach);
             let beside = given.iter().filter(|(other, at, _)| (*other, *at) == (ifindex, attach));

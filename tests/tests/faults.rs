@@ -28,7 +28,7 @@ use polc_loader::confirm::{self, Confirmed};
 use polc_loader::flush::{flush, flush_all};
 use polc_loader::held::Held;
 use polc_loader::state::{SlotName, Via};
-use polc_loader::store::{LOCK_WAIT, Store};
+use polc_loader::store::{LOCK_WAIT, Store, lock_qdiscs};
 use polc_loader::swap::{self, Request};
 use polc_loader::sys::{LinkSpec, ProgramSpec, ProgramType, QueryPoint, Sys, TestRun};
 use polc_loader::{Error, attach, clsact, net};
@@ -706,7 +706,7 @@ fn a_lock_that_is_never_released_holds_nobody_up() {
     }
 }
 
-/// A priority that another polc, whose store is elsewhere, gave its filter first makes that filter nobody else's.
+/// A priority that somebody gave a filter first who waits for no lock makes that filter nobody else's, whatever its name.
 #[test]
 fn a_filter_that_was_there_first_is_not_polcs() {
     const NAME: &str = "a_filter_that_was_there_first_is_not_polcs";
@@ -714,19 +714,31 @@ fn a_filter_that_was_there_first_is_not_polcs() {
         return;
     }
     let (bpffs, state, _namespace) = bench("first");
-    let others = (BpfFs::new("first-fs-other"), TempDir::in_memory("first-other"));
-    let host = |bpffs: &BpfFs, state: &TempDir| {
-        let objects = POLICIES.map(|port| object(port, Way::Clsact.attach())).to_vec();
-        Host::new(Way::Clsact, Path::new(&bpffs.join("")), state.path(), objects)
+    let objects = POLICIES.map(|port| object(port, Way::Clsact.attach())).to_vec();
+    let host = Host::new(Way::Clsact, Path::new(&bpffs.join("")), state.path(), objects);
+    let ifindex =
+        net::find(&net::devices(&Sys::new()).expect("a list"), DEVICE).expect("it is there").ifindex;
+    // `r0 = TC_ACT_UNSPEC; exit`.
+    let slots = [0xffff_ffff_0000_00b7, 0x95];
+    let spec = ProgramSpec {
+        kind: ProgramType::SCHED_CLS,
+        attach_type: 0,
+        name: "other",
+        license: "GPL",
+        slots: &slots,
+        btf: None,
     };
-    let (host, other) = (host(&bpffs, &state), Arc::new(host(&others.0, &others.1)));
+    let other = Arc::new(Sys::new().prog_load(&spec, &mut []).expect("loaded"));
     let (mut refused, mut added) = (0, 0);
     for number in 1..=CALLS_MAX {
         let calls = Arc::new(AtomicUsize::new(0));
         let (counted, beside) = (calls.clone(), other.clone());
         let sys = Sys::with_hook(move |call| {
             if call == "netlink" && counted.fetch_add(1, Ordering::Relaxed) + 1 == number {
-                beside.apply(&Sys::new(), 1, None).expect("nothing is in its way");
+                // Where polc came first, they are there already.
+                _ = clsact::add_qdisc(&Sys::new(), ifindex);
+                let name = clsact::filter_name(false);
+                _ = clsact::set_filter(&Sys::new(), ifindex, false, 1, &*beside, name, false);
             }
             Ok(())
         });
@@ -738,16 +750,61 @@ fn a_filter_that_was_there_first_is_not_polcs() {
             }
             Err(error) => panic!("call {number}: {error}"),
         }
-        for host in [&host, &other] {
-            flush(&Sys::new(), &host.store, &host.slot)
-                .unwrap_or_else(|error| panic!("call {number}: {error}"));
+        flush(&Sys::new(), &host.store, &host.slot).unwrap_or_else(|error| panic!("call {number}: {error}"));
+        // What is theirs is left.
+        for filter in clsact::filters(&Sys::new(), ifindex, false).expect("asked") {
+            let program = Sys::new().prog_info(&*other).expect("asked").id;
+            assert_eq!((filter.priority, filter.program_id), (1, program), "call {number}");
         }
+        _ = clsact::remove_qdisc(&Sys::new(), ifindex);
         if calls.load(Ordering::Relaxed) < number {
             break;
         }
     }
     assert!(refused > 0 && added > 2, "{refused} refused, {added} added");
     host.clear().expect("nothing is left");
+}
+
+/// Another polc, wherever it keeps its files, adds or takes away no filter while one is at it.
+#[test]
+fn qdiscs_are_one_polcs_at_a_time() {
+    const NAME: &str = "qdiscs_are_one_polcs_at_a_time";
+    if !may_run(NAME) || !has_tools(NAME, &["ip", "mount"]) {
+        return;
+    }
+    let (bpffs, state, _namespace) = bench("one");
+    let host = |bpffs: &BpfFs, state: &TempDir| {
+        let objects = POLICIES.map(|port| object(port, Way::Clsact.attach())).to_vec();
+        Host::new(Way::Clsact, Path::new(&bpffs.join("")), state.path(), objects)
+    };
+    let others = (BpfFs::new("one-fs-other"), TempDir::in_memory("one-other"));
+    let (host, other) = (host(&bpffs, &state), host(&others.0, &others.1));
+    other.apply(&Sys::new(), 1, None).expect("applied");
+    let lock = lock_qdiscs(&Sys::new()).expect("nobody has it");
+    std::thread::scope(|scope| {
+        let namespace = fs::File::open("/proc/thread-self/ns/net").expect("it is there");
+        let entered = move || {
+            let kinds = Some(rustix::thread::LinkNameSpaceType::Network);
+            rustix::thread::move_into_link_name_space(namespace.as_fd(), kinds).expect("root may");
+        };
+        let applying = scope.spawn(move || {
+            entered();
+            host.apply(&Sys::new(), 0, None).expect("applied");
+            flush(&Sys::new(), &host.store, &host.slot).expect("flushed");
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!applying.is_finished());
+        let filters = || {
+            let devices = net::devices(&Sys::new()).expect("a list");
+            let ifindex = net::find(&devices, DEVICE).expect("it is there").ifindex;
+            clsact::filters(&Sys::new(), ifindex, false).expect("asked").len()
+        };
+        assert_eq!(filters(), 1);
+        drop(lock);
+        applying.join().expect("it waited");
+        assert_eq!(filters(), 1);
+    });
+    other.clear().expect("nothing is left");
 }
 
 /// A priority that another function got after polc's was detached does not make polc's attached.

@@ -162,6 +162,37 @@ fn what_nothing_tells_of_can_be_replaced_and_taken_away() {
     assert!(!Path::new(&host.pins.join("polc")).exists());
 }
 
+/// A change that waited is flushed, and the files that say so can't be removed: it is over all the same.
+#[test]
+fn what_was_flushed_does_not_go_back() {
+    let Some(host) = Host::new("fault-flushed") else { return };
+    host.files.file("other.v4", OTHER_RULES.as_bytes());
+    fs::create_dir(&host.state).expect("a folder");
+    let state = host.state.to_str().expect("UTF-8");
+    let mount = |args: &[&str]| kernel::run("mount", args).expect("root may");
+    mount(&["-t", "tmpfs", "tmpfs", state]);
+    // The filter's place stays.
+    kernel::run("tc", &["qdisc", "add", "dev", "eth0", "clsact"]).expect("tc");
+    let filters = || kernel::run("tc", &["filter", "show", "dev", "eth0", "ingress"]).expect("tc");
+    apply(&host, "rules.v4", &[]);
+    apply(&host, "other.v4", &["--confirm", "1"]);
+    assert!(has_xdp("eth0") && filters().contains("polc"));
+    mount(&["-o", "remount,ro", state]);
+    let said = host.says(&["flush"], 3);
+    assert!(said.contains("[E0814]"), "{said}");
+    let began = Instant::now();
+    // Some time after it would have gone back.
+    while began.elapsed() < Duration::from_millis(2_500) {
+        assert!(!has_xdp("eth0") && filters().is_empty(), "{}", filters());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    mount(&["-o", "remount,rw", state]);
+    let said = host.says(&["status", "--sample", "0"], 0);
+    assert!(said.contains("nothing is applied") && !said.contains("nobody confirmed"), "{said}");
+    host.says(&["flush"], 0);
+    kernel::run("umount", &[state]).expect("root may");
+}
+
 #[test]
 fn changes_go_back_whatever_became_of_their_state() {
     let Some(host) = Host::new("fault-back") else { return };

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use polc_loader::sys::{ProgramType, Sys};
-use polc_tests::kernel;
+use polc_tests::kernel::{self, BpfFs};
 use rustix::process::{Signal, kill_process};
 
 use crate::host::{APPLY, APPLY_OTHER, Host, OTHER_RULES, ip, pid, programs, theirs};
@@ -87,6 +87,86 @@ fn the_clsact_qdisc_goes_with_the_last_filter_if_polc_made_it() {
     assert_eq!(shown(), before);
 }
 
+/// Where packets of several devices meet the filters of one block, none of them has its own.
+#[test]
+fn a_shared_block_is_refused_by_name() {
+    let Some(host) = Host::new("fault-block") else { return };
+    if !kernel::has_tools("a_shared_block_is_refused_by_name", &["tc"]) {
+        return;
+    }
+    tc("qdisc add dev eth0 ingress_block 7 clsact");
+    let before = tc("qdisc show dev eth0");
+    let apply = [&APPLY[..], &["--attach", "tc-ingress", "--clsact"]].concat();
+    let said = host.says(&apply, 3);
+    assert!(said.contains("[E0838] the qdisc of `eth0` has the filters of block 7"), "{said}");
+    assert!(said.contains("help: use --attach xdp"), "{said}");
+    assert_eq!(tc("qdisc show dev eth0"), before);
+    // The other side is the device's own.
+    let egress = ["--dev", "eth0", "--attach", "tc-egress", "--hook", "output", "--clsact"];
+    host.says(&[&["apply", "rules.v4", "--replace"], &egress[..]].concat(), 0);
+    host.says(&["flush"], 0);
+    assert_eq!(tc("qdisc show dev eth0"), before);
+}
+
+/// Runs a command that ends well.
+type Polc<'a> = &'a dyn Fn(&[&str]);
+
+/// Two that keep their files in different places have filters on one qdisc, and whoever leaves last takes it along, if one
+/// of them made it.
+#[test]
+fn polcs_that_know_nothing_of_each_other_share_a_qdisc() {
+    let Some(host) = Host::new("fault-shared") else { return };
+    if !kernel::has_tools("polcs_that_know_nothing_of_each_other_share_a_qdisc", &["tc"]) {
+        return;
+    }
+    let (pins, state) = (BpfFs::new("fault-shared-other"), host.files.path().join("other-state"));
+    let other = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polc"));
+        command.args(args).args(["--bpffs", &pins.join(""), "--state"]).arg(&state);
+        let output = command.current_dir(host.files.path()).output().expect("polc runs");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let own = |args: &[&str]| drop(host.says(args, 0));
+    let apply = [&APPLY[..], &["--attach", "tc-ingress", "--clsact"]].concat();
+    let filters = || tc("filter show dev eth0 ingress").matches("direct-action").count();
+    let has_qdisc = || tc("qdisc show dev eth0").contains("clsact");
+    let nothing_kept = || {
+        for pins in [&host.pins, &pins] {
+            assert!(!Path::new(&pins.join("polc")).exists());
+        }
+    };
+    let (own, other): (Polc<'_>, Polc<'_>) = (&own, &other);
+    for (first, second) in [(own, other), (other, own)] {
+        for (leaves, stays) in [(first, second), (second, first)] {
+            first(&apply);
+            second(&apply);
+            // What is applied anew is where it was.
+            first(&apply);
+            second(&apply);
+            assert_eq!(filters(), 2);
+            leaves(&["flush"]);
+            assert_eq!((filters(), has_qdisc()), (1, true));
+            stays(&["status", "--dev", "eth0", "--sample", "0"]);
+            // Who comes back finds what the other knows.
+            leaves(&apply);
+            stays(&["flush"]);
+            assert_eq!((filters(), has_qdisc()), (1, true));
+            leaves(&["flush"]);
+            assert!(!has_qdisc());
+            nothing_kept();
+        }
+        // One that was there is nobody's.
+        tc("qdisc add dev eth0 clsact");
+        first(&apply);
+        second(&apply);
+        first(&["flush"]);
+        second(&["flush"]);
+        assert!(has_qdisc());
+        tc("qdisc del dev eth0 clsact");
+        nothing_kept();
+    }
+}
+
 /// Filters of both families get priorities of their own, though they be added at the same moment.
 #[test]
 fn two_filters_at_once_do_not_get_one_priority() {
@@ -143,7 +223,7 @@ fn a_policy_is_its_devices_whatever_that_is_called() {
     ip("link add eth0 type veth peer name eth2");
     assert_eq!(host.says(&["flush", "--dev", "eth0"], 0), "nothing to remove\n");
     let said = host.says(&["flush", "--dev", "nosuch"], 3);
-    assert!(said.contains("[E0803] there is no device `nosuch`") && said.contains("`ip link`"), "{said}");
+    assert!(said.contains("[E0803] there is no device `nosuch`") && said.contains("`wan`"), "{said}");
     assert_eq!(programs("eth1").len(), 1);
     let said = host.says(&APPLY, 3);
     assert!(said.contains("[E0830]") && said.contains("`polc flush --dev eth1`"), "{said}");

@@ -56,15 +56,15 @@ impl Sys {
         File::open(folder)?.sync_all()
     }
 
-    /// Locks a directory (flock(2)) until the result is closed, by a crash if need be. `WouldBlock` if another holds the
+    /// Locks a directory or file (flock(2)) until the result is closed, by a crash if need be. `WouldBlock` if another holds the
     /// lock until then.
-    pub fn lock_directory(&self, path: &Path, until: Instant) -> io::Result<File> {
+    pub fn lock_file(&self, path: &Path, until: Instant) -> io::Result<File> {
         loop {
             self.enter("open_lock")?;
             let file = File::open(path)?;
             self.enter("flock")?;
-            lock_file(&file, until)?;
-            // Whoever held it may have removed the directory; a lock on one without a name keeps nobody out.
+            lock(&file, until)?;
+            // Whoever held it may have removed it; a lock on one without a name keeps nobody out.
             let named = fs::metadata(path).is_ok_and(|named| {
                 file.metadata().is_ok_and(|own| (own.dev(), own.ino()) == (named.dev(), named.ino()))
             });
@@ -173,7 +173,7 @@ impl Sys {
 }
 
 /// Locks a file. To be told of its release takes a call that waits for as long as it takes, so it is tried again.
-fn lock_file(file: &File, until: Instant) -> io::Result<()> {
+fn lock(file: &File, until: Instant) -> io::Result<()> {
     loop {
         match file.try_lock() {
             Err(fs::TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(LOCK_PAUSE),

@@ -64,7 +64,7 @@ pub(super) fn open_all(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Op
 pub(super) fn open_some(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Opened, Failure> {
     let mut opened = open_all(sys, args, output)?;
     match opened.failed.pop() {
-        None if opened.policies.is_empty() => Err(live::nothing(args)),
+        None if opened.policies.is_empty() => Err(live::nothing(sys, args)),
         Some(failure) if opened.policies.is_empty() => {
             opened.failed.push(failure);
             live::all_well(opened.failed, output).map(|_| Opened::default())

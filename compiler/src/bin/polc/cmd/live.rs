@@ -101,15 +101,19 @@ impl<'a> Asked<'a> {
             _ => String::new(),
         }
     }
+}
 
-    /// The failure that a device is asked for which does not exist.
-    fn no_device(&self) -> Option<Error> {
-        net::find(&self.devices, self.args.dev.as_ref()?).err()
-    }
+/// Refuses to take it that nothing is applied to a device which does not exist: as for `ip link show` and `tc qdisc
+/// delete`, such a name is a mistake.
+pub(super) fn device_exists(sys: &Sys, args: &SlotArgs) -> Result<(), Error> {
+    args.dev.as_ref().map_or(Ok(()), |dev| net::find(&net::devices(sys)?, dev).map(|_| ()))
 }
 
 /// The failure that no policy is applied where options say.
-pub(super) fn nothing(args: &SlotArgs) -> Failure {
+pub(super) fn nothing(sys: &Sys, args: &SlotArgs) -> Failure {
+    if let Err(error) = device_exists(sys, args) {
+        return error.into();
+    }
     let mut place = String::from("here");
     if let Some(attach) = args.attach {
         place = format!("at {}", polc_ir::env::Attach::from(attach));
@@ -159,7 +163,7 @@ pub(super) fn confirm(args: &SlotArgs, output: &Output) -> Result<ExitCode, Fail
         }
     }
     if gone == slots.len() {
-        return Err(nothing(args));
+        return Err(nothing(&sys, args));
     }
     // Who confirms too late has to hear of it.
     match all_well(failed, output)? {
@@ -185,8 +189,7 @@ pub(super) fn flush(args: &FlushArgs, output: &Output) -> Result<ExitCode, Failu
     let mut failed = Vec::new();
     let flushed = flush_all(&sys, &store, &|slot| asked.includes(slot))?;
     if flushed.is_empty() {
-        // As for `ip link delete` and `tc qdisc delete`, a name that no device has is a mistake.
-        asked.no_device().map_or(Ok(()), Err)?;
+        device_exists(&sys, &args.slots)?;
         output.remark("nothing to remove\n");
     }
     for (slot, flushed) in flushed {

@@ -79,7 +79,7 @@ fn policies(sys: &Sys, args: &SlotArgs, output: &Output) -> Result<Policies<Live
     }
     if all.is_empty() {
         live::all_well(failed, output)?;
-        return Err(live::nothing(args));
+        return Err(live::nothing(sys, args));
     }
     Ok(Policies { all, failed, locks })
 }

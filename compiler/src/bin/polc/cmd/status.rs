@@ -76,6 +76,9 @@ struct Rate {
 pub(super) fn run(args: &StatusArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
     let Opened { policies: opened, failed, .. } = applied::open_all(&sys, &args.slots, output)?;
+    if opened.is_empty() && failed.is_empty() {
+        live::device_exists(&sys, &args.slots)?;
+    }
     let read = |policy: &Open| -> Result<(Instant, Verdicts), Error> {
         let slots = counters::by_slot(&sys, policy)?;
         Ok((Instant::now(), counters::by_verdict(&policy.object.manifest, &slots)))

@@ -65,7 +65,7 @@ pub(super) fn run(args: &TopArgs, output: &Output) -> Result<ExitCode, Failure> 
                 read = Instant::now();
                 screen.read(&sys, &followed.refresh(&sys, &args.slots)?.policies)?;
                 if screen.rows.is_empty() {
-                    return Err(live::nothing(&args.slots));
+                    return Err(live::nothing(&sys, &args.slots));
                 }
             }
         }

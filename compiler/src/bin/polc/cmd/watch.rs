@@ -52,7 +52,7 @@ pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure
         let store = live::store(&args.slots.store)?;
         let Opened { policies, mut failed, unread, .. } = applied::open_all(&sys, &args.slots, output)?;
         if policies.is_empty() && failed.is_empty() {
-            return Err(live::nothing(&args.slots));
+            return Err(live::nothing(&sys, &args.slots));
         }
         for slot in &unread {
             failed.extend(suspend_unread(&sys, &store, slot, &mut said).err());
