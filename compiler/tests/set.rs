@@ -1,5 +1,6 @@
 //! `polc set` on applied policies, as people and scripts see it. Without root the test says that it is skipped.
 
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -93,6 +94,7 @@ fn sets_change_while_they_are_in_force() {
     host.well("set del -exist hosts 192.0.2.1");
     // Four hosts, where maxelem leaves room for three more: none of them.
     host.fails("set add hosts 192.0.2.8/30", 1, "Hash is full");
+    host.fails("set add hosts 192.0.2.8/29", 1, "Hash is full");
     host.well("set add hosts 192.0.2.8/31");
     host.well("set add nets 10.1.0.0/16 nomatch");
     host.well("set add nets 2.0.0.0/7");
@@ -172,6 +174,31 @@ fn sets_change_while_they_are_in_force() {
     host.well(&apply_of("rules.v4", " --confirm 600").replace("--ipset sets", "--ipset larger"));
     let said = host.well("set add hosts 192.0.2.8/31");
     assert!(said.contains("unless `polc confirm` follows") && said.contains("its maxelem is 4"), "{said}");
+    let said = host.well("set add hosts 192.0.2.16/29");
+    assert!(said.contains("unless `polc confirm` follows") && said.contains("its maxelem is 4"), "{said}");
+    assert_eq!(host.well("set del hosts 192.0.2.16/29"), "");
+    // Nor does it matter what became of that one: the change is made in the policy that is in force.
+    let slot = "eth0-tc-ingress-4";
+    let maps = Path::new(&host.bpffs).join("polc");
+    let kept = host.files.path().join("state");
+    let [maps, kept] = [maps, kept].map(|all| {
+        let mut spaces = std::fs::read_dir(all).unwrap().map(|space| space.unwrap().path().join(slot));
+        let generations = std::fs::read_dir(spaces.next().unwrap()).unwrap();
+        let generations = generations.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+        generations.min().unwrap()
+    });
+    for pin in std::fs::read_dir(&maps).unwrap().map(|pin| pin.unwrap().path()) {
+        if pin.file_name().is_some_and(|name| name.to_string_lossy().starts_with("map_")) {
+            std::fs::remove_file(pin).unwrap();
+        }
+    }
+    let said = host.well("set add hosts 192.0.2.24");
+    assert!(said.contains("unless `polc confirm` follows") && said.contains("it is gone"), "{said}");
+    std::fs::write(kept.join("sets.json"), "{").unwrap();
+    let said = host.well("set add hosts 192.0.2.25");
+    assert!(said.contains("unless `polc confirm` follows") && said.contains("is damaged"), "{said}");
+    let listed = host.well("set list hosts");
+    assert!(listed.contains("192.0.2.24\n") && listed.contains("192.0.2.25\n"), "{listed}");
     host.well("flush");
     host.well(&apply_of("without.v4", ""));
     host.well(&apply_of("rules.v4", " --confirm 600"));

@@ -31,8 +31,8 @@ pub struct LiveSets {
     pub mode: Option<Mode>,
     /// The sets that have tables.
     pub sets: Vec<SetManifest>,
-    /// Those of the policy that comes back unless the last change is confirmed, if one does.
-    pub before: Option<Box<LiveSets>>,
+    /// Those of the policy that comes back unless the last change is confirmed, if one does, or why they can't be told.
+    pub before: Option<Box<Result<LiveSets, Error>>>,
     slot: Slot,
     generation: u32,
 }
@@ -72,7 +72,7 @@ impl LiveSets {
             LiveSets::of(sys, slot.clone(), generation, mode)
         };
         let from = state.intent.as_ref().and_then(|intent| intent.from).filter(|_| unconfirmed.is_some());
-        let before = from.map(&of).transpose()?.map(Box::new);
+        let before = from.map(|from| Box::new(of(from)));
         Ok(Some(LiveSets { before, ..of(current)? }))
     }
 

@@ -8,6 +8,7 @@
 use std::process::ExitCode;
 
 use polc_backend_ebpf::manifest::SetManifest;
+use polc_frontend_iptables::codes;
 use polc_frontend_iptables::ipset::{self, Sets};
 use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::env::Mode;
@@ -17,7 +18,9 @@ use polc_ir::plan::set::{COUNT_WORD, SetShape, Words};
 use polc_ir::ruleset::Ruleset;
 use polc_ir::set::{DimensionKind, Pattern, SetContents, SetData, patterns};
 use polc_ir::source::SourceMap;
+use polc_loader::Error;
 use polc_loader::sets::{LiveSets, LiveTable, elements, read};
+use polc_loader::state::SlotName;
 use polc_loader::store::Locks;
 use polc_loader::sys::{Map, Sys};
 
@@ -123,39 +126,58 @@ struct Asked {
     single: bool,
 }
 
-/// Reads an element; findings are shown, and give `None`.
+/// Why words are no element of a set.
+struct NoElement {
+    sources: SourceMap,
+    findings: Vec<Diagnostic>,
+}
+
+impl NoElement {
+    /// Whether it stands for more elements than the set may ever have.
+    fn is_too_large(&self) -> bool {
+        self.findings.iter().any(|finding| finding.code == codes::SET_LIMIT)
+    }
+
+    /// In one line.
+    fn text(&self) -> String {
+        let of = |finding: &Diagnostic| finding.message.clone();
+        self.findings.first().map_or_else(|| "its set is of another kind".into(), of)
+    }
+}
+
+/// Reads an element of a set that was created so.
 fn element(
     manifest: &SetManifest,
+    create: &str,
     family: Family,
     words: &[&str],
-    output: &Output,
-) -> Result<Option<Asked>, Failure> {
+) -> Result<Result<Asked, NoElement>, Failure> {
     let mut sources = SourceMap::new();
     let quoted = words
         .iter()
         .map(|word| if word.contains([' ', '\t']) { format!("\"{word}\"") } else { (*word).to_string() });
     let line = format!("add {} {}", manifest.name, quoted.collect::<Vec<_>>().join(" "));
-    let file = sources.add("the command line", format!("{}{line}\n", manifest.create));
+    let file = sources.add("the command line", format!("{create}{line}\n"));
     let (sets, mut findings) = ipset::parse(&sources, file);
     findings.retain(|finding: &Diagnostic| finding.severity == Severity::Error);
     let Some((data, ast)) = lowered(&sets, family).filter(|_| findings.is_empty()) else {
-        show(output, &sources, &findings);
-        return Ok(None);
+        return Ok(Err(NoElement { sources, findings }));
     };
-    let Some(element) = ast.elements.first() else { return Ok(None) };
+    let (Some(element), SetContents::Elements(elements)) = (ast.elements.first(), &data.contents) else {
+        return Ok(Err(NoElement { sources, findings }));
+    };
     if element.extra.as_ref().is_some_and(|extra| extra.timeout.is_some()) {
         return Err(Failure::Usage(
             "programs keep no timeouts: add the element without one, and delete it when its time is over"
                 .into(),
         ));
     }
-    let SetContents::Elements(elements) = &data.contents else { return Ok(None) };
     let mut all = Vec::new();
     for element in elements.iter() {
         patterns(&data, family, &element, &mut |pattern| all.push(pattern));
     }
     let single = all.iter().all(|pattern| pattern.lengths == manifest.shape.widths);
-    Ok(Some(Asked {
+    Ok(Ok(Asked {
         patterns: all,
         text: words.first().copied().unwrap_or_default().to_string(),
         hash: ast.kind.name.starts_with("hash:"),
@@ -163,6 +185,16 @@ fn element(
         nomatch: element.nomatch,
         single,
     }))
+}
+
+/// A `create` line with room for at least so many elements.
+fn with_room(create: &str, elements: usize) -> String {
+    let mut words: Vec<String> = create.split_whitespace().map(String::from).collect();
+    let max = words.iter().position(|word| word == "maxelem").and_then(|at| words.get_mut(at + 1));
+    if let Some(max) = max.filter(|max| max.parse::<usize>().is_ok_and(|max| max < elements)) {
+        *max = elements.to_string();
+    }
+    words.join(" ") + "\n"
 }
 
 /// The one set of a text.
@@ -199,19 +231,29 @@ fn change_in(
     words: &[&str],
     output: &Output,
 ) -> Result<ExitCode, Failure> {
-    let before: Vec<LiveSets> =
-        found.iter_mut().filter_map(|found| Some(*found.sets.before.take()?)).collect();
-    let mut tables = Vec::new();
-    for found in &found {
-        let Some(asked) = element(&found.manifest, found.sets.name.family, words, output)? else {
-            return Ok(ExitCode::from(2));
-        };
-        tables.push((found, asked, LiveTable::new(sys, &found.map)?));
-    }
+    let before: Vec<(SlotName, Result<LiveSets, Error>)> = found
+        .iter_mut()
+        .filter_map(|found| Some((found.sets.name.clone(), *found.sets.before.take()?)))
+        .collect();
     let refuse = |found: &Found, message: String| {
         output.error(&format!("set `{name}` {}: {message}", found.sets.name));
         Ok(ExitCode::from(FOUND))
     };
+    let mut tables = Vec::new();
+    for found in &found {
+        let (manifest, family) = (&found.manifest, found.sets.name.family);
+        let asked = match element(manifest, &manifest.create, family, words)? {
+            Ok(asked) => asked,
+            Err(none) if none.is_too_large() && verb == Verb::Add => {
+                return refuse(found, is_full(manifest));
+            }
+            Err(none) => {
+                show(output, &none.sources, &none.findings);
+                return Ok(ExitCode::from(2));
+            }
+        };
+        tables.push((found, asked, LiveTable::new(sys, &found.map)?));
+    }
     // Where policies differ, of which one has an element and another has not, it is added to those that have not, and
     // deleted from those that have.
     let in_all = |index: usize, wanted: bool| {
@@ -251,9 +293,10 @@ fn change_in(
             return refuse(found, why(refusal));
         }
     }
-    for sets in before {
-        let place = sets.name.to_string();
-        if let Some(message) = make_before(sys, verb, sets, name, words, output)? {
+    // The change is made; what comes of it where it may never matter does not undo that.
+    let most = tables.iter().map(|(found, ..)| found.manifest.elements_max).max().unwrap_or(0);
+    for (place, sets) in before {
+        if let Err(message) = make_before(sys, verb, sets, name, words, most) {
             output.remark(&format!(
                 "set `{name}` {place}: unless `polc confirm` follows, a policy comes back without this change: {message}\n"
             ));
@@ -262,29 +305,35 @@ fn change_in(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes a change in the policy that comes back unless the last change is confirmed; why not, if it can't be.
+/// Makes a change in the policy that comes back unless the last change is confirmed; `Err`: why not. The element stands for
+/// no more than `most`.
 fn make_before(
     sys: &Sys,
     verb: Verb,
-    sets: LiveSets,
+    sets: Result<LiveSets, Error>,
     name: &str,
     words: &[&str],
-    output: &Output,
-) -> Result<Option<String>, Failure> {
+    most: usize,
+) -> Result<(), String> {
+    let said = |error: Error| error.to_string();
+    let sets = sets.map_err(said)?;
     let family = sets.name.family;
-    let Some(found) = Found::new(sys, sets, name)? else {
-        return Ok(Some("it has no such set that can be changed".into()));
-    };
-    let Some(asked) = element(&found.manifest, family, words, output)? else {
-        return Ok(Some("its set is of another kind".into()));
-    };
-    let table = LiveTable::new(sys, &found.map)?;
-    let fits = if verb == Verb::Add { takes(&found.manifest, &asked, &table) } else { Ok(()) };
-    table.check()?;
-    if let Err(message) = fits {
-        return Ok(Some(message));
-    }
-    Ok(make(sys, verb, &found.manifest, &asked, &table)?.err().map(why))
+    let manifest = sets.sets.iter().find(|set| set.name == name && set.live);
+    let manifest = manifest.ok_or("it has no such set that can be changed")?;
+    let map = sets.table(sys, manifest).map_err(said)?;
+    // Whether there is room for all of it is asked of the table.
+    let create = with_room(&manifest.create, most);
+    let asked = element(manifest, &create, family, words).map_err(|failure| failure.to_string())?;
+    let asked = asked.map_err(|none| none.text())?;
+    let table = LiveTable::new(sys, &map).map_err(said)?;
+    let fits = if verb == Verb::Add { takes(manifest, &asked, &table) } else { Ok(()) };
+    table.check().map_err(said)?;
+    fits?;
+    make(sys, verb, manifest, &asked, &table).map_err(said)?.map_err(why)
+}
+
+fn is_full(manifest: &SetManifest) -> String {
+    format!("Hash is full, cannot add more elements: its maxelem is {}", manifest.elements_max)
 }
 
 /// Whether a table takes what there is of an element that it does not have; `Err`: why not.
@@ -297,9 +346,8 @@ fn takes(manifest: &SetManifest, asked: &Asked, table: &LiveTable<'_>) -> Result
             change::add(shape, table, pattern, true).map_err(why)?;
         }
     }
-    let max = manifest.elements_max;
-    if asked.hash && new > 0 && table.word(COUNT_WORD) as usize + new > max {
-        return Err(format!("Hash is full, cannot add more elements: its maxelem is {max}"));
+    if asked.hash && new > 0 && table.word(COUNT_WORD) as usize + new > manifest.elements_max {
+        return Err(is_full(manifest));
     }
     Ok(())
 }
@@ -311,7 +359,7 @@ fn make(
     manifest: &SetManifest,
     asked: &Asked,
     table: &LiveTable<'_>,
-) -> Result<Result<(), Refusal>, Failure> {
+) -> Result<Result<(), Refusal>, Error> {
     let shape = &manifest.shape;
     for pattern in &asked.patterns {
         let stores = match verb {
