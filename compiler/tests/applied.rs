@@ -469,6 +469,57 @@ fn trace_ends_when_nobody_reads_and_follows_the_policy() {
     assert_eq!(watcher.rest().len(), 1);
 }
 
+/// A policy without reports in place of the one that is watched is waited out.
+#[test]
+fn trace_waits_for_a_policy_that_reports() {
+    let Some(host) = Host::new("waits") else { return };
+    host.apply(&[]);
+    let mut watcher = host.watch(&["trace", "--format", "json", "dport", "80"]);
+    let expect = |watcher: &mut Watcher, what: &[&str]| {
+        for part in what {
+            let line = watcher.remark();
+            assert!(line.contains(part), "{part}: {line}");
+        }
+    };
+    let waits = ["replaced", "applied without reports, so not shown", "waiting for a policy that is applied"];
+    let goes_on = ["replaced", "is neither shown nor counted", "watching"];
+    // It is replaced again, and it goes back by itself.
+    host.apply(&["--no-trace"]);
+    expect(&mut watcher, &waits);
+    host.send(80, 1);
+    host.apply(&[]);
+    expect(&mut watcher, &goes_on);
+    host.send(80, 2);
+    host.apply(&["--no-trace", "--confirm", "1"]);
+    expect(&mut watcher, &waits);
+    expect(&mut watcher, &goes_on);
+    host.send(80, 1);
+    eventually(|| {
+        let saved = host.well(&["save", "-c"]);
+        if saved.contains("[4:132] -A INPUT -p udp -m udp --dport 80") { Ok(()) } else { Err(saved) }
+    });
+    // While it waits it ends as ever.
+    host.apply(&["--no-trace"]);
+    expect(&mut watcher, &waits);
+    watcher.tell(Signal::INT);
+    assert_eq!(watcher.end().code(), Some(0));
+    assert_eq!(watcher.rest().len(), 3);
+    assert!(watcher.remarks().contains("3 packets shown"));
+    let error = host.fails(&["trace"], 3);
+    assert!(error.contains("[E0825]") && error.contains("apply it again without --no-trace"), "{error}");
+    // Beside one that reports, too.
+    host.apply(&["--attach", "tc-ingress"]);
+    let mut watcher =
+        host.polc(&["trace"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("polc runs");
+    let lines = lines(watcher.stderr.take().expect("piped"));
+    let mut watcher = Watcher { child: watcher, out: None, lines };
+    expect(&mut watcher, &["at xdp of `eth0` for IPv4: applied without reports", "watching at tc-ingress"]);
+    host.apply(&[]);
+    expect(&mut watcher, &["replaced", "watching at xdp", "watching at tc-ingress"]);
+    host.well(&["flush"]);
+    assert_eq!(watcher.end().code(), Some(0));
+}
+
 /// Packets that a new policy decides before its watcher has come to it are shown.
 #[test]
 fn trace_misses_nothing_when_policies_change() {
@@ -528,8 +579,15 @@ fn code_of_applied_policies_stands_beside_its_rules() {
             assert!(numbers[0] > 0 && numbers[1] >= numbers[0], "{row}");
         }
     }
+    ip("link add eth1 type veth peer name eth2");
     let error = host.fails(&["dump", "jited", "--dev", "eth1"], 3);
     assert!(error.contains("no policy of polc's is applied here of `eth1`"), "{error}");
+    for command in [&["dump", "jited"][..], &["status"], &["save"], &["watch", "--once"], &["flush"]] {
+        let error = host.fails(&[command, &["--dev", "nope"]].concat(), 3);
+        assert!(error.contains("[E0803] there is no device `nope`\n"), "{error}");
+        assert!(error.contains("help: this network namespace has `lo`, `"), "{error}");
+        assert!(error.contains("`eth0`") && error.contains("`eth1`"), "{error}");
+    }
 }
 
 #[test]

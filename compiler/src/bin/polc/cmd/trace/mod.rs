@@ -146,11 +146,12 @@ impl<'a> Asked<'a> {
             }
             watched.push(Watched::new(policy));
         }
-        if watches.is_empty() && !changed {
+        let none = watches.is_empty() && !changed;
+        if none && is_first {
             let first = policies.first().map_or_else(String::new, |policy| policy.slot.to_string());
             return Err(Error::NoReports(first).into());
         }
-        if !any && !changed {
+        if !any && !none && !changed {
             let nobody = nobody_decides(self.args);
             if is_first {
                 return Err(Failure::Usage(nobody));
@@ -161,10 +162,16 @@ impl<'a> Asked<'a> {
         for policy in policies.iter().filter(|policy| policy.object.manifest.trace.is_none()) {
             output.remark(&format!("{}: applied without reports, so not shown\n", policy.slot));
         }
+        if none {
+            output.remark("waiting for a policy that is applied without --no-trace\n");
+        }
         for Watched { policy, .. } in &watched {
             output.remark(&format!("watching {}: {}\n", policy.slot, policy.generation.source));
         }
-        let end = if changed { Ok(End::Changed) } else { show(sys, &mut watches, &watched, devices, stream) };
+        let end = match changed {
+            true => Ok(End::Changed),
+            false => show(sys, policies, &mut watches, &watched, devices, stream),
+        };
         // Whatever the end was: switch off, show what is still there, and only then count. What is still in force goes on
         // reporting while the others are looked at again.
         let mut tally = Tally::default();
@@ -217,8 +224,8 @@ impl<'a> Asked<'a> {
             Some(start) => Watch::take_over(sys, maps, &self.config, wanted, start)?,
             None => None,
         };
-        let is_next = handed_on.and_then(|wish| wish.after) == before.map(|(number, _)| number);
-        if is_new && before.is_some() && !(watch.is_some() && is_next) {
+        let is_next = !is_new || handed_on.and_then(|wish| wish.after) == before.map(|(number, _)| number);
+        if before.is_some() && !(watch.is_some() && is_next) {
             self.output.remark(&format!(
                 "{}: what was decided between the two policies that were watched is neither shown nor counted as not reported\n",
                 policy.slot
@@ -239,19 +246,21 @@ fn is_gone(sys: &Sys, policy: &Open) -> bool {
     !policy.is_attached(sys).unwrap_or(false)
 }
 
-/// Shows packets until something ends it.
+/// Shows packets until something ends it. A policy that reports nothing may be replaced by one that does.
 fn show(
     sys: &Sys,
+    policies: &[Open],
     watches: &mut [Watch<'_>],
     watched: &[Watched<'_>],
     devices: &mut Devices<'_>,
     stream: &mut Stream<'_>,
 ) -> Result<End, Failure> {
     let stdout = io::stdout();
-    let pins = watched.iter().map(|watched| watched.policy.pins());
-    let mut changes = sys.name_changes(pins).map_err(Error::call("wait for changes of the policies"))?;
+    let mut changes = sys
+        .name_changes(policies.iter().map(Open::pins))
+        .map_err(Error::call("wait for changes of the policies"))?;
     let mut checked = Instant::now();
-    let mut notes: Vec<Option<String>> = vec![None; watched.len()];
+    let mut notes: Vec<Option<String>> = vec![None; policies.len()];
     loop {
         let is_due = checked.elapsed() >= CHECK;
         if is_due {
@@ -262,7 +271,7 @@ fn show(
             }
             stream.not_reported(tally)?;
         }
-        for (Watched { policy, .. }, before) in watched.iter().zip(&mut notes) {
+        for (policy, before) in policies.iter().zip(&mut notes) {
             let note = policy.note(sys)?;
             if (is_due || note != *before) && is_gone(sys, policy) {
                 return Ok(End::Changed);
