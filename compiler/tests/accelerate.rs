@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{self, Sender};
 use std::thread;
@@ -115,6 +116,26 @@ impl Host {
         let policy = saved.lines().find(|line| line.starts_with(":INPUT DROP")).expect("a policy");
         let packets = policy.split_once('[').and_then(|(_, rest)| rest.split_once(':')).expect("counters").0;
         packets.parse().expect("a number")
+    }
+
+    /// Whether the kernel's rules drop a packet; else the program does.
+    fn kernel_decides(&self) -> bool {
+        let before = self.kernel_drops();
+        self.send("192.0.2.2:4000", "192.0.2.1:5000", 1);
+        let began = Instant::now();
+        while self.kernel_drops() == before {
+            if began.elapsed() > SILENCE {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The directory of what is kept of the device's policy.
+    fn kept(&self) -> PathBuf {
+        let state = fs::read_dir(self.files.path().join("state")).expect("state");
+        let mut slots = state.map(|entry| entry.expect("an entry").path().join("eth0-xdp-4"));
+        slots.find(|path| path.is_dir()).expect("the policy's files")
     }
 
     /// Sends UDP packets from the peer's port to one of the host's.
@@ -374,23 +395,8 @@ fn a_renamed_devices_policy_waits_for_its_user() {
 fn what_cant_be_judged_is_suspended() {
     let Some(host) = Host::new("acc-damaged", STATEFUL) else { return };
     host.apply("xdp");
-    // Who drops a packet, the kernel's rules or the program.
-    let kernel_decides = |host: &Host| {
-        let before = host.kernel_drops();
-        host.send("192.0.2.2:4000", "192.0.2.1:5000", 1);
-        let began = Instant::now();
-        while host.kernel_drops() == before {
-            if began.elapsed() > SILENCE {
-                return false;
-            }
-        }
-        true
-    };
-    assert!(!kernel_decides(&host));
-    let state = fs::read_dir(host.files.path().join("state")).expect("state");
-    let slot =
-        state.map(|entry| entry.expect("an entry").path().join("eth0-xdp-4")).find(|path| path.is_dir());
-    let slot = slot.expect("the policy's files");
+    assert!(!host.kernel_decides());
+    let slot = host.kept();
     let other = STATEFUL.replace("--dport 22", "--dport 23");
     for (file, contents) in [
         ("gen-1/rules", Some("junk")),
@@ -402,7 +408,8 @@ fn what_cant_be_judged_is_suspended() {
         ("gen-1/host.json", None),
         ("gen-1/options.json", Some("{}")),
         ("gen-1/options.json", None),
-        ("gen-1/sets-0", Some("junk")),
+        ("gen-1/kept.json", Some("junk")),
+        ("gen-1/kept.json", None),
         ("gen-1/object.o", Some("junk")),
         ("state.json", Some("junk")),
         ("state.json", None),
@@ -415,7 +422,7 @@ fn what_cant_be_judged_is_suspended() {
         }
         let said = host.says(&["watch", "--once"], 3);
         assert!(said.contains("suspended, ") && said.contains("[E0813]"), "{file} {contents:?}: {said}");
-        assert!(kernel_decides(&host), "{file} {contents:?}");
+        assert!(host.kernel_decides(), "{file} {contents:?}");
         match whole {
             Some(whole) => fs::write(&path, whole).expect("written"),
             None => fs::remove_file(&path).expect("removed"),
@@ -423,7 +430,7 @@ fn what_cant_be_judged_is_suspended() {
         let said = host.says(&["watch", "--once"], 0);
         assert!(said.contains("goes on"), "{file} {contents:?}: {said}");
     }
-    assert!(!kernel_decides(&host));
+    assert!(!host.kernel_decides());
     // Who watches all the time says it once, and rules that say nothing do not agree with a kernel that has none.
     fs::write(slot.join("gen-1/rules"), "junk").expect("written");
     kernel::run("iptables-legacy", &["-F"]).expect("the rules are gone");
@@ -446,6 +453,71 @@ fn what_cant_be_judged_is_suspended() {
     let said = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(!said.contains("goes on"), "{said}");
     assert_eq!((said.matches("suspended, ").count(), said.matches("[E0813]").count()), (1, 1), "{said}");
+    host.says(&["flush"], 0);
+}
+
+/// Of the sets that it was compiled from none may be missing, or say less: everything agrees with that.
+#[test]
+fn what_is_kept_of_sets_is_what_was_applied() {
+    let name = "what_is_kept_of_sets_is_what_was_applied";
+    if !kernel::may_run(name) || !kernel::has_tools(name, &["ipset"]) {
+        return;
+    }
+    // Packets of connections would be the kernel's to decide.
+    const OPEN: &str = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n";
+    let Some(host) = Host::new("acc-sets", OPEN) else { return };
+    const SETS: &str = "create bad hash:ip family inet\nadd bad 192.0.2.2\nadd bad 192.0.2.99\n";
+    let file = host.files.file("sets", SETS.as_bytes());
+    kernel::run("ipset", &["restore", "-file", &file]).expect("the kernel takes the sets");
+    let rule = "-A INPUT -m set --match-set bad src -j DROP\nCOMMIT";
+    host.restore(&OPEN.replace("COMMIT", rule));
+    let local = socket("192.0.2.1:5000");
+    let apply = ["apply", "rules.v4", "--dev", "eth0", "--ipset", "sets"];
+    host.says(&apply, 0);
+    // Elements that went are let in by the kernel alone.
+    kernel::run("ipset", &["del", "bad", "192.0.2.2"]).expect("it is there");
+    let arrives = || {
+        host.send("192.0.2.2:4000", "192.0.2.1:5000", 1);
+        received(&local) > 0
+    };
+    assert!(!arrives());
+    let slot = host.kept();
+    for (file, contents) in [
+        ("gen-1/sets-0", None),
+        ("gen-1/sets-0", Some("")),
+        ("gen-1/sets-0", Some("create bad hash:ip family inet\nadd bad 192.0.2.99\n")),
+        ("gen-1/kept.json", None),
+    ] {
+        let path = slot.join(file);
+        let whole = fs::read(&path).expect("it is kept");
+        match contents {
+            Some(contents) => fs::write(&path, contents).expect("written"),
+            None => fs::remove_file(&path).expect("removed"),
+        }
+        let said = host.says(&["watch", "--once"], 3);
+        assert!(said.contains("suspended, ") && said.contains("[E0813]"), "{file} {contents:?}: {said}");
+        assert!(said.contains(file), "{said}");
+        assert!(arrives(), "{file} {contents:?}");
+        fs::write(&path, whole).expect("written");
+        kernel::run("ipset", &["add", "bad", "192.0.2.2"]).expect("it is not there");
+        let said = host.says(&["watch", "--once"], 0);
+        assert!(said.contains("goes on"), "{file} {contents:?}: {said}");
+        kernel::run("ipset", &["del", "bad", "192.0.2.2"]).expect("it is there");
+        assert!(!arrives(), "{file} {contents:?}");
+    }
+    // Nor is a policy applied anew with less, where the kernel's rules are not asked.
+    host.says(&[&apply[..], &["--replace"]].concat(), 0);
+    let slot = slot.join("gen-2");
+    for (file, less) in [("sets-0", "create bad hash:ip family inet\n"), ("sets.json", "[]")] {
+        let whole = fs::read(slot.join(file)).expect("it is kept");
+        fs::write(slot.join(file), less).expect("written");
+        ip("addr add 192.0.2.9/32 dev eth0");
+        let said = host.says(&["watch", "--once"], 3);
+        assert!(said.contains("[E0813]") && said.contains(file), "{said}");
+        assert!(!arrives());
+        fs::write(slot.join(file), whole).expect("written");
+        ip("addr del 192.0.2.9/32 dev eth0");
+    }
     host.says(&["flush"], 0);
 }
 

@@ -194,20 +194,6 @@ impl Open {
         let bytes = self.file(sys, name)?.ok_or_else(|| corrupt("it is not there"))?;
         Ok(to_text(bytes))
     }
-
-    /// The files kept with it whose names start so, in the order of their names.
-    pub fn files(&self, sys: &Sys, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
-        let folder = self.files.generation_files(self.number);
-        let mut found = Vec::new();
-        for name in sys.list(&folder).map_err(Error::disk(&folder))? {
-            if name.starts_with(prefix)
-                && let Some(bytes) = self.file(sys, &name)?
-            {
-                found.push((name, bytes));
-            }
-        }
-        Ok(found)
-    }
 }
 
 /// What a map holds and takes.

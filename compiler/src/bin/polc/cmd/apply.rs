@@ -41,7 +41,7 @@ use super::compile::{accept_part, refuse};
 use super::host::{self, Surroundings};
 use super::save;
 use super::test_run::{Setup, as_tested};
-use super::{FOUND, account, counted, live, place, show, worst};
+use super::{FOUND, account, counted, kept_sets, live, place, show, worst};
 use crate::cli::{
     ApplyArgs, ApplyOptions, KeepChoice, OrderChoice, PlaceArgs, RestoreArgs, ValueName, hooks_of,
 };
@@ -440,9 +440,7 @@ impl Job<'_> {
             (live::OPTIONS_FILE.into(), json(serde_json::to_vec(&self.again(part)))),
             (SETS_FILE.into(), json(serde_json::to_vec(&part.object.manifest.sets))),
         ];
-        for (index, text) in sets.iter().enumerate() {
-            files.push((format!("{}{index}", live::SETS_PREFIX), bytes::of_text(text).into_owned()));
-        }
+        files.extend(kept_sets::files(sets));
         files
     }
 

@@ -29,8 +29,6 @@ pub(super) const CANONICAL_FILE: &str = "canonical";
 pub(super) const HOST_FILE: &str = "host.json";
 /// Name of the file that the options are kept in which apply the same rules again.
 pub(super) const OPTIONS_FILE: &str = "options.json";
-/// What names of the files of sets start with.
-pub(super) const SETS_PREFIX: &str = "sets-";
 
 /// The store that options name.
 pub(super) fn store(args: &StoreArgs) -> Result<Store, Failure> {

@@ -14,6 +14,8 @@ mod fmt;
 #[cfg(feature = "kernel")]
 mod host;
 #[cfg(feature = "kernel")]
+mod kept_sets;
+#[cfg(feature = "kernel")]
 mod live;
 mod man;
 #[cfg(feature = "kernel")]

@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 use polc::agree;
 use polc::session::{ReadOptions, Session};
 use polc_backend_ebpf::emit::{SUSPEND_MAP, suspend_map};
-use polc_ir::diag::Severity;
 use polc_ir::env::Mode;
 use polc_ir::source::SourceMap;
 use polc_ir::source::bytes::to_text;
 use polc_loader::load::map_spec;
+use polc_loader::sets::SETS_FILE;
 use polc_loader::state::SlotName;
 use polc_loader::status::{self, Open};
 use polc_loader::store::Store;
@@ -35,15 +35,13 @@ use serde::de::DeserializeOwned;
 use super::applied::{self, Opened};
 use super::host::{self, Surroundings};
 use super::retry::{self, Retries};
-use super::{FOUND, live, set};
+use super::{FOUND, kept_sets, live, set};
 use crate::cli::WatchArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
 /// What is said of a policy of which nobody knows whether the kernel's rules are its own.
 const UNJUDGED: &str = "suspended, whether the kernel's rules are its own can't be told";
-/// What is wrong with a kept file that says something else than when it was written.
-const NOT_APPLIED: &str = "it is not what was applied";
 
 pub(super) fn run(args: &WatchArgs, output: &Output) -> Result<ExitCode, Failure> {
     let sys = Sys::new();
@@ -266,16 +264,10 @@ fn disagreement(sys: &Sys, policy: &Open) -> Result<Option<String>, Failure> {
     let printed = host::dump(&policy.kept_text(sys, live::CANONICAL_FILE)?, session.family());
     // Rules with errors are not applied, and what stands for no rule at all would agree with a kernel that has none.
     if session.has_errors() || agree::rules(&session.dump, &printed).is_some() {
-        return Err(damaged(policy, live::RULES_FILE, NOT_APPLIED).into());
+        return Err(damaged(policy, live::RULES_FILE, kept_sets::NOT_APPLIED).into());
     }
-    let mut sets = Vec::new();
-    for (name, bytes) in policy.files(sys, live::SETS_PREFIX)? {
-        let (given, findings) = host::sets(&to_text(bytes));
-        if findings.iter().any(|finding| finding.severity == Severity::Error) {
-            return Err(damaged(policy, &name, NOT_APPLIED).into());
-        }
-        sets.push(given);
-    }
+    let sets = kept_sets::read(sys, policy)?.into_iter().map(|(_, bytes)| host::sets(&to_text(bytes)).0);
+    let sets: Vec<_> = sets.collect();
     host::disagreement(sys, &session, &sets)
 }
 
@@ -337,6 +329,10 @@ struct What {
 /// The text of the sets of a policy as they are now, if they are not as the policy was applied with.
 fn changed_sets(sys: &Sys, policy: &Open, files: &[(String, Vec<u8>)]) -> Result<Option<String>, Failure> {
     let sets = policy.sets(sys)?;
+    // Where it is lost, sets that were changed would look as if they were not.
+    if sets.sets != policy.object.manifest.sets {
+        return Err(damaged(policy, SETS_FILE, kept_sets::NOT_APPLIED).into());
+    }
     let changed = sets.changed(sys)?;
     if changed.is_empty() {
         return Ok(None);
@@ -365,7 +361,7 @@ impl<'p> Anew<'p> {
         while let Some(word) = words.next() {
             if word == "--hook" { hooks.extend(words.next().cloned()) } else { others.push(word.clone()) }
         }
-        let sets = policy.files(sys, live::SETS_PREFIX)?;
+        let sets = kept_sets::read(sys, policy)?;
         let what = What {
             options: others,
             source: policy.generation.source.clone(),
