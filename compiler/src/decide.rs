@@ -28,12 +28,16 @@ pub fn decide(classifier: &Classifier, walked: &SecondaryMap<Stage, bool>) -> De
             decision.roots[stage] = Some(list);
             continue;
         }
-        let mut cutter =
-            Cutter { classifier, decision: &mut decision, budget: COPIES_MAX * data.entries.len() + 64 };
-        let root = cutter.cut(data.entries.clone(), 0);
+        let root = decide_walked(classifier, data.entries.clone(), &mut decision);
         decision.roots[stage] = Some(root);
     }
     decision
+}
+
+/// Adds how entries are decided by few steps, of which the last holds for all packets.
+pub(crate) fn decide_walked(classifier: &Classifier, entries: Vec<Entry>, decision: &mut Decision) -> Node {
+    let budget = COPIES_MAX * entries.len() + 64;
+    Cutter { classifier, decision, budget }.cut(entries, 0)
 }
 
 struct Cutter<'a> {

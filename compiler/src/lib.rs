@@ -9,6 +9,7 @@
 //! and never names the loader, but for `netfilter`, which asks the running kernel (feature `kernel`).
 
 pub mod agree;
+pub mod beyond;
 pub mod bound;
 pub mod build;
 pub mod decide;

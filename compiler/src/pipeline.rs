@@ -1,7 +1,5 @@
 //! The passes, in order.
 
-use std::collections::BTreeSet;
-
 use polc_ir::classifier::Classifier;
 use polc_ir::decision::Decision;
 use polc_ir::diag::Diagnostic;
@@ -9,11 +7,12 @@ use polc_ir::env::{Env, Place};
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
-use crate::bound::bound;
+use crate::beyond::Beyond;
+use crate::bound::{bound, deepest, too_deep};
 use crate::decide::decide;
 use crate::flatten::flatten;
 use crate::reach::Reach;
-use crate::select::{Devices, Prefer, select, structure};
+use crate::select::{Devices, Prefer, select, structure, structure_begun};
 use crate::simplify::simplify;
 use crate::split::split;
 
@@ -54,19 +53,37 @@ pub fn compile_with(
     let mut diagnostics = Vec::new();
     let flat = flatten(ruleset, place, env, &mut diagnostics);
     assert_eq!(flat.verify(), Vec::<String>::new(), "flatten makes a well-formed classifier");
-    let mut reach = Reach::new(ruleset, &flat, BTreeSet::new());
+    let mut beyond = Beyond::default();
+    let mut reach = Reach::new(ruleset, &flat, &mut beyond);
     let classifier = simplify(split(flat));
     assert_eq!(classifier.verify(), Vec::<String>::new(), "simplify leaves a well-formed classifier");
-    let (classifier, mut structures) = structure(classifier, devices, prefer);
+    let (mut classifier, mut structures) = structure(classifier, devices, prefer);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "structure leaves a well-formed classifier");
     let mut decision = decide(&classifier, &structures.walked);
-    let (mut classifier, cut) = bound(ruleset, classifier, &decision, &structures, &mut diagnostics);
-    if !cut.is_empty() {
-        // Few rule sets meet the bound; the others need not keep what they are made from.
-        reach = Reach::new(ruleset, &flatten(ruleset, place, env, &mut Vec::new()), cut);
+    if let Some(deepest) = deepest(&classifier, &decision, &structures)
+        && let Some(begun) = structure_begun(&classifier, &structures, deepest, devices)
+    {
+        (classifier, structures) = begun;
+        assert_eq!(classifier.verify(), Vec::<String>::new(), "structure leaves a well-formed classifier");
+        decision = decide(&classifier, &structures.walked);
+    }
+    // Structures differ where less is left, and with them how deep stages lie.
+    let mut is_bounded = false;
+    loop {
+        let (bounded, is_met) = bound(ruleset, classifier, &decision, &structures, &mut beyond);
+        classifier = bounded;
+        if !is_met {
+            break;
+        }
+        is_bounded = true;
         assert_eq!(classifier.verify(), Vec::<String>::new(), "bound leaves a well-formed classifier");
         (classifier, structures) = structure(classifier, devices, prefer);
         decision = decide(&classifier, &structures.walked);
+    }
+    if is_bounded {
+        diagnostics.push(too_deep(ruleset, &beyond));
+        // Few rule sets meet the bound; the others need not keep what they are made from.
+        reach = Reach::new(ruleset, &flatten(ruleset, place, env, &mut Vec::new()), &mut beyond);
     }
     assert_eq!(decision.verify(&classifier), Vec::<String>::new(), "decide makes a well-formed decision");
     let plan = select(&classifier, &decision, structures);

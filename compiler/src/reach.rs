@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use cranelift_entity::SecondaryMap;
-use polc_ir::classifier::{Classifier, EntryData, Exit, Origin, StageData};
+use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
 use polc_ir::diag::{Code, Diagnostic};
 use polc_ir::entities::{Chain, Rule, Stage};
 use polc_ir::env::{Attach, Connections, Mode, Place};
@@ -15,7 +15,9 @@ use polc_ir::outcome::{Decider, Ending, Verdict};
 use polc_ir::ruleset::deferral::rule_deferral;
 use polc_ir::ruleset::{Action, Ruleset};
 
+use crate::beyond::Beyond;
 use crate::report::{Report, Status};
+use crate::select::busy;
 use crate::session::Session;
 
 /// Code of the finding that every packet is left to the kernel before it comes to rules that are compiled.
@@ -27,7 +29,7 @@ const STOPS_SHOWN: usize = 8;
 /// How far packets get at one place.
 #[derive(Clone, Debug, Default)]
 pub struct Reach {
-    /// The rules that some packet is tried against.
+    /// The rules that some packet is tried against which is decided then.
     tried: SecondaryMap<Rule, bool>,
     /// Who leaves every packet to the kernel that gets as far: rules, or base chains of a table that translates.
     stops: BTreeSet<Decider>,
@@ -36,20 +38,30 @@ pub struct Reach {
 }
 
 impl Reach {
-    /// Works it out from what `flatten` made of the rules. Some packets don't get as far as where stages begin that are
-    /// `cut`, because of a bound: that counts as if none did. Nor do they where `flatten` met one.
-    pub fn new(ruleset: &Ruleset, flat: &Classifier, mut cut: BTreeSet<Origin>) -> Reach {
+    /// Works it out from what `flatten` made of the rules, and from where bounds end ways through it. What `flatten` did not
+    /// make because of one is added to these.
+    pub fn new(ruleset: &Ruleset, flat: &Classifier, beyond: &mut Beyond) -> Reach {
         let mut reach = Reach::default();
-        cut.extend(
-            flat.stages.values().filter(|stage| is_refused(flat, stage)).filter_map(|stage| stage.origin),
-        );
+        let refused = |stage: Stage| is_refused(flat, &flat.stages[stage]);
+        let of_flatten: Vec<Stage> = flat.stages.keys().filter(|&stage| refused(stage)).collect();
+        if !of_flatten.is_empty() {
+            beyond.add_rules(flat, |stage| if refused(stage) { 0 } else { flat.stages[stage].entries.len() });
+            let busy = busy(flat);
+            let origins = of_flatten.into_iter().filter(|&stage| busy[stage]);
+            for origin in origins.filter_map(|stage| flat.stages[stage].origin) {
+                beyond.add_end(origin, origin.1);
+            }
+        }
+        reach.bounded = !beyond.is_empty();
         let mut known: SecondaryMap<Stage, bool> = SecondaryMap::new();
         known[flat.root] = true;
         let mut pending = vec![flat.root];
         while let Some(stage) = pending.pop() {
             let stage = &flat.stages[stage];
-            if stage.origin.is_some_and(|origin| cut.contains(&origin)) {
-                reach.bounded = true;
+            let bound = stage.origin.and_then(|origin| beyond.end(origin));
+            if let (Some((_, from)), Some(bound)) = (stage.origin, bound)
+                && bound == from
+            {
                 continue;
             }
             for &entry in &stage.entries {
@@ -70,9 +82,17 @@ impl Reach {
             };
             let from = from as usize;
             let end = end.filter(|end| *end > from).unwrap_or(rules.len());
+            let end = bound.map_or(end, |bound| end.min(bound as usize));
             rules[from.min(end)..end].iter().for_each(|rule| reach.tried[*rule] = true);
             if let Exit::End(Ending { verdict: Verdict::Defer, by }) = last.exit {
                 reach.stops.insert(by);
+            }
+        }
+        if reach.bounded {
+            for rule in ruleset.rules.keys() {
+                if let Some(is_left) = beyond.is_left(rule) {
+                    reach.tried[rule] = !is_left;
+                }
             }
         }
         reach
@@ -256,6 +276,7 @@ mod tests {
     use crate::flatten::flatten;
     use crate::place::place;
     use crate::report::Scope;
+    use crate::select::Prefer;
     use crate::session::ReadOptions;
 
     /// Lines that are never reached at XDP on this path, and where findings point.
@@ -267,7 +288,7 @@ mod tests {
         let place = Place { connections, ..place(path, Attach::Xdp, Mode::Accelerate, false) };
         let report = Report::new(&session, Scope::At(&place));
         let flat = flatten(&session.ruleset, &place, &Env::default(), &mut Vec::new());
-        let reach = Reach::new(&session.ruleset, &flat, BTreeSet::new());
+        let reach = Reach::new(&session.ruleset, &flat, &mut Beyond::default());
         let (lines, findings) = never_reached(&session, &report, &[(&place, &reach)]);
         let at = findings.iter().map(|finding| session.sources.line_column(finding.span.expect("text")).line);
         (lines.into_iter().collect(), at.collect())
@@ -305,28 +326,79 @@ mod tests {
         };
         let marks: String = (0..2000).map(mark).collect();
         let text = format!(
-            "*mangle\n{marks}COMMIT\n*filter\n:end - [0:0]\n-A INPUT -j end\n-A end -s 10.0.0.1 -j DROP\nCOMMIT\n"
+            "*mangle\n-A INPUT -p udp -j DROP\n{marks}COMMIT\n*filter\n:end - [0:0]\n-A INPUT -j end\n-A end -s 10.0.0.1 -j DROP\nCOMMIT\n"
         );
         let mut sources = SourceMap::new();
         let file = sources.add("rules.v4", text);
         let session = Session::read(sources, file, &[], &ReadOptions::default());
         let place = place(&[Hook::Input], Attach::Xdp, Mode::Accelerate, false);
         let mut report = Report::new(&session, Scope::At(&place));
-        assert_eq!(report.compiled(), 2002);
+        assert_eq!(report.compiled(), 2003);
         let compiled = crate::compile(&session.ruleset, &place, &Env::default(), &Default::default());
         let [finding] = &compiled.diagnostics[..] else { panic!("{:?}", compiled.diagnostics) };
         assert_eq!(finding.code, crate::bound::TOO_DEEP);
         let first = session.sources.line_column(finding.span.expect("a rule")).line;
         report.defer_bounded(&session, &compiled.diagnostics, &[(&place, &compiled.reach)]);
-        // Lines are counted from 1, and the first is `*mangle`.
-        assert_eq!(report.compiled(), first as usize - 2);
-        assert!(report.compiled() > 100, "{}", report.compiled());
-        assert_eq!(report.deferred(), 2002 - report.compiled());
+        // All packets but those of the first rule are left to the kernel, marked or not.
+        assert_eq!((first, report.compiled(), report.deferred()), (3, 1, 2002));
         // Nothing is left of what is behind it, so that packets can be made for all entries.
         let classifier = &compiled.classifier;
         let listed: usize = classifier.stages.values().map(|stage| stage.entries.len()).sum();
         assert_eq!(classifier.entries.len(), listed);
         assert_eq!(crate::witness::Witnesses::new(classifier, &[], 1).take(200).count(), 200);
+    }
+
+    /// How many rules are compiled, and whether the last is.
+    fn compiled(text: &str, mode: Mode, prefer: Prefer) -> (usize, bool) {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules.v4", text);
+        let session = Session::read(sources, file, &[], &ReadOptions::default());
+        let place = place(&[Hook::Input], Attach::Xdp, mode, false);
+        let mut report = Report::new(&session, Scope::At(&place));
+        let env = Env::default();
+        let compiled = crate::compile_with(&session.ruleset, &place, &env, &Default::default(), prefer);
+        report.defer_bounded(&session, &compiled.diagnostics, &[(&place, &compiled.reach)]);
+        let last = report.lines.values().next_back() == Some(&Status::Compiled);
+        (report.compiled(), last)
+    }
+
+    #[test]
+    fn a_rule_is_compiled_if_packets_come_to_it_that_no_bound_ends() {
+        let mark = |i: usize| {
+            let from = i * 7919 % 60_000;
+            let to = from + i * 104_729 % 5_000;
+            format!("-A INPUT -p tcp -m tcp --dport {from}:{to} -j MARK --or-mark {}\n", 1 << (i % 32))
+        };
+        let marks: String = (0..800).map(mark).collect();
+        let text = format!("*filter\n{marks}-A INPUT -p tcp -m tcp --dport 65100 -j DROP\nCOMMIT\n");
+        let (compiled, last) = compiled(&text, Mode::Accelerate, Prefer::Cheapest);
+        assert!((1..801).contains(&compiled), "{compiled}");
+        assert!(last);
+    }
+
+    #[test]
+    fn rules_that_ask_for_chance_are_led_past_those_that_cannot_match() {
+        let rule = |i: usize| {
+            let host = format!("10.0.{}.{}", i / 256, i % 256);
+            format!("-A INPUT -s {host} -m statistic --mode random --probability 0.5 -j DROP\n")
+        };
+        let rules: String = (0..900).map(rule).collect();
+        let text = format!("*filter\n{rules}COMMIT\n");
+        assert_eq!(compiled(&text, Mode::Replace, Prefer::Cheapest), (900, true));
+    }
+
+    #[test]
+    fn the_first_rules_of_a_stage_that_is_too_deep_are_compiled() {
+        let rule = |i: u32| {
+            let mask = i.wrapping_mul(2_654_435_761) | 0x8100_0081;
+            let value = i.wrapping_mul(40_503_001) & mask;
+            let [value, mask] = [value, mask].map(std::net::Ipv4Addr::from);
+            format!("-A INPUT -s {value}/{mask} -p tcp -m tcp --dport {} -j DROP\n", i * 31 % 60_000)
+        };
+        let rules: String = (1..5000).map(rule).collect();
+        let (compiled, last) = compiled(&format!("*filter\n{rules}COMMIT\n"), Mode::Accelerate, Prefer::Walk);
+        assert!((500..4999).contains(&compiled), "{compiled}");
+        assert!(!last);
     }
 
     #[test]

@@ -189,6 +189,27 @@ fn past(classifier: &Classifier, taken: &Cube, entry: &mut EntryData, asks: &mut
         }
         entry.counts.extend(&next.counts);
     }
+    if let Exit::Test { yes, no, .. } = &mut entry.exit {
+        for way in [yes, no] {
+            past_uncounted(classifier, &known, way, asks);
+        }
+    }
+}
+
+/// Leads one way of a test past stages in which its packets take one and the same entry that does nothing.
+fn past_uncounted(classifier: &Classifier, known: &Cube, way: &mut Stage, asks: &mut usize) {
+    while *asks > 0 {
+        let (certain, asked) = certain(classifier, *way, known);
+        *asks = asks.saturating_sub(asked);
+        match certain.map(|next| &classifier.entries[next]) {
+            Some(EntryData { counts, exit: Exit::Then { writes, stage }, .. })
+                if counts.is_empty() && writes.is_empty() =>
+            {
+                *way = *stage;
+            }
+            _ => return,
+        }
+    }
 }
 
 /// What is known of a packet that takes an entry; `None` if those before it take all.

@@ -26,7 +26,7 @@ use polc_ir::ruleset::Write;
 use self::classes::FastMap;
 pub use self::explain::{StageCost, longest_tenths_ns, stage_costs};
 use self::line::Tables;
-use self::parts::Cut;
+use self::parts::{Cut, Parts};
 use self::room::Room;
 use self::shape::Shape;
 use self::words::word_ranges;
@@ -118,6 +118,8 @@ pub struct Structures {
     pub walked: SecondaryMap<Stage, bool>,
     /// Where stages would have to be cut to be decided by code.
     cuts: Vec<Cut>,
+    /// Where walked stages could be cut so that all but the last part is decided by code.
+    begun: Vec<Cut>,
 }
 
 impl Structures {
@@ -139,6 +141,20 @@ pub fn structure(classifier: Classifier, devices: &Devices, prefer: Prefer) -> (
     (classifier, structures)
 }
 
+/// Cuts a walked stage so that code decides its first entries, which is dearer than walking all but takes no turns. `None`
+/// if it can't be cut so.
+pub fn structure_begun(
+    classifier: &Classifier,
+    structures: &Structures,
+    stage: Stage,
+    devices: &Devices,
+) -> Option<(Classifier, Structures)> {
+    let cut = structures.begun.iter().find(|cut| cut.stage == stage)?;
+    let classifier = parts::cut(classifier.clone(), std::slice::from_ref(cut));
+    let structures = structure_whole(&classifier, devices, Prefer::Cheapest);
+    Some((classifier, structures))
+}
+
 /// Finds a structure for every stage as it is.
 fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -> Structures {
     let keys = Keys::new(classifier, devices);
@@ -152,7 +168,7 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
     by_code[classifier.root] = true;
     // Instructions of the exits of look-ups that lead to a stage: if it is decided by code, they are code.
     let mut led: SecondaryMap<Stage, usize> = SecondaryMap::new();
-    let (mut insns, mut cuts) = (0, Vec::new());
+    let (mut insns, mut cuts, mut begun) = (0, Vec::new(), Vec::new());
     for stage in classifier.stages.keys().rev() {
         let entries = &classifier.stages[stage].entries;
         let mut is_code = false;
@@ -170,8 +186,13 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
             });
             let parts = match whole.flatten() {
                 Some(shape) => Some(vec![(entries.len(), shape)]),
-                None if matches!(prefer, Prefer::Cheapest | Prefer::Parts) => {
-                    selector.parts(entries, busy[stage], left)
+                None if matches!(prefer, Prefer::Cheapest | Prefer::Parts) && entries.len() > 2 => {
+                    let Parts { parts, is_whole } = selector.parts(entries, busy[stage], left);
+                    if !is_whole && !parts.is_empty() {
+                        let ends = parts.iter().map(|&(end, _)| end).chain([entries.len()]);
+                        begun.push(Cut { stage, ends: ends.collect() });
+                    }
+                    is_whole.then_some(parts)
                 }
                 None => None,
             };
@@ -205,7 +226,7 @@ fn structure_whole(classifier: &Classifier, devices: &Devices, prefer: Prefer) -
             }
         }
     }
-    Structures { keys, tables, shapes, walked, cuts }
+    Structures { keys, tables, shapes, walked, cuts, begun }
 }
 
 /// Instructions that an entry's exit becomes.
@@ -217,7 +238,7 @@ fn exit_insns(entry: &EntryData) -> usize {
 }
 
 /// The stages that more than rare packets come to.
-fn busy(classifier: &Classifier) -> SecondaryMap<Stage, bool> {
+pub(crate) fn busy(classifier: &Classifier) -> SecondaryMap<Stage, bool> {
     let mut busy: SecondaryMap<Stage, bool> = SecondaryMap::new();
     busy[classifier.root] = true;
     for stage in classifier.stages.keys().rev().filter(|&stage| stage <= classifier.root) {
@@ -235,7 +256,7 @@ fn busy(classifier: &Classifier) -> SecondaryMap<Stage, bool> {
 }
 
 /// Whether a test holds for rare packets alone: fragments, and those whose transport header is cut short.
-fn is_rare(test: &Test) -> bool {
+pub(crate) fn is_rare(test: &Test) -> bool {
     match test.field {
         Field::Fragment | Field::FragOffset => !test.holds(0),
         Field::L4Len => !test.holds(u16::MAX.into()),

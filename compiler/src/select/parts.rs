@@ -3,7 +3,8 @@
 //! Entries with nothing in common make classes without end, but of a few hundred there are few enough. So the stage becomes
 //! a line of stages: each has some of the entries, in their order, and sends what none of them takes on to the next. A run
 //! that is still too much is halved, the next one is tried with twice as many; a single entry is compared. What a packet
-//! takes grows with the number of parts, of which each has a hundred entries and more.
+//! takes grows with the number of parts, of which each has a hundred entries and more. If there is room for some parts
+//! only, the rest of the stage is left to the walk.
 
 use cranelift_entity::{PrimaryMap, SecondaryMap};
 use polc_ir::classifier::{Classifier, EntryData, Exit, StageData};
@@ -18,6 +19,15 @@ use super::{INSNS_PER_EXIT, Prefer, Selector};
 /// Entries of the first part that is tried.
 const FIRST_ENTRIES: usize = 1 << 11;
 
+/// Parts of a stage, the first entries first.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// Where each ends, and what takes it.
+    pub(super) parts: Vec<(usize, Shape)>,
+    /// They are all of the stage: there is room for no more otherwise.
+    pub(super) is_whole: bool,
+}
+
 /// Where a stage is cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
@@ -28,47 +38,52 @@ pub(super) struct Cut {
 }
 
 impl Selector<'_> {
-    /// Parts that structures take each, in at most so many instructions altogether: where they end, and what takes them.
-    pub(super) fn parts(
-        &self,
-        entries: &[Entry],
-        busy: bool,
-        insns_max: usize,
-    ) -> Option<Vec<(usize, Shape)>> {
-        let (&last, body) = entries.split_last()?;
-        if body.len() < 2 {
-            return None;
-        }
+    /// Parts that structures take each, in at most so many instructions altogether.
+    pub(super) fn parts(&self, entries: &[Entry], busy: bool, insns_max: usize) -> Parts {
         // Stages behind this one need room as well.
         let rooms = [
             (Room::PART, insns_max / 2),
             (Room::LARGE_PART, insns_max / 4 * 3),
             (Room::LARGEST_PART, insns_max),
         ];
-        rooms.into_iter().find_map(|(room, insns_max)| {
-            let mut insns = 0;
-            let mut parts: Vec<(usize, Shape)> = Vec::new();
-            let mut size = (body.len() / 2).min(FIRST_ENTRIES);
-            let mut from = 0;
-            while from < body.len() {
-                let to = body.len().min(from + size);
-                let part: Vec<Entry> = body[from..to].iter().copied().chain([last]).collect();
-                let lookup = || self.lookup(&part, busy, Prefer::Cheapest, room);
-                match self.shape(&part, busy, Prefer::Cheapest, lookup, &mut Tables::new()) {
-                    Some(shape) => {
-                        insns += shape.insns(self.classifier) + INSNS_PER_EXIT;
-                        if insns > insns_max {
-                            return None;
-                        }
-                        parts.push((to, shape));
-                        (from, size) = (to, 2 * (to - from));
-                    }
-                    None if to - from > 1 => size = (to - from) / 2,
-                    None => return None,
-                }
+        let mut longest = Parts { parts: Vec::new(), is_whole: false };
+        for (room, insns_max) in rooms {
+            let parts = self.parts_in(entries, busy, room, insns_max);
+            if parts.is_whole {
+                return parts;
             }
-            Some(parts)
-        })
+            let end = |parts: &Parts| parts.parts.last().map_or(0, |(end, _)| *end);
+            if end(&parts) > end(&longest) {
+                longest = parts;
+            }
+        }
+        longest
+    }
+
+    /// Parts of at most so much room each.
+    fn parts_in(&self, entries: &[Entry], busy: bool, room: Room, insns_max: usize) -> Parts {
+        let mut parts: Vec<(usize, Shape)> = Vec::new();
+        let Some((&last, body)) = entries.split_last() else { return Parts { parts, is_whole: false } };
+        let (mut insns, mut from) = (0, 0);
+        let mut size = (body.len() / 2).min(FIRST_ENTRIES);
+        while from < body.len() {
+            let to = body.len().min(from + size.max(1));
+            let part: Vec<Entry> = body[from..to].iter().copied().chain([last]).collect();
+            let lookup = || self.lookup(&part, busy, Prefer::Cheapest, room);
+            match self.shape(&part, busy, Prefer::Cheapest, lookup, &mut Tables::new()) {
+                Some(shape) => {
+                    insns += shape.insns(self.classifier) + INSNS_PER_EXIT;
+                    if insns > insns_max {
+                        return Parts { parts, is_whole: false };
+                    }
+                    parts.push((to, shape));
+                    (from, size) = (to, 2 * (to - from));
+                }
+                None if to - from > 1 => size = (to - from) / 2,
+                None => return Parts { parts, is_whole: false },
+            }
+        }
+        Parts { parts, is_whole: body.len() > 1 }
     }
 }
 
