@@ -314,7 +314,18 @@ impl Host {
 /// Whether packets that each policy drops are dropped on the way in. A packet sent after them tells that they have been
 /// decided.
 fn dropped_by_hook() -> io::Result<[bool; 2]> {
-    let socket = |port: u16| UdpSocket::bind(("127.0.0.1", port));
+    // A command that another test starts has this one's sockets, too, until it is executed: a port may be taken as long.
+    let socket = |port: u16| {
+        let give_up = Instant::now() + ARRIVES_WITHIN;
+        loop {
+            match UdpSocket::bind(("127.0.0.1", port)) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < give_up => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                result => return result,
+            }
+        }
+    };
     let (receivers, last, sender) = (POLICIES.map(socket), socket(OPEN)?, socket(0)?);
     for port in POLICIES.into_iter().chain([OPEN]) {
         sender.send_to(&[0], ("127.0.0.1", port))?;
