@@ -93,6 +93,16 @@ impl Host {
         said
     }
 
+    /// Does it once nobody else is at work: who takes a change back has the lock for a moment after that is seen.
+    pub(crate) fn does_when_free(&self, args: &[&str]) {
+        let began = Instant::now();
+        let mut output = self.polc(args, "");
+        while output.status.code() == Some(3) && began.elapsed() < PATIENCE {
+            output = self.polc(args, "");
+        }
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
     /// The one file of this name that is kept.
     pub(crate) fn kept(&self, name: &str) -> PathBuf {
         let mut folders = vec![self.state.clone()];

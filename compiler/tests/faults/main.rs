@@ -245,7 +245,7 @@ fn unconfirmed_changes_go_back() {
     assert!(said.contains("it goes back by itself unless `polc confirm` follows"), "{said}");
     assert_eq!(in_force(&host), Some(54));
     comes_into_force(&host, None);
-    host.says(&APPLY, 0);
+    host.does_when_free(&APPLY);
     // Until then nothing else is applied.
     host.says(&[&APPLY_OTHER[..], &["--confirm", "2"]].concat(), 0);
     let said = host.says(&APPLY, 3);
@@ -291,7 +291,7 @@ fn changes_go_back_when_polc_is_killed_or_hung_up_on() {
     session.wait().expect("it was started");
     assert_eq!(in_force(&host), Some(54));
     comes_into_force(&host, Some(53));
-    host.says(&["flush"], 0);
+    host.does_when_free(&["flush"]);
 }
 
 #[test]
