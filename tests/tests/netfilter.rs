@@ -2,9 +2,10 @@
 //! counters of every rule and policy.
 //!
 //! Every IPv4 dump that the tools restore goes through, forwarded and delivered. Without root the test says that it is
-//! skipped. `POLC_PACKETS` changes the number of packets for each dump and route.
+//! skipped. `POLC_LONG` takes more packets for each dump and route, `POLC_PACKETS` as many as it says.
 
 use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -15,8 +16,13 @@ use polc_ir::source::SourceMap;
 use polc_loader::netfilter::{NetfilterError, Route};
 use polc_tests::corpus::{self, Dump};
 
-/// Packets for each dump and route.
-const PACKETS: usize = 20_000;
+/// Packets for each dump and route, and those of the long run.
+const PACKETS: usize = 6_000;
+const LONG_PACKETS: usize = 20_000;
+
+/// How often the process is stopped while packets go through, and packets of each round meanwhile.
+const STOPS: usize = 400;
+const STOPPED_PACKETS: usize = 30_000;
 
 /// What all dumps gave.
 #[derive(Default)]
@@ -90,7 +96,8 @@ fn all(name: &str, semantics: Semantics) {
     if !may_run(name) {
         return;
     }
-    let packets = std::env::var("POLC_PACKETS").ok().and_then(|text| text.parse().ok()).unwrap_or(PACKETS);
+    let usual = if std::env::var_os("POLC_LONG").is_some() { LONG_PACKETS } else { PACKETS };
+    let packets = std::env::var("POLC_PACKETS").ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
     let only = std::env::var("POLC_DUMP").unwrap_or_default();
     let dumps: Vec<Dump> = corpus::all().into_iter().filter(|dump| dump.name.contains(&only)).collect();
     let totals = Mutex::new(Totals::default());
@@ -130,4 +137,41 @@ fn iptables_legacy_does_as_the_rules_say() {
 #[test]
 fn iptables_nft_does_as_the_rules_say() {
     all("iptables_nft_does_as_the_rules_say", Semantics::Nft);
+}
+
+/// A process can be stopped at any time (a terminal's Ctrl-Z, the freezer of its control group), which ends a call
+/// that sends frames in its middle: each frame goes once all the same.
+#[test]
+fn a_stop_in_between_loses_no_frame() {
+    const NAME: &str = "a_stop_in_between_loses_no_frame";
+    if !may_run(NAME) {
+        return;
+    }
+    let text = "*filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n-A FORWARD -p tcp -j ACCEPT\n\
+                -A FORWARD -p udp -m udp --dport 0:32767 -j MARK --set-xmark 0x5/0xff\nCOMMIT\n";
+    let mut sources = SourceMap::new();
+    let rules = sources.add("rules", text);
+    let options = ReadOptions { semantics: Some(Semantics::Legacy), ..ReadOptions::default() };
+    let session = Session::read(sources, rules, &[], &options);
+    let comparison =
+        Comparison { session: &session, sets: &[], route: Route::Forward, packets: STOPPED_PACKETS, seed: 7 };
+    let script = format!(
+        "for i in $(seq {STOPS}); do kill -STOP {0}; sleep 0.002; kill -CONT {0}; sleep 0.006; done",
+        std::process::id()
+    );
+    let mut stopping = Command::new("sh").args(["-c", &script]).spawn().expect("every system has sh");
+    let mut compared = 0;
+    let result = loop {
+        match compare(&comparison, &mut |_| ()) {
+            Ok(result) if result.difference.is_none() => compared += result.packets,
+            other => break Err(other),
+        }
+        if stopping.try_wait().expect("it is a child").is_some() {
+            break Ok(());
+        }
+    };
+    // Whatever came out: it may not be stopped in the middle of the process's end.
+    stopping.wait().expect("it is a child");
+    assert!(result.is_ok(), "{result:?}");
+    eprintln!("{compared} packets, {STOPS} stops");
 }

@@ -354,13 +354,7 @@ impl Netfilter {
         sys.map_update(&self.next, &[0; 4], &[0; 8]).map_err(filling())?;
         let before = if entry == Entry::Driver { self.received()? } else { 0 };
         for group in order.chunk_by(|&one, &other| frames[one].device == frames[other].device) {
-            let live = LiveFrames {
-                ifindex: self.devices[frames[group[0]].device].ifindex,
-                template: &[0; TEMPLATE_BYTES],
-                count: group.len() as u32,
-                batch: STEP,
-            };
-            sys.run_live_frames(&self.injector, &live).map_err(during("sending frames"))?;
+            self.send(self.devices[frames[group[0]].device].ifindex, group.len() as u64)?;
         }
         let read = || sys.map_read_array(&self.results).map_err(during("reading results"));
         let mut results = read()?;
@@ -394,6 +388,31 @@ impl Netfilter {
             },
         });
         Ok(passages.collect())
+    }
+
+    /// Sends the pool's next frames by a device, each once. A stop and the freezer, which no mask puts off, end the
+    /// call between two steps with `EINTR` (net/bpf/test_run.c, `bpf_test_timer_continue`), and do not say how many
+    /// frames have gone: the injector counts them.
+    fn send(&self, ifindex: u32, frames: u64) -> Result<(), NetfilterError> {
+        let sys = &self.sys;
+        let gone = || -> Result<u64, NetfilterError> {
+            let next = sys.map_lookup(&self.next, &[0; 4]).map_err(during("counting frames"))?;
+            let bytes =
+                next.and_then(|value| value.try_into().ok()).expect("an array's value of eight bytes");
+            Ok(u64::from_ne_bytes(bytes))
+        };
+        let end = gone()? + frames;
+        loop {
+            let count = (end - gone()?) as u32;
+            if count == 0 {
+                return Ok(());
+            }
+            let live = LiveFrames { ifindex, template: &[0; TEMPLATE_BYTES], count, batch: STEP };
+            match sys.run_live_frames(&self.injector, &live) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => result.map_err(during("sending frames"))?,
+            }
+        }
     }
 
     /// How many frames all input devices have received.
