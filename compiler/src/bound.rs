@@ -95,7 +95,7 @@ pub fn too_deep(ruleset: &Ruleset, beyond: &Beyond) -> Diagnostic {
     let ends = |(chain, end): Origin| ruleset.chains[chain].rules.get(end as usize).copied();
     let span = first(&mut beyond.left()).or_else(|| first(&mut beyond.ends().filter_map(ends)));
     let message = format!(
-        "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; from this rule on such packets are left to the kernel"
+        "packets may take more than {WALK_TURNS_CAUTIOUS} turns through the tables; from this rule on such packets are deferred"
     );
     Diagnostic::warning(TOO_DEEP, message, span)
         .with_note("the kernel's verifier follows every turn of a program's loop, up to a million instructions")
@@ -143,7 +143,7 @@ fn kept(
 }
 
 /// The first stage that packets come to after too many turns, if there is one.
-pub fn deepest(classifier: &Classifier, decision: &Decision, structures: &Structures) -> Option<Stage> {
+pub fn first_deep(classifier: &Classifier, decision: &Decision, structures: &Structures) -> Option<Stage> {
     kept(classifier, decision, structures).1.first().copied()
 }
 

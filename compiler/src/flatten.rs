@@ -210,14 +210,14 @@ impl Flattener<'_> {
         }
         for &rule in &self.many_cubes {
             let message = format!(
-                "the rule asks for one of more than {RULE_CUBES_MAX} combinations; packets that get as far are left to the kernel"
+                "the rule asks for one of more than {RULE_CUBES_MAX} combinations; packets that get as far are deferred"
             );
             let finding = Diagnostic::warning(TOO_MANY_CUBES, message, self.ruleset.rules[rule].span);
             diagnostics.push(finding.with_hint("make several rules of it, with fewer alternatives each"));
         }
         if let Some(rule) = refused {
             let message = format!(
-                "the rules have more than {} ways through them; from this rule on packets are left to the kernel",
+                "the rules have more than {} ways through them; from this rule on packets are deferred",
                 self.entries_max
             );
             diagnostics.push(

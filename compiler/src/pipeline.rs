@@ -8,7 +8,7 @@ use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
 use crate::beyond::Beyond;
-use crate::bound::{bound, deepest, too_deep};
+use crate::bound::{bound, first_deep, too_deep};
 use crate::decide::decide;
 use crate::flatten::flatten;
 use crate::reach::Reach;
@@ -60,8 +60,8 @@ pub fn compile_with(
     let (mut classifier, mut structures) = structure(classifier, devices, prefer);
     assert_eq!(classifier.verify(), Vec::<String>::new(), "structure leaves a well-formed classifier");
     let mut decision = decide(&classifier, &structures.walked);
-    if let Some(deepest) = deepest(&classifier, &decision, &structures)
-        && let Some(begun) = structure_begun(&classifier, &structures, deepest, devices)
+    if let Some(stage) = first_deep(&classifier, &decision, &structures)
+        && let Some(begun) = structure_begun(&classifier, &structures, stage, devices)
     {
         (classifier, structures) = begun;
         assert_eq!(classifier.verify(), Vec::<String>::new(), "structure leaves a well-formed classifier");

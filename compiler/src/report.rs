@@ -38,8 +38,7 @@ pub const SEGMENTS: Code = Code(306);
 pub const ELSEWHERE: Code = Code(302);
 
 /// Why rules are deferred that no program comes to for a bound.
-const BEHIND_BOUND: &str =
-    "packets are left to the kernel before they come to it, where a bound of the program is met";
+const BEHIND_BOUND: &str = "packets are deferred before they come to it, where a bound of the program is met";
 
 /// What became of a rule line.
 #[derive(Clone, Debug, PartialEq, Eq)]

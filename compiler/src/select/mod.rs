@@ -141,8 +141,8 @@ pub fn structure(classifier: Classifier, devices: &Devices, prefer: Prefer) -> (
     (classifier, structures)
 }
 
-/// Cuts a walked stage so that code decides its first entries, which is dearer than walking all but takes no turns. `None`
-/// if it can't be cut so.
+/// Cuts a walked stage so that code decides its first entries, as many as there is room for: these take no turns of the
+/// walk. `None` if it can't be cut so.
 pub fn structure_begun(
     classifier: &Classifier,
     structures: &Structures,

@@ -19,7 +19,7 @@ use polc_ir::limits::{
 use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 
-use super::{FOUND, account, place, show};
+use super::{FOUND, account, place, show, worst};
 use crate::cli::{CompileArgs, Emit};
 use crate::failure::Failure;
 use crate::input;
@@ -128,9 +128,16 @@ pub(super) fn accept_part(session: &Session, place: &Place, output: &Output) -> 
 /// Shows what a pass found; whether that stops the compilation. In replace mode nothing is left to the kernel, so
 /// whatever a pass defers does.
 pub(super) fn refuse(session: &Session, findings: &[Diagnostic], mode: Mode, output: &Output) -> bool {
-    show(output, &session.sources, findings);
-    let limit = if mode == Mode::Replace { Severity::Warning } else { Severity::Error };
-    findings.iter().any(|finding| finding.severity >= limit)
+    let severity = |finding: &Diagnostic| match (mode, finding.severity) {
+        (Mode::Replace, Severity::Warning) => Severity::Error,
+        (_, severity) => severity,
+    };
+    let findings: Vec<Diagnostic> = findings
+        .iter()
+        .map(|finding| Diagnostic { severity: severity(finding), ..finding.clone() })
+        .collect();
+    show(output, &session.sources, &findings);
+    worst(&findings) == Some(Severity::Error)
 }
 
 fn write_object(path: &std::path::Path, object: &Object, output: &Output) -> Result<(), Failure> {
