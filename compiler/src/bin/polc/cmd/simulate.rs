@@ -178,7 +178,7 @@ fn packets(args: &SimulateArgs, session: &mut Session, output: &Output) -> Resul
             show(output, &session.sources, &findings);
             if worst(&findings) == Some(Severity::Error) {
                 let lines = counted(findings.len(), "line");
-                return Err(Failure::Input(format!("{lines} of `{}` not understood", path.display())));
+                return Err(Failure::Input(format!("{lines} of `{}` can't be simulated", path.display())));
             }
             packets
         }

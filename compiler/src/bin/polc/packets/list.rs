@@ -25,7 +25,7 @@ pub(crate) fn marked_too_early(packet: &Input, attach: Option<Attach>) -> Option
     found.then(|| (format!("no packet has a mark yet at XDP, and this one has {:#x}", packet.mark), HINT))
 }
 
-/// Reads a list for an attach point. Lines that are not understood each have a finding.
+/// Reads a list for an attach point. Lines that are no packets there each have a finding.
 pub(crate) fn read(
     sources: &mut SourceMap,
     path: &Path,

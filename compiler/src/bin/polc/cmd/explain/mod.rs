@@ -32,7 +32,7 @@ pub(super) fn run(args: &ExplainArgs, output: &Output) -> Result<ExitCode, Failu
         Err(wrong) => {
             let (sources, finding) = *wrong;
             show(output, &sources, &[finding]);
-            return Err(Failure::Usage("the packet is not understood".into()));
+            return Err(Failure::Usage("the packet can't be explained".into()));
         }
     };
     let place = place::as_compiled(&mut session, explained_place(args, &packet)?);
