@@ -22,8 +22,9 @@ const NO_PROGRAM: &str = "no program is made for its hook";
 /// The places at which rules are judged.
 #[derive(Debug)]
 pub(super) struct Judged {
-    /// The place that the user named; else every hook with rules, where its packets are seen, each hook alone (so that
-    /// a hook that defers everything does not hide the next) and as the default paths.
+    /// The place that the user named; else every hook with rules, where its packets are seen first and where most of what
+    /// its rules ask for is known, each hook alone (so that a hook that defers everything does not hide the next) and as
+    /// the default paths.
     pub places: Vec<Place>,
     /// The user named it.
     is_named: bool,
@@ -73,7 +74,13 @@ impl Judged {
     }
 
     fn everywhere(&self, session: &Session, args: &PlaceArgs) -> Vec<Place> {
-        let at = |path: &[Hook], attach| place_of(path, attach, self.mode, self.local_addresses);
+        let at = |path: &[Hook], attach| {
+            // What is asked of connections is asked where packets arrive.
+            let arrives = attach != Attach::TcEgress;
+            let connections = if arrives { self.connections } else { Connections::Unknown };
+            let place = place_of(path, attach, self.mode, self.local_addresses);
+            Place { connections, counters: args.counters.into(), ..place }
+        };
         let mut wanted: Vec<(Vec<Hook>, Attach)> =
             Hook::ALL.map(|hook| (vec![hook], attach_for(hook))).to_vec();
         wanted.push((vec![Hook::Forward], Attach::TcEgress));
@@ -85,11 +92,18 @@ impl Judged {
             // A path that adds nothing to a hook alone is that hook.
             let adds =
                 path.len() == 1 || path.iter().all(|hook| session.ruleset.bears_on(&at(&[*hook], attach)));
-            if adds && session.ruleset.bears_on(&place) {
-                // What is asked of connections is asked where packets arrive.
-                let arrives = attach != Attach::TcEgress;
-                let connections = if arrives { self.connections } else { Connections::Unknown };
-                places.push(Place { connections, counters: args.counters.into(), ..place });
+            if !adds || !session.ruleset.bears_on(&place) {
+                continue;
+            }
+            places.push(place.clone());
+            // Rules are accounted for where most is known: a program is judged there, too, if it decides more.
+            let best = at(&path, best_attach(path[0]));
+            let compiled = |place| Report::new(session, Scope::At(place)).compiled();
+            if attach == Attach::Xdp
+                && best.attach == Some(Attach::TcIngress)
+                && compiled(&best) > compiled(&place)
+            {
+                places.push(best);
             }
         }
         places
