@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polc::netfilter::{Comparison, compare};
 use polc::session::{ReadOptions, Session};
-use polc_ir::hook::Semantics;
+use polc_ir::hook::{Family, Semantics};
 use polc_ir::source::SourceMap;
 use polc_loader::netfilter::{NetfilterError, Route};
 use polc_tests::corpus::{self, Dump};
@@ -174,4 +174,42 @@ fn a_stop_in_between_loses_no_frame() {
     stopping.wait().expect("it is a child");
     assert!(result.is_ok(), "{result:?}");
     eprintln!("{compared} packets, {STOPS} stops");
+}
+
+/// What IPv6's matches do otherwise than IPv4's: types of addresses that all have to hold, flags of TCP in later
+/// fragments, `-p all` on chains of headers that are cut short.
+#[test]
+fn ipv6_has_meanings_of_its_own() {
+    const NAME: &str = "ipv6_has_meanings_of_its_own";
+    if !may_run(NAME) {
+        return;
+    }
+    let rules = [
+        "-s 2001:db8::/32 -p tcp -m ecn --ecn-tcp-cwr",
+        "-p tcp -m ecn ! --ecn-tcp-ece -j ACCEPT",
+        "-p tcp -m ecn --ecn-tcp-cwr --ecn-tcp-ece -j DROP",
+        "-m addrtype --dst-type UNICAST",
+        "-m addrtype ! --dst-type UNICAST -j DROP",
+        "-m addrtype --dst-type MULTICAST,UNICAST -j DROP",
+        "-m addrtype ! --dst-type MULTICAST,UNICAST",
+        "-m addrtype --src-type MULTICAST --dst-type UNICAST",
+        "-m addrtype --src-type UNSPEC -j DROP",
+        "-p all -m length --length 0:99",
+        "-p all -j ACCEPT",
+    ];
+    let rules: String = rules.iter().map(|rule| format!("-A FORWARD {rule}\n")).collect();
+    let text = format!("*filter\n:FORWARD DROP [0:0]\n{rules}COMMIT\n");
+    for semantics in [Semantics::Legacy, Semantics::Nft] {
+        let mut sources = SourceMap::new();
+        let file = sources.add("rules", text.as_str());
+        let (semantics, family) = (Some(semantics), Some(Family::V6));
+        let session =
+            Session::read(sources, file, &[], &ReadOptions { semantics, family, ..ReadOptions::default() });
+        assert!(!session.has_errors(), "{:?}", session.diagnostics);
+        let comparison =
+            Comparison { session: &session, sets: &[], route: Route::Forward, packets: PACKETS, seed: 11 };
+        let compared = compare(&comparison, &mut |_| ()).expect("netfilter is there");
+        assert!(compared.difference.is_none(), "{semantics:?}: {:?}", compared.difference);
+        assert!(compared.counters_hit >= 8, "{compared:?}");
+    }
 }

@@ -58,6 +58,7 @@ pub(super) fn tcp_header(body: &mut Body<'_>) {
     transport_header(size::TCP, body);
 }
 
-fn shorter_than(bytes: u16, body: &Body<'_>) -> Test {
+/// The header is cut short.
+pub(super) fn shorter_than(bytes: u16, body: &Body<'_>) -> Test {
     Test::new(Field::L4Len, body.family(), IntervalSet::range(0, u128::from(bytes) - 1))
 }

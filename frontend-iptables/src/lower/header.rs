@@ -21,11 +21,16 @@ pub(super) fn lower(ast: &RuleAst, body: &mut Body<'_>) {
     address(Field::DstAddr, ast.destination.as_deref(), body);
     device(Field::InDevice, ast.in_interface.as_ref(), body);
     device(Field::OutDevice, ast.out_interface.as_ref(), body);
-    if let Some(protocol) = ast.protocol.filter(|protocol| protocol.value != 0) {
+    if let Some(protocol) = ast.protocol {
         body.span = protocol.span;
-        if body.family() == Family::V6 {
+        // `-p all` walks the headers as well, but for nft, which then asks for nothing.
+        let walks =
+            body.family() == Family::V6 && (protocol.value != 0 || body.semantics() == Semantics::Legacy);
+        if walks {
             readable_extension_headers(body);
         }
+    }
+    if let Some(protocol) = ast.protocol.filter(|protocol| protocol.value != 0) {
         if body.family() == Family::V6 && body.semantics() == Semantics::Nft {
             nft_protocol(protocol.value, protocol.negated, body);
         } else {

@@ -6,6 +6,7 @@
 use polc_ir::cube::Test;
 use polc_ir::derived::{DerivedData, DeviceLimit, Ipv6HeaderTest};
 use polc_ir::field::{EXT_HEADERS_BEYOND, EXT_HEADERS_CUT, End, Field};
+use polc_ir::hook::Family;
 use polc_ir::interval::{Interval, IntervalSet};
 use polc_ir::ruleset::ClauseKind;
 
@@ -49,13 +50,29 @@ pub(crate) fn ecn_bits(value: u8, negated: bool, body: &mut Body<'_>) {
 }
 
 /// xt_ecn: a TCP flag (ECE 0x40, CWR 0x80). A header cut short does not match (net/netfilter/xt_ecn.c, `match_tcp`).
+///
+/// Fragments are not looked at. IPv6 has no offset of a transport header for later ones (net/ipv6/exthdrs_core.c,
+/// `ipv6_find_hdr`), and so the match reads its byte 13 of the packet, which is the source address's byte 5.
 pub(crate) fn ecn_flag(flag: u8, negated: bool, body: &mut Body<'_>) {
-    guards::bytes_or_no_match(guards::size::TCP, body);
-    let set = Test { field: Field::TcpFlags, mask: flag.into(), values: IntervalSet::point(flag.into()) };
-    body.require_unless(negated, set);
+    const SOURCE_SHIFT: u32 = 8 * (15 - 5);
+    let family = body.family();
+    let is = |field, shift: u32| {
+        let bit = u128::from(flag) << shift;
+        let test = Test { field, mask: bit, values: IntervalSet::point(bit) };
+        if negated { test.negated(family) } else { test }
+    };
+    if family == Family::V4 {
+        guards::bytes_or_no_match(guards::size::TCP, body);
+        return body.require(is(Field::TcpFlags, 0));
+    }
+    let first = Test::new(Field::FragOffset, family, IntervalSet::point(0));
+    let later = first.negated(family);
+    body.require_any(&[guards::shorter_than(guards::size::TCP, body).negated(family), later.clone()]);
+    body.require_any(&[is(Field::TcpFlags, 0), later]);
+    body.require_any(&[is(Field::SrcAddr, SOURCE_SHIFT), first]);
 }
 
-/// xt_addrtype: the address is of one of the types, bits of `1 << RTN_*`.
+/// xt_addrtype: the address is of one of the types, bits of `1 << RTN_*`; for IPv6 see [`address_type_v6`].
 pub(crate) fn address_type(
     of: End,
     types: u16,
@@ -63,10 +80,57 @@ pub(crate) fn address_type(
     negated: bool,
     body: &mut Body<'_>,
 ) {
+    if body.family() == Family::V6 {
+        return address_type_v6(of, types, device, negated, body);
+    }
     let field = Field::Derived(body.ruleset.derive(DerivedData::AddressType { of, device }));
     let values: IntervalSet =
         (0..16u128).filter(|kind| types >> kind & 1 == 1).map(Interval::point).collect();
     body.require_values(field, negated, values);
+}
+
+/// xt_addrtype for IPv6 (net/netfilter/xt_addrtype.c, `match_type6`): multicast, unicast and unspecified are what an
+/// address looks like (net/ipv6/addrconf_core.c, `__ipv6_addr_type`), a local one among them; each of them that is named
+/// has to hold, and then one of those that a route tells.
+fn address_type_v6(of: End, types: u16, device: Option<DeviceLimit>, negated: bool, body: &mut Body<'_>) {
+    const UNSPEC: u16 = 1 << 0;
+    const UNICAST: u16 = 1 << 1;
+    const LOCAL: u16 = 1 << 2;
+    const ANYCAST: u16 = 1 << 4;
+    const MULTICAST: u16 = 1 << 5;
+    const UNREACHABLE: u16 = 1 << 7;
+    const MULTICASTS: (u128, u128) = (0xff << 120, u128::MAX);
+    /// IPv4's addresses in sockets.
+    const MAPPED: (u128, u128) = (0xffff << 32, 0xffff_ffff_ffff);
+    let address = Field::address(of);
+    let test = |values: IntervalSet| Test::new(address, Family::V6, values);
+    let mut tests = Vec::new();
+    if types & MULTICAST != 0 {
+        tests.push(test(IntervalSet::range(MULTICASTS.0, MULTICASTS.1)));
+    }
+    if types & UNICAST != 0 {
+        let others = [(0, 0), MAPPED, MULTICASTS];
+        let others: IntervalSet = others.iter().filter_map(|&(lo, hi)| Interval::new(lo, hi)).collect();
+        tests.push(test(others).negated(Family::V6));
+    }
+    if types & UNSPEC != 0 {
+        tests.push(test(IntervalSet::point(0)));
+    }
+    let asks_routes = types & (ANYCAST | UNREACHABLE) != 0;
+    if types & LOCAL != 0 && !asks_routes {
+        let field = Field::Derived(body.ruleset.derive(DerivedData::AddressType { of, device }));
+        tests.push(Test::new(field, Family::V6, IntervalSet::point(2)));
+    }
+    if negated && !asks_routes {
+        let tests: Vec<Test> = tests.iter().map(|test| test.negated(Family::V6)).collect();
+        return body.require_any(&tests);
+    }
+    if !negated {
+        tests.into_iter().for_each(|test| body.require(test));
+    }
+    if asks_routes {
+        body.opaque("addrtype", "asks the routes of IPv6 for anycast or unreachable addresses");
+    }
 }
 
 /// xt_set's membership.
