@@ -5,6 +5,7 @@
 //! differs in no more than spelling, order of options or order of tables is the same. A table without rules whose
 //! policies accept does nothing, and is the same as none.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use polc_frontend_iptables::ast::{ChainAst, Dump, Policy, TableAst};
@@ -71,7 +72,16 @@ pub fn sets(given: &Sets, live: &Sets) -> Option<Difference> {
         lines.sort_unstable();
         lines.join("\n")
     };
-    first_difference("sets", &sorted(given), &sorted(live))
+    let (given, live) = (sorted(given), sorted(live));
+    let lacks = |lines: &str, others: &str| {
+        let others: BTreeSet<&str> = others.lines().collect();
+        lines.lines().find(|line| !others.contains(line)).map(str::to_string)
+    };
+    let (given, live) = match lacks(&given, &live) {
+        Some(line) => (Some(line), None),
+        None => (None, Some(lacks(&live, &given)?)),
+    };
+    Some(Difference { place: "sets".to_string(), given, live })
 }
 
 /// Whether a table does anything with packets.
@@ -118,6 +128,23 @@ mod tests {
                     :OUTPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\nCOMMIT\n";
         assert_eq!(rules(&dump(GIVEN), &dump(live)), None);
         assert_eq!(anything(&dump("*nat\n:PREROUTING ACCEPT [1:1]\nCOMMIT\n")), None);
+    }
+
+    #[test]
+    fn sets_differ_by_what_one_side_lacks() {
+        let read = |text: &str| {
+            let mut sources = SourceMap::new();
+            let file = sources.add("sets", text);
+            ipset::parse(&sources, file).0
+        };
+        let (hosts, nets) = ("create hs hash:ip\n", "create net hash:net\nadd net 10.0.0.0/8\n");
+        let given = format!("{hosts}add hs 10.0.0.1\n{nets}");
+        let said = |given: &str, live: &str| sets(&read(given), &read(live)).map(|found| found.to_string());
+        assert_eq!(said(&given, &given), None);
+        let lacks = said(&given, &format!("{hosts}{nets}"));
+        assert_eq!(lacks.as_deref(), Some("sets: the kernel does not have `add hs 10.0.0.1`"));
+        let more = said(&given, &format!("{given}add hs 10.0.0.2\n"));
+        assert_eq!(more.as_deref(), Some("sets: the kernel has `add hs 10.0.0.2`, which is not given"));
     }
 
     #[test]
