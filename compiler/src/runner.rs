@@ -138,11 +138,7 @@ impl Program {
     /// # Errors
     /// What it left with.
     pub fn left_marked(&self, plan: &Plan, input: &Input, outcome: &Outcome) -> Result<(), String> {
-        let expected = mark_left(plan, self.attach, input, outcome);
-        if self.mark == expected {
-            return Ok(());
-        }
-        Err(format!("the packet leaves with mark {:#x} instead of {expected:#x}", self.mark))
+        left_marked(plan, self.attach, input, outcome, self.mark)
     }
 
     /// Starts the random numbers that a [`State`] of the same seed draws.
@@ -226,6 +222,24 @@ impl Program {
 /// The mark that a packet leaves a program with: the rules', if the program is the one to write it, else its own.
 pub fn mark_left(plan: &Plan, attach: Attach, input: &Input, outcome: &Outcome) -> u32 {
     if writes_mark(plan, attach) { outcome.mark } else { input.mark }
+}
+
+/// Whether a packet of this outcome has the mark that it has to leave with.
+///
+/// # Errors
+/// What it left with.
+pub(crate) fn left_marked(
+    plan: &Plan,
+    attach: Attach,
+    input: &Input,
+    outcome: &Outcome,
+    mark: u32,
+) -> Result<(), String> {
+    let expected = mark_left(plan, attach, input, outcome);
+    if mark == expected {
+        return Ok(());
+    }
+    Err(format!("the packet leaves with mark {mark:#x} instead of {expected:#x}"))
 }
 
 /// What a packet carries of its connection, `skb->_nfct`.

@@ -1,10 +1,9 @@
 //! `verify`: every level and the emitted program decide packets as the rules do, shown on packets made for the purpose.
 //!
 //! Packets come from [`Witnesses`]: for each entry of the classifier, at the edges of its intervals and just beyond; cut,
-//! tagged, fragmented and bent in every way there is; and mixed ones; and where the plan's tables
-//! are found to decide otherwise. Each goes through the reference evaluator, the
-//! classifier, the decision, the plan and the program under rbpf; the first packet on which two of them differ ends the
-//! run. Equal seeds give equal runs.
+//! tagged, fragmented and bent in every way there is; and mixed ones; and where the plan's tables are found to decide
+//! otherwise. Each goes through the reference evaluator, the classifier, the decision, the plan and, on a thread of its
+//! own, the program under rbpf; the first packet on which two of them differ ends the run. Equal seeds give equal runs.
 
 use std::collections::BTreeMap;
 
@@ -19,12 +18,13 @@ use polc_ir::diag::{Code, Diagnostic, Severity};
 use polc_ir::entities::Entry;
 use polc_ir::env::{Env, Input, Place};
 use polc_ir::outcome::{Outcome, Verdict};
+use polc_ir::plan::Plan;
 use polc_ir::ruleset::Ruleset;
 use polc_ir::state::State;
 
 use crate::build;
 use crate::reach::Reach;
-use crate::runner::{Level, Program, run_by};
+use crate::runner::{Level, Program, left_marked, run_by};
 use crate::select::Devices;
 use crate::session::Session;
 use crate::witness::{Aimed, Effort, First, FirstOfList, Witnesses};
@@ -45,6 +45,9 @@ const AIMED_PART: usize = 4;
 /// Bound on the stages that packets at a place pass together: in rules that write marks one after another each packet
 /// passes as many as there are rules, at every level.
 const STEPS_MAX: usize = 2_000_000;
+
+/// Packets that go through levels and program at once.
+const TOGETHER: usize = 256;
 
 /// Packets of each kind at each place however many entries there are, and stages on the way.
 const PACKETS_MIN: usize = 1_000;
@@ -153,8 +156,7 @@ pub fn verify(
     let made = (witnesses.enough() + random).min(most);
     let total = own + made;
     let mut levels = Levels::new(&session.ruleset, &compiled, env, devices, program, seed);
-    let mut show = |levels: &mut Levels<'_>, mut input: Input| {
-        let (reference, differing) = levels.run(&mut input, &Level::ABOVE);
+    let mut show = |input: Input, (reference, differing): Judged| {
         verified.packets += 1;
         *verified.verdicts.entry(reference.ending.verdict.word()).or_default() += 1;
         if verified.packets.is_multiple_of(256) {
@@ -167,31 +169,38 @@ pub fn verify(
     let mut agree = true;
     let kinds: [(Box<dyn Iterator<Item = Input> + '_>, usize); 2] =
         [(Box::new(aimed), STEPS_MAX / AIMED_PART), (Box::new(witnesses.by_ref().take(total)), STEPS_MAX)];
-    for (packets, steps_max) in kinds {
-        for (shown, input) in packets.enumerate() {
-            if !agree || shown >= PACKETS_MIN && levels.steps >= steps_max {
+    for (mut packets, steps_max) in kinds {
+        let mut shown = 0;
+        while agree && (shown < PACKETS_MIN || levels.above.steps < steps_max) {
+            let mut inputs: Vec<Input> = packets.by_ref().take(TOGETHER).collect();
+            if inputs.is_empty() {
                 break;
             }
-            agree = show(&mut levels, input);
+            shown += inputs.len();
+            let judged = levels.run_all(&mut inputs, &Level::ABOVE);
+            agree = inputs.into_iter().zip(judged).all(|(input, judged)| show(input, judged));
         }
     }
     // Then those that no packet came to while packets for others were made, unless none can.
-    let mut untaken = witnesses.untaken(|entry| levels.taken.contains(entry), seed);
+    let mut untaken = witnesses.untaken(|entry| levels.above.taken.contains(entry), seed);
     for entry in compiled.classifier.entries.keys() {
-        if agree && !levels.taken.contains(entry) && !untaken.is_unreachable(entry) {
-            agree = show(&mut levels, untaken.towards(entry));
+        if agree && !levels.above.taken.contains(entry) && !untaken.is_unreachable(entry) {
+            let mut input = untaken.towards(entry);
+            let judged = levels.run(&mut input, &Level::ABOVE);
+            agree = show(input, judged);
         }
     }
     // For what is left all ways are gone, those to what lies first before others.
     for &entry in compiled.classifier.stages.values().rev().flat_map(|stage| &stage.entries) {
-        if agree && !levels.taken.contains(entry) {
-            untaken.seek(entry, &mut |input| {
-                agree = show(&mut levels, input);
-                !agree || levels.taken.contains(entry)
+        if agree && !levels.above.taken.contains(entry) {
+            untaken.seek(entry, &mut |mut input| {
+                let judged = levels.run(&mut input, &Level::ABOVE);
+                agree = show(input, judged);
+                !agree || levels.above.taken.contains(entry)
             });
         }
     }
-    let open = |entry: &Entry| !levels.taken.contains(*entry) && !untaken.is_unreachable(*entry);
+    let open = |entry: &Entry| !levels.above.taken.contains(*entry) && !untaken.is_unreachable(*entry);
     verified.not_taken = compiled.classifier.entries.keys().filter(open).count();
     verified
 }
@@ -234,7 +243,7 @@ pub fn spot_check<T: Send>(
         let mut levels = Levels::new(&session.ruleset, compiled, env, devices, Some(program), SPOT_SEED);
         // Beyond a bound the rules could tell more than the program does.
         let which: &[Level] =
-            if levels.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
+            if levels.above.bounded { &[Level::Ruleset, Level::Classifier] } else { &[Level::Ruleset] };
         let mut found = Vec::new();
         for mut input in packets {
             if let (_, Some(levels)) = levels.run(&mut input, which) {
@@ -257,11 +266,16 @@ pub fn spot_check<T: Send>(
 /// The levels of a compiled rule set, to run packets through. State (counters of `nth`, random numbers) lives as long as
 /// the rule set: each level has its own.
 struct Levels<'a> {
+    above: Above<'a>,
+    program: Option<Program>,
+}
+
+/// Those above the object.
+struct Above<'a> {
     ruleset: &'a Ruleset,
     compiled: &'a Compiled,
     env: &'a Env,
     devices: &'a Devices,
-    program: Option<Program>,
     states: [State; Level::ABOVE.len()],
     /// Whether rules were left out for their number.
     bounded: bool,
@@ -272,6 +286,12 @@ struct Levels<'a> {
     /// Stages that packets passed.
     steps: usize,
 }
+
+/// What rules make of a packet, and what each level said if they differ.
+type Judged = (Outcome, Option<Vec<(Level, Said)>>);
+
+/// What a program tells of a packet, and the mark it left with.
+type Run = (Result<Told, String>, u32);
 
 impl<'a> Levels<'a> {
     fn new(
@@ -285,32 +305,60 @@ impl<'a> Levels<'a> {
         if let Some(program) = &mut program {
             program.set_random_seed(seed);
         }
-        let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
-        let states = Level::ABOVE.map(|_| State::new(seed));
-        let first = First::new(&compiled.classifier);
-        let first_of_list = FirstOfList::new(&compiled.classifier, &compiled.decision);
-        let taken = EntitySet::new();
-        Levels {
+        let above = Above {
             ruleset,
             compiled,
             env,
             devices,
-            program,
-            states,
-            bounded,
-            first,
-            first_of_list,
-            taken,
+            states: Level::ABOVE.map(|_| State::new(seed)),
+            bounded: compiled.diagnostics.iter().any(|found| found.severity != Severity::Note),
+            first: First::new(&compiled.classifier),
+            first_of_list: FirstOfList::new(&compiled.classifier, &compiled.decision),
+            taken: EntitySet::new(),
             steps: 0,
-        }
+        };
+        Levels { above, program }
     }
 
-    /// Runs a packet through the first of the levels above the object, `which`, and the program: what the rules make of
-    /// it, and what each said if they differ.
-    fn run(&mut self, input: &mut Input, which: &[Level]) -> (Outcome, Option<Vec<(Level, Said)>>) {
-        // Where the program sits, every packet comes or leaves by the one device.
+    /// Runs a packet through the first of the levels above the object, `which`, and the program.
+    fn run(&mut self, input: &mut Input, which: &[Level]) -> Judged {
+        self.above.place(input);
+        let outcomes = self.above.outcomes(input, which);
+        let ran = ran(&mut self.program, &self.above.compiled.plan, input);
+        self.above.judge(input, which, outcomes, ran)
+    }
+
+    /// The same for packets one after another: the levels take one thread, the program another.
+    fn run_all(&mut self, inputs: &mut [Input], which: &[Level]) -> Vec<Judged> {
+        let Levels { above, program } = self;
+        inputs.iter_mut().for_each(|input| above.place(input));
+        let (plan, inputs) = (&above.compiled.plan, &*inputs);
+        let (runs, outcomes): (Vec<Option<Run>>, Vec<Vec<Outcome>>) = both(
+            || inputs.iter().map(|input| ran(program, plan, input)).collect(),
+            || inputs.iter().map(|input| above.outcomes(input, which)).collect(),
+        );
+        let both = outcomes.into_iter().zip(runs);
+        inputs
+            .iter()
+            .zip(both)
+            .map(|(input, (outcomes, ran))| above.judge(input, which, outcomes, ran))
+            .collect()
+    }
+}
+
+fn ran(program: &mut Option<Program>, plan: &Plan, input: &Input) -> Option<Run> {
+    program.as_mut().map(|program| (program.tell(plan, input), program.mark()))
+}
+
+impl Above<'_> {
+    /// Where the program sits, every packet comes or leaves by the one device.
+    fn place(&self, input: &mut Input) {
         input.in_device = self.devices.fixed_in.or(input.in_device);
         input.out_device = self.devices.fixed_out.or(input.out_device);
+    }
+
+    /// What each level makes of a packet.
+    fn outcomes(&mut self, input: &Input, which: &[Level]) -> Vec<Outcome> {
         let (taken, steps) = (&mut self.taken, &mut self.steps);
         let mut decide = |stage, fields: &Fields<'_>| {
             let entry = self.first.of(stage, fields);
@@ -320,27 +368,32 @@ impl<'a> Levels<'a> {
         };
         let list =
             |list, entries: &[Entry], fields: &Fields<'_>| self.first_of_list.of(list, entries, fields);
-        let outcomes: Vec<Outcome> = which
-            .iter()
-            .zip(&mut self.states)
+        let levels = which.iter().zip(&mut self.states);
+        levels
             .map(|(&level, state)| {
                 run_by(level, self.ruleset, self.compiled, self.env, input, state, &mut decide, &list)
             })
-            .collect();
+            .collect()
+    }
+
+    /// Holds what levels and program made of a packet against each other.
+    fn judge(&self, input: &Input, which: &[Level], outcomes: Vec<Outcome>, ran: Option<Run>) -> Judged {
         // Beyond a bound the rules could tell, and the object leaves it to the kernel.
         let reference = match outcomes.get(1) {
             Some(classified) if self.bounded && classified.ending.verdict == Verdict::Defer => classified,
             _ => &outcomes[0],
         };
         let plan = &self.compiled.plan;
-        let said = self.program.as_mut().map(|program| match program.tell(plan, input) {
-            Ok(told) => match program.left_marked(plan, input, reference) {
-                Ok(()) => Said::Told(told),
-                Err(error) => Said::Wrong(error),
-            },
+        let attach = plan.place.attach;
+        let said = ran.map(|(told, mark)| match told {
+            Ok(told) => {
+                match attach.map_or(Ok(()), |attach| left_marked(plan, attach, input, reference, mark)) {
+                    Ok(()) => Said::Told(told),
+                    Err(error) => Said::Wrong(error),
+                }
+            }
             Err(error) => Said::Wrong(error),
         });
-        let attach = plan.place.attach;
         let agree = outcomes[1..].iter().all(|outcome| outcome == reference)
             && match &said {
                 None => true,
