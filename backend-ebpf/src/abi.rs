@@ -20,7 +20,12 @@
 //! (kernel/bpf/verifier.c, `check_stack_write_fixed_off`). Numbers that would multiply the verifier's states by their
 //! possible values are therefore kept at odd multiples of four: reading them back gives "any 32 bits", and paths that
 //! differ in nothing else become one. The key's words are kept in the same way, one in eight bytes, as long as there is
-//! room for that; those of larger keys are made to be forgotten once the key is complete.
+//! room for that; those of larger keys are made to be forgotten once the headers are read, and each that is found later
+//! when it is.
+//!
+//! A zero that only some paths store comes from a number that is zero without the verifier's knowledge: it tells memory
+//! that is zero from other memory, wherever it is. For the same reason pointers into the packet, which carry how many VLAN
+//! tags were passed, are not kept over a loop: offsets are.
 
 use polc_ir::limits::KEY_WORDS_MAX;
 
@@ -54,10 +59,6 @@ pub const HANDOVER: i16 = -60;
 pub const BUFFER: i16 = -112;
 /// How many bytes [`BUFFER`] has.
 pub const BUFFER_BYTES: i16 = 48;
-/// The end of the frame, while extension headers are walked. In the buffer: the walk copies no more than 4 bytes.
-pub const SAVED_END: i16 = BUFFER + 16;
-/// The network header, likewise.
-pub const SAVED_L3: i16 = BUFFER + 24;
 /// Reporting a packet: it is decided, so all places but [`LENGTH`] and [`COUNTER_KEY`] are free.
 pub mod trace {
     /// The return code.
@@ -329,7 +330,6 @@ mod tests {
         assert!(places.iter().all(|place| place.rem_euclid(8) == 4));
         assert!(BUFFER + BUFFER_BYTES <= places[0]);
         const {
-            assert!(SAVED_END % 8 == 0 && SAVED_L3 >= SAVED_END + 8 && SAVED_L3 + 8 <= BUFFER + BUFFER_BYTES);
             assert!(SCRATCH_BYTES == -BUFFER);
             assert!(lookup::OPTS + lookup::OPTS_BYTES <= BUFFER + BUFFER_BYTES && lookup::OPTS % 4 == 0);
             assert!(trace::SCRATCH + trace::SCRATCH_BYTES <= trace::RETURN && trace::RECORD % 8 == 0);

@@ -433,19 +433,6 @@ impl Asm {
         self.push(Insn::Store { size, base, off, src: src.into() });
     }
 
-    /// Stores the lower 32 bits of `src` on the stack at `off`, so that the verifier forgets what it knew about them.
-    ///
-    /// A 4-byte store at a multiple of 8 is a *spill*: the verifier ties the slot to the register, and later
-    /// comparisons of a reloaded copy narrow the slot too, so that paths through a decision never look alike and are
-    /// never pruned (kernel/bpf/verifier.c, `check_stack_write_fixed_off`, `sync_linked_regs`; a linear program of
-    /// 1,000 three-field rules is then refused). Writing the first byte once more makes the slot plain memory.
-    pub fn store_opaque(&mut self, off: i16, src: Reg) {
-        self.store(Size::W, Reg::FP, off, src);
-        if off % 8 == 0 {
-            self.store(Size::B, Reg::FP, off, src);
-        }
-    }
-
     /// Loads a packet pointer (`data`, `data_end`, `data_meta`) from the 32-bit field at `off` of the context. The
     /// kernel turns the load into one of 64 bits; it is recorded, so that the check VM can.
     pub fn load_ctx_pointer(&mut self, dst: Reg, ctx: Reg, off: i16) {

@@ -7,7 +7,7 @@
 //! remembered states and the same rule for loops, but with one assumption in place of the comparison itself: *two
 //! states at the same instruction, in the same turn of each loop around it, are alike*. It holds for code that keeps
 //! what differs between paths out of registers that are still needed and out of stack slots that the verifier follows
-//! (see [`crate::asm::Asm::store_opaque`]); for other code the estimate is too low.
+//! (see [`crate::abi`]); for other code the estimate is too low, by a factor that grows with each such difference.
 //!
 //! No branch is taken to be decided, so code whose conditions the verifier can evaluate costs less than computed.
 //!

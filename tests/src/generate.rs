@@ -4,13 +4,24 @@
 //! clause and towards the first of each pool.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 
-use polc::select::Prefer;
-use polc_ir::env::{Connections, Counting, Mode};
+use polc::Compiled;
+use polc::place::{attach_for, devices_of, place};
+use polc::select::{Devices, Prefer};
+use polc_backend_ebpf::emit::{self, emit};
+use polc_backend_ebpf::object::Object;
+use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
+use polc_ir::diag::{Diagnostic, Severity};
+use polc_ir::env::{Connections, Counting, Env, Mode, Place};
 use polc_ir::hook::{Family, Hook, Semantics};
+use polc_ir::ruleset::Ruleset;
+use polc_ir::source::SourceMap;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
+
+use crate::levels::target;
 
 /// Matches for either family.
 const EITHER: &[&str] = &[
@@ -238,6 +249,49 @@ impl Case {
     }
 }
 
+/// What a rule set is, and what it was compiled to.
+pub struct Built {
+    /// The rules.
+    pub ruleset: Ruleset,
+    /// Where they run.
+    pub place: Place,
+    /// Their devices.
+    pub devices: Devices,
+    /// What was compiled from them.
+    pub compiled: Compiled,
+    /// The emitted program, or why there is none.
+    pub object: Result<Object, Vec<Diagnostic>>,
+}
+
+impl Case {
+    /// Compiles the rule set and emits its program.
+    ///
+    /// # Errors
+    ///
+    /// What the front end has against the text.
+    pub fn build(&self) -> Result<Built, String> {
+        let mut sources = SourceMap::new();
+        let file = sources.add("random", self.dump());
+        let options = ParseOptions { family: Some(self.family), ..ParseOptions::default() };
+        let (dump, diagnostics) = parse(&sources, file, &options);
+        let set_file = sources.add("sets", self.sets());
+        let (sets, set_diagnostics) = ipset::parse(&sources, set_file);
+        let mut found = diagnostics.iter().chain(&set_diagnostics);
+        if let Some(error) = found.find(|diagnostic| diagnostic.severity == Severity::Error) {
+            return Err(format!("{error:?}"));
+        }
+        let ruleset = lower(&dump, &[sets], self.semantics);
+        let attach = attach_for(self.hook);
+        let mut place = place(&[self.hook], attach, self.mode, false);
+        place.connections = self.connections;
+        place.counters = self.counters;
+        let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
+        let compiled = polc::compile_with(&ruleset, &place, &Env::default(), &devices, self.prefer);
+        let object = emit(&compiled.plan, &emit::Target { semantics: self.semantics, ..target(attach) });
+        Ok(Built { ruleset, place, devices, compiled, object })
+    }
+}
+
 impl Target {
     fn text(&self, from: usize, users: usize) -> String {
         match self {
@@ -292,9 +346,14 @@ fn mode() -> impl Strategy<Value = (Mode, Connections)> {
     prop_oneof![accelerated, Just((Mode::Replace, Connections::Unknown))]
 }
 
-/// A rule set with a base chain and up to three user chains.
+/// A rule set with a base chain and up to three user chains, of a few rules each.
 pub fn case() -> impl Strategy<Value = Case> {
-    select(vec![Family::V4, Family::V6]).prop_flat_map(|family| {
+    case_of(0..7)
+}
+
+/// The same with so many rules in each chain.
+pub fn case_of(rules: Range<usize>) -> impl Strategy<Value = Case> {
+    select(vec![Family::V4, Family::V6]).prop_flat_map(move |family| {
         (
             select(vec![Hook::Input, Hook::Forward, Hook::Output]),
             select(vec![Semantics::Legacy, Semantics::Nft]),
@@ -309,7 +368,7 @@ pub fn case() -> impl Strategy<Value = Case> {
                 Prefer::Cheapest,
             ]),
             select(vec!["ACCEPT", "DROP"]),
-            vec(vec(rule(family), 0..7), 1..5),
+            vec(vec(rule(family), rules.clone()), 1..5),
         )
             .prop_map(
                 move |(hook, semantics, (mode, connections), counters, prefer, policy, chains)| Case {

@@ -11,7 +11,7 @@ use polc::place::{attach_for, devices_of, place};
 use polc::runner::{Level, Program, run};
 use polc::select::{Devices, Prefer};
 use polc::witness::{Random, Witnesses};
-use polc_backend_ebpf::emit::{Target, emit};
+use polc_backend_ebpf::emit::emit;
 use polc_frontend_iptables::{ParseOptions, ipset, lower, parse};
 use polc_ir::diag::Severity;
 use polc_ir::env::{Connection, Connections, Env, Input, Mode, Place, ct_state};
@@ -22,7 +22,7 @@ use polc_ir::packet::View;
 use polc_ir::ruleset::Ruleset;
 use polc_ir::source::SourceMap;
 use polc_ir::state::State;
-use polc_tests::generate::{Case, case};
+use polc_tests::generate::{Built, Case, case};
 use polc_tests::levels::{Levels, target};
 use proptest::test_runner::{
     Config, FileFailurePersistence, RngAlgorithm, TestCaseError, TestRng, TestRunner,
@@ -60,30 +60,17 @@ fn random_rule_sets_mean_the_same_at_every_level() {
 fn one(case: &Case) -> Result<(), TestCaseError> {
     let text = case.dump();
     let fail = |what: String| Err(TestCaseError::fail(format!("{what}\n{text}")));
-    let mut sources = SourceMap::new();
-    let file = sources.add("random", text.as_str());
-    let options = ParseOptions { family: Some(case.family), ..ParseOptions::default() };
-    let (dump, diagnostics) = parse(&sources, file, &options);
-    let set_file = sources.add("sets", case.sets());
-    let (sets, set_diagnostics) = ipset::parse(&sources, set_file);
-    let mut found = diagnostics.iter().chain(&set_diagnostics);
-    if let Some(error) = found.find(|diagnostic| diagnostic.severity == Severity::Error) {
-        return fail(format!("{error:?}"));
-    }
-    let ruleset = lower(&dump, &[sets], case.semantics);
-    let attach = attach_for(case.hook);
-    let mut place = place(&[case.hook], attach, case.mode, false);
-    place.connections = case.connections;
-    place.counters = case.counters;
-    let devices = Devices { declared: devices_of(&ruleset), ..Devices::default() };
-    let env = Env::default();
-    let compiled = polc::compile_with(&ruleset, &place, &env, &devices, case.prefer);
-    let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
-    let target = Target { semantics: case.semantics, ..target(attach) };
-    let object = match emit(&compiled.plan, &target) {
+    let Built { ruleset, place, devices, compiled, object } = match case.build() {
+        Ok(built) => built,
+        Err(error) => return fail(error),
+    };
+    let object = match object {
         Ok(object) => object,
         Err(found) => return fail(format!("not emitted: {found:?}")),
     };
+    let attach = attach_for(case.hook);
+    let env = Env::default();
+    let bounded = compiled.diagnostics.iter().any(|found| found.severity != Severity::Note);
     let mut program = Program::new(&compiled.plan, attach, &object).expect("the check VM takes it");
     program.set_random_seed(1);
     let mut states = [(); 4].map(|()| State::new(1));

@@ -86,6 +86,13 @@ impl Emitter<'_> {
         }
     }
 
+    /// The same for the only word of a field, if the key has the field.
+    pub(super) fn forget_field(&mut self, field: Field) {
+        if let Some(slot) = self.slot(field) {
+            self.forget_word(slot.word);
+        }
+    }
+
     fn prologue(&mut self) {
         let xdp = self.target.attach == Attach::Xdp;
         let a = &mut self.asm;
@@ -174,12 +181,20 @@ impl Emitter<'_> {
         }
     }
 
-    /// Zeros in words of the key. The verifier does not know them: a packet has less than 2^31 bytes. `r1` is lost.
+    /// Zeros in words of the key, as [`Self::clear`].
     pub(super) fn clear_words(&mut self, words: &[u8]) {
+        let places: Vec<i16> = words.iter().map(|&word| self.layout.word(word)).collect();
+        self.clear(&places);
+    }
+
+    /// Zeros in four bytes at each place on the stack, of which the verifier doesn't know that they are: it tells memory
+    /// that is zero from other memory, and would follow paths on which either is apart for as long as it is of use
+    /// (kernel/bpf/verifier.c, `stacksafe`). A packet has less than 2^31 bytes. `r1` is lost.
+    pub(super) fn clear(&mut self, places: &[i16]) {
         self.asm.load(Size::W, Reg::R1, Reg::FP, abi::LENGTH);
         self.asm.alu32(AluOp::Rsh, Reg::R1, 31);
-        for &word in words {
-            self.asm.store(Size::W, Reg::FP, self.layout.word(word), Reg::R1);
+        for &place in places {
+            self.asm.store(Size::W, Reg::FP, place, Reg::R1);
         }
     }
 
@@ -286,22 +301,22 @@ impl Emitter<'_> {
     /// Works the packet type out from the destination address, as `eth_type_trans` does for a device's own address
     /// (net/ethernet/eth.c): broadcast, multicast, else for this host.
     fn packet_type(&mut self) {
-        let (host, broadcast) = (self.asm.label(), self.asm.label());
         self.load_be(Reg::R1, Reg::R7, 0, 2);
         self.load_be(Reg::R2, Reg::R7, 2, 4);
         let a = &mut self.asm;
-        let multicast = a.label();
-        a.mov32(Reg::R0, 0);
-        a.jump32(Cond::Set, Reg::R1, 0x100, multicast);
+        let (host, group, store) = (a.label(), a.label(), a.label());
+        a.jump32(Cond::Set, Reg::R1, 0x100, group);
+        a.comment("0, for this host, is what the word has");
         a.goto(host);
-        a.bind(multicast);
+        a.bind(group);
         a.mov32(Reg::R0, 2);
-        a.jump32(Cond::Ne, Reg::R1, 0xffff, host);
-        a.jump32(Cond::Ne, Reg::R2, -1, host);
-        a.bind(broadcast);
+        a.jump32(Cond::Ne, Reg::R1, 0xffff, store);
+        a.jump32(Cond::Ne, Reg::R2, -1, store);
         a.mov32(Reg::R0, 1);
-        a.bind(host);
+        a.bind(store);
         self.store_field(Field::PacketType, Reg::R0);
+        self.forget_field(Field::PacketType);
+        self.asm.bind(host);
     }
 
     /// The IPv4 header (net/ipv4/ip_input.c, `ip_rcv_core`) and what follows.

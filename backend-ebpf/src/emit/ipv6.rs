@@ -12,12 +12,15 @@ use polc_ir::outcome::FrameKind;
 use polc_ir::packet::extension::{EXTENSIONS, kind};
 
 use super::Emitter;
-use crate::abi;
+use crate::abi::{self, CTX, sk_buff, xdp_md};
 use crate::asm::Label;
 use crate::insn::{AluOp, Cond, Reg, Size, Width};
 
 /// Largest offset of a transport header that is read directly; the verifier bounds packet offsets by 65,535.
 const L4_OFFSET_MAX: i32 = 0x7fff;
+
+/// What holds the network header's offset: an Ethernet header and two tags.
+const L3_OFFSET_MASK: i32 = 31;
 
 /// Set beside the bits of [`Field::ExtHeaders`] while headers are walked: the verifier tells memory that is zero from
 /// other memory, and would follow either.
@@ -40,8 +43,10 @@ impl Emitter<'_> {
         a.mov64(Reg::R4, Reg::R1);
         a.alu64(AluOp::Add, Reg::R4, 40);
         a.comment("no length and a hop-by-hop header may be a jumbogram: it is as long as the frame");
-        a.jump32(Cond::Ne, Reg::R1, 0, sized);
-        a.jump32(Cond::Eq, Reg::R2, 0, trimmed);
+        a.jump32(Cond::Ne, Reg::R2, 0, sized);
+        a.comment("anew, since the verifier knows what it was compared with");
+        a.load(Size::B, Reg::R2, Reg::R9, 6);
+        a.jump32(Cond::Eq, Reg::R1, 0, trimmed);
         a.bind(sized);
         a.jump64(Cond::Gt, Reg::R4, Reg::R3, malformed);
         a.mov64(Reg::R3, Reg::R4);
@@ -74,17 +79,14 @@ impl Emitter<'_> {
         let netfilter = self.target.attach == Attach::Netfilter;
         let none = self.asm.label();
         let looks = !self.passes_extensions();
-        if !netfilter {
-            if !looks {
-                self.jump_unless_extension(Reg::R2, none);
-            }
-            self.asm.store(Size::Dw, Reg::FP, abi::SAVED_END, Reg::R8);
-            self.asm.store(Size::Dw, Reg::FP, abi::SAVED_L3, Reg::R9);
+        if !netfilter && !looks {
+            self.jump_unless_extension(Reg::R2, none);
         }
         self.keep_network_offset();
         if self.clears_transport() {
             self.clear_transport();
         }
+        self.forget_key();
         if self.slot(Field::ExtHeaderMask).is_some() {
             self.asm.store(Size::W, Reg::FP, abi::L4_LENGTH, Reg::R2);
             self.header_mask();
@@ -106,6 +108,7 @@ impl Emitter<'_> {
         self.load_be(Reg::R1, Reg::FP, abi::BUFFER + 2, 2);
         self.asm.mov64(Reg::R0, 1);
         self.store_field(Field::Fragment, Reg::R0);
+        self.forget_field(Field::Fragment);
         let a = &mut self.asm;
         a.alu64(AluOp::Rsh, Reg::R1, 3);
         a.jump32(Cond::Eq, Reg::R1, 0, whole);
@@ -120,6 +123,7 @@ impl Emitter<'_> {
         self.asm.bind(later);
         if self.plan.place.fragments == Fragments::AsSeen {
             self.store_field(Field::FragOffset, Reg::R3);
+            self.forget_field(Field::FragOffset);
         }
         let a = &mut self.asm;
         a.goto(found);
@@ -147,8 +151,7 @@ impl Emitter<'_> {
 
         a.bind(bad);
         a.store(Size::W, Reg::FP, abi::L4_OFFSET, 40);
-        a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
-        a.store(Size::W, Reg::FP, abi::PROTOCOL, 0);
+        self.clear(&[abi::L4_LENGTH, abi::PROTOCOL]);
         if self.slot(Field::ExtHeaders).is_some() {
             self.asm.load(Size::W, Reg::R1, Reg::FP, abi::HANDOVER);
             self.asm.alu64(AluOp::Xor, Reg::R1, WALKED | 1);
@@ -168,7 +171,8 @@ impl Emitter<'_> {
         a.store(Size::W, Reg::FP, abi::PROTOCOL, Reg::R8);
         let there = a.label();
         a.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R7);
-        a.store(Size::W, Reg::FP, abi::L4_LENGTH, 0);
+        self.clear(&[abi::L4_LENGTH]);
+        let a = &mut self.asm;
         a.load(Size::W, Reg::R1, Reg::FP, abi::L4_OFFSET);
         a.load(Size::W, Reg::R2, Reg::FP, abi::LENGTH);
         a.jump64(Cond::Gt, Reg::R2, Reg::R1, there);
@@ -179,9 +183,7 @@ impl Emitter<'_> {
         a.load(Size::W, Reg::R2, Reg::FP, abi::L4_LENGTH);
         if !netfilter {
             a.jump64(Cond::Gt, Reg::R1, L4_OFFSET_MAX, bail);
-            a.load(Size::Dw, Reg::R8, Reg::FP, abi::SAVED_END);
-            a.load(Size::Dw, Reg::R9, Reg::FP, abi::SAVED_L3);
-            a.alu64(AluOp::Add, Reg::R9, Reg::R1);
+            self.packet_at();
         }
         self.transport();
         if !netfilter && !looks {
@@ -209,6 +211,23 @@ impl Emitter<'_> {
         self.asm.bind(done);
     }
 
+    /// `r8` = the packet's end, `r9` = its byte at `r1` behind the network header's start. The headers' lengths and VLAN
+    /// tags are forgotten, which a pointer kept from before would have told apart. `r1` is at most [`L4_OFFSET_MAX`] and
+    /// is lost.
+    fn packet_at(&mut self) {
+        let a = &mut self.asm;
+        a.load(Size::W, Reg::R9, Reg::FP, abi::L3_OFFSET);
+        a.alu64(AluOp::And, Reg::R9, L3_OFFSET_MASK);
+        a.alu64(AluOp::Add, Reg::R1, Reg::R9);
+        let (data, end) = match self.target.attach {
+            Attach::Xdp => (xdp_md::DATA, xdp_md::DATA_END),
+            _ => (sk_buff::DATA, sk_buff::DATA_END),
+        };
+        a.load_ctx_pointer(Reg::R9, CTX, data);
+        a.load_ctx_pointer(Reg::R8, CTX, end);
+        a.alu64(AluOp::Add, Reg::R9, Reg::R1);
+    }
+
     /// Whether packets without extension headers, nearly all, need not go the way of the others.
     pub(super) fn passes_extensions(&self) -> bool {
         self.slot(Field::ExtHeaderMask).is_none()
@@ -217,7 +236,7 @@ impl Emitter<'_> {
     /// Has the verifier forget what it knew about `r7`, an offset that each header's length takes on in another way: else
     /// it would follow every sequence of headers apart.
     fn forget_offset(&mut self) {
-        self.asm.store_opaque(abi::L4_OFFSET, Reg::R7);
+        self.asm.store(Size::W, Reg::FP, abi::L4_OFFSET, Reg::R7);
         self.asm.load(Size::W, Reg::R7, Reg::FP, abi::L4_OFFSET);
     }
 
@@ -284,7 +303,8 @@ impl Emitter<'_> {
         let a = &mut self.asm;
         let (top, last, cut, done, advance) = (a.label(), a.label(), a.label(), a.label(), a.label());
         a.comment("xt_ipv6header: r7 offset, r8 next header, r9 headers seen");
-        a.store(Size::W, Reg::FP, abi::HANDOVER, 0);
+        self.clear(&[abi::HANDOVER]);
+        let a = &mut self.asm;
         a.mov64(Reg::R7, 40);
         a.mov64(Reg::R8, Reg::R2);
         a.mov64(Reg::R9, 0);

@@ -424,9 +424,9 @@ impl<'a> Emitter<'a> {
     fn program(&mut self) {
         self.suspended();
         self.headers();
+        self.forget_key();
         self.derived();
         self.members();
-        self.forget_key();
         self.steps();
         self.endings();
     }

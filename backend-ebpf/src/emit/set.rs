@@ -94,15 +94,17 @@ impl Emitter<'_> {
         }
     }
 
-    /// Stores 1 in a place that has 0. `r0` is lost.
+    /// Stores 1 in a place that has 0. `r0` and `r5` are lost.
     fn set(&mut self, slot: KeySlot) {
         let place = self.layout.word(slot.word);
         if slot.flag.is_none() {
-            return self.asm.store(Size::W, Reg::FP, place, 1);
+            self.asm.store(Size::W, Reg::FP, place, 1);
+        } else {
+            self.asm.load(Size::W, Reg::R0, Reg::FP, place);
+            self.asm.alu32(AluOp::Or, Reg::R0, Operand::bits(slot.own()));
+            self.asm.store(Size::W, Reg::FP, place, Reg::R0);
         }
-        self.asm.load(Size::W, Reg::R0, Reg::FP, place);
-        self.asm.alu32(AluOp::Or, Reg::R0, Operand::bits(slot.own()));
-        self.asm.store(Size::W, Reg::FP, place, Reg::R0);
+        self.forget_word(slot.word);
     }
 
     /// Goes to `member` if the packet is in a set, else to `other`.

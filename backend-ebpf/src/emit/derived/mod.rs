@@ -57,8 +57,10 @@ impl Emitter<'_> {
         self.asm.jump32(Cond::Ne, Reg::R1, i32::from(protocol), done);
     }
 
+    /// Stores what a search found. `r5` is lost.
     fn set_word(&mut self, word: u8, value: i32) {
         self.asm.store(Size::W, Reg::FP, self.layout.word(word), value);
+        self.forget_word(word);
     }
 
     /// Copies `bytes` bytes that lie `offset` behind the start of the transport header to the buffer. The packet has
