@@ -46,6 +46,11 @@ const AIMED_PART: usize = 4;
 /// passes as many as there are rules, at every level.
 const STEPS_MAX: usize = 2_000_000;
 
+/// Bound on the rules that packets at a place are tried against, beside the first of them: chains that are jumped to
+/// often may take a packet through millions. One that matches weighs [`MATCHED`] as much, for every level counts it.
+const TRIED_MAX: u64 = 1 << 33;
+const MATCHED: u64 = 128;
+
 /// Packets that go through levels and program at once.
 const TOGETHER: usize = 256;
 
@@ -171,8 +176,8 @@ pub fn verify(
         [(Box::new(aimed), STEPS_MAX / AIMED_PART), (Box::new(witnesses.by_ref().take(total)), STEPS_MAX)];
     for (mut packets, steps_max) in kinds {
         let mut shown = 0;
-        while agree && (shown < PACKETS_MIN || levels.above.steps < steps_max) {
-            let mut inputs: Vec<Input> = packets.by_ref().take(TOGETHER).collect();
+        while agree && levels.above.has_time() && (shown < PACKETS_MIN || levels.above.steps < steps_max) {
+            let mut inputs: Vec<Input> = packets.by_ref().take(levels.above.together()).collect();
             if inputs.is_empty() {
                 break;
             }
@@ -184,7 +189,8 @@ pub fn verify(
     // Then those that no packet came to while packets for others were made, unless none can.
     let mut untaken = witnesses.untaken(|entry| levels.above.taken.contains(entry), seed);
     for entry in compiled.classifier.entries.keys() {
-        if agree && !levels.above.taken.contains(entry) && !untaken.is_unreachable(entry) {
+        let open = !levels.above.taken.contains(entry) && !untaken.is_unreachable(entry);
+        if agree && open && levels.above.has_time() {
             let mut input = untaken.towards(entry);
             let judged = levels.run(&mut input, &Level::ABOVE);
             agree = show(input, judged);
@@ -192,11 +198,11 @@ pub fn verify(
     }
     // For what is left all ways are gone, those to what lies first before others.
     for &entry in compiled.classifier.stages.values().rev().flat_map(|stage| &stage.entries) {
-        if agree && !levels.above.taken.contains(entry) {
+        if agree && levels.above.has_time() && !levels.above.taken.contains(entry) {
             untaken.seek(entry, &mut |mut input| {
                 let judged = levels.run(&mut input, &Level::ABOVE);
                 agree = show(input, judged);
-                !agree || levels.above.taken.contains(entry)
+                !agree || !levels.above.has_time() || levels.above.taken.contains(entry)
             });
         }
     }
@@ -285,6 +291,9 @@ struct Above<'a> {
     taken: EntitySet<Entry>,
     /// Stages that packets passed.
     steps: usize,
+    /// Packets that the rules themselves decided, and rules that these matched.
+    decided: u64,
+    matched: u64,
 }
 
 /// What rules make of a packet, and what each level said if they differ.
@@ -316,6 +325,8 @@ impl<'a> Levels<'a> {
             first_of_list: FirstOfList::new(&compiled.classifier, &compiled.decision),
             taken: EntitySet::new(),
             steps: 0,
+            decided: 0,
+            matched: 0,
         };
         Levels { above, program }
     }
@@ -369,11 +380,34 @@ impl Above<'_> {
         let list =
             |list, entries: &[Entry], fields: &Fields<'_>| self.first_of_list.of(list, entries, fields);
         let levels = which.iter().zip(&mut self.states);
-        levels
+        let outcomes: Vec<Outcome> = levels
             .map(|(&level, state)| {
                 run_by(level, self.ruleset, self.compiled, self.env, input, state, &mut decide, &list)
             })
-            .collect()
+            .collect();
+        self.decided += 1;
+        self.matched += outcomes.first().map_or(0, |outcome| outcome.counted.len() as u64);
+        outcomes
+    }
+
+    /// Rules that packets were tried against, with what matches weigh.
+    fn tried(&self) -> u64 {
+        self.states[0].tried + MATCHED * self.matched
+    }
+
+    /// Whether more packets may be tried.
+    fn has_time(&self) -> bool {
+        self.tried() < TRIED_MAX
+    }
+
+    /// Packets to be tried at once: no more than there is time for, if they take as long as those so far.
+    fn together(&self) -> usize {
+        match self.tried().checked_div(self.decided) {
+            None => 1,
+            Some(each) => {
+                (TRIED_MAX.saturating_sub(self.tried()) / each.max(1)).clamp(1, TOGETHER as u64) as usize
+            }
+        }
     }
 
     /// Holds what levels and program made of a packet against each other.

@@ -149,6 +149,26 @@ fn loops(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) ->
             }
         }
     }
+    // How many rules a packet may be tried against from each rule on, where both what it leads to and what follows it are.
+    let mut tried = vec![0u64; ast.chains.len()];
+    for &chain in &done {
+        for &index in live(ast, loading, chain).iter().rev() {
+            let rule = &ast.rules[index as usize];
+            let from_here = tried[chain] + 1;
+            let to = leads_to(rule).filter(|_| !refused.contains(&index)).map_or(0, |to| tried[to]);
+            if from_here + to <= limits::RULES_PASSED_MAX {
+                tried[chain] = from_here + to;
+                continue;
+            }
+            tried[chain] = from_here;
+            refused.insert(index);
+            let message =
+                format!("a packet may be tried against more than {} rules", limits::RULES_PASSED_MAX);
+            diagnostics.push(Diagnostic::error(codes::LIMIT, message, rule.target.span).with_hint(
+                "chains that are jumped to more than once multiply; jump once, or end them in a verdict",
+            ));
+        }
+    }
     // How many chains a packet may be in at once, once it comes to each.
     let mut depths = vec![0; ast.chains.len()];
     bases.iter().for_each(|&base| depths[base] = 1);

@@ -7,7 +7,7 @@ use polc_ir::diag::{Diagnostic, Severity};
 use polc_ir::hook::Semantics;
 use polc_ir::limits::{
     CHAIN_NAME_BYTES_MAX, CHAINS_MAX, DIAGNOSTICS_MAX, JUMP_DEPTH_MAX, LINE_BYTES_MAX, MATCHES_MAX,
-    NFT_JUMP_DEPTH_MAX, RULES_MAX, WORD_BYTES_MAX,
+    NFT_JUMP_DEPTH_MAX, RULES_MAX, RULES_PASSED_MAX, WORD_BYTES_MAX,
 };
 use polc_ir::source::SourceMap;
 
@@ -135,6 +135,28 @@ fn nesting() {
         assert_eq!(one.message, format!("chains are nested more than {NFT_JUMP_DEPTH_MAX} deep"));
         assert!(one.span.is_some_and(|span| !span.is_empty()), "it has a place");
     }
+}
+
+/// Chains that are each jumped to twice by the one before.
+#[test]
+fn rules_that_a_packet_is_tried_against() {
+    let doubling = |chains: usize| {
+        let mut text = String::new();
+        for chain in 0..chains {
+            _ = writeln!(text, ":c{chain} - [0:0]");
+        }
+        for chain in 1..chains {
+            for _ in 0..2 {
+                _ = writeln!(text, "-A c{} -j c{chain}", chain - 1);
+            }
+        }
+        table(&format!("{text}-A c{} -j DROP\n-A INPUT -j c0\n", chains - 1))
+    };
+    // 2^n for the last chain's rule, as many less 2 for the jumps, and the one in INPUT.
+    let fits = RULES_PASSED_MAX.ilog2() as usize - 1;
+    let most = format!("a packet may be tried against more than {RULES_PASSED_MAX} rules");
+    assert_eq!(errors(&doubling(fits)), Vec::<String>::new());
+    assert_eq!(errors(&doubling(60)).first(), Some(&most));
 }
 
 #[test]

@@ -44,6 +44,11 @@ pub const JUMP_DEPTH_MAX: usize = 1_024;
 /// `NFT_JUMP_STACK_SIZE`).
 pub const NFT_JUMP_DEPTH_MAX: usize = 16;
 
+/// Most rules of a table that a packet may be tried against, if every jump is taken: eight times as many as a dump may
+/// have. Chains that are jumped to more than once multiply: 60 of them, each jumped to twice by the one before, hold a
+/// packet longer than anybody waits, in the kernel and in `Ruleset::eval`.
+pub const RULES_PASSED_MAX: u64 = 8 * RULES_MAX as u64;
+
 /// Most elements in one set.
 pub const SET_ELEMENTS_MAX: usize = 4 << 20;
 

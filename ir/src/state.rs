@@ -22,6 +22,8 @@ pub struct State {
     pub rules: SecondaryMap<Rule, Counters>,
     /// Packets and bytes that took each base chain's policy. Kept by `Ruleset::eval` alone.
     pub policies: SecondaryMap<Chain, Counters>,
+    /// Rules that packets were tried against. Kept by `Ruleset::eval` alone.
+    pub tried: u64,
 }
 
 impl State {
@@ -33,6 +35,7 @@ impl State {
             counted: Vec::new(),
             rules: SecondaryMap::new(),
             policies: SecondaryMap::new(),
+            tried: 0,
         }
     }
 

@@ -112,6 +112,9 @@ impl<'a> Untaken<'a> {
             return Fate::Unreachable;
         }
         let given = self.left.left().min(TESTS_MAX);
+        if given == 0 {
+            return Fate::Undecided;
+        }
         let mut budget = Budget::new(given);
         let mut fate = Fate::Undecided;
         for apart in [false, true] {

@@ -283,6 +283,7 @@ impl Packet<'_, '_> {
                 continue;
             };
             next += 1;
+            state.tried += 1;
             let data = &ruleset.rules[rule];
             let (truth, doomed) = match self.clauses(rule, state, trace) {
                 Ok(turned) => turned,
