@@ -282,8 +282,10 @@ fn changes_go_back_when_polc_is_killed_or_hung_up_on() {
     // Who took the first change back may have the lock for a moment more.
     let script = "for i in 1 2 3 4 5; do \"$@\" && exec sleep 60; sleep 1; done";
     let polc = host.command(&apply);
-    let mut session = Command::new("sh");
-    session.args(["-c", script, "sh"]).arg(polc.get_program()).args(polc.get_args());
+    // Under nohup signals to hang up are ignored, here and in all that is started here.
+    let mut session = Command::new("env");
+    session.args(["--default-signal=HUP", "sh", "-c", script, "sh"]);
+    session.arg(polc.get_program()).args(polc.get_args());
     session.current_dir(host.files.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut session = session.process_group(0).spawn().expect("a shell");
     comes_into_force(&host, Some(54));
