@@ -156,7 +156,8 @@ fn loops(ast: &TableAst, loading: Loading, diagnostics: &mut Vec<Diagnostic>) ->
             let rule = &ast.rules[index as usize];
             let from_here = tried[chain] + 1;
             let to = leads_to(rule).filter(|_| !refused.contains(&index)).map_or(0, |to| tried[to]);
-            if from_here + to <= limits::RULES_PASSED_MAX {
+            // A rule that leads nowhere adds one, and is not what makes them many.
+            if to == 0 || from_here + to <= limits::RULES_PASSED_MAX {
                 tried[chain] = from_here + to;
                 continue;
             }
